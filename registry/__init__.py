@@ -1,0 +1,22 @@
+"""Everything a plugin author imports: roles, sites, statistics, hooks, the catalog and the errors."""
+
+from .catalog import Catalog, Entry, near
+from .component import Component
+from .errors import DataError, ModelError, NonFiniteError, PluginError, PrunekitError, SpecError
+from .evaluation import Evaluator, Measurement, Subject
+from .hookspecs import ROLES, hookimpl
+from .roles import (
+    Architecture,
+    HistoryMerger,
+    MaskApplier,
+    ProbeSelector,
+    Scorer,
+    SiteScores,
+    SparsityAllocator,
+)
+from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind
+from .statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row, position_sums
+from .strategy import Strategy
+from .text import TextSource
+
+__all__ = [name for name in dir() if not name.startswith("_")]

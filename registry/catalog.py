@@ -1,0 +1,232 @@
+"""Finds every plugin, built in or installed or in a file, and hands out its components by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import Distribution, EntryPoint, distributions
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
+
+import pluggy
+from pydantic import ValidationError
+
+from .component import Component
+from .errors import PluginError, SpecError
+from .hookspecs import PROJECT, ROLES, Hooks
+
+BLOCK_VARIABLE = "PRUNEKIT_BLOCK"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One component and who provides it."""
+
+    role: str
+    name: str
+    component: type[Component]
+    plugin: str
+    provider: str
+
+
+@dataclass
+class Catalog:
+    """All components by role and name, and the problems met while gathering them."""
+
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    blocked: list[str] = field(default_factory=list)
+
+    @classmethod
+    def discover(cls, files: Iterable[str | Path] = (), block: str | None = None) -> Catalog:
+        """Gather the plugins of entry-point group ``prunekit`` and the Python ``files`` named by the user.
+
+        ``block`` (default: the variable ``PRUNEKIT_BLOCK``) lists plugins or distributions to leave out,
+        separated by commas. A broken installed plugin becomes a line of ``problems`` and the rest keep
+        working; a broken file, which the user asked for by name, raises :class:`PluginError`.
+        """
+        catalog = cls()
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(Hooks)
+        points = _entry_points()
+        blocked = {_normal(part.strip()) for part in _block_list(block).split(",") if part.strip()}
+        known = {_normal(name) for point, dist in points for name in (point.name, dist.metadata["Name"])}
+        for name in sorted(blocked - known):
+            problem = f"{BLOCK_VARIABLE} names {name!r}, which is no plugin and no distribution{near(name, known)}"
+            catalog.problems.append(problem)
+        for point, dist in points:
+            provider = f"{dist.metadata['Name']} {dist.version}"
+            if blocked & {_normal(point.name), _normal(dist.metadata["Name"])}:
+                catalog.blocked.append(f"{point.name} ({provider})")
+                continue
+            try:
+                plugin = point.load()
+            except (Exception, SystemExit) as error:  # whatever a stranger's module raises must not stop the others
+                catalog.problems.append(
+                    f"plugin {point.name} of {provider} cannot be imported: {type(error).__name__}: {error}"
+                )
+                continue
+            catalog._take(manager, plugin, point.name, provider)
+        for file in files:
+            before = len(catalog.problems)
+            path = Path(file)
+            catalog._take(manager, load_plugin_file(path), path.stem, f"file {path}")
+            if len(catalog.problems) > before:
+                raise PluginError("\n".join(catalog.problems[before:]))
+        for role in ROLES:
+            for name in catalog.names(role):
+                providers = [e for e in catalog.entries if (e.role, e.name) == (role, name)]
+                if len(providers) > 1:
+                    catalog.problems.append(_conflict(providers))
+        return catalog
+
+    def _take(self, manager: pluggy.PluginManager, plugin: Any, name: str, provider: str) -> None:
+        """Register one plugin and collect what its hooks return."""
+        where = f"plugin {name} of {provider}"
+        try:
+            registered = manager.register(plugin, name=f"{provider}:{name}")
+            callers = manager.get_hookcallers(plugin) or []
+        except (pluggy.PluginValidationError, ValueError) as error:
+            self.problems.append(f"{where} is not usable: {error}")
+            return
+        found = False
+        for caller in callers:
+            if caller.name not in ROLES:
+                self.problems.append(f"{where}: there is no hook {caller.name!r}{near(caller.name, ROLES)}")
+                continue
+            found = True
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin_name == registered:
+                    self._collect(caller.name, implementation.function, name, provider)
+        if not found and not any(where in problem for problem in self.problems):
+            self.problems.append(f"{where} implements no hook (decorate a function with prunekit.registry.hookimpl)")
+
+    def _collect(self, role: str, hook: Any, plugin: str, provider: str) -> None:
+        where = f"hook {role} of plugin {plugin} ({provider})"
+        try:
+            components = hook()
+        except (Exception, SystemExit) as error:  # a stranger's code again
+            self.problems.append(f"{where} raised {type(error).__name__}: {error}")
+            return
+        if not isinstance(components, (list, tuple)):
+            self.problems.append(f"{where} must return a list of classes, found {components!r}")
+            return
+        for component in components:
+            complaint = _complaint(component, ROLES[role])
+            if complaint:
+                self.problems.append(f"{where}: {complaint}")
+            else:
+                name = component.model_fields["name"].default
+                self.entries.append(Entry(role, name, component, plugin, provider))
+
+    def names(self, role: str) -> list[str]:
+        """Names of a role's components, sorted."""
+        return sorted({entry.name for entry in self.entries if entry.role == role})
+
+    def of_role(self, role: str) -> list[Entry]:
+        """A role's components that can be asked for: one entry a name, conflicts left out."""
+        mine = [entry for entry in self.entries if entry.role == role]
+        counts = {name: sum(e.name == name for e in mine) for name in {e.name for e in mine}}
+        return sorted((e for e in mine if counts[e.name] == 1), key=lambda e: e.name)
+
+    def get(self, role: str, name: str) -> type[Component]:
+        """The component class called ``name``; raises :class:`PluginError` for none or several."""
+        found = [entry for entry in self.entries if (entry.role, entry.name) == (role, name)]
+        if len(found) == 1:
+            return found[0].component
+        if found:
+            raise PluginError(_conflict(found))
+        message = f"no {ROLES[role].__name__} is called {name!r}{near(name, self.names(role))}"
+        message += f"; there are {', '.join(self.names(role)) or 'none'}"
+        for note in [*self.problems, *(f"{BLOCK_VARIABLE} switches off plugin {plugin}" for plugin in self.blocked)]:
+            message += f"\nnote: {note}"
+        raise PluginError(message)
+
+    def build(self, role: str, value: str | Mapping | Component) -> Component:
+        """A component from its name, from ``{"name": ..., options}``, or as it is."""
+        if isinstance(value, Component):
+            if not isinstance(value, ROLES[role]):
+                raise SpecError(f"expected a {ROLES[role].__name__}, found {value!r}")
+            return value
+        if not isinstance(value, (str, Mapping)):
+            wanted = f"a {ROLES[role].__name__} is given by its name or as {{name: ..., options}}"
+            raise SpecError(f"{wanted}, found {value!r}")
+        options = {"name": value} if isinstance(value, str) else dict(value)
+        if "name" not in options:
+            raise SpecError(f"a {ROLES[role].__name__} needs a name, found {value!r}")
+        try:
+            return self.get(role, options["name"]).model_validate(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, (role, options["name"], *first["loc"])))
+            raise SpecError(f"{place}: {first['msg']} (found {first['input']!r})") from None
+
+
+def load_plugin_file(path: Path) -> ModuleType:
+    """Import a plain Python file as a plugin; raises :class:`PluginError` naming file and error."""
+    if not path.is_file():
+        raise PluginError(f"plugin file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(f"prunekit_plugin_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"plugin file {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
+        raise PluginError(f"plugin file {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` where a known name is close, else nothing."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _normal(name: str) -> str:
+    """A name as packaging compares names: ``Max_Weight`` and ``max-weight`` are one."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _block_list(block: str | None) -> str:
+    return os.environ.get(BLOCK_VARIABLE, "") if block is None else block
+
+
+def _entry_points() -> list[tuple[EntryPoint, Distribution]]:
+    """Entry points of the group with their distributions; one that is found on two paths counts once."""
+    found: dict[tuple[str, str, str], tuple[EntryPoint, Distribution]] = {}
+    for dist in distributions():
+        for point in dist.entry_points:
+            if point.group == PROJECT:
+                found.setdefault((dist.metadata["Name"], point.name, point.value), (point, dist))
+    return [found[key] for key in sorted(found)]
+
+
+def _complaint(component: Any, role: type[Component]) -> str | None:
+    """What is wrong with something a hook returned, if anything."""
+    if not (inspect.isclass(component) and issubclass(component, role)):
+        return f"expected a class derived from {role.__name__}, found {component!r}"
+    if inspect.isabstract(component):
+        missing = ", ".join(sorted(component.__abstractmethods__))
+        return f"{component.__name__} does not implement {missing}"
+    name = component.model_fields["name"]
+    if get_origin(name.annotation) is not Literal or get_args(name.annotation) != (name.default,):
+        return f'{component.__name__} must declare its name: name: Literal["..."] = "..."'
+    return None
+
+
+def _conflict(entries: list[Entry]) -> str:
+    who = " and ".join(f"plugin {e.plugin} of {e.provider}" for e in entries)
+    return (
+        f"{ROLES[entries[0].role].__name__} {entries[0].name!r} is provided twice, by {who}; "
+        f"switch one off with {BLOCK_VARIABLE}=PLUGIN (or its distribution's name)"
+    )

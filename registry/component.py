@@ -1,0 +1,41 @@
+"""What every plugin class is: a frozen record of its options, with a name and no state."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from .sites import Site
+
+
+class Component(BaseModel):
+    """Base of all roles: the options are the fields, ``name`` is what a pipeline file calls it by.
+
+    A concrete component declares its name as a literal with itself as default::
+
+        name: Literal["max_weight"] = "max_weight"
+
+    Instances are immutable and hashable options; whatever changes while a model runs lives in the
+    site's :class:`~prunekit.registry.ChannelHistory`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    paper: ClassVar[str] = ""
+    """Where the method comes from, shown by ``prunekit show``."""
+
+    name: str
+
+    def at(self, site: Site) -> Self:
+        """The component to use at ``site``: itself, unless the method treats sites differently."""
+        return self
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the class's own docstring, shown by ``prunekit list``."""
+        doc = cls.__dict__.get("__doc__") or ""
+        return inspect.cleandoc(doc).splitlines()[0] if doc.strip() else ""

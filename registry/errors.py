@@ -1,0 +1,25 @@
+"""Every error a user can cause: one message that names the place, the value and the remedy."""
+
+
+class PrunekitError(Exception):
+    """Base of all errors that are the user's to mend; the command line prints them and exits with 2."""
+
+
+class SpecError(PrunekitError):
+    """A pipeline file, an option or a combination of components that cannot work."""
+
+
+class PluginError(PrunekitError):
+    """A plugin that cannot be loaded, or a name that no plugin (or more than one) provides."""
+
+
+class ModelError(PrunekitError):
+    """A model that cannot be loaded or that no architecture adapter can cut."""
+
+
+class DataError(PrunekitError):
+    """Calibration or evaluation text, or a batch, that is missing, empty, too short or too long."""
+
+
+class NonFiniteError(PrunekitError):
+    """NaN or infinity where a pruning decision would have been taken."""

@@ -1,0 +1,92 @@
+"""Prunable sites as data: which rows and columns of which weights belong to which unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SiteKind = Literal["attention", "mlp"]
+AttentionUnit = Literal["kv_group", "query_head"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a producer's weight owned by the units: unit ``u`` owns ``offset + u*per_unit ...``."""
+
+    offset: int
+    per_unit: int
+
+    def of(self, units: Tensor) -> Tensor:
+        """Row indices of ``units``; (k,) int64 -> (k * per_unit,) int64 in the order of ``units``."""
+        if self.per_unit == 1:
+            return units + self.offset if self.offset else units
+        within = torch.arange(self.per_unit, device=units.device)
+        return (units[:, None] * self.per_unit + self.offset + within).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A linear layer whose output rows shrink with the site (q/k/v, gate/up, fc1)."""
+
+    path: str
+    segments: tuple[Rows, ...]
+
+    def rows(self, units: Tensor) -> Tensor:
+        """Rows of this producer that make ``units``; (k,) int64 -> (r,) int64."""
+        parts = [segment.of(units) for segment in self.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class ShapeAttribute:
+    """An attribute that the block's forward reads as a size: it must be ``units * per_unit`` when cut."""
+
+    path: str
+    attribute: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that can be cut: a decoder layer's attention or its MLP.
+
+    Paths are module names from the model's root. C = ``units * unit_size`` channels enter the consumer.
+    """
+
+    layer: int
+    kind: SiteKind
+    norm: str
+    """Norm whose input is the residual stream, before the site."""
+    entry: str
+    """Module whose call enters the site (the attention, the MLP, or OPT's ``fc1``)."""
+    producers: tuple[Producer, ...]
+    consumer: str
+    """Linear layer that reads the C channels (o_proj, down_proj, fc2)."""
+    units: int
+    unit_size: int
+    unit_parameters: int
+    """Weights and biases that go when one unit goes."""
+    outputs: int
+    """Consumer outputs O."""
+    shape_attributes: tuple[ShapeAttribute, ...] = ()
+    query_heads_per_kv: int = 0
+    """More than 0 where query heads are cut but key/value heads stay: the attention must then pick
+    each kept query head's key/value head itself."""
+    activation: str | None = None
+    """Path of the activation, where the MLP is no module of its own: its first half is then
+    ``activation(producer(x))``."""
+
+    @property
+    def channels(self) -> int:
+        return self.units * self.unit_size
+
+    @property
+    def label(self) -> str:
+        return f"layer {self.layer} {self.kind}"
+
+    def columns(self, units: Tensor) -> Tensor:
+        """Consumer columns (channels) of ``units``; (k,) int64 -> (k * unit_size,) int64."""
+        return Rows(0, self.unit_size).of(units)

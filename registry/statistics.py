@@ -1,0 +1,169 @@
+"""Running statistics of the channels that enter a site's consumer.
+
+Letters: B rows, T positions, C channels. Everything is float32, whatever the model's dtype.
+Padded tokens count neither in the sums nor in the number of tokens.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .component import Component
+
+
+@dataclass
+class ChannelHistory:
+    """What one site's consumer input has shown so far: the only mutable thing in prunekit's decisions.
+
+    ``table`` (T, C) is the running statistic per position, ``rows`` (T,) how many rows reached each
+    position, ``mean`` (C,) and ``tokens`` the running mean over all tokens.
+    """
+
+    channels: int
+    device: torch.device
+    table: Tensor | None = None
+    rows: Tensor | None = None
+    mean: Tensor | None = None
+    tokens: float = 0.0
+
+    @property
+    def positions(self) -> int:
+        return 0 if self.table is None else self.table.shape[0]
+
+    def grow(self, positions: int) -> None:
+        """Make room for ``positions`` positions; new ones start at zero."""
+        missing = positions - self.positions
+        if missing <= 0:
+            return
+        new = torch.zeros(missing, self.channels, device=self.device)
+        count = torch.zeros(missing, device=self.device)
+        self.table = new if self.table is None else torch.cat([self.table, new])
+        self.rows = count if self.rows is None else torch.cat([self.rows, count])
+
+    def observe_mean(self, x: Tensor, valid: Tensor | None) -> None:
+        """Take the tokens of ``x`` (B, T, C) into the running mean over all tokens."""
+        total, _ = position_sums(x, valid)
+        count = float(x.shape[0] * x.shape[1] if valid is None else valid.sum())
+        if count == 0:
+            return
+        self.tokens += count
+        batch_mean = total.sum(0) / count
+        old = torch.zeros_like(batch_mean) if self.mean is None else self.mean
+        self.mean = old + (batch_mean - old) * (count / self.tokens)
+
+    def clone(self) -> ChannelHistory:
+        copy = lambda t: None if t is None else t.clone()  # noqa: E731
+        return ChannelHistory(self.channels, self.device, copy(self.table), copy(self.rows), copy(self.mean), self.tokens)
+
+
+class Statistic(Component):
+    """What a scorer wants to know of its channels. ``observe`` calibrates, ``measure`` looks at one batch."""
+
+    tracks_mean: bool = False
+    """Whether ``observe`` keeps ``history.mean`` itself."""
+
+    @abstractmethod
+    def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
+        """Update the running statistic with a calibration batch; x (B, T, C), valid (B, T) bool or None."""
+
+    @abstractmethod
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None, pad_epsilon: float = 0.0) -> Tensor:
+        """The statistic of one batch (or probe) per position; x (B, T, c) -> (T, c).
+
+        ``mean`` (c,) is the history's mean of these channels, where there is one. ``pad_epsilon`` is
+        added to the number of tokens where some are padding (the PP reference adds 1e-3).
+        """
+
+
+class MeanSquare(Statistic):
+    """Mean over rows of x^2 at each position, the "energy" of PP and Wanda-sp."""
+
+    name: Literal["mean_square"] = "mean_square"
+
+    def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
+        sums, counts = position_sums(x, valid, square=True)
+        merge_mean(history, sums, counts)
+
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None, pad_epsilon: float = 0.0) -> Tensor:
+        return per_row(*position_sums(x, valid, square=True), valid, pad_epsilon)
+
+
+class Fluctuation(Statistic):
+    """Squared deviation from the channel's running mean, per position: FLAP's fluctuation (eq. 4).
+
+    Summed over positions the table is exactly the sum of squares about the mean (the parallel update
+    of Chan, Golub and LeVeque), divided by the number of rows.
+    """
+
+    name: Literal["fluctuation"] = "fluctuation"
+    tracks_mean: bool = True
+
+    def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
+        old = torch.zeros(x.shape[-1], device=x.device) if history.mean is None else history.mean
+        first = history.tokens == 0
+        history.observe_mean(x, valid)
+        if history.mean is None:
+            return
+        # sum (x - old)(x - new) = sum (x - centre)^2 - n (half the step)^2, and both are exact: with
+        # nothing seen before, old := new makes it the batch's own sum of squares.
+        centre = history.mean if first else (old + history.mean) / 2
+        half_step = torch.zeros_like(centre) if first else (history.mean - old) / 2
+        sums, counts = position_sums(x, valid, square=True, centre=centre)
+        merge_mean(history, sums - counts[:, None] * half_step.square(), counts)
+
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None, pad_epsilon: float = 0.0) -> Tensor:
+        if mean is None:
+            counted = x.float() if valid is None else x.float().masked_fill(~valid[..., None], 0)
+            tokens = x.shape[0] * x.shape[1] if valid is None else valid.sum().clamp(min=1)
+            mean = counted.sum((0, 1)) / tokens
+        return per_row(*position_sums(x, valid, square=True, centre=mean), valid, pad_epsilon)
+
+
+def position_sums(
+    x: Tensor, valid: Tensor | None, square: bool = False, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of x, or of (x - centre)^2; x (B, T, C) -> (T, C) float32 and the tokens counted (T,).
+
+    Row by row: the temporaries stay in the processor's cache, which on CPU is many times faster than
+    one reduction over the batch axis, and a half-precision batch never becomes a float32 copy of itself.
+    """
+    total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
+    for b in range(x.shape[0]):
+        row = x[b].float()
+        if centre is not None:
+            row = row - centre
+        if valid is not None:
+            row = row.masked_fill(~valid[b][:, None], 0)
+        if square:
+            total.addcmul_(row, row)
+        else:
+            total.add_(row)
+    if valid is None:
+        counts = torch.full((x.shape[1],), float(x.shape[0]), device=x.device)
+    else:
+        counts = valid.sum(0).float()
+    return total, counts
+
+
+def per_row(sums: Tensor, counts: Tensor, valid: Tensor | None, pad_epsilon: float) -> Tensor:
+    """Sums (T, C) divided by the tokens counted at each position (T,); a position with none gives 0."""
+    if valid is not None and pad_epsilon:
+        counts = counts + pad_epsilon
+    else:
+        counts = counts.clamp(min=1)
+    return sums / counts[:, None]
+
+
+def merge_mean(history: ChannelHistory, sums: Tensor, counts: Tensor) -> None:
+    """Running mean per position: ``table <- table*n/(n+b) + sums/(n+b)``, n and b counted per position."""
+    positions = sums.shape[0]
+    history.grow(positions)
+    seen = history.rows[:positions]
+    total = (seen + counts).clamp(min=1)
+    history.table[:positions].mul_((seen / total)[:, None]).add_(sums / total[:, None])
+    history.rows[:positions] = seen + counts

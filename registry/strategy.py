@@ -1,0 +1,91 @@
+"""The strategy's role: a named composition of components with defaults."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from .component import Component
+from .roles import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
+from .sites import AttentionUnit
+
+
+class Strategy(Component):
+    """What to score by, how much to cut where, how to cut, and (with a selector) how to probe every batch.
+
+    With a ``selector`` the decision is made anew for every batch; without one it is made once, from the
+    calibration statistics. Any field can be overridden from YAML or Python.
+    """
+
+    # The ratio's exact place depends on the allocator, so the model cannot declare it required.
+    ratio: float | None = Field(None, description="share of the model's units to cut, 0 <= ratio < 1")
+    skip_layers: tuple[int, ...] = Field((), description="layers left untouched")
+    rescale: Literal["exact", "two_decimals", "off"] = Field(
+        "exact",
+        description="cut the other layers harder so that the mean over all layers is the ratio asked for; "
+        "two_decimals rounds the harder ratio as the PP reference does; off leaves it",
+    )
+    attention_unit: AttentionUnit = Field(
+        "kv_group",
+        description="kv_group cuts a key/value head with its query heads (all four projections and the KV cache); "
+        "query_head cuts query heads only, as the PP reference does under grouped-query attention",
+    )
+    scorer: SerializeAsAny[Scorer]
+    allocator: SerializeAsAny[SparsityAllocator]
+    applier: SerializeAsAny[MaskApplier]
+    selector: SerializeAsAny[ProbeSelector] | None = Field(None, description="which part of a batch to probe")
+    merger: SerializeAsAny[HistoryMerger] | None = Field(None, description="how the probe and history are merged")
+    compensate: Literal["none", "mean"] = Field(
+        "none", description="mean: add the dropped channels' calibrated mean contribution back as a bias"
+    )
+    sequential: bool = Field(
+        False, description="calibrate every layer on the outputs of the layers already cut (static strategies; slower)"
+    )
+    probe_mask: Literal["selected", "first"] = Field(
+        "selected",
+        description="attention mask of the probe: that of the selected positions, or, as the PP reference "
+        "has it, of as many first positions (wrong under left padding)",
+    )
+    pad_handling: Literal["exclude", "reference"] = Field(
+        "exclude",
+        description="exclude keeps padding out of probe and statistics; reference does what the PP code does "
+        "(1e-3 in the denominators, padded embeddings and attention outputs zeroed, pads ranked like tokens)",
+    )
+    seed: int = Field(0, description="seed of components that draw")
+
+    dynamic_fields: ClassVar[tuple[str, ...]] = ("selector", "merger")
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratio_in_range(cls, ratio: float | None) -> float | None:
+        if ratio is not None and not 0 <= ratio < 1:
+            raise ValueError(f"the ratio is the share that is cut, 0 <= ratio < 1; found {ratio}")
+        return ratio
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Strategy:
+        if (self.selector is None) != (self.merger is None):
+            raise ValueError("a probe needs both a selector and a merger (or neither, to decide once)")
+        if self.dynamic and self.scorer.statistic is None:
+            raise ValueError(
+                f"scorer {self.scorer.name} looks at no activations, so a probe has nothing to tell it; "
+                "set selector and merger to null to decide once, or choose another scorer"
+            )
+        if self.dynamic and self.sequential:
+            raise ValueError("sequential calibration is for strategies that decide once (no selector)")
+        return self
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the decision is made anew for every batch."""
+        return self.selector is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the strategy must see calibration batches before it can decide."""
+        if self.compensate != "none" or self.allocator.needs_scores and self.scorer.statistic is not None:
+            return True
+        if self.dynamic:
+            return self.merger.uses_history
+        return self.scorer.statistic is not None

@@ -1,0 +1,74 @@
+"""Text as one stream of token ids, and the windows it is cut into: what calibrating and measuring share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+BosPolicy = Literal["none", "first", "every"]
+Tail = Literal["keep", "drop"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the stream that the model sees at once; the last ``scored`` of its tokens (w,) count."""
+
+    ids: Tensor
+    scored: int
+
+
+def token_stream(documents: Sequence[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
+    """Token ids (N,), int64, of all documents joined by ``separator`` and tokenised as one text.
+
+    No special tokens are added. Joining before tokenising is what published WikiText-2 perplexities do.
+    """
+    encoded = tokenizer(separator.join(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.long)
+
+
+def with_bos(ids: Tensor, tokenizer: Any) -> Tensor:
+    """The stream (N,) begun by one BOS, where the tokenizer has one: (N + 1,) or (N,)."""
+    if tokenizer.bos_token_id is None:
+        return ids
+    return torch.cat([torch.tensor([tokenizer.bos_token_id], dtype=ids.dtype), ids])
+
+
+def cut(
+    ids: Tensor, length: int, stride: int | None = None, prefix: int | None = None, tail: Tail = "keep"
+) -> list[Window]:
+    """Windows of ``length`` tokens over the stream (N,), one every ``stride`` tokens (default: no overlap).
+
+    ``prefix``, a token id, begins every window and takes one of its places. A token that an earlier
+    window has scored is context only, and so is a window's first token if nothing stands before it.
+    The last window may be shorter: kept, or dropped with ``tail="drop"``. Windows that score nothing
+    are left out.
+    """
+    room = length - (prefix is not None)
+    step = room if stride is None else stride
+    start_of_all = [] if prefix is None else [torch.tensor([prefix], dtype=ids.dtype)]
+    found, seen = [], 0
+    for start in range(0, len(ids), step):
+        stop = min(start + room, len(ids))
+        if stop - start < room and tail == "drop":
+            break
+        scored = stop - max(start, seen) - (seen <= start and prefix is None)
+        if scored > 0:
+            found.append(Window(torch.cat([*start_of_all, ids[start:stop]]), scored))
+        seen = stop
+        if stop == len(ids):
+            break
+    return found
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """sha256 over token ids: of every tensor its shape, then its ids as little-endian int64."""
+    total = hashlib.sha256()
+    for ids in tensors:
+        total.update(repr(tuple(ids.shape)).encode())
+        total.update(ids.detach().cpu().to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    return total.hexdigest()
