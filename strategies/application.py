@@ -1,0 +1,41 @@
+"""How a decision reaches the weights: really smaller, or only zeroed."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..registry import MaskApplier, hookimpl
+
+
+class Slice(MaskApplier):
+    """Compute with the kept rows and columns only: really smaller and faster."""
+
+    name: Literal["slice"] = "slice"
+
+    def producer(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+
+    def consumer(self, weight: Tensor, columns: Tensor) -> Tensor:
+        return weight.index_select(1, columns)
+
+
+class Zero(MaskApplier):
+    """Compute everything and let the dropped channels weigh nothing: the oracle that slicing must equal."""
+
+    resizes: ClassVar[bool] = False
+    name: Literal["zero"] = "zero"
+
+    def producer(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return weight, bias
+
+    def consumer(self, weight: Tensor, columns: Tensor) -> Tensor:
+        kept = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return weight * kept.index_fill(0, columns, 1)
+
+
+@hookimpl
+def mask_appliers() -> list[type[MaskApplier]]:
+    return [Slice, Zero]

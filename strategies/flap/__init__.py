@@ -1,0 +1,42 @@
+"""FLAP: fluctuation-based adaptive structured pruning (An et al., AAAI 2024, arXiv 2312.11983)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from ...registry import MaskApplier, Scorer, SparsityAllocator, Strategy, hookimpl
+from ..application import Slice
+from .adaptive import GlobalAdaptive
+from .reference import FlapShipped, PPFlapShipped
+from .scorer import FluctuationScorer
+
+
+class Flap(Strategy):
+    """FLAP: fluctuating channels stay, one threshold for all layers, the lost mean comes back as a bias."""
+
+    paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983"
+
+    name: Literal["flap"] = "flap"
+    scorer: SerializeAsAny[Scorer] = FluctuationScorer(square_attention=True)
+    allocator: SerializeAsAny[SparsityAllocator] = GlobalAdaptive()
+    applier: SerializeAsAny[MaskApplier] = Slice()
+    compensate: Literal["none", "mean"] = Field(
+        "mean", description="mean: add the dropped channels' calibrated mean contribution back as a bias"
+    )
+
+
+@hookimpl
+def scorers() -> list[type[Scorer]]:
+    return [FluctuationScorer]
+
+
+@hookimpl
+def allocators() -> list[type[SparsityAllocator]]:
+    return [GlobalAdaptive, FlapShipped, PPFlapShipped]
+
+
+@hookimpl
+def strategies() -> list[type[Strategy]]:
+    return [Flap]

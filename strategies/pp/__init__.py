@@ -1,0 +1,56 @@
+"""Probe Pruning (Le et al., ICLR 2025, arXiv 2502.15618) and its upper bound, full-batch probing."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from ...registry import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, Strategy, hookimpl
+from ..allocation import Uniform
+from ..application import Slice
+from .mergers import FixedRatio, HistoryOnly, ImportanceScaled, ProbeOnly
+from .scorer import PPsp
+from .selectors import HiddenNorm, RandomProbe, ResidualNorm, WholeBatch
+
+
+class PP(Strategy):
+    """Probe Pruning: probe a few crucial hidden states of every batch, then drop the weakest units."""
+
+    paper: ClassVar[str] = "Probe Pruning, ICLR 2025, arXiv 2502.15618"
+
+    name: Literal["pp"] = "pp"
+    scorer: SerializeAsAny[Scorer] = PPsp()
+    allocator: SerializeAsAny[SparsityAllocator] = Uniform()
+    applier: SerializeAsAny[MaskApplier] = Slice()
+    selector: SerializeAsAny[ProbeSelector] | None = Field(ResidualNorm(), description="which part of a batch to probe")
+    merger: SerializeAsAny[HistoryMerger] | None = Field(
+        ImportanceScaled(), description="how the probe and history are merged"
+    )
+
+
+class FullBatchProbing(PP):
+    """Full-batch probing: PP that probes every row and position; the paper's upper bound, at twice the work."""
+
+    name: Literal["full_batch_probing"] = "full_batch_probing"
+    selector: SerializeAsAny[ProbeSelector] | None = Field(WholeBatch(), description="which part of a batch to probe")
+
+
+@hookimpl
+def strategies() -> list[type[Strategy]]:
+    return [PP, FullBatchProbing]
+
+
+@hookimpl
+def scorers() -> list[type[Scorer]]:
+    return [PPsp]
+
+
+@hookimpl
+def probe_selectors() -> list[type[ProbeSelector]]:
+    return [ResidualNorm, HiddenNorm, RandomProbe, WholeBatch]
+
+
+@hookimpl
+def history_mergers() -> list[type[HistoryMerger]]:
+    return [ImportanceScaled, FixedRatio, ProbeOnly, HistoryOnly]

@@ -1,0 +1,77 @@
+"""How the probe's statistic and history become one, and how history learns from the batch (PP, section 4.2)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+from typing_extensions import Self
+
+from ...registry import HistoryMerger, Site
+
+
+class MovingAverage(HistoryMerger):
+    """History as an exponential moving average of what whole batches showed."""
+
+    momentum: float = Field(0.99, ge=0, le=1, description="weight of the old history; 1 freezes it")
+
+    def update(self, history: Tensor, observed: Tensor) -> Tensor:
+        return torch.lerp(observed, history, self.momentum)
+
+    @property
+    def updates(self) -> bool:
+        return self.momentum < 1
+
+
+class ImportanceScaled(MovingAverage):
+    """Each entry weighted by its own size: ``r = P/(P+H)``, ``r*P + (1-r)*H`` (PP, eq. 3)."""
+
+    paper: ClassVar[str] = "Probe Pruning, ICLR 2025, section 4.2"
+    name: Literal["importance_scaled"] = "importance_scaled"
+
+    def merge(self, probe: Tensor, history: Tensor) -> Tensor:
+        return torch.lerp(history, probe, probe / (probe + history + 1e-6))
+
+
+class FixedRatio(MovingAverage):
+    """A fixed share of probe and history."""
+
+    name: Literal["fixed_ratio"] = "fixed_ratio"
+    probe: float = Field(0.5, ge=0, le=1, description="the probe's share")
+    as_shipped: bool = Field(
+        False, description="at MLPs give that share to history instead, as the PP reference's code does"
+    )
+
+    _swapped: bool = PrivateAttr(False)
+
+    def at(self, site: Site) -> Self:
+        if not (self.as_shipped and site.kind == "mlp"):
+            return self
+        here = self.model_copy()
+        here._swapped = True
+        return here
+
+    def merge(self, probe: Tensor, history: Tensor) -> Tensor:
+        return torch.lerp(history, probe, 1 - self.probe if self._swapped else self.probe)
+
+
+class ProbeOnly(HistoryMerger):
+    """The probe alone, without history (needs no calibration)."""
+
+    uses_history: ClassVar[bool] = False
+    name: Literal["probe_only"] = "probe_only"
+
+    def merge(self, probe: Tensor, history: Tensor | None) -> Tensor:
+        return probe
+
+
+class HistoryOnly(MovingAverage):
+    """History alone: what the batches before have shown, without looking at this one."""
+
+    uses_probe: ClassVar[bool] = False
+    name: Literal["history_only"] = "history_only"
+
+    def merge(self, probe: Tensor | None, history: Tensor) -> Tensor:
+        return history

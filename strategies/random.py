@@ -1,0 +1,56 @@
+"""Random pruning: the control that every method has to beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, PrivateAttr, SerializeAsAny
+from torch import Tensor
+from typing_extensions import Self
+
+from ..registry import MaskApplier, Scorer, Site, SparsityAllocator, Statistic, Strategy, hookimpl
+from .allocation import Uniform
+from .application import Slice
+
+
+class RandomScorer(Scorer):
+    """Scores drawn at random, seeded, different at every site."""
+
+    statistic: ClassVar[Statistic | None] = None
+    name: Literal["random"] = "random"
+    seed: int = Field(0, description="seed of the draw")
+
+    _site: int = PrivateAttr(0)
+
+    def at(self, site: Site) -> Self:
+        here = self.model_copy()
+        here._site = 2 * site.layer + (site.kind == "mlp")
+        return here
+
+    def prepare(self, weight: Tensor) -> Tensor:
+        """Uniform draws; (O, C) -> (C,)."""
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self._site)
+        return torch.rand(weight.shape[1], generator=generator).to(weight.device)
+
+    def score(self, prepared: Tensor, statistic: Tensor | None) -> Tensor:
+        return prepared
+
+
+class Random(Strategy):
+    """Random: drop units drawn at random, the same share in every layer; the control."""
+
+    name: Literal["random"] = "random"
+    scorer: SerializeAsAny[Scorer] = RandomScorer()
+    allocator: SerializeAsAny[SparsityAllocator] = Uniform()
+    applier: SerializeAsAny[MaskApplier] = Slice()
+
+
+@hookimpl
+def scorers() -> list[type[Scorer]]:
+    return [RandomScorer]
+
+
+@hookimpl
+def strategies() -> list[type[Strategy]]:
+    return [Random]
