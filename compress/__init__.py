@@ -1,0 +1,22 @@
+"""The top floor: prune a loaded model, or run a pipeline file from calibration to report."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .pruning import Pruned, prune
+    from .spec import PipelineSpec
+
+__all__ = ["Pipeline", "PipelineSpec", "Pruned", "prune"]
+
+_HOMES = {"prune": "pruning", "Pruned": "pruning", "Pipeline": "pipeline", "PipelineSpec": "spec"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``prunekit --help`` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,220 @@
+"""Turns names and options, from a pipeline file or from Python, into components; reports every mistake at once."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from ..registry import ROLES, Catalog, Component, PluginError, SpecError, Strategy, near
+
+Model = TypeVar("Model", bound=BaseModel)
+Place = tuple[Union[str, int], ...]
+
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Where something is wrong (keys and list places from the top) and what, with the remedy."""
+
+    place: Place
+    message: str
+
+    def __str__(self) -> str:
+        where = ".".join(str(part) for part in self.place)
+        return f"{where}: {self.message}" if where else self.message
+
+
+def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], options: Mapping[str, Any]) -> Strategy:
+    """The strategy called ``strategy`` (or that object) with ``options`` in place of its own settings.
+
+    A component is given as an object, by its name, or as a mapping of ``name`` and options; without a
+    name, or with the name of the component the strategy already uses, the mapping changes only the
+    options it lists. ``None`` removes the selector and merger. Raises :class:`SpecError` naming every
+    mistake at once.
+    """
+    reader = Reader(catalog)
+    if isinstance(strategy, str):
+        label = f"strategy {strategy}"
+        built = reader.component("strategies", {"use": strategy, **options}, ())
+    else:
+        if isinstance(strategy, type) and issubclass(strategy, Strategy):
+            strategy = strategy()
+        if not isinstance(strategy, Strategy):
+            raise SpecError(f"expected the name of a strategy or a Strategy object, found {strategy!r}")
+        label = f"strategy {strategy.name}"
+        built = reader.model(type(strategy), options, (), base=strategy)
+    reader.finish(label)
+    return built
+
+
+class Reader:
+    """Reads plain data (dicts, lists, numbers, names) into pydantic models and collects the mistakes."""
+
+    def __init__(self, catalog: Catalog):
+        self.catalog = catalog
+        self.mistakes: list[Mistake] = []
+        self._notes: list[str] = []
+
+    def finish(self, label: str, at: Callable[[Place], str] = lambda place: "") -> None:
+        """Raise one :class:`SpecError` with all mistakes, if there were any; ``at`` says where in a file."""
+        if len(self.mistakes) == 1:
+            only = self.mistakes[0]
+            raise SpecError("\n".join([f"{label}: {at(only.place)}{only}", *self._notes]))
+        if self.mistakes:
+            lines = [f"  {at(mistake.place)}{mistake}" for mistake in self.mistakes]
+            raise SpecError("\n".join([f"{label}: {len(self.mistakes)} mistakes", *lines, *self._notes]))
+
+    def mistake(self, place: Place, message: str) -> None:
+        self.mistakes.append(Mistake(place, message))
+
+    def model(self, cls: type[Model], raw: Any, place: Place, base: BaseModel | None = None) -> Model | None:
+        """An instance of ``cls`` from a mapping; fields that it leaves out are those of ``base``."""
+        if isinstance(raw, cls):
+            return raw
+        if not isinstance(raw, Mapping):
+            self.mistake(place, f"expected a mapping of {', '.join(visible(cls))} (found {raw!r})")
+            return None
+        start = len(self.mistakes)
+        values = {} if base is None else {key: getattr(base, key) for key in base.model_fields_set}
+        for key, value in raw.items():
+            here = (*place, key)
+            if key not in cls.model_fields:
+                self.mistake(here, f"unknown key{near(key, visible(cls)) or self._owner(cls, key, base)}")
+                continue
+            default = default_of(cls, key) if base is None else getattr(base, key)
+            values[key] = self._value(cls.model_fields[key].annotation, value, here, default)
+        if issubclass(cls, Strategy):
+            self._check_ratio(cls, values, place)
+        flawed = {mistake.place[len(place)] for mistake in self.mistakes[start:] if len(mistake.place) > len(place)}
+        kept = {key: value for key, value in values.items() if key not in flawed}
+        try:
+            built = cls.model_validate(kept)
+        except ValidationError as error:
+            for problem in error.errors():
+                loc = problem["loc"]
+                # What a whole model says about itself means nothing while one of its parts is missing.
+                if (loc and loc[0] in flawed) or (not loc and flawed):
+                    continue
+                about = cls.model_fields[loc[0]].description if len(loc) == 1 and loc[0] in cls.model_fields else None
+                self.mistake((*place, *loc), describe(problem, about))
+            return None
+        return built if len(self.mistakes) == start else None
+
+    def component(self, role: str, raw: Any, place: Place, default: Component | None = None) -> Component | None:
+        """A role's component from an object, a name, or a mapping of its name and options."""
+        title, tag = ROLES[role].__name__, "use" if role == "strategies" else "name"
+        if isinstance(raw, ROLES[role]):
+            return raw
+        options = {tag: raw} if isinstance(raw, str) else raw
+        if not isinstance(options, Mapping):
+            self.mistake(place, f"expected a {title}, by name or as {{{tag}: NAME, options}} (found {raw!r})")
+            return None
+        options = dict(options)
+        name = options.pop(tag, None if default is None else default.name)
+        at_name = place if isinstance(raw, str) else (*place, tag)
+        if not isinstance(name, str):
+            known = ", ".join(self.catalog.names(role))
+            found = "" if name is None else f" (found {name!r})"
+            self.mistake(at_name, f"name a {title}{found}; there are {known}")
+            return None
+        if default is not None and name == default.name:
+            return self.model(type(default), options, place, base=default)
+        try:
+            cls = self.catalog.get(role, name)
+        except PluginError as error:
+            message, *notes = str(error).split("\n")
+            self.mistake(at_name, message)
+            self._notes = notes
+            return None
+        return self.model(cls, options, place)
+
+    def _value(self, annotation: Any, raw: Any, place: Place, default: Any) -> Any:
+        """``raw`` with components and nested models built, as the field's annotation asks for them."""
+        cls, optional, many = kind_of(annotation)
+        if cls is None or (raw is None and optional):
+            return raw
+        if many:
+            if not isinstance(raw, (list, tuple)):
+                self.mistake(place, f"expected a list (found {raw!r})")
+                return None
+            return [self._one(cls, item, (*place, index), None) for index, item in enumerate(raw)]
+        return self._one(cls, raw, place, default)
+
+    def _one(self, cls: type[BaseModel], raw: Any, place: Place, default: Any) -> Any:
+        role = role_of(cls)
+        if role is None:
+            return self.model(cls, raw, place, base=default if isinstance(default, cls) else None)
+        return self.component(role, raw, place, default if isinstance(default, Component) else None)
+
+    def _check_ratio(self, cls: type[Strategy], values: Mapping[str, Any], place: Place) -> None:
+        """Whether there is a ratio depends on who divides it up; pydantic checks its range."""
+        allocator = values.get("allocator", default_of(cls, "allocator"))
+        ratio = values.get("ratio", default_of(cls, "ratio"))
+        if not isinstance(allocator, Component):
+            return
+        if allocator.takes_ratio and ratio is None:
+            self.mistake((*place, "ratio"), "is required: the share of the model's units to cut, 0 <= ratio < 1")
+        elif not allocator.takes_ratio and ratio is not None:
+            self.mistake(
+                (*place, "ratio"), f"allocator {allocator.name} takes no ratio (found {ratio!r}); leave it out"
+            )
+
+    def _owner(self, cls: type[BaseModel], key: Any, base: BaseModel | None) -> str:
+        """A hint where ``key`` belongs to one of the model's components, or else the keys there are."""
+        for field in cls.model_fields:
+            part = default_of(cls, field) if base is None else getattr(base, field)
+            if isinstance(part, Component) and key in visible(type(part)):
+                return f"; it is an option of {field} {part.name}: write {field}: {{{key}: ...}}"
+        return f"; there are {', '.join(visible(cls)) or 'none'}"
+
+
+def visible(cls: type[BaseModel]) -> list[str]:
+    """The options of a model that a user can set: a component's name says which it is."""
+    return [key for key in cls.model_fields if not (key == "name" and issubclass(cls, Component))]
+
+
+def default_of(cls: type[BaseModel], field: str) -> Any:
+    """A field's default, or ``None`` where it has none."""
+    info = cls.model_fields.get(field)
+    return None if info is None or info.is_required() else info.get_default(call_default_factory=True)
+
+
+def role_of(cls: type) -> str | None:
+    """The role whose component ``cls`` is."""
+    return next((role for role, base in ROLES.items() if issubclass(cls, base)), None)
+
+
+def kind_of(annotation: Any) -> tuple[type[BaseModel] | None, bool, bool]:
+    """The model in an annotation (or None), whether ``None`` is allowed, and whether it is a list of them."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind_of(arguments[0])
+    if origin in (Union, types.UnionType):
+        found = [kind_of(part) for part in arguments if part is not type(None)]
+        models = [kind for kind in found if kind[0] is not None]
+        cls, _, many = models[0] if models else (None, False, False)
+        return cls, type(None) in arguments, many
+    if origin in (list, tuple) and arguments:
+        return kind_of(arguments[0])[0], False, True
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return (annotation if is_model else None), False, False
+
+
+def describe(problem: Mapping[str, Any], about: str | None = None) -> str:
+    """One of pydantic's errors in a sentence that names the value found, or what is missing."""
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if problem["type"] == "missing":
+        return f"is required: {about}" if about else "is required"
+    if problem["type"] == "value_error":
+        return message
+    message = message.replace("Input should", "should")
+    found = problem["input"]
+    if problem["type"] == "literal_error" and isinstance(found, str):
+        choices = [part.strip("'") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        return f"{message} (found {found!r}){near(found, choices)}"
+    return f"{message} (found {found!r})"

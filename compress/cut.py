@@ -1,0 +1,151 @@
+"""One site's cut while a model runs: open with the kept units, closed without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import ChannelHistory, HistoryMerger, Producer, MaskApplier, Scorer, Site, Strategy
+from .attention import KV_INDEX
+
+if TYPE_CHECKING:
+    from .leaf import SiteLinear
+
+
+@dataclass(eq=False)
+class SiteCut:
+    """A site with everything that changes: its history, its kept units, the weights cut to them."""
+
+    site: Site
+    applier: MaskApplier
+    scorer: Scorer
+    merger: HistoryMerger | None
+    entry: nn.Module
+    norm: nn.Module
+    consumer: nn.Module
+    attributes: list[tuple[nn.Module, str, int]]
+    """Modules, names and units' worth of the sizes that the block's forward reads."""
+    history: ChannelHistory
+    activation: nn.Module | Callable[[Tensor], Tensor] | None = None
+    observe: Callable[[SiteCut, Tensor], None] | None = None
+    """Sees what enters the consumer, (B, T, c) or (B*T, c)."""
+    compensated: bool = False
+    """Whether the dropped channels' mean contribution is added to the consumer's output."""
+
+    count: int = 0
+    """Units this site keeps; constant over batches."""
+    fixed: Tensor | None = None
+    """The kept units of a strategy that decides once."""
+    kept: Tensor | None = None
+    """(k,) int64 ascending while the cut is open."""
+    probing: bool = False
+    residual: Tensor | None = None
+    """Input of the site's norm, from the norm's call until the decision."""
+    prepared: Any = None
+    """What the scorer computed of the consumer's weight."""
+    _weights: dict[nn.Module, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _sizes: list[int] = field(default_factory=list)
+    _mean_output: Tensor | None = None
+
+    @classmethod
+    def resolve(cls, site: Site, model: nn.Module, strategy: Strategy) -> SiteCut:
+        """Look up the site's modules in ``model`` and the components that serve it."""
+        consumer = model.get_submodule(site.consumer)
+        return cls(
+            site=site,
+            applier=strategy.applier.at(site),
+            scorer=strategy.scorer.at(site),
+            merger=strategy.merger.at(site) if strategy.merger else None,
+            entry=model.get_submodule(site.entry),
+            norm=model.get_submodule(site.norm),
+            consumer=consumer,
+            attributes=[(model.get_submodule(a.path), a.attribute, a.per_unit) for a in site.shape_attributes],
+            history=ChannelHistory(site.channels, consumer.weight.device),
+            activation=model.get_submodule(site.activation) if site.activation else None,
+            compensated=strategy.compensate == "mean",
+            count=site.units,
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether this site keeps everything, so that there is nothing to decide."""
+        return self.count >= self.site.units
+
+    def prepare(self) -> None:
+        """The weights' part of the score, once."""
+        if self.prepared is None:
+            with torch.no_grad():
+                self.prepared = self.scorer.prepare(self.consumer.weight.detach().float())
+
+    def open(self, kept: Tensor) -> None:
+        """Compute with ``kept`` (k,) int64 from now on; what was gathered for the same set is reused."""
+        if self.kept is kept:
+            return
+        self.close()
+        self.kept = kept
+        if not self.applier.resizes:
+            return
+        units = self._computed_units()
+        self._sizes = [getattr(module, name) for module, name, _ in self.attributes]
+        for module, name, per_unit in self.attributes:
+            setattr(module, name, len(units) * per_unit)
+        if self.site.query_heads_per_kv:
+            setattr(self.entry, KV_INDEX, units // self.site.query_heads_per_kv)
+
+    def close(self) -> None:
+        """Compute with everything again; nothing of the cut is left on the model."""
+        self._weights.clear()
+        if self.kept is None:
+            return
+        self.kept = None
+        for (module, name, _), size in zip(self.attributes, self._sizes, strict=bool(self._sizes)):
+            setattr(module, name, size)
+        self._sizes = []
+        if hasattr(self.entry, KV_INDEX):
+            delattr(self.entry, KV_INDEX)
+
+    def entering_consumer(self, x: Tensor) -> None:
+        if self.observe is not None:
+            self.observe(self, x)
+
+    def producer_weights(self, linear: SiteLinear, producer: Producer) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that a producer computes with."""
+        if self.kept is None:
+            return linear.weight, linear.bias
+        if linear not in self._weights:
+            rows = producer.rows(self._computed_units())
+            self._weights[linear] = self.applier.producer(linear.weight, linear.bias, rows)
+        return self._weights[linear]
+
+    def consumer_weights(self, linear: SiteLinear) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that the consumer computes with."""
+        if self.kept is None:
+            return linear.weight, linear.bias
+        if linear not in self._weights:
+            columns = self.site.columns(self._computed_units())
+            weight = self.applier.consumer(linear.weight, columns)
+            if not len(self.kept):
+                weight = torch.zeros_like(weight)
+            self._weights[linear] = weight, self._compensated_bias(linear, weight, columns)
+        return self._weights[linear]
+
+    def _computed_units(self) -> Tensor:
+        """The kept units; where none is left unit 0 stands in, with a consumer weight of zero, because
+        no attention implementation takes zero heads."""
+        return self.kept if len(self.kept) else self.kept.new_zeros(1)
+
+    @torch.no_grad()
+    def _compensated_bias(self, linear: SiteLinear, weight: Tensor, columns: Tensor) -> Tensor | None:
+        """``bias + W[:, cut] @ mean[cut]``: FLAP's compensation (section 4.3), in float32; (O,)."""
+        if not self.compensated:
+            return linear.bias
+        mean = self.history.mean
+        if self._mean_output is None:
+            self._mean_output = linear.weight.float() @ mean
+        remaining = mean if weight.shape[1] == self.site.channels else mean[columns]
+        lost = self._mean_output - weight.float() @ remaining
+        return (lost if linear.bias is None else lost + linear.bias).to(linear.weight.dtype)

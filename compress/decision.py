@@ -1,0 +1,133 @@
+"""What to keep: scores of a site from its history and, for dynamic strategies, from a probe of the batch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..registry import DataError, NonFiniteError, SiteScores, Strategy
+from .cut import SiteCut
+from .probing import probe_states
+
+REFERENCE_PAD_EPSILON = 1e-3
+"""What the PP reference adds to its counts of real tokens in batches that have padding."""
+
+
+class Decision(NamedTuple):
+    """Kept units (k,), and the rows (b,) and positions (t,) they were decided by; all int64 ascending."""
+
+    kept: Tensor
+    rows: Tensor
+    positions: Tensor
+
+
+class Decider:
+    """Runs a strategy's components on one site at a time; its only state is a random generator."""
+
+    def __init__(self, strategy: Strategy):
+        self.strategy = strategy
+        self.probe_valid: Tensor | None = None
+        """Real tokens (b, t) of the probe that is running, where the batch has padding."""
+        self.generator = torch.Generator()
+        self.restart()
+
+    def restart(self) -> None:
+        """Draw from the start again."""
+        self.generator.manual_seed(self.strategy.seed)
+
+    @property
+    def learns(self) -> bool:
+        """Whether history changes with what batches show."""
+        merger = self.strategy.merger
+        return merger is not None and merger.uses_history and merger.updates
+
+    # Statistics
+
+    def calibrate(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
+        """Take a calibration batch of consumer input x (B, T, C) into the site's history."""
+        statistic = cut.scorer.statistic
+        if statistic is not None:
+            statistic.observe(cut.history, x, valid)
+        if cut.compensated and (statistic is None or not statistic.tracks_mean):
+            cut.history.observe_mean(x, valid)
+
+    def learn(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
+        """Update the history of the kept channels with what the whole batch showed; x (B, T, c or C)."""
+        columns = cut.site.columns(cut.kept)
+        if x.shape[-1] != len(columns):
+            x = x.index_select(2, columns)
+        observed = self._measure(cut, x, valid, columns)
+        table = cut.history.table[: x.shape[1]]
+        updated = cut.merger.update(table.index_select(1, columns), observed)
+        if valid is not None and self.strategy.pad_handling == "exclude":
+            # A position where every row is padding has shown nothing.
+            updated = torch.where(valid.any(0)[:, None], updated, table.index_select(1, columns))
+        table.index_copy_(1, columns, updated)
+
+    def _measure(self, cut: SiteCut, x: Tensor, valid: Tensor | None, columns: Tensor | None = None) -> Tensor:
+        mean = cut.history.mean
+        if mean is not None and columns is not None:
+            mean = mean[columns]
+        statistic = cut.scorer.statistic
+        if valid is None or self.strategy.pad_handling == "exclude":
+            return statistic.measure(x, valid, mean)
+        # The reference has zeroed what it leaves out of the sums, and divides by the real tokens.
+        return statistic.measure(x, None, mean) * (x.shape[0] / (valid.sum(0) + REFERENCE_PAD_EPSILON))[:, None]
+
+    # Decisions
+
+    def scores(self, cut: SiteCut) -> SiteScores:
+        """Scores of a site by its calibrated history, or by its weights alone."""
+        statistic = None if cut.scorer.statistic is None else cut.history.table.clamp(min=0).sum(0)
+        channels = self._channel_scores(cut, statistic)
+        return SiteScores(cut.site, channels, cut.scorer.unit_scores(channels, cut.site.unit_size))
+
+    @torch.no_grad()
+    def decide(
+        self, cut: SiteCut, hidden: Tensor, residual: Tensor, valid: Tensor | None, arguments: dict[str, Any]
+    ) -> Decision:
+        """Probe a batch and decide; hidden and residual (B, T, D), valid (B, T) or None."""
+        strategy = self.strategy
+        self._check_length(cut, hidden.shape[1])
+        selector, merger = strategy.selector.at(cut.site), cut.merger
+        states = residual if selector.looks_at == "residual" else hidden
+        counted = valid if strategy.pad_handling == "exclude" else None
+        rows, positions = selector.select(states, counted, self.generator)
+        probe = history = None
+        if merger.uses_probe:
+            self.probe_valid = None if valid is None else valid.index_select(0, rows).index_select(1, positions)
+            try:
+                x = probe_states(cut, hidden, rows, positions, arguments, strategy.probe_mask)
+                probe = self._measure(cut, x.view(len(rows), len(positions), -1), self.probe_valid)
+            finally:
+                self.probe_valid = None
+        if merger.uses_history:
+            history = cut.history.table.index_select(0, positions).clamp(min=0)
+        statistic = merger.merge(probe, history).sum(0)
+        units = cut.scorer.unit_scores(self._channel_scores(cut, statistic), cut.site.unit_size)
+        return Decision(keep_highest(units, cut.count), rows, positions)
+
+    def _channel_scores(self, cut: SiteCut, statistic: Tensor | None) -> Tensor:
+        cut.prepare()
+        scores = cut.scorer.score(cut.prepared, statistic)
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(scores).all()):
+            raise NonFiniteError(
+                f"{cut.site.label}: the scores of {cut.site.consumer} are NaN or infinite, so nothing can be decided; "
+                "the activations (or weights) are not finite here: run the model unpruned on this batch, and try "
+                "bfloat16 or float32 if it is float16"
+            )
+        return scores
+
+    def _check_length(self, cut: SiteCut, length: int) -> None:
+        if cut.merger.uses_history and length > cut.history.positions:
+            raise DataError(
+                f"a batch of {length} positions is longer than the history, which calibration filled for "
+                f"{cut.history.positions}; calibrate with sequences of at least {length} tokens, or cut the batch"
+            )
+
+
+def keep_highest(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` units with the highest scores; (U,) -> (count,) int64 ascending."""
+    return scores.topk(count).indices.sort().values

@@ -1,0 +1,232 @@
+"""``prune``: one call that cuts a loaded model, and the handle that measures, pauses and undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..registry import AttentionUnit, Catalog, DataError, ModelError, Site, SiteKind, SiteScores, SpecError, Strategy
+from .building import build_strategy
+from .calibration import Progress, calibrate, calibrate_sequentially, calibration_list, no_progress
+from .cut import SiteCut
+from .decision import Decision, keep_highest
+from .engine import Engine
+
+
+class Pruned:
+    """A pruned model: use the model as before; this handle knows what was cut, and takes it back.
+
+    A context manager: leaving it calls :meth:`remove`.
+    """
+
+    def __init__(self, engine: Engine, catalog: Catalog):
+        self._engine = engine
+        self._calibrated = engine.histories()
+        self.catalog = catalog
+
+    @property
+    def model(self) -> nn.Module:
+        return self._engine.model
+
+    @property
+    def strategy(self) -> Strategy:
+        return self._engine.strategy
+
+    @property
+    def trace(self) -> list[dict[str, Any]] | None:
+        """One record per decision, where ``trace=True`` was asked for.
+
+        Keys: ``batch`` (None for a strategy that decides once), ``layer``, ``kind``, ``rows`` and
+        ``positions`` of the probe, ``kept`` units, ascending.
+        """
+        return self._engine.trace
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that can be cut; those of skipped layers are not among them."""
+        return [cut.site for cut in self._engine.cuts]
+
+    @property
+    def counts(self) -> dict[tuple[int, SiteKind], int]:
+        """Kept units by layer and kind, constant over batches."""
+        return {(cut.site.layer, cut.site.kind): cut.count for cut in self._engine.cuts}
+
+    @contextmanager
+    def dense(self) -> Iterator[nn.Module]:
+        """Within it the model runs unpruned, and no history is touched."""
+        with self._engine.running("dense"):
+            yield self.model
+
+    def reset(self) -> None:
+        """Put the channel histories back to their calibrated state, so that a measurement can be repeated.
+
+        Batches are counted from 0 again and random components draw from the start; the trace is kept.
+        """
+        self._engine.restore(self._calibrated)
+
+    def active_parameters(self) -> int:
+        """Parameters that one forward pass computes with."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        if self._engine.mode == "dense":
+            return total
+        for cut in self._engine.cuts:
+            total -= (cut.site.units - cut.count) * cut.site.unit_parameters
+            if cut.compensated and cut.consumer.bias is None and not cut.whole:
+                total += cut.site.outputs
+        return total
+
+    def remove(self) -> None:
+        """Undo everything: the model is bit-identical to before. Calling it again does nothing."""
+        self._engine.remove()
+
+    def __enter__(self) -> Pruned:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def prune(
+    model: nn.Module,
+    strategy: str | Strategy,
+    *,
+    calibration: Iterable[Any] | None = None,
+    trace: bool = False,
+    catalog: Catalog | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Pruned:
+    """Prune a loaded causal language model in place; undo with :meth:`Pruned.remove` or ``with``.
+
+    ``strategy`` is a catalogued name (``"pp"``, ``"flap"``, ...) or a :class:`~prunekit.registry.Strategy`;
+    ``options`` are the keys of a pipeline file's ``prune`` section (``ratio``, ``skip_layers``, ``scorer``, ...).
+    ``calibration`` is an iterable of ``{"input_ids", "attention_mask"}`` tensors (B, T) int64, or of ids alone;
+    strategies that look at activations need it. Statistics are float32, whatever the model's dtype.
+
+    Raises :class:`SpecError` (options that cannot work), :class:`ModelError` (a model that no adapter knows),
+    :class:`DataError` (calibration missing or unusable), :class:`NonFiniteError` (NaN or infinity met); the model
+    is then as it was.
+    """
+    catalog = Catalog.discover() if catalog is None else catalog
+    chosen = build_strategy(catalog, strategy, options)
+    layers, sites = find_sites(model, catalog, chosen.attention_unit)
+    attention_outputs = [site.consumer for site in sites if site.kind == "attention"]
+    sites, ratio = _within(chosen, sites, layers=1 + max(site.layer for site in sites))
+    batches = None
+    if chosen.needs_calibration:
+        if calibration is None:
+            raise DataError(f"strategy {chosen.name} looks at activations: give it calibration batches")
+        batches = calibration_list(calibration)
+    engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs)
+    try:
+        _decide(engine, ratio, batches, progress)
+        engine.start()
+        return Pruned(engine, catalog)
+    except BaseException:
+        engine.remove()
+        raise
+
+
+def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple[str, list[Site]]:
+    """Path of the decoder layers and all sites, by the architecture that serves the model's type."""
+    entries = catalog.of_role("architectures")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    for entry in entries:
+        architecture = entry.component()
+        if kind in architecture.model_types:
+            try:
+                return architecture.layers, architecture.sites(model, unit)
+            except AttributeError as error:
+                raise ModelError(
+                    f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
+                    f"built differently ({error}); pass the causal language model itself, without wrappers"
+                ) from error
+    known = "; ".join(f"{e.name} ({', '.join(e.component().model_types)})" for e in entries)
+    raise ModelError(
+        f"no architecture serves model type {kind!r}; tried {known}. "
+        "Write one as a plugin: a prunekit.registry.Architecture with the model's names (docs/plugins.md)"
+    )
+
+
+def _within(strategy: Strategy, sites: list[Site], layers: int) -> tuple[list[Site], float | None]:
+    """Sites of the layers that are not skipped, and the share that they must lose."""
+    beyond = [layer for layer in strategy.skip_layers if not 0 <= layer < layers]
+    if beyond:
+        raise SpecError(f"skip_layers: the model has layers 0 to {layers - 1}, found {beyond[0]}")
+    kept_whole = set(strategy.skip_layers)
+    inside = [site for site in sites if site.layer not in kept_whole]
+    if not strategy.allocator.takes_ratio or not strategy.ratio:
+        return inside, strategy.ratio
+    others = layers - len(kept_whole)
+    if not others:
+        raise SpecError(f"skip_layers: all {layers} layers are skipped, so a ratio of {strategy.ratio} is out of reach")
+    ratio = strategy.ratio
+    if strategy.rescale != "off":
+        ratio = ratio * layers / others
+    if strategy.rescale == "two_decimals":
+        ratio = round(ratio, 2)
+    if ratio >= 1:
+        raise SpecError(
+            f"ratio {strategy.ratio} is out of reach: with {len(kept_whole)} of {layers} layers skipped the others would "
+            f"have to lose {ratio:.3g} of their units; skip fewer layers, ask for less than {others / layers:.3g}, or set "
+            "rescale: off"
+        )
+    return inside, ratio
+
+
+def _decide(engine: Engine, ratio: float | None, batches: list | None, progress: Progress) -> None:
+    """Calibrate, set every site's count, and let strategies that decide once decide."""
+    strategy = engine.strategy
+    if strategy.sequential and batches is not None:
+        if strategy.allocator.needs_scores:
+            raise SpecError(
+                f"sequential calibration cuts layer after layer, but allocator {strategy.allocator.name} needs the "
+                "scores of all layers at once; use allocator uniform or explicit"
+            )
+        _allocate(engine, ratio)
+        cuts = engine.cuts
+
+        def decide_layer(layer: int) -> None:
+            for cut in cuts:
+                if cut.site.layer == layer:
+                    _fix(engine, cut)
+
+        calibrate_sequentially(engine, batches, decide_layer, progress)
+        return
+    if batches is not None:
+        calibrate(engine, batches, progress)
+    _allocate(engine, ratio)
+    if not strategy.dynamic:
+        for cut in engine.cuts:
+            _fix(engine, cut)
+
+
+def _allocate(engine: Engine, ratio: float | None) -> None:
+    allocator = engine.strategy.allocator
+    if allocator.needs_scores:
+        scores = [engine.decider.scores(cut) for cut in engine.cuts]
+    else:
+        scores = [SiteScores(cut.site, None, None) for cut in engine.cuts]
+    counts = allocator.allocate(scores, ratio) if scores else []
+    for cut, count in zip(engine.cuts, counts, strict=True):
+        if not 0 <= count <= cut.site.units:
+            raise SpecError(
+                f"allocator {allocator.name} keeps {count} of {cut.site.units} units at {cut.site.label}; "
+                "it must keep between 0 and all"
+            )
+        cut.count = int(count)
+
+
+def _fix(engine: Engine, cut: SiteCut) -> None:
+    """Decide once for a site, by its calibrated scores."""
+    kept = keep_highest(engine.decider.scores(cut).units, cut.count)
+    nothing = torch.empty(0, dtype=torch.int64)
+    engine.record(cut, None, Decision(kept, nothing, nothing))
+    if not cut.whole:
+        cut.fixed = kept
+        if engine.strategy.sequential:
+            cut.open(kept)
