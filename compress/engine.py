@@ -141,7 +141,7 @@ class Engine:
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
         self._shape = tuple(tokens.shape[:2])
-        self._valid = _valid_tokens(kwargs.get("attention_mask"), self._shape[1])
+        self._valid = _valid_tokens(kwargs.get("attention_mask"), *self._shape)
         self._cache = None
         self._counted = False
 
@@ -175,7 +175,7 @@ class Engine:
                     "without this pruning; start the prompt with an empty cache"
                 )
             hidden = args[0] if args else kwargs["hidden_states"]
-            hidden, residual = (t.view(*self._shape, t.shape[-1]) for t in (hidden, residual))
+            hidden, residual = (t.reshape(*self._shape, t.shape[-1]) for t in (hidden, residual))
             if not self._counted:
                 self.batch += 1
                 self._counted = True
@@ -206,7 +206,7 @@ class Engine:
         else:
             return
         with torch.no_grad():
-            learn(cut, x.detach().view(*self._shape, x.shape[-1]), self._valid)
+            learn(cut, x.detach().reshape(*self._shape, x.shape[-1]), self._valid)
 
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.mode == "prune" and self.strategy.dynamic and self._cache is None:
@@ -236,9 +236,21 @@ def _keep_residual(cut: SiteCut):
     return hook
 
 
-def _valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """Which tokens of the batch are real, (B, T) bool, from a 2-D mask; None where all are."""
-    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+def _valid_tokens(attention_mask: Tensor | dict | None, batch: int, length: int) -> Tensor | None:
+    """Which tokens of the batch are real, (B, T) bool; None where all are.
+
+    The mask is (B, T) or longer by what a cache holds; or, with a static cache, already (B, 1, T, keys), one per
+    kind of attention: a token is real where it may attend to itself.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
+    if attention_mask is None:
         return None
-    valid = attention_mask[:, -length:].bool()
-    return None if bool(valid.all()) else valid
+    if attention_mask.dim() == 4:
+        own = attention_mask[:, 0, :, :length].diagonal(dim1=1, dim2=2)
+        valid = own if own.dtype == torch.bool else own == 0
+    else:
+        valid = attention_mask[:, -length:].bool()
+    if valid.shape[1] != length or bool(valid.all()):
+        return None
+    return valid.expand(batch, length)

@@ -1,0 +1,323 @@
+"""The handle: what it reports, that everything is taken back, and that one model serves many strategies."""
+
+import pytest
+import torch
+from torch import nn
+
+from prunekit.compress import prune
+from prunekit.registry import Catalog, DataError, ModelError, NonFiniteError, SpecError
+
+STRATEGIES = ["pp", "full_batch_probing", "flap", "wanda_sp", "magnitude", "random"]
+
+
+def fingerprint(model):
+    """Everything a removal must bring back: parameters (identity, values, strides), attributes, hooks, classes."""
+    seen = {"config": model.config.to_json_string(), "attention": model.config._attn_implementation}
+    for name, module in model.named_modules():
+        attributes = {k: v for k, v in module.__dict__.items() if isinstance(v, (int, float, str, bool, type(None)))}
+        hooks = [len(module._forward_pre_hooks), len(module._forward_hooks), len(module._forward_hooks_always_called)]
+        seen[name] = (type(module), sorted(module.__dict__), attributes, hooks)
+    for name, parameter in model.named_parameters():
+        seen["parameter " + name] = (id(parameter), parameter.stride(), parameter.detach().clone())
+    return seen
+
+
+def assert_same(before, after):
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if key.startswith("parameter"):
+            assert value[:2] == after[key][:2]
+            assert torch.equal(value[2], after[key][2]), key
+        else:
+            assert value == after[key], key
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "opt"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_removal_leaves_nothing(make_model, batches, strategy, family, unit):
+    model = make_model(family)
+    ids = batches[0]["input_ids"]
+    before, keys = fingerprint(model), list(model.state_dict())
+    dense = model(ids).logits
+    with prune(model, strategy, ratio=0.4, calibration=batches, attention_unit=unit) as pruned:
+        assert list(model.state_dict()) == keys
+        pruned_logits = model(ids).logits
+    assert not torch.equal(pruned_logits, dense)
+    assert_same(before, fingerprint(model))
+    assert torch.equal(model(ids).logits, dense)
+
+
+@pytest.mark.parametrize("strategy", ["pp", "flap"])
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_an_exception_in_the_middle_leaves_nothing(make_model, batches, family, strategy):
+    model = make_model(family)
+    before = fingerprint(model)
+    ids = batches[0]["input_ids"]
+    with prune(model, strategy, ratio=0.4, calibration=batches) as pruned:
+        expected = model(ids, use_cache=False).logits
+        pruned.reset()
+
+        def fail(module, args):
+            raise KeyboardInterrupt
+
+        consumer = pruned._engine.cuts[-1].consumer
+        handle = consumer.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, use_cache=False)
+        handle.remove()
+        pruned.reset()
+        assert torch.equal(model(ids, use_cache=False).logits, expected), "the next batch must not see the failed one"
+        with pruned.dense():
+            consumer.register_forward_pre_hook(fail)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids)
+            consumer._forward_pre_hooks.clear()
+        handle = consumer.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+        handle.remove()
+    assert_same(before, fingerprint(model))
+
+
+def test_failing_to_prune_leaves_nothing(make_model, batches):
+    model = make_model("llama-gqa")
+    before = fingerprint(model)
+    with pytest.raises(DataError, match="calibration batch 1"):
+        prune(model, "pp", ratio=0.4, calibration=[batches[0], {"ids": 3}])
+    with pytest.raises(SpecError):
+        prune(model, "pp", ratio=0.4, skip_layers=[0, 1, 2], calibration=batches)
+    assert_same(before, fingerprint(model))
+
+    class Quantised(nn.Linear):
+        pass
+
+    model.model.layers[1].mlp.down_proj.__class__ = Quantised
+    before = fingerprint(model)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj is a Quantised"):
+        prune(model, "pp", ratio=0.4, calibration=batches)
+    assert_same(before, fingerprint(model))
+    model = make_model("llama-gqa")
+    broken = model.model.layers[2].mlp.up_proj.weight
+    with torch.no_grad():
+        broken[0, 0] = float("nan")
+    before = fingerprint(model)
+    with pytest.raises(NonFiniteError, match="layer 2 mlp"):
+        prune(model, "pp", ratio=0.4, calibration=batches)
+    after = fingerprint(model)
+    key = next(k for k in before if k.startswith("parameter") and "layers.2.mlp.up_proj" in k)
+    before.pop(key), after.pop(key)
+    assert_same(before, after)
+
+
+def test_two_prunings_at_once_are_refused(make_model, batches):
+    model = make_model("llama-gqa")
+    with prune(model, "magnitude", ratio=0.4) as first:
+        with pytest.raises(ModelError, match=r"already part of a pruned model"):
+            prune(model, "pp", ratio=0.4, calibration=batches)
+        assert model(batches[0]["input_ids"]).logits.isfinite().all()
+        first.remove()
+        first.remove()
+    with prune(model, "pp", ratio=0.4, calibration=batches):
+        pass
+
+
+def test_counts_and_parameters(make_model, batches):
+    model = make_model("llama-gqa")
+    total = sum(p.numel() for p in model.parameters())
+    with prune(model, "pp", ratio=0.5, calibration=batches) as pruned:
+        assert pruned.counts == {(i, k): n for i in range(3) for k, n in (("attention", 2), ("mlp", 96))}
+        gone = 3 * (2 * 128 * 16 * (2 + 1 + 1 + 2) + 96 * 3 * 128)
+        assert pruned.active_parameters() == total - gone
+        with pruned.dense():
+            assert pruned.active_parameters() == total
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_cut_is_nothing_changed(make_model, batches, strategy):
+    model = make_model("llama-gqa")
+    dense = model(batches[0]["input_ids"]).logits
+    with prune(model, strategy, ratio=0.0, calibration=batches) as pruned:
+        assert torch.equal(model(batches[0]["input_ids"]).logits, dense)
+        assert all(count == site.units for count, site in zip(pruned.counts.values(), pruned.sites, strict=True))
+
+
+def test_dense_inside_and_reset(make_model, batches):
+    model = make_model("opt")
+    ids = [b["input_ids"] for b in batches]
+    dense = model(ids[0]).logits
+    with prune(model, "pp", ratio=0.4, calibration=batches, trace=True) as pruned:
+        first = [model(x, use_cache=False).logits for x in ids]
+        with pruned.dense():
+            assert torch.equal(model(ids[0]).logits, dense)
+        again = [model(x, use_cache=False).logits for x in ids]
+        assert any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)), "history should have learnt"
+        pruned.reset()
+        repeated = [model(x, use_cache=False).logits for x in ids]
+        assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
+        decisions = [(r["batch"], r["kept"]) for r in pruned.trace]
+        assert decisions[: len(decisions) // 3] == decisions[-len(decisions) // 3 :]
+
+
+def test_trace_records(make_model, batches):
+    model = make_model("llama-gqa")
+    with prune(model, "pp", ratio=0.4, calibration=batches, skip_layers=[0], trace=True) as pruned:
+        for batch in batches[:2]:
+            model(**batch)
+        keys = [(r["batch"], r["layer"], r["kind"]) for r in pruned.trace]
+    assert keys == [(b, i, k) for b in (0, 1) for i in (1, 2) for k in ("attention", "mlp")]
+    for record in pruned.trace:
+        assert list(record) == ["batch", "layer", "kind", "kept", "rows", "positions"]
+        for part in ("kept", "rows", "positions"):
+            assert record[part] == sorted(set(record[part]))
+        assert len(record["positions"]) == 12 and len(record["rows"]) == 1
+    with prune(model, "flap", ratio=0.4, calibration=batches, trace=True) as pruned:
+        model(**batches[0])
+        assert [r["batch"] for r in pruned.trace] == [None] * 6
+
+
+def test_the_weights_part_of_a_score_is_computed_once(make_model, batches):
+    from prunekit.strategies.pp.scorer import PPsp
+
+    calls = []
+
+    class Counting(PPsp):
+        def prepare(self, weight):
+            calls.append(tuple(weight.shape))
+            return super().prepare(weight)
+
+    model = make_model("llama-gqa")
+    with prune(model, "pp", ratio=0.4, calibration=batches, scorer=Counting()):
+        for batch in batches:
+            model(**batch)
+    assert len(calls) == 6
+
+
+def test_calibration_memory(make_model, batches):
+    """Statistics are as long as the calibration sequences, however many there are and whatever the context."""
+    model = make_model("llama-gqa", max_position_embeddings=131072)
+    for repeats in (1, 4):
+        with prune(model, "pp", ratio=0.4, calibration=batches * repeats) as pruned:
+            assert {tuple(h.table.shape) for h in pruned._engine.histories()} == {(24, 128), (24, 192)}
+
+
+def test_sequential_calibration_sees_the_layers_already_cut(make_model, batches):
+    model = make_model("llama-gqa")
+    kept = {}
+    for sequential in (False, True):
+        options = dict(ratio=0.5, calibration=batches, sequential=sequential, trace=True)
+        with prune(model, "wanda_sp", **options) as pruned:
+            kept[sequential] = {(r["layer"], r["kind"]): r["kept"] for r in pruned.trace}
+    assert kept[True][0, "mlp"] == kept[False][0, "mlp"], "nothing is cut before the first layer"
+    assert kept[True][2, "mlp"] != kept[False][2, "mlp"]
+
+
+def test_compositions(make_model, batches):
+    """Any piece can be swapped for any other that fits."""
+    model = make_model("llama-gqa")
+    ids = batches[0]["input_ids"]
+    for strategy, options in [
+        ("pp", {"scorer": "fluctuation"}),
+        ("pp", {"scorer": "wanda_sp", "allocator": "global_adaptive"}),
+        ("pp", {"compensate": "mean", "merger": {"name": "fixed_ratio", "probe": 0.3}}),
+        ("pp", {"selector": "random", "merger": "probe_only", "seed": 3}),
+        ("pp", {"selector": "hidden_norm", "merger": "history_only"}),
+        ("flap", {"scorer": "ppsp"}),
+        ("wanda_sp", {"compensate": "mean", "allocator": "global_adaptive"}),
+        ("magnitude", {"compensate": "mean", "selector": None}),
+    ]:
+        with prune(model, strategy, ratio=0.4, calibration=batches, **options) as pruned:
+            assert model(ids).logits.isfinite().all(), (strategy, options)
+            assert pruned.active_parameters() < sum(p.numel() for p in model.parameters())
+    explicit = {"name": "explicit", "attention": [0, 0.25, 0.5], "mlp": [0.5, 0, 0.25]}
+    with prune(model, "pp", calibration=batches, allocator=explicit) as pruned:
+        assert list(pruned.counts.values()) == [4, 96, 3, 192, 2, 144]
+
+
+def test_random_probes_differ_and_repeat(make_model, batches):
+    model = make_model("llama-gqa")
+    with prune(model, "pp", ratio=0.4, calibration=batches, selector="random", trace=True) as pruned:
+        model(**batches[0])
+        pruned.reset()
+        model(**batches[0])
+    positions = [r["positions"] for r in pruned.trace]
+    assert positions[:6] == positions[6:]
+    assert len({tuple(p) for p in positions[:6]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(ratio=1.0), r"0 <= ratio < 1"),
+        (dict(ratio=-0.1), r"0 <= ratio < 1"),
+        (dict(), r"ratio: is required"),
+        (dict(ratio=0.4, skip_layers=[0, 1]), r"out of reach: with 2 of 3 layers skipped"),
+        (dict(ratio=0.4, skip_layers=[7]), r"skip_layers: the model has layers 0 to 2, found 7"),
+        (dict(ratio=0.4, scorrer="ppsp"), r"did you mean 'scorer'"),
+        (dict(ratio=0.4, scorer="wanda-sp"), r"did you mean 'wanda_sp'"),
+        (dict(ratio=0.4, scorer="magnitude"), r"looks at no activations"),
+        (dict(ratio=0.4, selector=None), r"both a selector and a merger"),
+        (dict(ratio=0.4, sequential=True), r"strategies that decide once"),
+        (dict(ratio=0.4, allocator={"name": "explicit", "attention": [0], "mlp": [0]}), r"takes no ratio"),
+    ],
+)
+def test_bad_options(make_model, batches, options, message):
+    with pytest.raises(SpecError, match=message):
+        prune(make_model("llama-gqa"), "pp", calibration=batches, **options)
+
+
+def test_bad_calibration(make_model, batches):
+    model = make_model("llama-gqa")
+    with pytest.raises(DataError, match="looks at activations"):
+        prune(model, "pp", ratio=0.4)
+    with pytest.raises(DataError, match="empty"):
+        prune(model, "pp", ratio=0.4, calibration=[])
+    with pytest.raises(DataError, match="integer token ids"):
+        prune(model, "pp", ratio=0.4, calibration=[torch.rand(2, 3)])
+    mask = torch.zeros(4, 24)
+    with pytest.raises(DataError, match="hides every token"):
+        prune(model, "pp", ratio=0.4, calibration=[{**batches[0], "attention_mask": mask}])
+    with pytest.raises(DataError, match="differ in shape"):
+        prune(model, "pp", ratio=0.4, calibration=[{**batches[0], "attention_mask": mask[:, 1:]}])
+
+
+def test_a_batch_longer_than_the_history(make_model, batches):
+    model = make_model("llama-gqa")
+    with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
+        with pytest.raises(DataError, match=r"25 positions is longer than the history.* 24"):
+            model(torch.ones(1, 25, dtype=torch.long))
+        assert model(**batches[0]).logits.isfinite().all()
+        pruned.remove()
+    with prune(model, "pp", ratio=0.4, merger="probe_only"):
+        assert model(torch.ones(1, 40, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_a_batch_that_is_not_finite(make_model, batches):
+    model = make_model("llama-gqa")
+    with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
+        state = [h.table for h in pruned._engine.histories()]
+        embeds = model.get_input_embeddings()(batches[0]["input_ids"]).clone()
+        embeds[0, 3] = float("nan")
+        with pytest.raises(NonFiniteError, match="layer 0 attention"):
+            model(inputs_embeds=embeds)
+        assert all(torch.equal(a, b.table) for a, b in zip(state, pruned._engine.histories(), strict=True))
+
+
+def test_models_that_cannot_be_cut(make_model, batches):
+    import transformers
+
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=97)
+    with pytest.raises(ModelError, match=r"no architecture serves model type 'gpt2'; tried llama .*opt"):
+        prune(transformers.GPT2LMHeadModel(config), "magnitude", ratio=0.4)
+    with pytest.raises(ModelError, match="norms after its blocks"):
+        prune(make_model("opt", do_layer_norm_before=False), "magnitude", ratio=0.4)
+    with pytest.raises(ModelError, match="without wrappers"):
+        prune(make_model("llama-gqa").model, "magnitude", ratio=0.4)
+    with pytest.raises(ModelError, match="model type None"):
+        prune(nn.Linear(3, 3), "magnitude", ratio=0.4)
+
+
+def test_a_catalog_without_architectures_says_so(make_model):
+    catalog = Catalog.discover(block="architectures")
+    with pytest.raises(ModelError, match="no architecture serves"):
+        prune(make_model("llama-gqa"), "magnitude", ratio=0.4, catalog=catalog)
