@@ -72,11 +72,10 @@ class Statistic(Component):
         """Update the running statistic with a calibration batch; x (B, T, C), valid (B, T) bool or None."""
 
     @abstractmethod
-    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None, pad_epsilon: float = 0.0) -> Tensor:
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
         """The statistic of one batch (or probe) per position; x (B, T, c) -> (T, c).
 
-        ``mean`` (c,) is the history's mean of these channels, where there is one. ``pad_epsilon`` is
-        added to the number of tokens where some are padding (the PP reference adds 1e-3).
+        ``mean`` (c,) is the history's mean of these channels, where there is one.
         """
 
 
@@ -89,8 +88,8 @@ class MeanSquare(Statistic):
         sums, counts = position_sums(x, valid, square=True)
         merge_mean(history, sums, counts)
 
-    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None, pad_epsilon: float = 0.0) -> Tensor:
-        return per_row(*position_sums(x, valid, square=True), valid, pad_epsilon)
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
+        return per_row(*position_sums(x, valid, square=True))
 
 
 class Fluctuation(Statistic):
@@ -116,12 +115,12 @@ class Fluctuation(Statistic):
         sums, counts = position_sums(x, valid, square=True, centre=centre)
         merge_mean(history, sums - counts[:, None] * half_step.square(), counts)
 
-    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None, pad_epsilon: float = 0.0) -> Tensor:
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
         if mean is None:
             counted = x.float() if valid is None else x.float().masked_fill(~valid[..., None], 0)
             tokens = x.shape[0] * x.shape[1] if valid is None else valid.sum().clamp(min=1)
             mean = counted.sum((0, 1)) / tokens
-        return per_row(*position_sums(x, valid, square=True, centre=mean), valid, pad_epsilon)
+        return per_row(*position_sums(x, valid, square=True, centre=mean))
 
 
 def position_sums(
@@ -150,13 +149,9 @@ def position_sums(
     return total, counts
 
 
-def per_row(sums: Tensor, counts: Tensor, valid: Tensor | None, pad_epsilon: float) -> Tensor:
+def per_row(sums: Tensor, counts: Tensor) -> Tensor:
     """Sums (T, C) divided by the tokens counted at each position (T,); a position with none gives 0."""
-    if valid is not None and pad_epsilon:
-        counts = counts + pad_epsilon
-    else:
-        counts = counts.clamp(min=1)
-    return sums / counts[:, None]
+    return sums / counts.clamp(min=1)[:, None]
 
 
 def merge_mean(history: ChannelHistory, sums: Tensor, counts: Tensor) -> None:

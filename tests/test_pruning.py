@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from prunekit.compress import prune
-from prunekit.registry import Catalog, DataError, ModelError, NonFiniteError, SpecError
+from prunekit.registry import DataError, ModelError, NonFiniteError, SpecError
 
 STRATEGIES = ["pp", "full_batch_probing", "flap", "wanda_sp", "magnitude", "random"]
 
@@ -243,81 +243,3 @@ def test_random_probes_differ_and_repeat(make_model, batches):
     positions = [r["positions"] for r in pruned.trace]
     assert positions[:6] == positions[6:]
     assert len({tuple(p) for p in positions[:6]}) > 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(ratio=1.0), r"0 <= ratio < 1"),
-        (dict(ratio=-0.1), r"0 <= ratio < 1"),
-        (dict(), r"ratio: is required"),
-        (dict(ratio=0.4, skip_layers=[0, 1]), r"out of reach: with 2 of 3 layers skipped"),
-        (dict(ratio=0.4, skip_layers=[7]), r"skip_layers: the model has layers 0 to 2, found 7"),
-        (dict(ratio=0.4, scorrer="ppsp"), r"did you mean 'scorer'"),
-        (dict(ratio=0.4, scorer="wanda-sp"), r"did you mean 'wanda_sp'"),
-        (dict(ratio=0.4, scorer="magnitude"), r"looks at no activations"),
-        (dict(ratio=0.4, selector=None), r"both a selector and a merger"),
-        (dict(ratio=0.4, sequential=True), r"strategies that decide once"),
-        (dict(ratio=0.4, allocator={"name": "explicit", "attention": [0], "mlp": [0]}), r"takes no ratio"),
-    ],
-)
-def test_bad_options(make_model, batches, options, message):
-    with pytest.raises(SpecError, match=message):
-        prune(make_model("llama-gqa"), "pp", calibration=batches, **options)
-
-
-def test_bad_calibration(make_model, batches):
-    model = make_model("llama-gqa")
-    with pytest.raises(DataError, match="looks at activations"):
-        prune(model, "pp", ratio=0.4)
-    with pytest.raises(DataError, match="empty"):
-        prune(model, "pp", ratio=0.4, calibration=[])
-    with pytest.raises(DataError, match="integer token ids"):
-        prune(model, "pp", ratio=0.4, calibration=[torch.rand(2, 3)])
-    mask = torch.zeros(4, 24)
-    with pytest.raises(DataError, match="hides every token"):
-        prune(model, "pp", ratio=0.4, calibration=[{**batches[0], "attention_mask": mask}])
-    with pytest.raises(DataError, match="differ in shape"):
-        prune(model, "pp", ratio=0.4, calibration=[{**batches[0], "attention_mask": mask[:, 1:]}])
-
-
-def test_a_batch_longer_than_the_history(make_model, batches):
-    model = make_model("llama-gqa")
-    with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
-        with pytest.raises(DataError, match=r"25 positions is longer than the history.* 24"):
-            model(torch.ones(1, 25, dtype=torch.long))
-        assert model(**batches[0]).logits.isfinite().all()
-        pruned.remove()
-    with prune(model, "pp", ratio=0.4, merger="probe_only"):
-        assert model(torch.ones(1, 40, dtype=torch.long)).logits.isfinite().all()
-
-
-def test_a_batch_that_is_not_finite(make_model, batches):
-    model = make_model("llama-gqa")
-    with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
-        state = [h.table for h in pruned._engine.histories()]
-        embeds = model.get_input_embeddings()(batches[0]["input_ids"]).clone()
-        embeds[0, 3] = float("nan")
-        with pytest.raises(NonFiniteError, match="layer 0 attention"):
-            model(inputs_embeds=embeds)
-        assert all(torch.equal(a, b.table) for a, b in zip(state, pruned._engine.histories(), strict=True))
-
-
-def test_models_that_cannot_be_cut(make_model, batches):
-    import transformers
-
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=97)
-    with pytest.raises(ModelError, match=r"no architecture serves model type 'gpt2'; tried llama .*opt"):
-        prune(transformers.GPT2LMHeadModel(config), "magnitude", ratio=0.4)
-    with pytest.raises(ModelError, match="norms after its blocks"):
-        prune(make_model("opt", do_layer_norm_before=False), "magnitude", ratio=0.4)
-    with pytest.raises(ModelError, match="without wrappers"):
-        prune(make_model("llama-gqa").model, "magnitude", ratio=0.4)
-    with pytest.raises(ModelError, match="model type None"):
-        prune(nn.Linear(3, 3), "magnitude", ratio=0.4)
-
-
-def test_a_catalog_without_architectures_says_so(make_model):
-    catalog = Catalog.discover(block="architectures")
-    with pytest.raises(ModelError, match="no architecture serves"):
-        prune(make_model("llama-gqa"), "magnitude", ratio=0.4, catalog=catalog)
