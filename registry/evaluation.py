@@ -41,7 +41,7 @@ class Evaluator(Component):
     """Measures a model."""
 
     paired: ClassVar[bool] = False
-    """Whether it measures the dense model itself, in turn with the pruned one: its values are then ``x`` and ``dense_x``."""
+    """Whether it measures the dense model in turn with the pruned one itself: values ``x`` and ``dense_x``."""
 
     @abstractmethod
     def evaluate(self, subject: Subject) -> Measurement:

@@ -1,0 +1,77 @@
+"""What the evaluators ask of a model before they run it, and the batch of tokens they run it on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import DataError, Subject, TextSource
+from ..registry.windows import token_stream, with_bos
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model wants its token ids; an offloaded model moves them itself, so the CPU will do."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def context_length(model: Any) -> int | None:
+    """Most positions that the model was made for, where its configuration says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def clamped(length: int, model: Any) -> int:
+    """``length``, or the model's context where that is shorter."""
+    return min(length, context_length(model) or length)
+
+
+def setting(model: Any) -> dict[str, Any]:
+    """The part of a protocol that every measurement shares."""
+    device = device_of(model)
+    return {
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "device": device.type if device.index is None else f"{device.type}:{device.index}",
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
+
+
+def random_ids(model: Any, rows: int, length: int, seed: int) -> Tensor:
+    """Ids drawn evenly from the model's vocabulary by a seeded CPU generator; (rows, length) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.get_input_embeddings().num_embeddings, (rows, length), generator=generator)
+
+
+def one_batch(subject: Subject, text: TextSource | None, rows: int, length: int, seed: int) -> Tensor:
+    """The first ``rows * length`` tokens of ``text``, or random ids without one; (rows, length) on the model's device.
+
+    Raises :class:`DataError` where the text is too short.
+    """
+    if text is None:
+        ids = random_ids(subject.model, rows, length, seed)
+    else:
+        stream = with_bos(token_stream(subject.read(text), subject.tokenizer), subject.tokenizer)
+        if len(stream) < rows * length:
+            raise DataError(
+                f"{text.label} has {len(stream)} tokens, and a batch of {rows} x {length} takes {rows * length}; "
+                "lower batch_size or length, name a longer text, or leave text out for random tokens"
+            )
+        check_vocabulary(subject.model, stream, text.label)
+        ids = stream[: rows * length].view(rows, length)
+    return ids.to(device_of(subject.model))
+
+
+def check_vocabulary(model: Any, ids: Tensor, label: str) -> None:
+    """Raise :class:`DataError` where an id has no embedding: tokenizer and model do not belong together."""
+    rows, largest = model.get_input_embeddings().num_embeddings, int(ids.max())
+    if largest >= rows:
+        raise DataError(
+            f"{label} contains token id {largest}, but the model embeds {rows} ids only; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def batch_text(text: TextSource | None, seed: int) -> str:
+    """How a protocol names the tokens of :func:`one_batch`."""
+    return f"random ids, seed {seed}" if text is None else text.label

@@ -1,0 +1,151 @@
+"""Counted operations against formulas, pruned beside dense."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from prunekit.evaluators.cost import Cost, counted_flops
+from prunekit.registry import Catalog, DataError, Subject, TextSource
+
+B, T = 2, 24
+
+
+def prefill_flops(config, tokens, context, heads=None, width=None, kv_heads=None):
+    """Formula for a LLaMA-like prefill: projections, full-square attention, MLP, output layer."""
+    hidden, size = config.hidden_size, config.hidden_size // config.num_attention_heads
+    heads = heads or config.num_attention_heads
+    kv_heads = kv_heads or config.num_key_value_heads
+    width = width or config.intermediate_size
+    layer = 2 * hidden * size * (2 * heads + 2 * kv_heads) + 4 * context * heads * size + 6 * hidden * width
+    return tokens * (config.num_hidden_layers * layer + 2 * hidden * config.vocab_size)
+
+
+@pytest.mark.parametrize("family", ["llama-mha", "llama-gqa"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [T, 17])
+def test_a_prefill_is_counted_exactly(make_model, family, attention, length):
+    model = make_model(family, attention=attention)
+    ids = torch.randint(97, (B, length))
+    assert counted_flops(model, ids) == prefill_flops(model.config, B * length, length)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_counts_the_same(make_model, dtype):
+    model = make_model("llama-gqa").to(dtype)
+    assert counted_flops(model, torch.randint(97, (B, T))) == prefill_flops(model.config, B * T, T)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "opt"])
+def test_attention_kernels_count_like_written_out_attention(make_model, family):
+    ids = torch.randint(97, (B, T))
+    assert counted_flops(make_model(family), ids) == counted_flops(make_model(family, attention="eager"), ids) > 0
+
+
+@pytest.fixture
+def subject(make_model):
+    """A model whose MLP is 64 of 192 channels narrower, except in ``dense()``; ``shown`` are its batches."""
+    narrow, wide = make_model("llama-gqa", intermediate_size=128), make_model("llama-gqa")
+    current = [narrow]
+
+    class Switch:
+        config = wide.config
+        get_input_embeddings = wide.get_input_embeddings
+
+        def __call__(self, **kwargs):
+            found.shown.append(kwargs["input_ids"])
+            return current[0](**kwargs)
+
+    @contextmanager
+    def dense():
+        current[0] = wide
+        try:
+            yield
+        finally:
+            current[0] = narrow
+
+    class Tokenizer:
+        bos_token_id = 1
+
+        def __call__(self, text, **_):
+            return {"input_ids": [3 + ord(character) % 90 for character in text]}
+
+    found = Subject(
+        model=Switch(),
+        tokenizer=Tokenizer(),
+        read=lambda source: ["some text " * 6],
+        dense=dense,
+        parameters=lambda: sum(p.numel() for p in current[0].parameters()),
+    )
+    found.shown = []
+    return found
+
+
+def test_it_is_offered_as_a_plugin():
+    assert Catalog.discover(block="").get("evaluators", "cost") is Cost
+
+
+def test_pruned_and_dense_are_counted_on_the_same_batch(subject):
+    found = Cost(batch_size=B, length=T).evaluate(subject)
+    config = subject.model.config
+    dense, pruned = prefill_flops(config, 1, T), prefill_flops(config, 1, T, width=128)
+    saved = 3 * 3 * 64 * 128
+    assert found.values["flops"] == pruned and found.values["dense_flops"] == dense
+    assert found.values["flops_ratio"] == pruned / dense < 1
+    assert found.values["dense_parameters"] - found.values["parameters"] == saved
+    assert found.values["parameters_ratio"] == pytest.approx(1 - saved / found.values["dense_parameters"])
+    first, second = subject.shown
+    assert first.equal(second) and first.shape == (B, T)
+    assert found.protocol["batch_size"] == B and found.protocol["length"] == T
+    assert found.protocol["text"] == "random ids, seed 0" and "probe included" in found.protocol["flops"]
+
+
+def test_flops_per_token_do_not_depend_on_the_number_of_sequences(subject):
+    one, three = (Cost(batch_size=rows, length=T).evaluate(subject).values for rows in (1, 3))
+    assert one == three
+
+
+def test_random_tokens_follow_the_seed(subject):
+    for seed in (0, 0, 1):
+        Cost(batch_size=B, length=T, seed=seed).evaluate(subject)
+    first, again, other = subject.shown[0], subject.shown[2], subject.shown[4]
+    assert first.equal(again) and not first.equal(other)
+    assert int(first.min()) >= 0 and int(first.max()) < 97
+
+
+def test_real_tokens_can_be_asked_for(subject):
+    text = TextSource(bundled="reference-evaluation")
+    found = Cost(batch_size=2, length=20, text=text).evaluate(subject)
+    ids = [1] + [3 + ord(character) % 90 for character in ("some text " * 6)[:39]]
+    assert subject.shown[0].reshape(-1).tolist() == ids
+    assert found.protocol["text"] == "bundled reference-evaluation"
+    with pytest.raises(DataError, match=r"has 61 tokens, and a batch of 4 x 20 takes 80"):
+        Cost(batch_size=4, length=20, text=text).evaluate(subject)
+
+
+def test_length_is_at_most_the_context(subject):
+    assert Cost(batch_size=1, length=5000).evaluate(subject).protocol["length"] == 256
+
+
+def test_a_probe_is_in_the_pruned_count(make_model, batches):
+    """PP computes what a static cut of the same size does, and its probe on top."""
+    prune = pytest.importorskip("prunekit.compress").prune
+    values = {}
+    for use in ("wanda_sp", "pp"):
+        model = make_model("llama-gqa")
+        options = {"ratio": 0.5, "skip_layers": [], "calibration": batches, "rescale": "off"}
+        with prune(model, use, **options) as pruned:
+            subject = Subject(model, None, None, pruned.dense, pruned.active_parameters)
+            values[use] = Cost(batch_size=4, length=24).evaluate(subject).values
+            counts = dict(pruned.counts)
+        # Kept units of both strategies may be rounded differently; the formula takes them as they are.
+        size, kv_per = 16, 2
+        expected = 2 * 128 * 97
+        for layer in range(3):
+            groups, width = counts[(layer, "attention")], counts[(layer, "mlp")]
+            expected += 2 * 128 * size * groups * (2 * kv_per + 2) + 4 * 24 * groups * kv_per * size + 6 * 128 * width
+        if use == "wanda_sp":
+            assert values[use]["flops"] == expected
+        else:
+            assert expected < values[use]["flops"] < values[use]["dense_flops"]
+        assert values[use]["dense_flops"] == prefill_flops(model.config, 1, 24)
+        assert values[use]["parameters"] < values[use]["dense_parameters"]
