@@ -1,0 +1,181 @@
+"""Loads a causal language model and its tokenizer from the package, a folder or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ..registry import ModelError
+from .bundled import MODEL
+
+
+class ModelSource(BaseModel):
+    """Which model to load, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(None, description="hub id or local folder; null: the bundled model")
+    revision: str | None = Field(None, description="the hub model's revision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's own (the bundled model on a CPU: float32)"
+    )
+    device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
+    attention: Literal["sdpa", "eager"] | None = Field(None, description="attention kernel; null: transformers' choice")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @property
+    def label(self) -> str:
+        """How reports name the model."""
+        return self.name or "bundled"
+
+
+@dataclass
+class Loaded:
+    """A model in evaluation mode without gradients, its tokenizer, and where they came from.
+
+    ``identity``: name, revision asked for, commit found on the hub, whether its own code was run.
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, Any]
+
+
+def load(source: ModelSource) -> Loaded:
+    """Model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy."""
+    import transformers
+
+    device = _device(source.device)
+    place = _place(source)
+    options = {"trust_remote_code": source.trust_remote_code}
+    if source.revision is not None:
+        options["revision"] = source.revision
+    dtype = source.dtype
+    if source.name is None and dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, attn_implementation=source.attention, output_loading_info=True, **options
+        )
+    except Exception as error:  # a loader of everyone's checkpoints fails in every way there is
+        raise ModelError(_loading_failed("model", source, place, error)) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model.name: the checkpoint {source.label} lacks {len(missing)} of the model's weights ({missing[0]}...), "
+            "which would stay random; name the complete checkpoint of a causal language model"
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:
+        raise ModelError(_loading_failed("tokenizer", source, place, error)) from error
+    try:
+        model = model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"model.device: {source.label} does not fit on {device}; set model.dtype: bfloat16 or model.device: cpu"
+        ) from error
+    model.eval().requires_grad_(False)
+    identity = {
+        "name": source.label,
+        "revision": source.revision,
+        "commit": getattr(model.config, "_commit_hash", None),
+        "trust_remote_code": source.trust_remote_code,
+    }
+    return Loaded(model, tokenizer, identity)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the state dict in name order: name, dtype, shape and bytes of every tensor, one at a time.
+
+    Raises :class:`ModelError` for weights that are not in memory (offloaded).
+    """
+    total = hashlib.sha256()
+    state = model.state_dict()
+    for name in sorted(state):
+        tensor = state[name]
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device.type == "meta":
+            raise ModelError(f"{name} is offloaded, so the model has no fingerprint; load it without offloading")
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # In logical order whatever the storage; cast to bytes by torch, because numpy has no bfloat16.
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ModelError(
+                f"model.device: {name} was asked for, but torch {torch.__version__} sees {count or 'no'} CUDA "
+                f"device{'s' if count > 1 else ''}; set model.device: auto, or check torch's CUDA build and the driver"
+            )
+    return device
+
+
+def _place(source: ModelSource) -> str:
+    """The folder or hub id to give to transformers, after the checks that it words badly."""
+    if source.name is None:
+        folder = MODEL
+    else:
+        folder = Path(source.name).expanduser()
+        if not folder.exists():
+            if _looks_like_path(source.name):
+                raise ModelError(
+                    f"model.name: folder {source.name} does not exist; name a folder with config.json and weights, "
+                    "or a hub id such as facebook/opt-125m"
+                )
+            return source.name
+    if not folder.is_dir():
+        if source.name is None:
+            raise ModelError(f"the bundled model is missing from {folder}; install prunekit again, or set model.name")
+        raise ModelError(f"model.name: {source.name} is a file; name the folder that holds it and config.json")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model.name: folder {folder} has no config.json; name a folder written by save_pretrained, or a hub id"
+        )
+    return str(folder)
+
+
+def _looks_like_path(name: str) -> bool:
+    """A hub id is NAME or OWNER/NAME; anything else can only mean a place on this machine."""
+    weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(("/", *weights))
+
+
+def _loading_failed(what: str, source: ModelSource, place: str, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    if "trust_remote_code" in str(error) and not source.trust_remote_code:
+        return (
+            f"model.trust_remote_code: the {what} of {source.label} needs Python code that comes with it; read that "
+            "code, then set trust_remote_code: true to run it"
+        )
+    if isinstance(error, ImportError):
+        return f"model.name: the {what} of {source.label} cannot be loaded ({reason}); install the package it names"
+    if Path(place).is_dir():
+        remedy = "name a folder that save_pretrained wrote, tokenizer included"
+    elif constants.HF_HUB_OFFLINE:
+        remedy = (
+            "it is neither a folder here nor in the cache, and the hub is switched off (HF_HUB_OFFLINE): download it "
+            "first, unset the variable, or name a local folder"
+        )
+    else:
+        remedy = "check hub id, revision, network and, for a gated model, your access; or name a local folder"
+    return f"model.name: the {what} of {source.label} cannot be loaded ({reason}); {remedy}"

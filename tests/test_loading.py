@@ -1,0 +1,201 @@
+"""Loading models: folders written here, the bundled model where it lies, and what is said of bad places."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from prunekit.compress import loading
+from prunekit.compress.loading import ModelSource, fingerprint, load
+from prunekit.registry import ModelError
+from pydantic import ValidationError
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.fixture
+def folder(tmp_path, make_model, tokenizer):
+    """A complete model folder, weights in bfloat16."""
+    place = tmp_path / "model"
+    make_model("llama-gqa").to(torch.bfloat16).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def test_a_folder_is_loaded_for_evaluation(folder, make_model):
+    loaded = load(ModelSource(name=str(folder), device="cpu"))
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.model.dtype == torch.bfloat16  # auto: the checkpoint's own
+    assert loaded.tokenizer("a", add_special_tokens=False)["input_ids"] == [2]
+    assert fingerprint(loaded.model) == fingerprint(make_model("llama-gqa").to(torch.bfloat16))
+    assert loaded.identity == {
+        "name": str(folder),
+        "revision": None,
+        "commit": None,
+        "trust_remote_code": False,
+    }
+    json.dumps(loaded.identity)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtype_and_attention_are_the_ones_asked_for(folder, dtype):
+    model = load(ModelSource(name=str(folder), dtype=dtype, attention="eager", device="cpu")).model
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_bundled_model_runs_in_float32_on_a_cpu(folder, monkeypatch):
+    monkeypatch.setattr(loading, "MODEL", folder)
+    loaded = load(ModelSource(device="cpu"))
+    assert loaded.model.dtype == torch.float32 and loaded.identity["name"] == "bundled"
+    assert load(ModelSource(device="cpu", dtype="bfloat16")).model.dtype == torch.bfloat16
+
+
+def test_the_bundled_model_can_be_loaded_where_it_is():
+    if not (loading.MODEL / "model.safetensors").is_file():
+        pytest.skip("the bundled model is not there")
+    loaded = load(ModelSource())
+    ids = loaded.tokenizer("The import statement", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(loaded.model(input_ids=ids.to(loaded.model.device)).logits).all()
+
+
+def test_a_missing_bundled_model_is_said_to_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "MODEL", tmp_path / "nothing")
+    with pytest.raises(ModelError, match="bundled model is missing from"):
+        load(ModelSource(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "name", ["./models/opt", "/nowhere/opt", "~/nowhere-opt", "a/b/c", "opt/", "..\\opt", "m.gguf"]
+)
+def test_a_path_that_does_not_exist_says_so(name):
+    with pytest.raises(ModelError, match=r"^model\.name: folder .* does not exist"):
+        load(ModelSource(name=name))
+
+
+@pytest.mark.parametrize("name", ["prunekit-tests/absent", "prunekit-tests-absent"])
+def test_a_hub_id_out_of_reach_says_that_the_hub_is_off(name):
+    with pytest.raises(ModelError, match=rf"model of {name} cannot be loaded .*neither a folder here.*HF_HUB_OFFLINE"):
+        load(ModelSource(name=name))
+
+
+def test_folders_that_hold_no_model_are_named(tmp_path, folder):
+    with pytest.raises(ModelError, match=r"folder .*empty has no config\.json"):
+        (tmp_path / "empty").mkdir()
+        load(ModelSource(name=str(tmp_path / "empty")))
+    with pytest.raises(ModelError, match=r"model\.safetensors is a file; name the folder"):
+        load(ModelSource(name=str(folder / "model.safetensors")))
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=r"the model of .* cannot be loaded .*save_pretrained"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+def test_broken_weights_are_an_error(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"the model of .* cannot be loaded"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+def test_weights_that_are_missing_are_an_error_not_random_numbers(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's weights \(model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+def test_weights_of_another_shape_are_an_error(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
+    with pytest.raises(ModelError, match=r"the model of .* cannot be loaded"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be loaded"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "prunekit_test_own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_models_with_their_own_code_need_trust(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (folder / "own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "prunekit_test_own", "auto_map": own}))
+    with pytest.raises(ModelError, match=r"^model\.trust_remote_code: .*set trust_remote_code: true"):
+        load(ModelSource(name=str(folder), device="cpu"))
+    loaded = load(ModelSource(name=str(folder), device="cpu", trust_remote_code=True))
+    assert type(loaded.model).__name__ == "OwnModel" and loaded.identity["trust_remote_code"]
+
+
+@pytest.mark.parametrize(
+    ("device", "complaint"),
+    [
+        ("gpu", r"model\.device: 'gpu' is no device; use auto, cpu, cuda"),
+        ("cuda", r"model\.device: cuda was asked for, but torch .* sees no CUDA device"),
+        ("cuda:3", r"model\.device: cuda:3 was asked for, but torch .* sees no CUDA device"),
+    ],
+)
+def test_devices_that_are_not_there(folder, monkeypatch, device, complaint):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match=complaint):
+        load(ModelSource(name=str(folder), device=device))
+
+
+def test_options_are_checked():
+    with pytest.raises(ValidationError, match="'auto', 'float32', 'bfloat16' or 'float16'"):
+        ModelSource(dtype="int8")
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        ModelSource(nme="x")
+    with pytest.raises(ValidationError):
+        ModelSource().name = "x"
+
+
+def test_fingerprint_sees_every_bit_and_no_storage(make_model):
+    model = make_model("llama-gqa")
+    first = fingerprint(model)
+    assert first == fingerprint(make_model("llama-gqa")) != fingerprint(make_model("llama-gqa", seed=1))
+    weight = model.model.layers[2].mlp.down_proj.weight
+    weight.data = weight.data.t().contiguous().t()  # the same values, stored by columns
+    assert fingerprint(model) == first
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    assert fingerprint(model) != first
+    assert fingerprint(make_model("llama-gqa").to(torch.bfloat16)) != first
+
+
+def test_offloaded_weights_have_no_fingerprint(make_model):
+    with pytest.raises(ModelError, match="is offloaded"):
+        fingerprint(make_model("llama-gqa").to("meta"))
+
+
+def test_a_copied_folder_has_the_same_fingerprint(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    one, two = (load(ModelSource(name=str(place), device="cpu")).model for place in (folder, copy))
+    assert fingerprint(one) == fingerprint(two)

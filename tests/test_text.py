@@ -1,0 +1,185 @@
+"""Text sources, the token stream, and calibration batches."""
+
+import json
+
+import pytest
+import torch
+from prunekit.compress.text import calibration_batches, fingerprint, read_documents
+from prunekit.registry import DataError, TextSource
+from prunekit.registry.windows import cut, digest, token_stream, with_bos
+
+WORDS = [f"w{i}" for i in range(90)]
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a word; ids 0 and 1 are the unknown word and BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<s>", *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
+
+
+def words(count):
+    return " ".join(WORDS[i % len(WORDS)] for i in range(count))
+
+
+def test_txt_is_one_document_and_jsonl_one_per_line(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one\n\ntwo", encoding="utf-8-sig")
+    assert read_documents(TextSource(file=text)) == ["one\n\ntwo"]
+
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(
+        json.dumps({"body": "first\u2028still first"}, ensure_ascii=False) + "\n\n" + json.dumps({"body": "second"}),
+        encoding="utf-8",
+    )
+    assert read_documents(TextSource(file=lines, field="body")) == ["first\u2028still first", "second"]
+    assert read_documents(TextSource(file=lines, field="body", limit=1)) == ["first\u2028still first"]
+
+
+def test_bundled_text_is_read_by_name(tmp_path, monkeypatch):
+    bundled = tmp_path / "kind.txt"
+    bundled.write_text("text of a kind")
+    monkeypatch.setattr("prunekit.compress.text.TEXTS", {"kind-evaluation": bundled})
+    assert read_documents(TextSource(bundled="kind-evaluation")) == ["text of a kind"]
+    with pytest.raises(DataError, match=r"no bundled text is called 'kind-evaluatoin'; did you mean 'kind-evaluation'"):
+        read_documents(TextSource(bundled="kind-evaluatoin"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("missing.txt", None, r"missing\.txt does not exist"),
+        ("a.csv", b"text", r"a\.csv: only \.txt .* and \.jsonl"),
+        ("empty.txt", b"", r"empty\.txt holds no text"),
+        ("blank.txt", b" \n\n", r"blank\.txt holds no text"),
+        ("empty.jsonl", b"", r"empty\.jsonl holds no text"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), r"latin\.txt is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', r"a\.jsonl, line 2 has no field 'text'; did you mean 'txt'"),
+        ("b.jsonl", b'{"text": "x"}\n\n{"text": 3}', r"b\.jsonl, line 3: field 'text' holds int, not text"),
+        ("c.jsonl", b'{"text": "x"}\n{"text"', r"c\.jsonl, line 2 is not JSON"),
+        ("d.jsonl", b"[1]", r"d\.jsonl, line 1 is no JSON object"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_place(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        read_documents(TextSource(file=path))
+
+
+def test_a_folder_is_no_text_file(tmp_path):
+    with pytest.raises(DataError, match="is a folder"):
+        read_documents(TextSource(file=tmp_path))
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A dataset of five rows that ``datasets`` loads from a folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}", "n": i}) for i in range(5)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_dataset_gives_one_document_per_row_and_is_streamed_with_a_limit(dataset, monkeypatch, limit):
+    import datasets
+
+    streaming = []
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: streaming.append(k["streaming"]) or real(*a, **k))
+    assert read_documents(TextSource(dataset=dataset, limit=limit)) == [f"row {i}" for i in range(limit or 5)]
+    assert streaming == [limit is not None]
+
+
+def test_a_dataset_without_the_field_or_the_split_is_refused(dataset):
+    with pytest.raises(DataError, match=r"row 0 has no field 'content'; set field to one of: n, text"):
+        read_documents(TextSource(dataset=dataset, field="content"))
+    with pytest.raises(DataError, match=r"row 0: field 'n' holds int"):
+        read_documents(TextSource(dataset=dataset, field="n"))
+    with pytest.raises(DataError, match="split nowhere cannot be read"):
+        read_documents(TextSource(dataset=dataset, split="nowhere"))
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_hub_dataset_out_of_reach_says_why(limit):
+    source = TextSource(dataset="prunekit-tests/absent", subset="raw", split="test", limit=limit)
+    with pytest.raises(DataError, match=r"prunekit-tests/absent \(raw\), split test cannot be read.*switched off"):
+        read_documents(source)
+
+
+def test_documents_are_joined_before_they_are_tokenised(tokenizer):
+    ids = token_stream(["w0 w1", "w2"], tokenizer, separator=" w9 ")
+    assert ids.tolist() == [2, 3, 11, 4]
+    assert token_stream(["w0", "w1"], tokenizer, separator="").tolist() == [0]  # "w0w1" is no word
+    assert with_bos(ids, tokenizer).tolist() == [1, 2, 3, 11, 4]
+    tokenizer.bos_token = None
+    assert with_bos(ids, tokenizer) is ids
+
+
+def scored_positions(ids, *args, **kwargs):
+    """Every window's ids and which of them count."""
+    return [(w.ids.tolist(), w.ids[len(w.ids) - w.scored :].tolist()) for w in cut(ids, *args, **kwargs)]
+
+
+def test_windows_without_overlap_score_all_but_their_first_token():
+    ids = torch.arange(10)
+    assert scored_positions(ids, 4) == [([0, 1, 2, 3], [1, 2, 3]), ([4, 5, 6, 7], [5, 6, 7]), ([8, 9], [9])]
+    assert scored_positions(ids, 4, tail="drop") == [([0, 1, 2, 3], [1, 2, 3]), ([4, 5, 6, 7], [5, 6, 7])]
+    assert scored_positions(ids[:9], 4)[-1] == ([4, 5, 6, 7], [5, 6, 7])  # a lone token has nothing to be scored by
+    assert scored_positions(ids, 20) == [(list(range(10)), list(range(1, 10)))]
+    assert scored_positions(ids, 20, tail="drop") == []
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [5, 6, 13])
+def test_overlapping_windows_score_every_token_once(stride, count):
+    found = scored_positions(torch.arange(count), 5, stride)
+    assert [token for _, scored in found for token in scored] == list(range(1, count))
+    assert all(len(ids) == 5 for ids, _ in found[:-1])
+
+
+def test_a_prefix_takes_a_place_and_lets_every_token_count():
+    assert scored_positions(torch.arange(7), 4, prefix=99) == [
+        ([99, 0, 1, 2], [0, 1, 2]),
+        ([99, 3, 4, 5], [3, 4, 5]),
+        ([99, 6], [6]),
+    ]
+
+
+def test_digest_depends_on_ids_shape_and_order():
+    a, b = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5, 6]])
+    assert digest([a, b]) == digest([a.to(torch.int32), b.clone()])
+    assert len({digest([a, b]), digest([b, a]), digest([a]), digest([a.view(1, 4), b]), digest([a + 1, b])}) == 5
+
+
+def test_calibration_draws_without_replacement_in_seeded_order(tokenizer):
+    documents = [words(100), words(63)]
+    stream = with_bos(token_stream(documents, tokenizer), tokenizer)
+    pieces = {tuple(piece.tolist()) for piece in stream[: len(stream) // 8 * 8].view(-1, 8)}
+
+    batches = calibration_batches(documents, tokenizer, sequences=10, length=8, batch_size=4, seed=3)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 8), (4, 8), (2, 8)]
+    assert all(bool((batch["attention_mask"] == 1).all()) for batch in batches)
+    drawn = [tuple(row.tolist()) for batch in batches for row in batch["input_ids"]]
+    assert len(set(drawn)) == 10 and set(drawn) <= pieces
+
+    again = calibration_batches(documents, tokenizer, sequences=10, length=8, batch_size=4, seed=3)
+    other = calibration_batches(documents, tokenizer, sequences=10, length=8, batch_size=4, seed=4)
+    assert fingerprint(again) == fingerprint(batches) != fingerprint(other)
+
+    everything = calibration_batches(documents, tokenizer, sequences=20, length=8, batch_size=20, seed=0)
+    assert {tuple(row.tolist()) for row in everything[0]["input_ids"]} == pieces
+
+
+def test_too_little_calibration_text_says_how_much_there_is(tokenizer):
+    with pytest.raises(DataError, match=r"my text gives 2 sequences of 8 tokens \(21 tokens in all\).*asks for 3"):
+        calibration_batches([words(20)], tokenizer, sequences=3, length=8, batch_size=1, seed=0, label="my text")
+    with pytest.raises(DataError, match=r"has 21 tokens, less than one sequence of 64"):
+        calibration_batches([words(20)], tokenizer, sequences=1, length=64, batch_size=1, seed=0)
