@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -12,9 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ..registry import ROLES, Catalog, Component, PluginError, SpecError, Strategy, near
 
 Model = TypeVar("Model", bound=BaseModel)
-Place = tuple[Union[str, int], ...]
-
-MISSING = object()
+Place = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Reader:
         values = {} if base is None else {key: getattr(base, key) for key in base.model_fields_set}
         for key, value in raw.items():
             here = (*place, key)
-            if key not in cls.model_fields:
+            if key not in visible(cls):
                 self.mistake(here, f"unknown key{near(key, visible(cls)) or self._owner(cls, key, base)}")
                 continue
             default = default_of(cls, key) if base is None else getattr(base, key)
@@ -120,7 +119,7 @@ class Reader:
         if not isinstance(name, str):
             known = ", ".join(self.catalog.names(role))
             found = "" if name is None else f" (found {name!r})"
-            self.mistake(at_name, f"name a {title}{found}; there are {known}")
+            self.mistake(at_name, f"name the {title}{found}; there are {known}")
             return None
         if default is not None and name == default.name:
             return self.model(type(default), options, place, base=default)
@@ -130,6 +129,9 @@ class Reader:
             message, *notes = str(error).split("\n")
             self.mistake(at_name, message)
             self._notes = notes
+            likely = get_close_matches(name, [entry.name for entry in self.catalog.of_role(role)], n=1)
+            if likely:  # look at its options as if it had been spelt right
+                self.model(self.catalog.get(role, likely[0]), options, place)
             return None
         return self.model(cls, options, place)
 
@@ -148,7 +150,7 @@ class Reader:
     def _one(self, cls: type[BaseModel], raw: Any, place: Place, default: Any) -> Any:
         role = role_of(cls)
         if role is None:
-            return self.model(cls, raw, place, base=default if isinstance(default, cls) else None)
+            return self.model(cls, raw, place)
         return self.component(role, raw, place, default if isinstance(default, Component) else None)
 
     def _check_ratio(self, cls: type[Strategy], values: Mapping[str, Any], place: Place) -> None:

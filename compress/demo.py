@@ -1,0 +1,152 @@
+"""``prunekit demo``: every strategy on the bundled model, calibrated on another kind of text and on the same kind."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..registry import Catalog, Evaluator, Measurement
+from . import printing
+from .calibration import Progress, no_progress
+from .demo_report import HEAD, Row, sentences, table_rows
+from .loading import load
+from .pipeline import Pipeline
+from .report import table
+from .results import FORMAT, Results, RunFolder, write_json
+from .spec import PipelineSpec
+
+STRATEGIES = ("random", "magnitude", "wanda_sp", "flap", "pp", "full_batch_probing")
+RATIOS = (0.2, 0.4)
+SKIP_LAYERS = (0,)
+MEASURED_ON = "reference-evaluation"
+CALIBRATED_ON = {"other": "docstrings-calibration", "same": "reference-calibration"}
+"""The two situations: text of another kind than it is measured on, as in PP's paper, and of the same kind."""
+
+WINDOW, BATCH = 256, 20
+WINDOWS, SEQUENCES, PAIRS = 60, 32, 3
+"""Windows measured, sequences calibrated on, pairs of passes timed."""
+
+CAPTION = (
+    f"Perplexity of the bundled model on {MEASURED_ON}, calibrated on {CALIBRATED_ON['other']} (other text) or on "
+    f"{CALIBRATED_ON['same']} (same kind). Operations, parameters and time relative to dense, for a batch of "
+    f"{BATCH} x {WINDOW} tokens."
+)
+
+
+@dataclass
+class Run:
+    """One pruning of the model: a strategy, a ratio and the text it is calibrated on."""
+
+    strategy: str
+    ratio: float
+    situation: str
+    spec: PipelineSpec
+
+    @property
+    def file(self) -> str:
+        return f"{self.strategy}-{100 * self.ratio:.0f}-{self.situation}.yaml"
+
+
+def run(out: Path | None = None, overwrite: bool = False) -> None:
+    """Run the comparison, print its table and write the results folder."""
+    began = time.perf_counter()
+    folder = RunFolder(out or Path("results") / f"demo-{datetime.now():%Y%m%d-%H%M%S}", overwrite)
+    with folder.open() as partial:
+        with printing.Bars() as bars:
+            done = measure(bars)
+        rows = gather(done)
+        said = sentences(rows, RATIOS)
+        write(partial, done, rows, said)
+    printing.say(CAPTION)
+    printing.show_table(HEAD, table_rows(rows), left=2)
+    for sentence in said:
+        printing.say(f"- {sentence}")
+    printing.say(f"\nDone in {time.perf_counter() - began:.0f} s. Results: {folder.target}", whole=True)
+    printing.say("results.json, report.md, and in pipelines/ a file for each row: prunekit run FILE runs it again")
+
+
+def plan(catalog: Catalog) -> list[Run]:
+    """All runs; what needs no calibration runs once and counts for both situations."""
+    runs = []
+    for ratio in RATIOS:
+        for strategy in STRATEGIES:
+            for situation in CALIBRATED_ON:
+                made = Run(strategy, ratio, situation, _spec(strategy, ratio, situation, catalog))
+                if situation == "other" or made.spec.prune.needs_calibration:
+                    runs.append(made)
+    return runs
+
+
+def _spec(strategy: str, ratio: float, situation: str, catalog: Catalog) -> PipelineSpec:
+    text = {"bundled": MEASURED_ON}
+    perplexity = {"name": "perplexity", "text": text, "window": WINDOW, "batch_size": BATCH, "limit": WINDOWS}
+    evaluate: list[Any] = [perplexity]
+    if situation == "other":
+        evaluate.append({"name": "cost", "text": text, "batch_size": BATCH, "length": WINDOW})
+        evaluate.append({"name": "latency", "text": text, "batch_size": BATCH, "length": WINDOW, "pairs": PAIRS})
+    calibration = {"bundled": CALIBRATED_ON[situation], "sequences": SEQUENCES, "length": WINDOW}
+    prune = {"use": strategy, "ratio": ratio, "skip_layers": SKIP_LAYERS}
+    return PipelineSpec.of({"calibration": calibration, "prune": prune, "evaluate": evaluate}, catalog=catalog)
+
+
+def measure(bars: printing.Bars) -> list[tuple[Run, Results]]:
+    """Run the plan on one loaded model."""
+    runs = plan(Catalog.discover())
+    loaded = load(runs[0].spec.model)
+    dense: dict[Evaluator, Measurement] = {}
+    inner: Progress = bars.track if bars.shown else no_progress
+    done = []
+    for made in bars.track(runs, "strategies", len(runs)):
+        if not bars.shown:
+            bars.say(f"{len(done) + 1}/{len(runs)} {made.file.removesuffix('.yaml')}")
+        done.append((made, Pipeline(made.spec).measure(inner, loaded, dense)))
+    return done
+
+
+def gather(done: list[tuple[Run, Results]]) -> list[Row]:
+    """The table's rows: dense, then each strategy at each ratio with both situations beside each other."""
+    rows: dict[tuple[str, float], Row] = {}
+    for made, results in done:
+        found = results.metrics
+        row = rows.setdefault((made.strategy, made.ratio), Row(made.strategy, made.ratio))
+        perplexity = found["perplexity.perplexity"]
+        setattr(row, made.situation, perplexity["pruned"])
+        if not made.spec.prune.needs_calibration:
+            row.other = row.same = perplexity["pruned"]
+        if made.situation == "other":
+            row.flops = found["cost.flops_ratio"]["pruned"]
+            row.parameters = found["cost.parameters_ratio"]["pruned"]
+            row.time = found["latency.time_ratio"]["pruned"]
+            row.compensated = made.spec.prune.compensate != "none"
+            row.dynamic = made.spec.prune.dynamic
+    dense = done[0][1].metrics["perplexity.perplexity"]["dense"]
+    return [Row("dense", None, dense, dense, 1.0, 1.0, 1.0), *rows.values()]
+
+
+def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], said: list[str]) -> None:
+    """results.json, report.md and the pipeline file of every run."""
+    (folder / "pipelines").mkdir()
+    runs = []
+    for made, results in done:
+        (folder / "pipelines" / made.file).write_text(results.resolved, encoding="utf-8")
+        runs.append({"pipeline": f"pipelines/{made.file}", "situation": made.situation, **results.data})
+    write_json(folder / "results.json", {"format": FORMAT, "table": [vars(row) for row in rows], "runs": runs})
+    lines = [
+        "# Strategies compared",
+        "",
+        CAPTION,
+        "",
+        *table(HEAD, table_rows(rows)),
+        "",
+        *(f"- {sentence}" for sentence in said),
+        "",
+    ]
+    lines += [
+        f"Layers left untouched: {', '.join(map(str, SKIP_LAYERS))}. Protocols, versions, fingerprints and kept units "
+        "are in results.json; each file in pipelines/ runs one row again.",
+        "",
+    ]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,241 @@
+"""The pipeline: load once, calibrate and prune, measure dense and pruned in the same run, write the results."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..registry import DataError, Evaluator, Measurement, Subject
+from .calibration import Progress, no_progress
+from .loading import Loaded, load
+from .provenance import about_cut, about_model, plugins_used, versions
+from .pruning import Pruned, prune
+from .results import FORMAT, Results, RunFolder
+from .spec import Calibration, PipelineSpec
+from .text import calibration_batches, read_documents
+from .text import fingerprint as text_fingerprint
+
+
+class Pipeline:
+    """Runs a :class:`PipelineSpec`, or the mapping that a pipeline file would hold."""
+
+    def __init__(self, spec: PipelineSpec | Mapping[str, Any]):
+        self.spec = spec if isinstance(spec, PipelineSpec) else PipelineSpec.of(spec)
+
+    @property
+    def default_folder(self) -> Path:
+        """Where the results go if neither the spec nor the caller says."""
+        ratio = "" if self.spec.prune.ratio is None else f"-{self.spec.prune.ratio:g}"
+        return Path("results") / f"{self.spec.prune.name}{ratio}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    def run(
+        self, out: str | Path | None = None, progress: Progress = no_progress, loaded: Loaded | None = None
+    ) -> Results:
+        """Run everything and write the results folder ``out`` (else ``output.dir``, else :attr:`default_folder`).
+
+        The folder appears whole when all is done; an error or an interruption leaves nothing behind.
+        ``loaded`` is the model, where it is loaded already; it is unpruned again afterwards. Raises the
+        errors of :func:`prune` and :class:`SpecError` for a folder that exists.
+        """
+        output = self.spec.output
+        folder = RunFolder(Path(out or output.dir or self.default_folder), output.overwrite)
+        with folder.open() as partial:
+            results = self.measure(progress, loaded)
+            results.write(partial)
+        results.folder = folder.target
+        return results
+
+    def measure(
+        self,
+        progress: Progress = no_progress,
+        loaded: Loaded | None = None,
+        dense: dict[Evaluator, Measurement] | None = None,
+    ) -> Results:
+        """Run everything and write nothing.
+
+        ``dense`` holds what evaluators measured on the unpruned ``loaded`` model; it is filled as runs share it.
+        """
+        dense = {} if dense is None else dense
+        spec, began = self.spec, time.perf_counter()
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        torch.manual_seed(spec.seed)
+        loaded = loaded or load(spec.model)
+        check_lengths(spec, loaded)
+        batches, about_calibration = self._calibration(loaded)
+        seconds = {"load": time.perf_counter() - began}
+        with prune(
+            loaded.model,
+            spec.prune,
+            calibration=batches,
+            trace=spec.output.trace,
+            catalog=spec.catalog,
+            progress=progress,
+        ) as pruned:
+            seconds["prune"] = time.perf_counter() - began - seconds["load"]
+            trace = None if pruned.trace is None else [{"evaluator": None, **record} for record in pruned.trace]
+            outcomes = []
+            for label, evaluator in labelled(spec.evaluate):
+                before = len(pruned.trace or ())
+                outcomes.append(self._evaluate(label, evaluator, loaded, pruned, progress, dense))
+                if trace is not None:
+                    trace += [{"evaluator": label, **record} for record in pruned.trace[before:]]
+            cut = about_cut(pruned)
+        seconds["total"] = time.perf_counter() - began
+        data = {
+            "format": FORMAT,
+            "started": started,
+            "strategy": spec.prune.name,
+            "ratio": cut.pop("ratio"),
+            "metrics": outcomes,
+            "model": about_model(loaded),
+            "calibration": about_calibration,
+            **cut,
+            "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
+            "versions": versions(),
+            "plugins": plugins_used(spec),
+            "notes": [note for outcome in outcomes for note in outcome["notes"]],
+            "seconds": {key: round(value, 2) for key, value in seconds.items()},
+        }
+        return Results(data, pinned(spec, loaded).to_yaml(), trace)
+
+    def _calibration(self, loaded: Loaded) -> tuple[list | None, dict[str, Any] | None]:
+        """Calibration batches, where the strategy needs any, and what results say about them."""
+        if not self.spec.prune.needs_calibration:
+            return None, None
+        return calibration_of(self.spec.calibration, loaded)
+
+    def _evaluate(
+        self,
+        label: str,
+        evaluator: Evaluator,
+        loaded: Loaded,
+        pruned: Pruned,
+        progress: Progress,
+        known: dict[Evaluator, Measurement],
+    ) -> dict[str, Any]:
+        """One evaluator's values, dense beside pruned, unless it measures dense itself."""
+        began, dense = time.perf_counter(), None
+        notes: list[str] = []
+        if not evaluator.paired:
+            if evaluator not in known:
+                known[evaluator] = self._measure(evaluator, loaded, pruned, progress, dense=True)
+            measured = known[evaluator]
+            dense = measured.values
+            notes = [f"{label}, dense: {note}" for note in measured.notes]
+            notes += published_warnings(loaded, evaluator, measured)
+        measured = self._measure(evaluator, loaded, pruned, progress, dense=False)
+        notes += [f"{label}: {note}" for note in measured.notes]
+        values = measured.values
+        if evaluator.paired:
+            dense = {key.removeprefix("dense_"): value for key, value in values.items() if key.startswith("dense_")}
+            values = {key: value for key, value in values.items() if not key.startswith("dense_")}
+        return {
+            "evaluator": evaluator.name,
+            "label": label,
+            "dense": dense,
+            "pruned": values,
+            "protocol": measured.protocol,
+            "notes": list(dict.fromkeys(notes)),
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+
+    def _measure(
+        self, evaluator: Evaluator, loaded: Loaded, pruned: Pruned, progress: Progress, dense: bool
+    ) -> Measurement:
+        what = "dense" if dense else self.spec.prune.name
+        subject = Subject(
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            read=read_documents,
+            dense=pruned.dense,
+            parameters=pruned.active_parameters,
+            progress=lambda items, label, total: progress(items, f"{what}: {label}", total),
+        )
+        torch.manual_seed(self.spec.seed)
+        pruned.reset()
+        with pruned.dense() if dense else nullcontext():
+            return evaluator.evaluate(subject)
+
+
+def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, dict[str, Any]]:
+    """Calibration batches and their description; raises :class:`DataError` where they exceed the model's context."""
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    if context is not None and calibration.length > context:
+        raise DataError(
+            f"calibration.length: the model's context is {context} tokens, found {calibration.length}; "
+            f"set calibration.length to {context} or less"
+        )
+    documents = read_documents(calibration.source)
+    batches = calibration_batches(
+        documents,
+        loaded.tokenizer,
+        sequences=calibration.sequences,
+        length=calibration.length,
+        batch_size=calibration.batch_size,
+        seed=calibration.seed,
+        label=calibration.label,
+    )
+    return batches, {
+        "text": calibration.label,
+        "sequences": calibration.sequences,
+        "length": calibration.length,
+        "batch_size": calibration.batch_size,
+        "seed": calibration.seed,
+        "fingerprint": text_fingerprint(batches),
+    }
+
+
+def pinned(spec: PipelineSpec, loaded: Loaded) -> PipelineSpec:
+    """``spec`` with the hub commit and the dtype that were really loaded."""
+    model = spec.model.model_copy(
+        update={
+            "revision": loaded.identity["commit"] or spec.model.revision,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        }
+    )
+    return spec.model_copy(update={"model": model})
+
+
+def check_lengths(spec: PipelineSpec, loaded: Loaded) -> None:
+    """Raise :class:`DataError` before hours of calibration for batches that will be longer than the history."""
+    if not (spec.prune.dynamic and spec.prune.merger.uses_history):
+        return
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    for index, evaluator in enumerate(spec.evaluate):
+        for key in {"window", "length"} & set(type(evaluator).model_fields):
+            asked = getattr(evaluator, key) or context
+            needed = asked if asked is None or context is None else min(asked, context)
+            if isinstance(needed, int) and needed > spec.calibration.length:
+                raise DataError(
+                    f"evaluate.{index}.{key}: {evaluator.name} runs batches of {needed} tokens, but {spec.prune.name} "
+                    f"keeps a history of calibration.length = {spec.calibration.length} positions; lower "
+                    f"evaluate.{index}.{key} to {spec.calibration.length}, or raise calibration.length to {needed}"
+                )
+
+
+def labelled(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
+    """Evaluators with the names that results call them by: several of one kind are numbered."""
+    total, seen = Counter(evaluator.name for evaluator in evaluators), Counter()
+    found = []
+    for evaluator in evaluators:
+        seen[evaluator.name] += 1
+        number = f" {seen[evaluator.name]}" if total[evaluator.name] > 1 else ""
+        found.append((evaluator.name + number, evaluator))
+    return found
+
+
+def published_warnings(loaded: Loaded, evaluator: Evaluator, dense: Measurement) -> list[str]:
+    """A warning where a known model's dense perplexity is far from what its protocol should give."""
+    if "perplexity" not in dense.values:
+        return []
+    from ..evaluators.published import check_published
+
+    warning = check_published(loaded.identity["name"], dense.protocol, dense.values["perplexity"])
+    return [warning] if warning else []

@@ -1,0 +1,95 @@
+"""What the commands show on a terminal: tables on stdout; progress, warnings and errors on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Item = TypeVar("Item")
+
+PIPED_WIDTH = 100
+
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
+err = Console(stderr=True)
+
+
+def error(message: object) -> None:
+    """One red message on stderr; long words such as paths are not broken."""
+    err.print(f"[red]error:[/red] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+
+def warning(message: object) -> None:
+    """A yellow message on stderr."""
+    err.print(f"[yellow]warning:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+
+def say(line: str, whole: bool = False) -> None:
+    """A line on stdout, as it is; ``whole`` keeps long words such as paths in one piece."""
+    out.print(line, highlight=False, markup=False, soft_wrap=whole)
+
+
+def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, title: str | None = None) -> None:
+    """A table whose first ``left`` columns are text and the others numbers."""
+    shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for index, name in enumerate(head):
+        shown.add_column(escape(name), justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(escape(cell) for cell in row))
+    out.print(shown)
+
+
+class Bars:
+    """Progress bars on stderr; where that is no terminal, one line for each stage."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=err, transient=True, disable=not self.shown)
+
+    @property
+    def shown(self) -> bool:
+        """Whether bars can be drawn: stderr is a terminal."""
+        return err.is_terminal
+
+    def say(self, line: str) -> None:
+        """A line in place of a bar."""
+        err.print(line, highlight=False, markup=False)
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def track(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+        """``items``, with a bar of ``total`` steps while they are used."""
+        if not self.shown:
+            self.say(label)
+        task = self._progress.add_task(escape(label), total=total)
+        try:
+            for item in items:
+                yield item
+                self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
+
+
+def quiet() -> None:
+    """Silence the libraries' own bars and chatter: what matters is said by this program."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

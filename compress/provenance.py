@@ -1,0 +1,73 @@
+"""What results say about where they come from: the model, the cut, the code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from .. import __version__
+from ..registry import Component
+from .loading import Loaded, fingerprint
+from .pruning import Pruned, find_sites
+from .spec import PipelineSpec
+
+
+def about_model(loaded: Loaded) -> dict[str, Any]:
+    """What identifies the model, its weights' fingerprint included, and how it was run."""
+    model = loaded.model
+    return {
+        **loaded.identity,
+        "fingerprint": fingerprint(model),
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
+
+
+def about_cut(pruned: Pruned) -> dict[str, Any]:
+    """Kept units of every layer, skipped ones included, and the ratio asked for and achieved."""
+    _, sites = find_sites(pruned.model, pruned.catalog, pruned.strategy.attention_unit)
+    layers: dict[int, dict[str, Any]] = {}
+    shares, lost, whole = [], 0, 0
+    for site in sites:
+        kept = pruned.counts.get((site.layer, site.kind), site.units)
+        layers.setdefault(site.layer, {"layer": site.layer})[site.kind] = {"kept": kept, "units": site.units}
+        shares.append(1 - kept / site.units)
+        lost += (site.units - kept) * site.unit_parameters
+        whole += site.units * site.unit_parameters
+    return {
+        "ratio": {
+            "asked": pruned.strategy.ratio,
+            "units_cut": round(sum(shares) / len(shares), 6),
+            "prunable_parameters_cut": round(lost / whole, 6),
+        },
+        "attention_unit": pruned.strategy.attention_unit,
+        "layers": [layers[index] for index in sorted(layers)],
+    }
+
+
+def plugins_used(spec: PipelineSpec) -> dict[str, list[str]]:
+    """Who provides the components in use: provider -> names."""
+    used: list[Component] = [spec.prune, *spec.evaluate]
+    parts = (getattr(spec.prune, field) for field in type(spec.prune).model_fields)
+    used += [part for part in parts if isinstance(part, Component)]
+    providers: dict[str, list[str]] = {}
+    for component in used:
+        for entry in spec.catalog.entries:
+            if entry.component is type(component):
+                providers.setdefault(entry.provider, []).append(f"{entry.role}/{entry.name}")
+    return {provider: sorted(set(names)) for provider, names in sorted(providers.items())}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    found = {"python": platform.python_version(), "prunekit": __version__}
+    for package in ("torch", "transformers", "tokenizers", "datasets"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,123 @@
+"""A run's results as tables for people: the rows once, for the terminal and for report.md alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+HEAD = ("measurement", "dense", "pruned", "change")
+
+
+def number(value: Any) -> str:
+    """A value as people read it: four significant digits, thousands apart."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value != value or abs(value) == float("inf"):
+        return str(value)
+    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
+        return f"{value:.3e}"
+    digits = max(0, 3 - len(str(int(abs(value)))) + 1)
+    return f"{value:,.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    """0.4 -> 40%."""
+    return "-" if value is None else f"{100 * value:.3g}%"
+
+
+def metric_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows under :data:`HEAD`, one for each value of each evaluator; what its protocol or change says is left out."""
+    rows = []
+    for outcome in data["metrics"]:
+        for name, value in outcome["pruned"].items():
+            dense = outcome["dense"] or {}
+            stated = value is not None and outcome["protocol"].get(name) == value
+            if stated or (name not in dense and name.removesuffix("_ratio") in dense):
+                continue
+            label = name if outcome["label"] == name else f"{outcome['label']}: {name}"
+            before = dense.get(name)
+            rows.append((label.replace("_", " "), number(before), number(value), _change(before, value)))
+    return rows
+
+
+def _change(dense: Any, value: Any) -> str:
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (dense, value))
+    return f"x {value / dense:.3g}" if numbers and dense else ""
+
+
+def headline(data: dict[str, Any]) -> str:
+    """One line: what was pruned by what, asked and achieved."""
+    ratio = data["ratio"]
+    asked = "" if ratio["asked"] is None else f", {share(ratio['asked'])} asked"
+    return (
+        f"{data['strategy']} on {data['model']['name']}{asked}: {share(ratio['units_cut'])} of the units and "
+        f"{share(ratio['prunable_parameters_cut'])} of the prunable parameters cut"
+    )
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """report.md."""
+    model, calibration = data["model"], data["calibration"]
+    lines = [
+        f"# {data['strategy']}",
+        "",
+        headline(data) + ".",
+        "",
+        *table(HEAD, metric_rows(data)),
+        "",
+        "## How it was measured",
+        "",
+    ]
+    for outcome in data["metrics"]:
+        lines.append(f"- **{outcome['label']}**: {sentence(outcome['protocol'])}")
+    lines += [
+        f"- **model**: {model['name']}, {model['parameters']:,} parameters, {model['dtype']} on {model['device']}, "
+        f"{model['attention']} attention, fingerprint {_fact(model['fingerprint'])}",
+        f"- **calibration**: {sentence(calibration) if calibration else 'none needed'}",
+        f"- **versions**: {sentence(data['versions'])}; run {data['started']}, {data['seconds']['total']:.0f} s",
+        "",
+    ]
+    if data["notes"]:
+        lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
+    unit = {"attention": "attention (" + {"kv_group": "key/value groups"}.get(data["attention_unit"], "heads") + ")"}
+    kinds = [kind for kind in data["layers"][0] if kind != "layer"] if data["layers"] else []
+    rows = [
+        (str(layer["layer"]), *(f"{layer[kind]['kept']} of {layer[kind]['units']}" for kind in kinds))
+        for layer in data["layers"]
+    ]
+    lines += ["## Kept units", "", *table(("layer", *(unit.get(kind, kind) for kind in kinds)), rows), ""]
+    lines += ["`resolved.yaml` beside this file reruns to the same numbers.", ""]
+    return "\n".join(lines)
+
+
+def sentence(facts: dict[str, Any]) -> str:
+    """``key value`` pairs in a row."""
+    return ", ".join(f"{key.replace('_', ' ')} {_fact(value)}" for key, value in facts.items() if value is not None)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"({sentence(value)})"
+    if isinstance(value, str) and value != value.strip():
+        return repr(value)
+    if isinstance(value, str) and len(value) == 64:
+        return f"`{value[:12]}`"  # a sha256: results.json has it whole
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table, its columns aligned in the source too."""
+    rows = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|").ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "| " + " | ".join("-" * width for width in widths) + " |"
+    return [lines[0], rule, *lines[1:]]

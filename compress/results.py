@@ -1,0 +1,122 @@
+"""What a pipeline run found out, and the folder it is written to: whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..registry import SpecError
+from .report import markdown
+
+FORMAT = 1
+"""Version of results.json's layout."""
+
+
+@dataclass
+class Results:
+    """A run's findings; ``data`` is what results.json holds (docs/pipeline-files.md lists its keys)."""
+
+    data: dict[str, Any]
+    resolved: str
+    """The pipeline file with every default written out."""
+    trace: list[dict[str, Any]] | None = None
+    folder: Path | None = None
+    """Where it was written, once it was."""
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Every value by ``evaluator.value``: ``{"dense": ..., "pruned": ...}``, dense left out where it is paired."""
+        found = {}
+        for outcome in self.data["metrics"]:
+            for name, value in outcome["pruned"].items():
+                both = {} if outcome["dense"] is None else {"dense": outcome["dense"].get(name)}
+                found[f"{outcome['label']}.{name}"] = {**both, "pruned": value}
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write results.json, resolved.yaml, report.md and, with a trace, decisions.jsonl into a folder."""
+        write_json(folder / "results.json", self.data)
+        (folder / "resolved.yaml").write_text(self.resolved, encoding="utf-8")
+        (folder / "report.md").write_text(markdown(self.data), encoding="utf-8")
+        if self.trace is not None:
+            with open(folder / "decisions.jsonl", "w", encoding="utf-8") as file:
+                for record in self.trace:
+                    file.write(json.dumps(record) + "\n")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON that every reader accepts: infinity and NaN become their names as strings."""
+    path.write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+@dataclass
+class RunFolder:
+    """A results folder in the making: filled under another name beside it, then renamed."""
+
+    target: Path
+    overwrite: bool = False
+    partial: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.target = Path(self.target).expanduser()
+        self.target = self.target.parent.resolve() / self.target.name if self.target.name else self.target.resolve()
+        self.partial = self.target.with_name(f".{self.target.name}.partial-{os.getpid()}")
+
+    def check(self) -> None:
+        """Raise :class:`SpecError` where the folder exists and may not be replaced."""
+        if not os.path.lexists(self.target):
+            return
+        if not self.overwrite:
+            raise SpecError(
+                f"results folder {self.target} exists; choose another with --out, or replace it with --overwrite"
+            )
+        is_folder = self.target.is_dir() and not self.target.is_symlink()
+        if not is_folder or (any(self.target.iterdir()) and not (self.target / "results.json").is_file()):
+            raise SpecError(
+                f"{self.target} is no results folder (no results.json in it), so --overwrite leaves it alone; "
+                "choose another with --out"
+            )
+
+    @contextmanager
+    def open(self) -> Iterator[Path]:
+        """The folder to write into; it appears under its name when the block ends, and goes if it fails."""
+        self.check()
+        made = [folder for folder in self.target.parents if not folder.exists()]
+        try:
+            try:
+                self.partial.mkdir(parents=True)
+            except OSError as error:
+                raise SpecError(f"results folder {self.target} cannot be made: {error}") from None
+            yield self.partial
+            self._appear()
+        except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+    def _appear(self) -> None:
+        self.check()
+        old = self.target.with_name(f"{self.partial.name}-old")
+        if self.target.exists():
+            os.replace(self.target, old)
+        os.replace(self.partial, self.target)
+        shutil.rmtree(old, ignore_errors=True)

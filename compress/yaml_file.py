@@ -1,0 +1,119 @@
+"""Reads a pipeline file into plain data, remembering the line of every key, and applies ``--set`` to it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..registry import SpecError
+from .building import Place
+
+SMALLEST = "the smallest pipeline file is  prune: {use: pp, ratio: 0.4}"
+
+PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
+    """The mapping in a YAML file and the line of every place in it; raises :class:`SpecError`.
+
+    Only plain data is built, and a key given twice is refused where YAML itself would silently keep the last.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"there is no pipeline file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"pipeline file {path} cannot be read: {error}") from None
+    lines: dict[Place, int] = {}
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        data = None if node is None else _build(loader, node, (), lines, path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        raise SpecError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from None
+    if data is None:
+        raise SpecError(f"pipeline file {path} is empty; {SMALLEST}")
+    if not isinstance(data, dict):
+        raise SpecError(f"pipeline file {path} must be a mapping of sections, found {data!r:.60}; {SMALLEST}")
+    return data, lines
+
+
+def apply_settings(data: dict[str, Any], settings: Iterable[str]) -> list[Place]:
+    """Change ``data`` by ``prune.ratio=0.2``-like settings, values read as YAML; returns the places set.
+
+    Numbers in the path are list places; a component given by its bare name becomes a mapping when one of
+    its options is set. Raises :class:`SpecError`.
+    """
+    places = []
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", path):
+            raise SpecError(f"--set {setting}: write a path, an equals sign and a value, such as prune.ratio=0.2")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise SpecError(f"--set {setting}: the value {text!r} is not valid YAML") from None
+        place: Place = tuple(int(part) if part.isdigit() else part for part in path.split("."))
+        _set(data, place, value, setting)
+        places.append(place)
+    return places
+
+
+def _set(data: dict[str, Any], place: Place, value: Any, setting: str) -> None:
+    at: Any = data
+    for depth, part in enumerate(place):
+        here = ".".join(map(str, place[:depth])) or "the file"
+        last = depth == len(place) - 1
+        if isinstance(at, list):
+            if not isinstance(part, int) or part > len(at):
+                raise SpecError(f"--set {setting}: {here} is a list of {len(at)}, there is no place {part!r}")
+            if part == len(at):
+                at.append({})
+        elif isinstance(at, dict):
+            if at.get(part) is None:
+                at[part] = {}
+        else:
+            raise SpecError(f"--set {setting}: {here} is {at!r}, which has no {part!r}")
+        if last:
+            at[part] = value
+        elif isinstance(at[part], str):
+            at[part] = {"use" if place[: depth + 1] == ("prune",) else "name": at[part]}
+        at = at[part]
+
+
+def _build(loader: yaml.SafeLoader, node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -> Any:
+    lines.setdefault(place, node.start_mark.line + 1)
+    if len(place) > 32:
+        raise SpecError(f"{path}: nested more than 32 levels deep at {'.'.join(map(str, place[:4]))}...")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN:
+        raise SpecError(f"{path} line {lines[place]}: not valid YAML: the tag {node.tag} is not plain data")
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, (*place, index), lines, path) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    seen: dict[str, int] = {}
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in seen:
+            where = ".".join(map(str, (*place, key)))
+            raise SpecError(f"{path} line {line}: {where} is given twice (first on line {seen[key]}); keep one")
+        seen[key] = line
+    loader.flatten_mapping(node)
+    data = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise SpecError(f"{path} line {key_node.start_mark.line + 1}: a key must be a word")
+        key = loader.construct_object(key_node)
+        lines[(*place, key)] = key_node.start_mark.line + 1
+        data[key] = _build(loader, value_node, (*place, key), lines, path)
+    return data

@@ -1,0 +1,74 @@
+"""Strategies from names and options: the one way, for pipeline files and Python alike."""
+
+import pytest
+from prunekit.compress.building import build_strategy
+from prunekit.registry import Catalog, SpecError
+
+
+@pytest.fixture(scope="module")
+def catalog():
+    return Catalog.discover(block="")
+
+
+def message(call, *args, **options) -> str:
+    with pytest.raises(SpecError) as caught:
+        call(*args, **options)
+    return str(caught.value)
+
+
+def test_components_by_name_by_options_and_removed(catalog):
+    built = build_strategy(catalog, "pp", dict(ratio=0.4, scorer="wanda_sp", selector={"rows": 0.2}))
+    assert built.scorer.name == "wanda_sp"
+    assert (built.selector.name, built.selector.rows, built.selector.positions) == ("residual_norm", 0.2, 0.5)
+    static = build_strategy(catalog, "pp", dict(ratio=0.4, selector=None, merger=None))
+    assert not static.dynamic
+
+
+@pytest.mark.parametrize("scorer", [{"recurrence": "pp_shipped"}, {"name": "fluctuation", "recurrence": "pp_shipped"}])
+def test_the_strategys_own_component_keeps_its_settings(catalog, scorer):
+    built = build_strategy(catalog, "flap", dict(ratio=0.4, scorer=scorer))
+    assert built.scorer.square_attention and built.scorer.recurrence == "pp_shipped"
+    assert not build_strategy(catalog, "pp", dict(ratio=0.4, scorer={"name": "fluctuation"})).scorer.square_attention
+
+
+def test_a_strategy_object_is_changed_not_replaced(catalog):
+    first = build_strategy(catalog, "pp", dict(ratio=0.4, seed=3, selector={"rows": 0.5}))
+    second = build_strategy(catalog, first, dict(ratio=0.2, selector={"positions": 0.25}))
+    assert (second.ratio, second.seed, second.selector.rows, second.selector.positions) == (0.2, 3, 0.5, 0.25)
+    assert first.ratio == 0.4
+    assert build_strategy(catalog, type(first), dict(ratio=0.1)).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(), ["ratio: is required"]),
+        (dict(ratio=1), ["ratio: ", "0 <= ratio < 1", "1"]),
+        (dict(ratio="much"), ["ratio: ", "found 'much'"]),
+        (dict(ratio=0.4, rows=0.1), ["rows: unknown key", "option of selector", "selector: {rows: ...}"]),
+        (dict(ratio=0.4, scorer=None), ["scorer: expected a Scorer", "found None"]),
+        (dict(ratio=0.4, scorer=3), ["scorer: expected a Scorer", "found 3"]),
+        (dict(ratio=0.4, rescale="exakt"), ["rescale: ", "found 'exakt'", "did you mean 'exact'?"]),
+        (dict(ratio=0.4, merger={"name": "fixed_ratio", "probe": 3}), ["merger.probe: ", "found 3"]),
+        (dict(ratio=0.4, allocator="explicit"), ["allocator.attention: is required", "allocator.mlp: is required"]),
+        (
+            dict(ratio=0.4, allocator={"name": "explicit", "attention": [0.1], "mlp": [0.1]}),
+            ["ratio: allocator explicit takes no ratio", "found 0.4"],
+        ),
+    ],
+)
+def test_options_that_cannot_work(catalog, options, words):
+    text = message(build_strategy, catalog, "pp", options)
+    assert all(word in text for word in ["strategy pp", *words]), text
+
+
+def test_no_spurious_mistakes_follow_from_the_first(catalog):
+    text = message(build_strategy, catalog, "pp", dict(ratio=0.4, merger={"name": "fixed_ratio", "probe": 3}))
+    assert "mistakes" not in text
+    text = message(build_strategy, catalog, "pp", dict(allocator={"name": "explicit", "attention": [0], "mlp": [2]}))
+    assert "ratio: is required" not in text
+
+
+def test_what_is_no_strategy(catalog):
+    assert "did you mean 'flap'?" in message(build_strategy, catalog, "flapp", dict(ratio=0.4))
+    assert "found 3" in message(build_strategy, catalog, 3, {})

@@ -1,0 +1,284 @@
+"""The pipeline: dense beside pruned in one run, results that rerun, and a folder that is whole or absent."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from prunekit.compress import Pipeline, PipelineSpec, pipeline
+from prunekit.compress.bundled import MODEL
+from prunekit.compress.loading import ModelSource, fingerprint, load
+from prunekit.compress.results import RunFolder
+from prunekit.registry import DataError, Measurement, SpecError, Subject
+
+EVALUATORS = '''
+from typing import ClassVar, Literal
+from prunekit.registry import Evaluator, Measurement, hookimpl
+
+class Fails(Evaluator):
+    """Stops the run."""
+    name: Literal["fails"] = "fails"
+    interrupt: bool = False
+    def evaluate(self, subject):
+        raise KeyboardInterrupt if self.interrupt else RuntimeError("boom")
+
+class Pair(Evaluator):
+    """Measures dense itself."""
+    paired: ClassVar[bool] = True
+    name: Literal["pair"] = "pair"
+    def evaluate(self, subject):
+        pruned = subject.parameters()
+        with subject.dense():
+            dense = subject.parameters()
+        return Measurement({"size": pruned, "dense_size": dense}, {}, ["a note"])
+
+@hookimpl
+def evaluators(): return [Fails, Pair]
+'''
+
+PERPLEXITY = {"name": "perplexity", "window": 32, "limit": 6, "batch_size": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random model with the bundled tokenizer, as save_pretrained writes it."""
+    path = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() > 1 else 1)
+    model.save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load(ModelSource(name=str(folder), device="cpu"))
+
+
+@pytest.fixture
+def content(folder):
+    """What a small pipeline file holds, changed by keywords."""
+
+    def make(evaluate=(PERPLEXITY,), use="pp", ratio=0.4, output=None, calibration=None, **prune):
+        return {
+            "model": {"name": str(folder), "device": "cpu"},
+            "calibration": {"sequences": 4, "length": 32, **(calibration or {})},
+            "prune": {"use": use, "ratio": ratio, **prune},
+            "evaluate": list(evaluate),
+            "output": output or {},
+        }
+
+    return make
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    file = tmp_path / "plugins" / "evaluators.py"
+    file.parent.mkdir()
+    file.write_text(EVALUATORS)
+    return file
+
+
+def test_the_results_folder(content, tmp_path):
+    results = Pipeline(content(output={"trace": True}, evaluate=[PERPLEXITY, {"name": "cost", "length": 16}])).run(
+        tmp_path / "run"
+    )
+    assert results.folder == tmp_path / "run"
+    assert {path.name for path in results.folder.iterdir()} == {
+        "results.json", "resolved.yaml", "report.md", "decisions.jsonl",
+    }  # fmt: skip
+    data = json.loads((results.folder / "results.json").read_text())
+    perplexity, cost = data["metrics"]
+    assert perplexity["dense"]["perplexity"] != perplexity["pruned"]["perplexity"]
+    assert perplexity["protocol"]["window"] == 32
+    assert cost["pruned"]["parameters"] < cost["dense"]["parameters"]
+    assert results.metrics["cost.parameters"]["dense"] == data["model"]["parameters"]
+    assert data["ratio"]["asked"] == 0.4
+    # Of 2 groups none can go at 40%, of 48 channels 19.
+    assert data["layers"] == [
+        {"layer": i, "attention": {"kept": 2, "units": 2}, "mlp": {"kept": 29, "units": 48}} for i in range(3)
+    ]
+    assert data["ratio"]["units_cut"] == pytest.approx(19 / 48 / 2, abs=1e-6)
+    assert len(data["model"]["fingerprint"]) == len(data["calibration"]["fingerprint"]) == 64
+    assert {"python", "torch", "transformers", "prunekit"} <= set(data["versions"])
+    assert any("strategies/pp" in names for names in data["plugins"].values())
+    assert data["seeds"] == {"pipeline": 0, "calibration": 0, "strategy": 0}
+
+
+def test_every_decision_is_a_line(content, tmp_path):
+    results = Pipeline(content(output={"trace": True})).run(tmp_path / "run")
+    records = [json.loads(line) for line in (results.folder / "decisions.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 3  # batches, layers; attention keeps everything here
+    assert {(record["evaluator"], record["kind"]) for record in records} == {("perplexity", "mlp")}
+    assert all(len(record["kept"]) == 29 and record["positions"] for record in records)
+    static = Pipeline(content(use="wanda_sp", output={"trace": True})).measure()
+    assert {record["evaluator"] for record in static.trace} == {None}
+    assert not (Pipeline(content()).run(tmp_path / "quiet").folder / "decisions.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use": "pp", "selector": {"name": "random", "rows": 0.5}, "seed": 5},
+        {"use": "flap", "skip_layers": [0]},
+        {"use": "random", "seed": 3},
+    ],
+    ids=lambda options: options["use"],
+)
+def test_resolved_yaml_reruns_to_the_same_numbers(content, tmp_path, options):
+    first = Pipeline(content(**options)).run(tmp_path / "first")
+    spec = PipelineSpec.load(first.folder / "resolved.yaml")
+    again = Pipeline(spec).run(tmp_path / "again")
+    assert again.metrics == first.metrics
+    assert again.data["calibration"] == first.data["calibration"]
+    assert again.data["layers"] == first.data["layers"]
+    assert (again.folder / "resolved.yaml").read_text() == (first.folder / "resolved.yaml").read_text()
+
+
+def test_resolved_yaml_pins_what_was_really_loaded(content, loaded):
+    pinned = pipeline.pinned(PipelineSpec.of(content()), loaded)
+    assert (pinned.model.dtype, pinned.model.revision) == ("float32", None)
+    from_hub = type(loaded)(loaded.model, loaded.tokenizer, {**loaded.identity, "commit": "abc"})
+    assert pipeline.pinned(PipelineSpec.of(content()), from_hub).model.revision == "abc"
+
+
+def test_dense_is_the_model_itself_and_is_left_as_it_was(content, loaded):
+    before = fingerprint(loaded.model)
+    spec = PipelineSpec.of(content())
+    results = Pipeline(spec).measure(loaded=loaded)
+    assert fingerprint(loaded.model) == before == results.data["model"]["fingerprint"]
+    subject = Subject(loaded.model, loaded.tokenizer, pipeline.read_documents, None, None)
+    alone = spec.evaluate[0].evaluate(subject)
+    assert results.data["metrics"][0]["dense"] == alone.values
+
+
+def test_every_evaluator_starts_from_the_calibrated_history(content):
+    results = Pipeline(content(evaluate=[PERPLEXITY, PERPLEXITY], merger={"momentum": 0.1})).measure()
+    first, second = results.data["metrics"]
+    assert (first["label"], second["label"]) == ("perplexity 1", "perplexity 2")
+    assert first["pruned"] == second["pruned"]
+
+
+def test_dense_values_are_shared_where_runs_share_a_model(content, loaded, monkeypatch):
+    known = {}
+    first = Pipeline(content()).measure(loaded=loaded, dense=known)
+    (evaluator,) = known
+    known[evaluator] = Measurement({"perplexity": 1.0, "loss": 0.0, "tokens": 1}, {})
+    second = Pipeline(content(ratio=0.2)).measure(loaded=loaded, dense=known)
+    assert first.data["metrics"][0]["dense"]["perplexity"] > 1
+    assert second.data["metrics"][0]["dense"]["perplexity"] == 1.0
+
+
+def test_a_paired_evaluator_measures_dense_itself(content, plugin):
+    spec = PipelineSpec.of(content(evaluate=["pair"], use="magnitude"), plugins=[plugin])
+    data = Pipeline(spec).measure().data
+    (outcome,) = data["metrics"]
+    assert outcome["dense"]["size"] > outcome["pruned"]["size"]
+    assert set(outcome["pruned"]) == {"size"}
+    assert data["notes"] == ["pair: a note"]
+    assert data["calibration"] is None
+    assert data["plugins"][f"file {plugin}"] == ["evaluators/pair"]
+
+
+def test_a_known_model_far_from_its_published_perplexity_is_noted(loaded):
+    evaluator = PipelineSpec.of({"prune": {"use": "pp", "ratio": 0}, "evaluate": ["perplexity"]}).evaluate[0]
+    known = type(loaded)(loaded.model, loaded.tokenizer, {**loaded.identity, "name": "facebook/opt-125m"})
+    protocol = {
+        "text": "Salesforce/wikitext/wikitext-2-raw-v1/test", "separator": "\n\n", "documents": "all", "limit": None,
+        "window": 2048, "stride": 2048, "bos": "first",
+    }  # fmt: skip
+    far = Measurement({"perplexity": 60.0}, protocol)
+    (warning,) = pipeline.published_warnings(known, evaluator, far)
+    assert "27.65" in warning
+    assert pipeline.published_warnings(known, evaluator, Measurement({"perplexity": 27.65}, protocol)) == []
+    assert pipeline.published_warnings(loaded, evaluator, far) == []
+
+
+# What goes wrong leaves nothing.
+
+
+@pytest.mark.parametrize(("options", "error"), [({}, RuntimeError), ({"interrupt": True}, KeyboardInterrupt)])
+def test_a_run_that_stops_leaves_nothing(content, plugin, tmp_path, options, error):
+    spec = PipelineSpec.of(content(evaluate=[PERPLEXITY, {"name": "fails", **options}]), plugins=[plugin])
+    with pytest.raises(error):
+        Pipeline(spec).run(tmp_path / "a" / "b" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["plugins"]
+
+
+def test_a_run_that_stops_leaves_the_model_unpruned(content, plugin, loaded):
+    before = fingerprint(loaded.model)
+    spec = PipelineSpec.of(content(evaluate=["fails"]), plugins=[plugin])
+    with pytest.raises(RuntimeError, match="boom"):
+        Pipeline(spec).measure(loaded=loaded)
+    assert fingerprint(loaded.model) == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in loaded.model.modules())
+
+
+def test_an_existing_folder_is_refused_before_anything_is_loaded(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load", lambda source: pytest.fail("loaded"))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SpecError, match=r"run exists; choose another with --out, or replace it with --overwrite"):
+        Pipeline(content()).run(tmp_path / "run")
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(SpecError, match="no results folder"):
+        Pipeline(content(output={"overwrite": True})).run(tmp_path / "run")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SpecError, match="no results folder"):
+        Pipeline(content(output={"overwrite": True})).run(tmp_path / "file")
+    with pytest.raises(SpecError, match="cannot be made"):
+        Pipeline(content()).run(tmp_path / "file" / "run")
+    assert (tmp_path / "run" / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "x"
+
+
+def test_overwriting_replaces_only_when_all_is_done(tmp_path):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "results.json").write_text("old")
+    (target / "decisions.jsonl").write_text("old")
+    with pytest.raises(KeyboardInterrupt), RunFolder(target, overwrite=True).open() as partial:
+        (partial / "results.json").write_text("half")
+        raise KeyboardInterrupt
+    assert (target / "results.json").read_text() == "old"
+    with RunFolder(target, overwrite=True).open() as partial:
+        (partial / "results.json").write_text("new")
+        assert (target / "results.json").read_text() == "old"
+    assert (target / "results.json").read_text() == "new"
+    assert not (target / "decisions.jsonl").exists()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"calibration": {"length": 65}}, ["calibration.length", "context is 64 tokens", "found 65"]),
+        ({"calibration": {"sequences": 100_000}}, ["asks for 100000", "lower calibration.sequences"]),
+        ({"evaluate": [{**PERPLEXITY, "window": 33}]}, ["evaluate.0.window", "33 tokens", "calibration.length = 32"]),
+        ({"evaluate": [{"name": "cost", "length": 4096}]}, ["evaluate.0.length", "64 tokens"]),
+    ],
+)
+def test_text_that_does_not_fit_is_refused(content, loaded, changes, words, monkeypatch):
+    monkeypatch.setattr(pipeline, "prune", lambda *a, **k: pytest.fail("calibrated"))
+    with pytest.raises(DataError) as caught:
+        Pipeline(content(**changes)).measure(loaded=loaded)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_strategy_without_history_takes_longer_batches(content, loaded):
+    for options in ({"use": "wanda_sp"}, {"use": "pp", "merger": "probe_only"}):
+        results = Pipeline(content(evaluate=[{**PERPLEXITY, "window": 64}], **options)).measure(loaded=loaded)
+        assert results.data["metrics"][0]["protocol"]["window"] == 64
+
+
+def test_where_results_go(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(Pipeline(content()).default_folder).startswith("results/pp-0.4-")
+    results = Pipeline(content(output={"dir": "here/it/is"}, evaluate=[], use="magnitude")).run()
+    assert results.folder == tmp_path / "here" / "it" / "is"
+    assert "dir: null" in results.resolved

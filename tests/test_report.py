@@ -1,0 +1,162 @@
+"""Reports: numbers as people read them, tables, and the demo's sentences, whoever wins."""
+
+import json
+
+import pytest
+from prunekit.compress import demo, report
+from prunekit.compress.bundled import TEXTS
+from prunekit.compress.demo_report import HEAD, Row, sentences, table_rows
+from prunekit.compress.pipeline import Pipeline
+from prunekit.compress.results import write_json
+from prunekit.compress.spec import PipelineSpec
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (12345, "12,345"),
+        (0, "0"),
+        (0.0, "0.000"),
+        (5.4704, "5.470"),
+        (47.308, "47.31"),
+        (1234.56, "1,235"),
+        (12861440.0, "1.286e+07"),
+        (0.00012, "1.200e-04"),
+        (float("inf"), "inf"),
+        (True, "True"),
+    ],
+)
+def test_numbers(value, text):
+    assert report.number(value) == text
+
+
+@pytest.fixture
+def data():
+    return {
+        "strategy": "pp",
+        "started": "2026-01-02T03:04:05+00:00",
+        "ratio": {"asked": 0.4, "units_cut": 0.375, "prunable_parameters_cut": 0.39},
+        "attention_unit": "kv_group",
+        "model": {
+            "name": "bundled", "parameters": 5_000_000, "dtype": "float32", "device": "cpu", "attention": "sdpa",
+            "fingerprint": "a" * 64,
+        },
+        "calibration": {"text": "bundled reference-calibration", "length": 512, "fingerprint": "b" * 64},
+        "metrics": [
+            {
+                "label": "perplexity",
+                "dense": {"perplexity": 40.0, "tokens": 100},
+                "pruned": {"perplexity": 60.0, "tokens": 100},
+                "protocol": {"window": 512, "tokens": 100, "separator": "\n\n", "limit": None},
+                "notes": [],
+            },
+            {
+                "label": "cost",
+                "dense": {"flops": 2.0},
+                "pruned": {"flops": 1.0, "flops_ratio": 0.5},
+                "protocol": {"flops": "per token"},
+                "notes": [],
+            },
+        ],
+        "layers": [{"layer": 0, "attention": {"kept": 3, "units": 5}, "mlp": {"kept": 308, "units": 512}}],
+        "versions": {"torch": "2.13"},
+        "notes": ["mind this"],
+        "seconds": {"total": 12.3},
+    }  # fmt: skip
+
+
+def test_rows_put_dense_beside_pruned(data):
+    assert report.metric_rows(data) == [
+        ("perplexity", "40.00", "60.00", "x 1.5"),
+        ("cost: flops", "2.000", "1.000", "x 0.5"),
+    ]
+    data["metrics"][0]["pruned"]["perplexity"] = None
+    data["metrics"][1]["dense"] = None
+    assert report.metric_rows(data) == [
+        ("perplexity", "40.00", "-", ""),
+        ("cost: flops", "-", "1.000", ""),
+        ("cost: flops ratio", "-", "0.500", ""),
+    ]
+
+
+def test_the_report_states_protocol_cut_and_notes(data):
+    text = report.markdown(data)
+    for words in (
+        "40% asked: 37.5% of the units and 39% of the prunable parameters cut",
+        "| perplexity  | 40.00 | 60.00  | x 1.5  |",
+        "**perplexity**: window 512, tokens 100, separator '\\n\\n'",
+        "- mind this",
+        "| layer | attention (key/value groups) | mlp",
+        "3 of 5",
+        "`aaaaaaaaaaaa`",
+    ):
+        assert words in text, f"{words}\nis not in\n{text}"
+    data["calibration"] = None
+    assert "**calibration**: none needed" in report.markdown(data)
+
+
+def test_results_are_json_whatever_the_values(tmp_path):
+    write_json(tmp_path / "x.json", {"a": float("inf"), "b": [float("nan"), 1], "c": None, "d": tmp_path})
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert read == {"a": "inf", "b": ["nan", 1], "c": None, "d": str(tmp_path)}
+
+
+# The demo
+
+
+def rows(pp: float, flap: float, bound: float) -> list[Row]:
+    costs = dict(flops=0.7, parameters=0.7, time=0.8)
+    return [
+        Row("dense", None, 40.0, 40.0, 1.0, 1.0, 1.0),
+        Row("random", 0.4, 90.0, 90.0, **costs),
+        Row("flap", 0.4, flap, flap, compensated=True, **costs),
+        Row("pp", 0.4, pp, pp, dynamic=True, **costs),
+        Row("full_batch_probing", 0.4, bound, bound, dynamic=True, **costs),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pp", "flap", "bound", "present", "absent"),
+    [
+        (50, 60, 49.9, ["17% better than the best static strategy, FLAP", "gain next to nothing"], ["as a bias"]),
+        (60, 50, 54, ["20% worse than the best static strategy, FLAP", "gain another 10%", "as a bias"], []),
+        (50, 50.2, 55, ["ties with", "would lose 10%", "the score, not the probe"], ["better", "worse", "as a bias"]),
+    ],
+)
+def test_the_sentences_say_who_wins(pp, flap, bound, present, absent):
+    said = sentences(rows(pp, flap, bound), (0.4,))
+    text = " ".join(said)
+    assert said[0].startswith("40%, other text") and said[1].startswith("40%, same kind")
+    assert all(words in text for words in present), text
+    assert not any(words in text for words in absent), text
+    assert "0.80 of dense's time" in text
+
+
+def test_the_demos_table_fits_its_head():
+    cells = table_rows(rows(50, 60, 49))
+    assert all(len(line) == len(HEAD) for line in cells)
+    assert [line[0] for line in cells] == ["", "40%", "", "", ""]
+
+
+def test_the_demo_compares_and_each_row_reruns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "WINDOW", 32)
+    monkeypatch.setattr(demo, "BATCH", 4)
+    monkeypatch.setattr(demo, "WINDOWS", 5)
+    monkeypatch.setattr(demo, "SEQUENCES", 4)
+    monkeypatch.setattr(demo, "PAIRS", 1)
+    assert demo.MEASURED_ON in TEXTS and set(demo.CALIBRATED_ON.values()) <= set(TEXTS)
+    demo.run(tmp_path / "demo")
+    shown = capsys.readouterr().out
+    table = [line for line in shown.splitlines() if "%" in line and "other text" not in line]
+    for title in ("dense", "random", "magnitude", "Wanda-sp", "FLAP", "PP", "full-batch probing"):
+        assert any(title in line for line in table)
+    assert all(len(line) <= 100 for line in table)
+    assert str(tmp_path / "demo") in shown
+    data = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert len(data["table"]) == 1 + 2 * 6
+    assert len(data["runs"]) == 20
+    assert all(None not in row.values() for row in data["table"][1:])
+    (row,) = [row for row in data["table"] if (row["strategy"], row["ratio"]) == ("pp", 0.4)]
+    spec = PipelineSpec.load(tmp_path / "demo" / "pipelines" / "pp-40-same.yaml")
+    assert Pipeline(spec).measure().metrics["perplexity.perplexity"]["pruned"] == row["same"]
