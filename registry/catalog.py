@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
@@ -16,10 +16,9 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 import pluggy
-from pydantic import ValidationError
 
 from .component import Component
-from .errors import PluginError, SpecError
+from .errors import PluginError
 from .hookspecs import PROJECT, ROLES, Hooks
 
 BLOCK_VARIABLE = "PRUNEKIT_BLOCK"
@@ -119,9 +118,9 @@ class Catalog:
             self.problems.append(f"{where} must return a list of classes, found {components!r}")
             return
         for component in components:
-            complaint = _complaint(component, ROLES[role])
-            if complaint:
-                self.problems.append(f"{where}: {complaint}")
+            wrong = complaint(component, ROLES[role])
+            if wrong:
+                self.problems.append(f"{where}: {wrong}")
             else:
                 name = component.model_fields["name"].default
                 self.entries.append(Entry(role, name, component, plugin, provider))
@@ -148,25 +147,6 @@ class Catalog:
         for note in [*self.problems, *(f"{BLOCK_VARIABLE} switches off plugin {plugin}" for plugin in self.blocked)]:
             message += f"\nnote: {note}"
         raise PluginError(message)
-
-    def build(self, role: str, value: str | Mapping | Component) -> Component:
-        """A component from its name, from ``{"name": ..., options}``, or as it is."""
-        if isinstance(value, Component):
-            if not isinstance(value, ROLES[role]):
-                raise SpecError(f"expected a {ROLES[role].__name__}, found {value!r}")
-            return value
-        if not isinstance(value, (str, Mapping)):
-            wanted = f"a {ROLES[role].__name__} is given by its name or as {{name: ..., options}}"
-            raise SpecError(f"{wanted}, found {value!r}")
-        options = {"name": value} if isinstance(value, str) else dict(value)
-        if "name" not in options:
-            raise SpecError(f"a {ROLES[role].__name__} needs a name, found {value!r}")
-        try:
-            return self.get(role, options["name"]).model_validate(options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, (role, options["name"], *first["loc"])))
-            raise SpecError(f"{place}: {first['msg']} (found {first['input']!r})") from None
 
 
 def load_plugin_file(path: Path) -> ModuleType:
@@ -211,7 +191,7 @@ def _entry_points() -> list[tuple[EntryPoint, Distribution]]:
     return [found[key] for key in sorted(found)]
 
 
-def _complaint(component: Any, role: type[Component]) -> str | None:
+def complaint(component: Any, role: type[Component]) -> str | None:
     """What is wrong with something a hook returned, if anything."""
     if not (inspect.isclass(component) and issubclass(component, role)):
         return f"expected a class derived from {role.__name__}, found {component!r}"

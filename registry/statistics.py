@@ -57,8 +57,9 @@ class ChannelHistory:
         self.mean = old + (batch_mean - old) * (count / self.tokens)
 
     def clone(self) -> ChannelHistory:
-        copy = lambda t: None if t is None else t.clone()  # noqa: E731
-        return ChannelHistory(self.channels, self.device, copy(self.table), copy(self.rows), copy(self.mean), self.tokens)
+        """A history of its own that has seen the same."""
+        tensors = (None if t is None else t.clone() for t in (self.table, self.rows, self.mean))
+        return ChannelHistory(self.channels, self.device, *tensors, self.tokens)
 
 
 class Statistic(Component):
@@ -142,11 +143,8 @@ def position_sums(
             total.addcmul_(row, row)
         else:
             total.add_(row)
-    if valid is None:
-        counts = torch.full((x.shape[1],), float(x.shape[0]), device=x.device)
-    else:
-        counts = valid.sum(0).float()
-    return total, counts
+    rows = torch.full((x.shape[1],), float(x.shape[0]), device=x.device)
+    return total, rows if valid is None else valid.sum(0).float()
 
 
 def per_row(sums: Tensor, counts: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Strategy(Component):
     @property
     def needs_calibration(self) -> bool:
         """Whether the strategy must see calibration batches before it can decide."""
-        if self.compensate != "none" or self.allocator.needs_scores and self.scorer.statistic is not None:
+        if self.compensate != "none" or (self.allocator.needs_scores and self.scorer.statistic is not None):
             return True
         if self.dynamic:
             return self.merger.uses_history

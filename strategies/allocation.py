@@ -56,7 +56,8 @@ class Explicit(SparsityAllocator):
             ratios = self.attention if site.kind == "attention" else self.mlp
             if site.layer >= len(ratios):
                 raise SpecError(
-                    f"allocator explicit: {site.kind} lists {len(ratios)} layers, but the model has a layer {site.layer}"
+                    f"allocator explicit: {site.kind} lists {len(ratios)} layers, "
+                    f"but the model has a layer {site.layer}"
                 )
             counts.append(site.units - math.floor(ratios[site.layer] * site.units + 1e-9))
         return counts

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ...registry import SiteScores, SparsityAllocator
+from ...registry import SiteScores, SparsityAllocator, SpecError
 from ..allocation import kept_width
 from .adaptive import standardised
 
@@ -22,6 +22,8 @@ class FlapShipped(SparsityAllocator):
     head_cost: int = Field(170, ge=1, description="channels that one head counts for")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+        if not ratio:  # the code's strict comparison would drop the lowest unit even then
+            return [scores.site.units for scores in sites]
         per_site = [standardised(scores) for scores in sites]
         costs = [
             torch.full(z.shape, self.head_cost if scores.site.kind == "attention" else 1, device=z.device)
@@ -62,7 +64,15 @@ class PPFlapShipped(SparsityAllocator):
         return counts
 
     def _group(self, scores: SiteScores) -> int:
-        return self.group if scores.site.kind == "attention" else 1
+        site = scores.site
+        if site.kind == "mlp":
+            return 1
+        if site.channels % self.group:
+            raise SpecError(
+                f"allocator pp_flap_shipped: {site.label} has {site.channels} channels, which are not whole groups of "
+                f"{self.group}; set group to a divisor"
+            )
+        return self.group
 
     def _head_price(self, sites: Sequence[SiteScores]) -> float:
         """Multiplications of a head, score products included, relative to those of an MLP channel."""

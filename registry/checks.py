@@ -1,0 +1,152 @@
+"""Checks that every component has to pass, ours and everyone's: ``check_component(MaxWeight)`` in a plugin's tests.
+
+They run on made-up tensors of a few numbers. An architecture is held against a model by :func:`check_sites`
+and an evaluator is run by :func:`check_evaluation`. What is wrong is an :class:`AssertionError` that names
+the component and the rule.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable
+
+from pydantic import ValidationError
+
+from .catalog import complaint
+from .component import Component
+from .evaluation import Evaluator, Measurement, Subject
+from .hookspecs import ROLES
+from .role_checks import ROLE_CHECKS, check_sites, expect
+from .strategy import Strategy
+
+Check = Callable[[Component], None]
+
+__all__ = ["check_component", "check_evaluation", "check_sites", "checks_of"]
+
+
+def check_component(component: type[Component] | Component) -> None:
+    """Run every check on a component, or on a class with its default options.
+
+    Give an object where a class has options without a default. Raises :class:`AssertionError`.
+    """
+    for check in checks_of(component):
+        check(built(component))
+
+
+def checks_of(component: type[Component] | Component) -> list[Check]:
+    """The checks that apply, each a function of the component: for ``pytest.mark.parametrize``."""
+    cls = component if inspect.isclass(component) else type(component)
+    return COMMON + [check for role, checks in ALL_ROLE_CHECKS.items() if issubclass(cls, role) for check in checks]
+
+
+def built(component: type[Component] | Component) -> Component:
+    """The component itself, or the class with its defaults."""
+    if not inspect.isclass(component):
+        return component
+    required = [name for name, field in component.model_fields.items() if field.is_required()]
+    expect(
+        not required,
+        component,
+        f"cannot be made by its name alone, {', '.join(required)} has no default; give one, or check an object",
+    )
+    return component()
+
+
+def check_declaration(component: Component) -> None:
+    """It has a role, implements it, and declares its name as a literal."""
+    role = next((role for role in ROLES.values() if isinstance(component, role)), None)
+    expect(role is not None, component, f"derives from none of {', '.join(role.__name__ for role in ROLES.values())}")
+    found = complaint(type(component), role)
+    expect(found is None, component, str(found))
+
+
+def check_description(component: Component) -> None:
+    """It says in one line what it does: ``prunekit list`` shows it."""
+    expect(bool(type(component).summary()), component, "has no docstring of its own; its first line is shown by list")
+
+
+def check_options_are_frozen(component: Component) -> None:
+    """Options cannot be changed, and make it hashable."""
+    try:
+        component.name = "another"
+    except ValidationError:
+        pass
+    else:
+        expect(False, component, "can be changed after it is made; keep the frozen model_config of Component")
+    try:
+        hash(component)
+    except TypeError as error:
+        expect(False, component, f"is not hashable ({error}); use tuples instead of lists in options")
+
+
+def check_unknown_option(component: Component) -> None:
+    """An option that it does not have is refused."""
+    try:
+        type(component).model_validate({**dict(component), "surely_no_option": 1})
+    except ValidationError:
+        return
+    expect(False, component, 'takes options it does not have; keep extra="forbid"')
+
+
+def check_round_trip(component: Component) -> None:
+    """Written to JSON and read again it is the same: results can be rerun from ``resolved.yaml``."""
+    data = component.model_dump(mode="json")
+    parts = {key: value for key, value in component if isinstance(value, Component)}
+    for part in parts.values():
+        check_round_trip(part)
+    again = type(component).model_validate({**data, **parts})
+    expect(again == component, component, f"reads {again!r} from what it writes, {data}")
+
+
+def check_strategy_ratio(strategy: Strategy) -> None:
+    """The ratio is a share, and a strategy with another ratio is otherwise the same."""
+    options = dict(strategy)
+    for ratio in (-0.1, 1.0, math.nan):
+        try:
+            type(strategy).model_validate({**options, "ratio": ratio})
+        except ValidationError:
+            continue
+        expect(False, strategy, f"takes a ratio of {ratio}")
+    expect(type(strategy).model_validate({**options, "ratio": 0.4}).ratio == 0.4, strategy, "does not take a ratio")
+
+
+def check_strategy_parts(strategy: Strategy) -> None:
+    """Every part is a sound component, and a strategy that probes has both parts that it takes."""
+    for part in (value for _, value in strategy if isinstance(value, Component)):
+        for check in checks_of(part):
+            check(part)
+    expect(strategy.dynamic == (strategy.merger is not None), strategy, "has a selector without a merger")
+
+
+def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
+    """Run on ``subject`` it returns finite numbers with their protocol, and leaves the model as it was."""
+    before = {name: parameter.clone() for name, parameter in subject.model.named_parameters()}
+    mode = subject.model.training
+    found = evaluator.evaluate(subject)
+    expect(isinstance(found, Measurement), evaluator, f"must return a Measurement, found {found!r}")
+    expect(bool(found.values) and bool(found.protocol), evaluator, "must return values and the protocol behind them")
+    for name, value in found.values.items():
+        number = value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+        expect(isinstance(name, str) and number, evaluator, f"measures {name!r} as {value!r}, which is no number")
+    try:
+        json.dumps([found.protocol, found.notes], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        expect(False, evaluator, f"has a protocol that JSON cannot hold ({error})")
+    after = dict(subject.model.named_parameters())
+    same = before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+    expect(same and subject.model.training == mode, evaluator, "changes the model it measures")
+
+
+COMMON: list[Check] = [
+    check_declaration,
+    check_description,
+    check_options_are_frozen,
+    check_unknown_option,
+    check_round_trip,
+]
+ALL_ROLE_CHECKS: dict[type[Component], list[Check]] = {
+    **ROLE_CHECKS,
+    Strategy: [check_strategy_ratio, check_strategy_parts],
+}

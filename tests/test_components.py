@@ -1,0 +1,120 @@
+"""Every catalogued component passes the checks that plugin authors run on theirs."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from prunekit.registry import (
+    ROLES,
+    Architecture,
+    Catalog,
+    Evaluator,
+    SiteScores,
+    SpecError,
+    Subject,
+)
+from prunekit.registry.checks import built, check_evaluation, check_sites, checks_of
+from prunekit.registry.role_checks import some_site
+from prunekit.strategies.allocation import Explicit, Uniform
+from prunekit.strategies.flap.adaptive import GlobalAdaptive
+from prunekit.strategies.flap.reference import PPFlapShipped
+from prunekit.strategies.flap.scorer import RECURRENCES, FluctuationScorer
+from prunekit.strategies.pp.mergers import FixedRatio, ImportanceScaled
+from prunekit.strategies.pp.selectors import ResidualNorm
+from prunekit.strategies.wanda_sp import WandaSpScorer
+
+OURS = [entry.component for entry in Catalog.discover(block="").entries if entry.provider.startswith("prunekit ")]
+WITH_OPTIONS = {
+    Explicit: Explicit(attention=(0.5, 0.0), mlp=(0.25, 0.99)),
+    PPFlapShipped: PPFlapShipped(group=8, mlp_multiple=4),  # the sites of the checks have 24 channels, not n x 128
+}
+VARIANTS = [
+    FixedRatio(probe=0.3, as_shipped=True),
+    FluctuationScorer(square_attention=True, weighted=False),
+    ImportanceScaled(momentum=1.0),
+    ResidualNorm(positions=1.0, rows=1.0),
+    ResidualNorm(positions=0.01, rows=0.01),
+    Uniform(mlp_multiple=8),
+    WandaSpScorer(square_attention=True),
+    *(FluctuationScorer(recurrence=name) for name in RECURRENCES),
+]
+COMPONENTS = [WITH_OPTIONS.get(cls, cls) for cls in OURS] + VARIANTS
+CASES = [
+    pytest.param(component, check, id=f"{getattr(component, '__name__', None) or repr(component)}-{check.__name__}")
+    for component in COMPONENTS
+    for check in checks_of(component)
+]
+
+
+@pytest.mark.parametrize(("component", "check"), CASES)
+def test_component(component, check):
+    check(built(component))
+
+
+def test_all_roles_are_here():
+    assert [name for name, role in ROLES.items() if not any(issubclass(cls, role) for cls in OURS)] == []
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+@pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "opt"])
+def test_architectures_fit_their_models(make_model, family, unit):
+    model = make_model(family)
+    served = [cls() for cls in OURS if issubclass(cls, Architecture) and model.config.model_type in cls().model_types]
+    assert len(served) == 1
+    check_sites(served[0], model, unit)
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    bos_token_id = 1
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [3 + ord(character) % 90 for character in text]}
+
+
+@pytest.fixture
+def subject(make_model):
+    text = "It was a bright cold day in April, and the clocks were striking. " * 20
+    return Subject(make_model("llama-gqa"), Letters(), lambda source: [text], nullcontext, lambda: 1)
+
+
+SMALL = {"batch_size": 2, "length": 16, "window": 64, "limit": 2, "pairs": 1, "warmup": 0}
+
+
+@pytest.mark.parametrize("cls", [cls for cls in OURS if issubclass(cls, Evaluator)], ids=lambda cls: cls.__name__)
+def test_evaluators_measure(cls, subject):
+    check_evaluation(cls(**{key: value for key, value in SMALL.items() if key in cls.model_fields}), subject)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.1, 0.2, 0.3, 0.4, 0.57, 0.7, 0.9, 0.999])
+def test_uniform_never_cuts_more_than_asked(ratio):
+    for units in (1, 2, 7, 24, 100):
+        for kind in ("attention", "mlp"):
+            site = some_site(kind)
+            site = type(site)(**{**vars(site), "units": units})
+            (kept,) = Uniform().allocate([SiteScores(site, None, None)], ratio)
+            assert (units - kept) / units <= ratio + 1e-9
+            assert kept > 0
+            assert (units - kept + 1) / units > ratio  # and not less than it could
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 0.8])
+def test_global_adaptive_cuts_the_share_of_parameters(ratio):
+    sites = [some_site(kind, layer) for layer in range(4) for kind in ("attention", "mlp")]
+    scores = []
+    for seed, site in enumerate(sites):
+        channels = torch.rand(site.channels, generator=torch.Generator().manual_seed(seed))
+        scores.append(SiteScores(site, channels, channels))
+    counts = GlobalAdaptive().allocate(scores, ratio)
+    gone = sum((site.units - kept) * site.unit_parameters for site, kept in zip(sites, counts, strict=True))
+    whole = sum(site.units * site.unit_parameters for site in sites)
+    largest = max(site.unit_parameters for site in sites)
+    assert gone <= ratio * whole + 1e-6 and gone > ratio * whole - largest
+    assert min(counts) >= 1
+
+
+def test_groups_that_do_not_fit_the_channels_are_refused():
+    scores = [SiteScores(some_site("attention"), torch.rand(24), torch.rand(6))]
+    with pytest.raises(SpecError, match=r"layer 0 attention has 24 channels.*groups of 128"):
+        PPFlapShipped().allocate(scores, 0.4)
