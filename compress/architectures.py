@@ -135,7 +135,10 @@ class Llama(PreNormDecoder):
     layers: str = "model.layers"
     attention: AttentionNames = AttentionNames(norm="input_layernorm", module="self_attn")
     mlp: MlpNames = MlpNames(
-        norm="post_attention_layernorm", entry="mlp", producers=("mlp.gate_proj", "mlp.up_proj"), consumer="mlp.down_proj"
+        norm="post_attention_layernorm",
+        entry="mlp",
+        producers=("mlp.gate_proj", "mlp.up_proj"),
+        consumer="mlp.down_proj",
     )
 
 

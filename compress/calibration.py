@@ -53,7 +53,8 @@ def _batch(item: Any, number: int) -> Batch:
         mask = torch.as_tensor(mask)
         mask = mask[None] if mask.dim() == 1 else mask
         if mask.shape != ids.shape:
-            raise DataError(f"{place}: attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} differ in shape")
+            shapes = f"attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)}"
+            raise DataError(f"{place}: {shapes} differ in shape")
         if not bool(mask.any()):
             raise DataError(f"{place}: the attention_mask hides every token")
         batch["attention_mask"] = mask.long()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..registry import ChannelHistory, HistoryMerger, Producer, MaskApplier, Scorer, Site, Strategy
+from ..registry import ChannelHistory, HistoryMerger, MaskApplier, Producer, Scorer, Site, Strategy
 from .attention import KV_INDEX
 
 if TYPE_CHECKING:

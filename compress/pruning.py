@@ -171,9 +171,9 @@ def _within(strategy: Strategy, sites: list[Site], layers: int) -> tuple[list[Si
         ratio = round(ratio, 2)
     if ratio >= 1:
         raise SpecError(
-            f"ratio {strategy.ratio} is out of reach: with {len(kept_whole)} of {layers} layers skipped the others would "
-            f"have to lose {ratio:.3g} of their units; skip fewer layers, ask for less than {others / layers:.3g}, or set "
-            "rescale: off"
+            f"ratio {strategy.ratio} is out of reach: with {len(kept_whole)} of {layers} layers skipped the others "
+            f"would have to lose {ratio:.3g} of their units; skip fewer layers, ask for less than "
+            f"{others / layers:.3g}, or set rescale: off"
         )
     return inside, ratio
 

@@ -23,8 +23,8 @@ def build_model(family: str, seed: int = 0, attention: str = "sdpa", **overrides
 
     kind = family.split("-")[0]
     if kind == "opt":
-        sizes = dict(SIZES, ffn_dim=192, word_embed_proj_dim=128, dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        config = transformers.OPTConfig(**{**sizes, **overrides})
+        sizes = dict(ffn_dim=192, word_embed_proj_dim=128, dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        config = transformers.OPTConfig(**{**SIZES, **sizes, **overrides})
     else:
         heads = 8 if family == "llama-mha" else 4
         config_class = {

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
-
 from prunekit.compress import prune
 from prunekit.registry import Catalog, DataError, ModelError, NonFiniteError, SpecError
+from torch import nn
 
 
 @pytest.mark.parametrize(

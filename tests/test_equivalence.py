@@ -1,8 +1,7 @@
-"""Sliced equals zeroed: computing with the kept units only is computing with all and letting the others weigh nothing."""
+"""Sliced equals zeroed: computing with the kept units only, or with all while the others weigh nothing."""
 
 import pytest
 import torch
-
 from prunekit.compress import prune
 
 FAMILIES = ["llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "opt"]
@@ -42,7 +41,8 @@ def test_sliced_equals_zeroed(make_model, batches, family, unit, attention, padd
         zeroed, same = logits(model, ids, mask, strategy=strategy, applier="zero", **options, **more)
         assert [r["kept"] for r in trace] == [r["kept"] for r in same]
         torch.testing.assert_close(real(sliced, mask), real(zeroed, mask), atol=2e-5, rtol=1e-4)
-        assert (real(sliced, mask)[:1] - dense).abs().max() > 0.05, "the cut must be visible, or the check proves nothing"
+        moved = (real(sliced, mask)[:1] - dense).abs().max()
+        assert moved > 0.05, "the cut must be visible, or the check proves nothing"
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "opt"])

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
-
 from prunekit.compress import prune
+from transformers import DynamicCache, StaticCache
 
 
 def zeroed_copy(model, pruned, records):

@@ -1,0 +1,110 @@
+"""The page about plugins is complete, and every example in it works as a plugin file."""
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from prunekit.compress import prune
+from prunekit.registry import ROLES, Catalog, Subject
+from prunekit.registry.checks import check_component, check_evaluation, check_sites
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = (DOCS / "plugins.md").read_text()
+EXAMPLE = DOCS / "examples" / "plugin" / "prunekit_max_weight.py"
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The catalog with one of the page's examples, and the entries that the example brought."""
+
+    def catalog(source: str):
+        file = tmp_path / "example.py"
+        file.write_text(source)
+        found = Catalog.discover(files=[file], block="")
+        assert not [problem for problem in found.problems if str(file) in problem]
+        return found, [entry for entry in found.entries if entry.provider == f"file {file}"]
+
+    return catalog
+
+
+def example_of(role: str) -> str:
+    (source,) = [source for source in EXAMPLES if f"\ndef {role}():" in source]
+    return source
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_hook_has_a_section_and_an_example(role):
+    assert f"\n### `{role}`\n" in PAGE
+    assert example_of(role)
+
+
+def test_the_page_shows_the_package_as_it_is():
+    assert EXAMPLES[0] == EXAMPLE.read_text()
+    lines = [line for line in EXAMPLE.read_text().splitlines() if line.strip()]
+    assert len(lines) <= 30
+    assert f"{len(lines)} lines of code" in PAGE
+
+
+@pytest.mark.parametrize("source", EXAMPLES, ids=lambda source: source.split('"""')[1])
+def test_examples_pass_the_checks(load, source):
+    _, entries = load(source)
+    assert entries
+    for entry in entries:
+        check_component(entry.component)
+
+
+@pytest.mark.parametrize("role", ["scorers", "probe_selectors", "history_mergers", "allocators"])
+def test_examples_prune(load, make_model, batches, role):
+    catalog, entries = load(example_of(role))
+    (name,) = [entry.name for entry in entries if entry.role == role]
+    option = {"probe_selectors": "selector", "history_mergers": "merger"}.get(role, role[:-1])
+    model = make_model("llama-gqa")
+    with prune(model, "pp", ratio=0.5, calibration=batches, catalog=catalog, **{option: name}) as pruned:
+        assert getattr(pruned.strategy, option).name == name
+        cut = model(**batches[0]).logits
+        assert cut.isfinite().all()
+        with pruned.dense():
+            assert not torch.equal(cut, model(**batches[0]).logits)
+
+
+def test_the_applier_example_equals_slicing(load, make_model, batches):
+    catalog, _ = load(example_of("mask_appliers"))
+    model, logits = make_model("llama-gqa"), []
+    for applier in ("slice", "zero_both"):
+        with prune(model, "wanda_sp", ratio=0.5, calibration=batches, catalog=catalog, applier=applier):
+            logits.append(model(**batches[0]).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_architecture_example_fits_its_model(load, batches):
+    import transformers
+
+    config = transformers.Starcoder2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, residual_dropout=0.0,
+        embedding_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    catalog, (entry,) = load(example_of("architectures"))
+    logits = []
+    for unit in ("kv_group", "query_head"):
+        check_sites(entry.component(), model, unit)
+    for applier in ("slice", "zero"):
+        with prune(model, "wanda_sp", ratio=0.5, calibration=batches, catalog=catalog, applier=applier):
+            logits.append(model(**batches[0]).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[0], model(**batches[0]).logits, atol=1e-3)
+
+
+def test_the_evaluator_example_measures(load, make_model):
+    class Letters:
+        def __call__(self, text, **kwargs):
+            return {"input_ids": [3 + ord(character) % 90 for character in text]}
+
+    _, (entry,) = load(example_of("evaluators"))
+    subject = Subject(make_model("llama-gqa"), Letters(), lambda source: ["abcdef" * 20], nullcontext, lambda: 1)
+    check_evaluation(entry.component(tokens=64), subject)
