@@ -1,0 +1,48 @@
+# Two commands set everything up: `make demo` and `make test`. Both need python3, pip, make and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for the command that runs, such as ARGS="-k catalog" or ARGS="--out elsewhere".
+ARGS ?=
+
+.PHONY: help demo test clean
+
+help:
+	@echo "make demo   prune the bundled model by every strategy and print the table"
+	@echo "make test   run all tests"
+	@echo "make clean  remove $(VENV) and what building left behind"
+	@echo "PYTHON=python3.12 chooses the interpreter, ARGS=... is passed on"
+
+demo: $(VENV)/.demo-ready
+	@$(VENV)/bin/prunekit demo $(ARGS)
+
+# The tests' models are so small that a second thread only waits for the first, for minutes where cores are busy.
+test: $(VENV)/.test-ready
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest $(ARGS)
+
+# Each stamp says "installed as these two files have it"; a checkout that did not change is not installed twice.
+$(VENV)/.demo-ready: pyproject.toml constraints.txt
+	$(call install,.)
+
+$(VENV)/.test-ready: pyproject.toml constraints.txt
+	$(call install,.[test])
+
+# The stamp is made only where pip succeeds: the pipe would hide its exit status.
+define install
+	@command -v "$(PYTHON)" >/dev/null || \
+	    { echo "there is no $(PYTHON); name an interpreter: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "prunekit needs Python 3.10 or newer, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@[ -x "$(VENV)/bin/pip" ] || "$(PYTHON)" -c 'import ensurepip' 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make environments; install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@[ -x "$(VENV)/bin/pip" ] || { echo "making the environment $(VENV)"; "$(PYTHON)" -m venv "$(VENV)"; }
+	@echo "installing prunekit into $(VENV); the first time downloads torch and takes some minutes (log: $(VENV)/pip.log)"
+	@rm -f "$@"
+	@{ "$(VENV)/bin/python" -m pip install --disable-pip-version-check --progress-bar off --log "$(VENV)/pip.log" \
+	      -c constraints.txt -e "$(1)" && touch "$@"; } | grep --line-buffered -E '^ *Downloading .* MB\)|^Installing' || true
+	@[ -e "$@" ] || { echo "the installation failed; everything pip said is in $(VENV)/pip.log" >&2; exit 1; }
+endef
+
+clean:
+	rm -rf "$(VENV)" build dist prunekit.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
