@@ -16,9 +16,8 @@ help:
 demo: $(VENV)/.demo-ready
 	@$(VENV)/bin/prunekit demo $(ARGS)
 
-# The tests' models are so small that a second thread only waits for the first, for minutes where cores are busy.
 test: $(VENV)/.test-ready
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest $(ARGS)
 
 # Each stamp says "installed as these two files have it"; a checkout that did not change is not installed twice.
 $(VENV)/.demo-ready: pyproject.toml constraints.txt

@@ -73,9 +73,8 @@ class Catalog:
                 )
                 continue
             catalog._take(manager, plugin, point.name, provider)
-        for file in files:
+        for path in dict.fromkeys(map(Path, files)):
             before = len(catalog.problems)
-            path = Path(file)
             catalog._take(manager, load_plugin_file(path), path.stem, f"file {path}")
             if len(catalog.problems) > before:
                 raise PluginError("\n".join(catalog.problems[before:]))
@@ -89,11 +88,14 @@ class Catalog:
     def _take(self, manager: pluggy.PluginManager, plugin: Any, name: str, provider: str) -> None:
         """Register one plugin and collect what its hooks return."""
         where = f"plugin {name} of {provider}"
+        if manager.is_registered(plugin):
+            self.problems.append(f"{where} is a module that another plugin has already brought; name it once")
+            return
         try:
             registered = manager.register(plugin, name=f"{provider}:{name}")
             callers = manager.get_hookcallers(plugin) or []
         except (pluggy.PluginValidationError, ValueError) as error:
-            self.problems.append(f"{where} is not usable: {error}")
+            self.problems.append(f"{where} is not usable: {' '.join(str(error).split())}")
             return
         found = False
         for caller in callers:

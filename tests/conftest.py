@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The tests' models are so small that a second thread only waits for the first, for minutes where cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

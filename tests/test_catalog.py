@@ -172,10 +172,20 @@ def test_a_hook_without_its_decorator(site):
     assert rest_works(catalog)
 
 
+def test_one_module_named_twice(site):
+    site.install("again-dist", again=SCORER.format(name="again"))
+    points = next(site.folder.glob("again_dist*")) / "entry_points.txt"
+    points.write_text(points.read_text() + f"twice = {site.modules[-1]}\n")
+    catalog = Catalog.discover()
+    site.only_problem(catalog, "plugin twice of again-dist 1.0", "another plugin has already brought")
+    assert catalog.get("scorers", "again")
+
+
 def test_a_hook_that_takes_an_argument(site):
     site.install("greedy-dist", greedy=SCORER.format(name="greedy").replace("scorers()", "scorers(model)"))
     catalog = Catalog.discover()
     site.only_problem(catalog, "plugin greedy of greedy-dist 1.0", "not usable", "model")
+    assert "\n" not in site.problems(catalog)[0]
     assert rest_works(catalog)
 
 

@@ -33,7 +33,7 @@ def nothing_blocked(monkeypatch):
 def test_a_plugin_file(tmp_path):
     file = tmp_path / "my_ideas.py"
     file.write_text(scorer("from_file"))
-    catalog = Catalog.discover(files=[file])
+    catalog = Catalog.discover(files=[file, str(file)])  # named twice, as by a pipeline file and the command line
     (entry,) = [entry for entry in catalog.of_role("scorers") if entry.name == "from_file"]
     assert (entry.plugin, entry.provider) == ("my_ideas", f"file {file}")
     assert not problems_of(catalog, file)
