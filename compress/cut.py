@@ -140,7 +140,7 @@ class SiteCut:
 
     @torch.no_grad()
     def _compensated_bias(self, linear: SiteLinear, weight: Tensor, columns: Tensor) -> Tensor | None:
-        """``bias + W[:, cut] @ mean[cut]``: FLAP's compensation (section 4.3), in float32; (O,)."""
+        """``bias + W[:, cut] @ mean[cut]``: FLAP's baseline bias compensation, in float32; (O,)."""
         if not self.compensated:
             return linear.bias
         mean = self.history.mean

@@ -127,9 +127,9 @@ class Engine:
         """Copies of all channel histories, for :meth:`restore`."""
         return [cut.history.clone() for cut in self.cuts]
 
-    def restore(self, histories: list[ChannelHistory]) -> None:
-        """Put channel histories back and start counting batches and drawing from the start."""
-        for cut, history in zip(self.cuts, histories, strict=True):
+    def restore(self, histories: list[ChannelHistory] | None) -> None:
+        """Put channel histories back, where they change at all; count batches and draw from the start."""
+        for cut, history in zip(self.cuts, histories or (), strict=bool(histories)):
             cut.history = history.clone()
         self.batch = -1
         self.decider.restart()

@@ -25,7 +25,7 @@ class Pruned:
 
     def __init__(self, engine: Engine, catalog: Catalog):
         self._engine = engine
-        self._calibrated = engine.histories()
+        self._calibrated = engine.histories() if engine.decider.learns else None
         self.catalog = catalog
 
     @property

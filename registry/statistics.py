@@ -94,7 +94,7 @@ class MeanSquare(Statistic):
 
 
 class Fluctuation(Statistic):
-    """Squared deviation from the channel's running mean, per position: FLAP's fluctuation (eq. 4).
+    """Squared deviation from the channel's running mean, per position: FLAP's fluctuation.
 
     Summed over positions the table is exactly the sum of squares about the mean (the parallel update
     of Chan, Golub and LeVeque), divided by the number of rows.

@@ -24,7 +24,7 @@ class GlobalAdaptive(SparsityAllocator):
     """Lowest standardised scores of the whole model go first, until the ratio of its parameters is gone."""
 
     needs_scores: ClassVar[bool] = True
-    paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983, section 4.2"
+    paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983, adaptive structure search"
     name: Literal["global_adaptive"] = "global_adaptive"
     minimum_units: int = Field(1, ge=0, description="units that every site keeps in any case")
 

@@ -62,7 +62,7 @@ RECURRENCES: dict[str, Statistic] = {
 class FluctuationScorer(AttentionPower):
     """Fluctuation of the channel about its mean times its squared weights (FLAP, WIFV)."""
 
-    paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983, eq. 4-5"
+    paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983, metric WIFV"
 
     name: Literal["fluctuation"] = "fluctuation"
     recurrence: Literal["published", "flap_shipped", "pp_shipped"] = Field(

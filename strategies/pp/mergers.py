@@ -1,4 +1,4 @@
-"""How the probe's statistic and history become one, and how history learns from the batch (PP, section 4.2)."""
+"""How the probe's statistic and history become one, and how history learns from the batch (PP)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class MovingAverage(HistoryMerger):
 
 
 class ImportanceScaled(MovingAverage):
-    """Each entry weighted by its own size: ``r = P/(P+H)``, ``r*P + (1-r)*H`` (PP, eq. 3)."""
+    """Each entry weighted by its own size: ``r = P/(P+H)``, ``r*P + (1-r)*H`` (PP)."""
 
-    paper: ClassVar[str] = "Probe Pruning, ICLR 2025, section 4.2"
+    paper: ClassVar[str] = "Probe Pruning, ICLR 2025, arXiv 2502.15618, importance-scaled fusion"
     name: Literal["importance_scaled"] = "importance_scaled"
 
     def merge(self, probe: Tensor, history: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from ...registry import Scorer
 
 
 class PPsp(Scorer):
-    """Mean square activation times the L2 norm of the squared weights (PP, section 4.3)."""
+    """Mean square activation times the L2 norm of the squared weights (PP)."""
 
-    paper: ClassVar[str] = "Probe Pruning, ICLR 2025, arXiv 2502.15618"
+    paper: ClassVar[str] = "Probe Pruning, ICLR 2025, arXiv 2502.15618, metric PPsp"
 
     name: Literal["ppsp"] = "ppsp"
 

@@ -1,4 +1,4 @@
-"""Which rows and positions of a batch the probe looks at (PP, section 4.1)."""
+"""Which rows and positions of a batch the probe looks at (PP)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class NormSelector(SizedSelector):
 class ResidualNorm(NormSelector):
     """Largest residual stream before the block's norm: PP's own selector."""
 
-    paper: ClassVar[str] = "Probe Pruning, ICLR 2025, section 4.1"
+    paper: ClassVar[str] = "Probe Pruning, ICLR 2025, arXiv 2502.15618, residual importance"
     name: Literal["residual_norm"] = "residual_norm"
 
 
