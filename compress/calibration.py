@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..registry import DataError, NonFiniteError
+from .decision import FINITE_REMEDY
 from .engine import Engine
 
 Progress = Callable[[Iterable, str, int], Iterable]
@@ -30,6 +32,11 @@ def calibration_list(calibration: Iterable[Any]) -> list[Batch]:
 
     The token ids are kept, never the activations: memory does not grow with the number of sequences beyond them.
     """
+    if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
+        raise DataError(
+            "calibration: expected an iterable of batches, such as a list of {'input_ids': (B, T) tensor}, found "
+            f"{type(calibration).__name__}"
+        )
     batches = [_batch(item, number) for number, item in enumerate(calibration)]
     if not batches:
         raise DataError("calibration: the iterable is empty; give at least one batch of token ids (B, T)")
@@ -44,13 +51,13 @@ def _batch(item: Any, number: int) -> Batch:
         ids, mask = item["input_ids"], item.get("attention_mask")
     else:
         ids, mask = item, None
-    ids = torch.as_tensor(ids)
+    ids = _tensor(ids, f"{place}: input_ids")
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
         raise DataError(f"{place}: expected integer token ids of shape (B, T), found {ids.dtype} {tuple(ids.shape)}")
     batch = {"input_ids": ids.long()}
     if mask is not None:
-        mask = torch.as_tensor(mask)
+        mask = _tensor(mask, f"{place}: attention_mask")
         mask = mask[None] if mask.dim() == 1 else mask
         if mask.shape != ids.shape:
             shapes = f"attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)}"
@@ -59,6 +66,25 @@ def _batch(item: Any, number: int) -> Batch:
             raise DataError(f"{place}: the attention_mask hides every token")
         batch["attention_mask"] = mask.long()
     return batch
+
+
+def _tensor(value: Any, place: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{place}: expected a tensor of integers (B, T), found {value!r:.80} ({error})") from None
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off while statistics are gathered; every module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def calibrate(engine: Engine, batches: list[Batch], progress: Progress) -> None:
@@ -120,6 +146,5 @@ def _check_finite(engine: Engine) -> None:
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(
                     f"{cut.site.label}: NaN or infinity in the activations that enter {cut.site.consumer} during "
-                    "calibration; nothing was pruned. Run the model on this text unpruned, and try bfloat16 or "
-                    "float32 if it is float16"
+                    f"calibration, or in the weights before it; nothing was pruned. {FINITE_REMEDY}"
                 )

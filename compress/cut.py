@@ -47,9 +47,12 @@ class SiteCut:
     """Input of the site's norm, from the norm's call until the decision."""
     prepared: Any = None
     """What the scorer computed of the consumer's weight."""
-    _weights: dict[nn.Module, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    pending: tuple[Tensor, Tensor] | None = None
+    """Columns (c,) and what history becomes there (T, c) once the batch has gone through."""
+    _weights: dict[nn.Module, tuple[tuple, tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
     _sizes: list[int] = field(default_factory=list)
-    _mean_output: Tensor | None = None
+    _prepared_of: tuple = ()
+    _mean_output: tuple[tuple, Tensor] | None = None
 
     @classmethod
     def resolve(cls, site: Site, model: nn.Module, strategy: Strategy) -> SiteCut:
@@ -76,10 +79,11 @@ class SiteCut:
         return self.count >= self.site.units
 
     def prepare(self) -> None:
-        """The weights' part of the score, once."""
-        if self.prepared is None:
+        """The weights' part of the score, once for as long as the weights stay what they are."""
+        state = _state_of(self.consumer)
+        if self._prepared_of != state:
             with torch.no_grad():
-                self.prepared = self.scorer.prepare(self.consumer.weight.detach().float())
+                self.prepared, self._prepared_of = self.scorer.prepare(self.consumer.weight.detach().float()), state
 
     def open(self, kept: Tensor) -> None:
         """Compute with ``kept`` (k,) int64 from now on; what was gathered for the same set is reused."""
@@ -116,22 +120,37 @@ class SiteCut:
         """Weight and bias that a producer computes with."""
         if self.kept is None:
             return linear.weight, linear.bias
-        if linear not in self._weights:
-            rows = producer.rows(self._computed_units())
-            self._weights[linear] = self.applier.producer(linear.weight, linear.bias, rows)
-        return self._weights[linear]
+
+        def gather() -> tuple[Tensor, Tensor | None]:
+            return self.applier.producer(linear.weight, linear.bias, producer.rows(self._computed_units()))
+
+        return self._gathered(linear, gather)
 
     def consumer_weights(self, linear: SiteLinear) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that the consumer computes with."""
         if self.kept is None:
             return linear.weight, linear.bias
-        if linear not in self._weights:
+
+        def gather() -> tuple[Tensor, Tensor | None]:
             columns = self.site.columns(self._computed_units())
             weight = self.applier.consumer(linear.weight, columns)
             if not len(self.kept):
                 weight = torch.zeros_like(weight)
-            self._weights[linear] = weight, self._compensated_bias(linear, weight, columns)
-        return self._weights[linear]
+            return weight, self._compensated_bias(linear, weight, columns)
+
+        return self._gathered(linear, gather)
+
+    def _gathered(
+        self, linear: SiteLinear, gather: Callable[[], tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What ``gather`` gives, kept while the cut is open and the weights stay what they are."""
+        if torch.is_grad_enabled() and linear.weight.requires_grad:
+            return gather()  # gradients go through the gathering itself
+        state = _state_of(linear)
+        known = self._weights.get(linear)
+        if known is None or known[0] != state:
+            self._weights[linear] = known = state, gather()
+        return known[1]
 
     def _computed_units(self) -> Tensor:
         """The kept units; where none is left unit 0 stands in, with a consumer weight of zero, because
@@ -144,8 +163,17 @@ class SiteCut:
         if not self.compensated:
             return linear.bias
         mean = self.history.mean
-        if self._mean_output is None:
-            self._mean_output = linear.weight.float() @ mean
+        state = _state_of(linear)
+        if self._mean_output is None or self._mean_output[0] != state:
+            self._mean_output = state, linear.weight.float() @ mean
         remaining = mean if weight.shape[1] == self.site.channels else mean[columns]
-        lost = self._mean_output - weight.float() @ remaining
+        lost = self._mean_output[1] - weight.float() @ remaining
         return (lost if linear.bias is None else lost + linear.bias).to(linear.weight.dtype)
+
+
+def _state_of(linear: nn.Linear) -> tuple:
+    """Changes whenever the layer's weight or bias is replaced, moved, cast or written to."""
+    tensors = (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
+    # Tensors made in inference mode do not count their versions; what is gathered in it is only of use in it.
+    versions = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+    return versions, torch.is_inference_mode_enabled()

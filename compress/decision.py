@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..registry import DataError, NonFiniteError, SiteScores, Strategy
+from ..registry import DataError, NonFiniteError, SiteScores, SpecError, Strategy
 from .cut import SiteCut
 from .probing import probe_states
 
 REFERENCE_PAD_EPSILON = 1e-3
 """What the PP reference adds to its counts of real tokens in batches that have padding."""
+
+FINITE_REMEDY = "Run the model unpruned on this text, and try bfloat16 or float32 if it is float16"
 
 
 class Decision(NamedTuple):
@@ -54,7 +56,10 @@ class Decider:
             cut.history.observe_mean(x, valid)
 
     def learn(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
-        """Update the history of the kept channels with what the whole batch showed; x (B, T, c or C)."""
+        """Have the history of the kept channels updated with what the whole batch showed; x (B, T, c or C).
+
+        The update waits in ``cut.pending`` until :meth:`commit`, so that a batch that fails half way teaches nothing.
+        """
         columns = cut.site.columns(cut.kept)
         if x.shape[-1] != len(columns):
             x = x.index_select(2, columns)
@@ -64,7 +69,28 @@ class Decider:
         if valid is not None and self.strategy.pad_handling == "exclude":
             # A position where every row is padding has shown nothing.
             updated = torch.where(valid.any(0)[:, None], updated, table.index_select(1, columns))
-        table.index_copy_(1, columns, updated)
+        cut.pending = columns, updated
+
+    def commit(self, cuts: list[SiteCut]) -> None:
+        """Take over what sites have learnt from a batch; raises :class:`NonFiniteError` and forgets it all if NaN."""
+        learnt = [(cut, *cut.pending) for cut in cuts if cut.pending is not None]
+        self.forget(cuts)
+        if not learnt:
+            return
+        finite = torch.stack([torch.isfinite(updated).all().cpu() for _, _, updated in learnt])
+        if not bool(finite.all()):
+            site = learnt[int(finite.int().argmin())][0].site
+            raise NonFiniteError(
+                f"{site.label}: NaN or infinity in what entered {site.consumer} in this batch; history keeps what it "
+                f"knew before. {FINITE_REMEDY}"
+            )
+        for cut, columns, updated in learnt:
+            cut.history.table[: updated.shape[0]].index_copy_(1, columns, updated)
+
+    def forget(self, cuts: list[SiteCut]) -> None:
+        """Drop what waits to be learnt."""
+        for cut in cuts:
+            cut.pending = None
 
     def _measure(self, cut: SiteCut, x: Tensor, valid: Tensor | None, columns: Tensor | None = None) -> Tensor:
         mean = cut.history.mean
@@ -82,7 +108,7 @@ class Decider:
         """Scores of a site by its calibrated history, or by its weights alone."""
         statistic = None if cut.scorer.statistic is None else cut.history.table.clamp(min=0).sum(0)
         channels = self._channel_scores(cut, statistic)
-        return SiteScores(cut.site, channels, cut.scorer.unit_scores(channels, cut.site.unit_size))
+        return SiteScores(cut.site, channels, self._unit_scores(cut, channels))
 
     @torch.no_grad()
     def decide(
@@ -106,19 +132,24 @@ class Decider:
         if merger.uses_history:
             history = cut.history.table.index_select(0, positions).clamp(min=0)
         statistic = merger.merge(probe, history).sum(0)
-        units = cut.scorer.unit_scores(self._channel_scores(cut, statistic), cut.site.unit_size)
+        units = self._unit_scores(cut, self._channel_scores(cut, statistic))
         return Decision(keep_highest(units, cut.count), rows, positions)
 
     def _channel_scores(self, cut: SiteCut, statistic: Tensor | None) -> Tensor:
         cut.prepare()
         scores = cut.scorer.score(cut.prepared, statistic)
+        _check_shape(cut, "score", scores, cut.site.channels)
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(scores).all()):
             raise NonFiniteError(
                 f"{cut.site.label}: the scores of {cut.site.consumer} are NaN or infinite, so nothing can be decided; "
-                "the activations (or weights) are not finite here: run the model unpruned on this batch, and try "
-                "bfloat16 or float32 if it is float16"
+                f"the activations here, or the weights before, are not finite. {FINITE_REMEDY}"
             )
         return scores
+
+    def _unit_scores(self, cut: SiteCut, channels: Tensor) -> Tensor:
+        units = cut.scorer.unit_scores(channels, cut.site.unit_size)
+        _check_shape(cut, "unit_scores", units, cut.site.units)
+        return units
 
     def _check_length(self, cut: SiteCut, length: int) -> None:
         if cut.merger.uses_history and length > cut.history.positions:
@@ -126,6 +157,14 @@ class Decider:
                 f"a batch of {length} positions is longer than the history, which calibration filled for "
                 f"{cut.history.positions}; calibrate with sequences of at least {length} tokens, or cut the batch"
             )
+
+
+def _check_shape(cut: SiteCut, method: str, scores: Tensor, expected: int) -> None:
+    if tuple(scores.shape) != (expected,):
+        raise SpecError(
+            f"{cut.site.label}: {method} of scorer {cut.scorer.name} gave shape {tuple(scores.shape)}, expected "
+            f"({expected},); mend the plugin"
+        )
 
 
 def keep_highest(scores: Tensor, count: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ class Engine:
         self.model, self.strategy, self.trace = model, strategy, trace
         self._layers, self._attention_outputs = layers, attention_outputs
         self.mode: Mode = "dense"
+        self._removed = False
         self.cuts = [SiteCut.resolve(site, model, strategy) for site in sites]
         self.decider = Decider(strategy)
         self.decoder = model.get_submodule(layers.rpartition(".")[0])
@@ -69,21 +72,23 @@ class Engine:
             self._undo.append(enable_kv_index(self.model))
         before = dict(with_kwargs=True)
         self._handles.append(self.decoder.register_forward_pre_hook(self._enter_model, **before))
+        self._handles.append(self.decoder.register_forward_hook(self._succeed))
         self._handles.append(self.decoder.register_forward_hook(self._leave_model, always_call=True))
+        for index in sorted({cut.site.layer for cut in self.cuts}):
+            self._handles.append(layers[index].register_forward_pre_hook(self._enter_layer(index), **before))
         if not self.strategy.dynamic:
             return
         if self.strategy.pad_handling == "reference":
             outputs = [self.model.get_submodule(path) for path in self._attention_outputs]
             self._handles += reference_padding.install(layers, outputs, self._padding_of)
-        for index in sorted({cut.site.layer for cut in self.cuts}):
-            self._handles.append(layers[index].register_forward_pre_hook(self._enter_layer(index), **before))
         for cut in self.cuts:
             self._handles.append(cut.norm.register_forward_pre_hook(_keep_residual(cut)))
             self._handles.append(cut.entry.register_forward_pre_hook(self._enter_site(cut), **before))
             self._handles.append(cut.consumer.register_forward_hook(self._leave_site(cut)))
 
     def remove(self) -> None:
-        """Take everything off the model: afterwards it is bit-identical to before."""
+        """Take everything off the model: afterwards it is bit-identical to before, and stays so."""
+        self.mode, self._removed = "dense", True
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -116,6 +121,8 @@ class Engine:
             self._switch(previous)
 
     def _switch(self, mode: Mode) -> None:
+        if self._removed:
+            return
         self.mode = mode
         for cut in self.cuts:
             if mode == "prune" and cut.fixed is not None:
@@ -137,22 +144,33 @@ class Engine:
     # What happens during a forward pass, in this order.
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            tokens = kwargs["inputs_embeds"]
+        named = _named(module, args, kwargs)
+        tokens = named["inputs_embeds"] if named.get("input_ids") is None else named["input_ids"]
         self._shape = tuple(tokens.shape[:2])
-        self._valid = _valid_tokens(kwargs.get("attention_mask"), *self._shape)
+        self._valid = _valid_tokens(named.get("attention_mask"), *self._shape)
         self._cache = None
         self._counted = False
 
     def _enter_layer(self, index: int):
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._cache = kwargs.get(CACHE_ARGUMENT)
-            self._filled = 0 if self._cache is None else int(self._cache.get_seq_length(index))
-            if self._cache is not None and self._filled == 0:
+            self._cache = _named(layer, args, kwargs).get(CACHE_ARGUMENT)
+            if self._cache is None:
+                self._filled = 0
+                return
+            self._filled = int(self._cache.get_seq_length(index))
+            decided, pruning = self._decided(), self.mode == "prune"
+            if not self._filled:
                 # A cache that was reset and is used for a new prompt must not bring back its old decision.
-                for kind in ("attention", "mlp"):
-                    self._decided().pop((index, kind), None)
+                for key in [key for key in decided if key[0] == index]:
+                    del decided[key]
+                if pruning:
+                    decided[index, "pruned"] = None
+            elif pruning != ((index, "pruned") in decided):
+                how, now = ("without", "with") if pruning else ("with", "without")
+                raise DataError(
+                    f"layer {index}: the key/value cache already holds {self._filled} positions that were computed "
+                    f"{how} this pruning, and the model now runs {now} it; start the prompt with an empty cache"
+                )
 
         return hook
 
@@ -169,17 +187,13 @@ class Engine:
             if self._cache is not None and key in self._decided():
                 cut.open(self._decided()[key])
                 return
-            if self._filled and cut.site.kind == "attention":
-                raise DataError(
-                    f"{cut.site.label}: the key/value cache already holds {self._filled} positions that were computed "
-                    "without this pruning; start the prompt with an empty cache"
-                )
+            arguments = _named(module, args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             hidden, residual = (t.reshape(*self._shape, t.shape[-1]) for t in (hidden, residual))
             if not self._counted:
                 self.batch += 1
                 self._counted = True
-            decision = self.decider.decide(cut, hidden, residual, self._valid, kwargs)
+            decision = self.decider.decide(cut, hidden, residual, self._valid, arguments)
             cut.open(decision.kept)
             if self._cache is not None:
                 self._decided()[key] = decision.kept
@@ -208,10 +222,15 @@ class Engine:
         with torch.no_grad():
             learn(cut, x.detach().reshape(*self._shape, x.shape[-1]), self._valid)
 
+    def _succeed(self, module: nn.Module, args: tuple, output: Any) -> None:
+        with torch.no_grad():
+            self.decider.commit(self.cuts)
+
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.mode == "prune" and self.strategy.dynamic and self._cache is None:
             for cut in self.cuts:
                 cut.close()
+        self.decider.forget(self.cuts)
         self._cache = self._valid = None
         self._filled = 0
 
@@ -234,6 +253,16 @@ def _keep_residual(cut: SiteCut):
         cut.residual = args[0]
 
     return hook
+
+
+@functools.cache
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """A call's arguments by name, those given by position too."""
+    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs} if args else kwargs
 
 
 def _valid_tokens(attention_mask: Tensor | dict | None, batch: int, length: int) -> Tensor | None:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..registry import AttentionUnit, Catalog, DataError, ModelError, Site, SiteKind, SiteScores, SpecError, Strategy
+from ..registry.tokens import check_token_ids
 from .building import build_strategy
-from .calibration import Progress, calibrate, calibrate_sequentially, calibration_list, no_progress
+from .calibration import Progress, calibrate, calibrate_sequentially, calibration_list, evaluating, no_progress
 from .cut import SiteCut
 from .decision import Decision, keep_highest
 from .engine import Engine
@@ -66,12 +67,13 @@ class Pruned:
 
         Batches are counted from 0 again and random components draw from the start; the trace is kept.
         """
-        self._engine.restore(self._calibrated)
+        with torch.inference_mode(False):
+            self._engine.restore(self._calibrated)
 
     def active_parameters(self) -> int:
         """Parameters that one forward pass computes with."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        if self._engine.mode == "dense":
+        if self._engine.mode == "dense" or not self.strategy.applier.resizes:
             return total
         for cut in self._engine.cuts:
             total -= (cut.site.units - cut.count) * cut.site.unit_parameters
@@ -121,11 +123,15 @@ def prune(
         if calibration is None:
             raise DataError(f"strategy {chosen.name} looks at activations: give it calibration batches")
         batches = calibration_list(calibration)
+        for number, batch in enumerate(batches):
+            vocabulary = model.get_input_embeddings().num_embeddings
+            check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
     engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs)
     try:
-        _decide(engine, ratio, batches, progress)
-        engine.start()
-        return Pruned(engine, catalog)
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            _decide(engine, ratio, batches, progress)
+            engine.start()
+            return Pruned(engine, catalog)
     except BaseException:
         engine.remove()
         raise
@@ -135,16 +141,19 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
     """Path of the decoder layers and all sites, by the architecture that serves the model's type."""
     entries = catalog.of_role("architectures")
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    for entry in entries:
-        architecture = entry.component()
-        if kind in architecture.model_types:
-            try:
-                return architecture.layers, architecture.sites(model, unit)
-            except AttributeError as error:
-                raise ModelError(
-                    f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
-                    f"built differently ({error}); pass the causal language model itself, without wrappers"
-                ) from error
+    serving = [entry for entry in entries if kind in entry.component().model_types]
+    if len(serving) > 1:
+        both = " and ".join(f"{entry.name} (plugin {entry.plugin} of {entry.provider})" for entry in serving)
+        raise ModelError(f"model type {kind!r} is served by architectures {both}; switch one off with PRUNEKIT_BLOCK")
+    if serving:
+        architecture = serving[0].component()
+        try:
+            return architecture.layers, architecture.sites(model, unit)
+        except AttributeError as error:
+            raise ModelError(
+                f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
+                f"built differently ({error}); pass the causal language model itself, without wrappers"
+            ) from error
     known = "; ".join(f"{e.name} ({', '.join(e.component().model_types)})" for e in entries)
     raise ModelError(
         f"no architecture serves model type {kind!r}; tried {known}. "

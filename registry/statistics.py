@@ -40,8 +40,8 @@ class ChannelHistory:
         missing = positions - self.positions
         if missing <= 0:
             return
-        new = torch.zeros(missing, self.channels, device=self.device)
-        count = torch.zeros(missing, device=self.device)
+        new = torch.zeros(missing, self.channels, dtype=torch.float32, device=self.device)
+        count = torch.zeros(missing, dtype=torch.float32, device=self.device)
         self.table = new if self.table is None else torch.cat([self.table, new])
         self.rows = count if self.rows is None else torch.cat([self.rows, count])
 
@@ -104,7 +104,7 @@ class Fluctuation(Statistic):
     tracks_mean: bool = True
 
     def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
-        old = torch.zeros(x.shape[-1], device=x.device) if history.mean is None else history.mean
+        old = torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device) if history.mean is None else history.mean
         first = history.tokens == 0
         history.observe_mean(x, valid)
         if history.mean is None:
@@ -143,7 +143,7 @@ def position_sums(
             total.addcmul_(row, row)
         else:
             total.add_(row)
-    rows = torch.full((x.shape[1],), float(x.shape[0]), device=x.device)
+    rows = torch.full((x.shape[1],), float(x.shape[0]), dtype=torch.float32, device=x.device)
     return total, rows if valid is None else valid.sum(0).float()
 
 

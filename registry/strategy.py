@@ -52,7 +52,7 @@ class Strategy(Component):
         description="exclude keeps padding out of probe and statistics; reference does what the PP code does "
         "(1e-3 in the denominators, padded embeddings and attention outputs zeroed, pads ranked like tokens)",
     )
-    seed: int = Field(0, description="seed of components that draw")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of parts that draw and name no seed of their own")
 
     dynamic_fields: ClassVar[tuple[str, ...]] = ("selector", "merger")
 

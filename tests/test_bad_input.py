@@ -65,6 +65,65 @@ def test_a_batch_that_is_not_finite(make_model, batches):
         assert all(torch.equal(a, b.table) for a, b in zip(state, pruned._engine.histories(), strict=True))
 
 
+def test_a_batch_that_is_not_finite_where_the_probe_does_not_look(make_model, batches):
+    model = make_model("llama-gqa")
+    options = dict(selector={"name": "random", "rows": 0.25}, skip_layers=[0, 1], rescale="off", trace=True)
+    with prune(model, "pp", ratio=0.4, calibration=batches, **options) as pruned:
+        embeds = model.get_input_embeddings()(batches[0]["input_ids"]).clone()
+        expected = model(inputs_embeds=embeds, use_cache=False).logits
+        looked = {row for record in pruned.trace for row in record["rows"]}
+        pruned.reset()
+        state = [h.table for h in pruned._engine.histories()]
+        broken = embeds.clone()
+        broken[next(row for row in range(4) if row not in looked), 3] = float("nan")
+        with pytest.raises(NonFiniteError, match=r"layer 2 attention: .* in this batch; history keeps what it knew"):
+            model(inputs_embeds=broken, use_cache=False)
+        assert all(torch.equal(a, b.table) for a, b in zip(state, pruned._engine.histories(), strict=True))
+        pruned.reset()
+        assert torch.equal(model(inputs_embeds=embeds, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "calibration", ["text", {"input_ids": torch.ones(1, 3)}, 5, [None], ["a"], [{"input_ids": "a"}]]
+)
+def test_calibration_that_is_none(make_model, calibration):
+    with pytest.raises(DataError, match=r"calibration.*expected"):
+        prune(make_model("llama-gqa"), "pp", ratio=0.4, calibration=calibration)
+
+
+def test_tokens_the_model_does_not_have(make_model):
+    for token in (97, -1):
+        with pytest.raises(DataError, match=rf"calibration batch 0.*{token}.*97"):
+            prune(make_model("llama-gqa"), "pp", ratio=0.4, calibration=[torch.tensor([[3, token]])])
+
+
+def test_a_scorer_of_the_wrong_shape(make_model, batches):
+    from prunekit.strategies.pp.scorer import PPsp
+
+    class Wrong(PPsp):
+        def score(self, prepared, statistic):
+            return statistic[:-1]
+
+    with pytest.raises(SpecError, match=r"score of scorer ppsp gave shape \(127,\), expected \(128,\)"):
+        prune(make_model("llama-gqa"), "wanda_sp", ratio=0.4, calibration=batches, scorer=Wrong())
+
+
+def test_two_architectures_for_one_model_type(make_model, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from typing import Literal\n"
+        "from prunekit.compress.architectures import Llama\n"
+        "from prunekit.registry import hookimpl\n"
+        "class Mine(Llama):\n"
+        '    name: Literal["mine"] = "mine"\n'
+        "@hookimpl\n"
+        "def architectures(): return [Mine]\n"
+    )
+    catalog = Catalog.discover(files=[file])
+    with pytest.raises(ModelError, match=r"'llama' is served by architectures llama .* and mine .*PRUNEKIT_BLOCK"):
+        prune(make_model("llama-gqa"), "magnitude", ratio=0.4, catalog=catalog)
+
+
 def test_models_that_cannot_be_cut(make_model, batches):
     import transformers
 

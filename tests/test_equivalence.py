@@ -95,6 +95,52 @@ def test_what_stands_under_the_padding_does_not_matter(make_model, batches, fami
     torch.testing.assert_close(real(first, mask), real(second, mask), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_a_mask_given_by_position(make_model, batches, family):
+    model = make_model(family)
+    ids = batches[0]["input_ids"]
+    mask = masks(ids)["right"]
+    kept = []
+    for call in (lambda m: m(input_ids=ids, attention_mask=mask), lambda m: m(ids, mask)):
+        with prune(model, "pp", ratio=0.4, calibration=batches, trace=True) as pruned:
+            call(pruned._engine.decoder)
+            kept.append(pruned.trace)
+    assert kept[0] == kept[1]
+    with prune(model, "pp", ratio=0.4, calibration=batches, trace=True) as pruned:
+        model(ids)
+    assert pruned.trace != kept[0], "the mask must matter, or the check proves nothing"
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
+def test_a_probe_under_left_padding_sees_what_it_sees_without(make_model, family):
+    """A probe of exactly the real tokens decides as the same tokens without padding do; so it needs their own mask."""
+    model = make_model(family)
+    ids = torch.randint(3, 97, (1, 24), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[:, :12] = 0
+    kept = {}
+    for name, tokens, attention_mask, options in [
+        ("padded", ids, mask, {"selector": {"positions": 0.5}}),
+        ("first", ids, mask, {"selector": {"positions": 0.5}, "probe_mask": "first"}),
+        ("alone", ids[:, 12:], None, {"selector": {"positions": 1.0}}),
+    ]:
+        with prune(model, "pp", ratio=0.5, merger="probe_only", trace=True, **options) as pruned:
+            model(tokens, attention_mask=attention_mask, use_cache=False)
+            kept[name] = [r["kept"] for r in pruned.trace]
+    assert kept["padded"] == kept["alone"]
+    assert kept["first"] != kept["alone"]
+
+
+def test_a_short_probe_holds_the_first_real_token(make_model, batches):
+    model = make_model("llama-gqa")
+    ids = batches[0]["input_ids"][:, :16]
+    mask = torch.ones_like(ids)
+    mask[:, :4] = 0
+    with prune(model, "pp", ratio=0.4, calibration=batches, trace=True) as pruned:
+        model(ids, attention_mask=mask)
+    assert all(r["positions"][0] == 4 for r in pruned.trace)
+
+
 def test_padding_does_not_enter_calibration(make_model, batches):
     """Right-padded calibration sequences give the statistics of the same sequences, whatever the padding is."""
     model = make_model("opt")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.registry import DataError
 from transformers import DynamicCache, StaticCache
 
 
@@ -80,14 +81,18 @@ def test_a_cache_that_is_reset_decides_afresh(make_model, batches):
         assert torch.equal(reused, model(prompts[1], past_key_values=fresh).logits)
 
 
-def test_a_cache_filled_without_pruning_is_refused(make_model, batches):
-    from prunekit.registry import DataError
-
-    model = make_model("llama-gqa")
+@pytest.mark.parametrize("strategy", ["pp", "wanda_sp"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_cache_filled_otherwise_is_refused(make_model, batches, strategy, kv_heads):
+    """Two key/value heads lose none at 40%: only the MLPs are cut then."""
+    model = make_model("llama-gqa", num_key_value_heads=kv_heads)
     ids = batches[0]["input_ids"]
     cache = model(ids[:, :8], use_cache=True).past_key_values
-    with prune(model, "pp", ratio=0.4, calibration=batches):
-        with pytest.raises(DataError, match="already holds 8 positions"):
+    with prune(model, strategy, ratio=0.4, calibration=batches) as pruned:
+        with pytest.raises(DataError, match="holds 8 positions that were computed without this pruning"):
+            model(ids[:, 8:9], past_key_values=cache)
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        with pruned.dense(), pytest.raises(DataError, match="holds 8 positions that were computed with this pruning"):
             model(ids[:, 8:9], past_key_values=cache)
 
 

@@ -56,6 +56,7 @@ def test_an_exception_in_the_middle_leaves_nothing(make_model, batches, family, 
     with prune(model, strategy, ratio=0.4, calibration=batches) as pruned:
         expected = model(ids, use_cache=False).logits
         pruned.reset()
+        known = pruned._engine.histories()
 
         def fail(module, args):
             raise KeyboardInterrupt
@@ -65,7 +66,8 @@ def test_an_exception_in_the_middle_leaves_nothing(make_model, batches, family, 
         with pytest.raises(KeyboardInterrupt):
             model(ids, use_cache=False)
         handle.remove()
-        pruned.reset()
+        for before_it, after_it in zip(known, pruned._engine.histories(), strict=True):
+            assert before_it.table is None or torch.equal(before_it.table, after_it.table), "a failed batch taught"
         assert torch.equal(model(ids, use_cache=False).logits, expected), "the next batch must not see the failed one"
         with pruned.dense():
             consumer.register_forward_pre_hook(fail)
@@ -107,6 +109,71 @@ def test_failing_to_prune_leaves_nothing(make_model, batches):
     key = next(k for k in before if k.startswith("parameter") and "layers.2.mlp.up_proj" in k)
     before.pop(key), after.pop(key)
     assert_same(before, after)
+
+
+@pytest.mark.parametrize("strategy", ["pp", "wanda_sp"])
+def test_the_handle_is_harmless_after_removal(make_model, batches, strategy):
+    model = make_model("opt")
+    ids = batches[0]["input_ids"]
+    before, dense = fingerprint(model), model(ids).logits
+    pruned = prune(model, strategy, ratio=0.4, calibration=batches)
+    pruned.remove()
+    with pruned.dense():
+        assert torch.equal(model(ids).logits, dense)
+    pruned.reset()
+    assert torch.equal(model(ids).logits, dense)
+    assert pruned.active_parameters() == sum(p.numel() for p in model.parameters())
+    assert_same(before, fingerprint(model))
+
+
+@pytest.mark.parametrize("strategy", ["pp", "flap"])
+def test_weights_may_change_while_pruned(make_model, batches, strategy):
+    model = make_model("llama-gqa")
+    ids = batches[0]["input_ids"]
+    with prune(model, strategy, ratio=0.4, calibration=batches, merger=None, selector=None) as pruned:
+        first = model(ids, use_cache=False).logits
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+        second = model(ids, use_cache=False).logits
+        assert not torch.equal(first, second)
+        model.bfloat16()
+        assert model(ids, use_cache=False).logits.dtype == torch.bfloat16
+        model.float()
+        weight = model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+        with torch.inference_mode():
+            model(ids, use_cache=False)
+        for _ in range(2):
+            model(ids, use_cache=False).logits.sum().backward()
+        kept = weight.grad.abs().sum(0) > 0
+        assert int(kept.sum()) == pruned.counts[1, "mlp"]
+
+
+def test_calibration_in_inference_and_training_mode(make_model, batches):
+    model = make_model("opt", dropout=0.5)
+    ids = batches[0]["input_ids"]
+    with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
+        expected = [h.table for h in pruned._engine.histories()]
+    model.train()
+    with torch.inference_mode():
+        pruned = prune(model, "pp", ratio=0.4, calibration=batches)
+    assert not any(h.table.is_inference() for h in (cut.history for cut in pruned._engine.cuts))
+    with torch.inference_mode():
+        pruned.reset()
+    assert model.training and model.model.decoder.layers[0].self_attn.training
+    assert all(torch.equal(a, b.table) for a, b in zip(expected, pruned._engine.histories(), strict=True))
+    model.eval()
+    assert model(ids).logits.isfinite().all()
+    pruned.remove()
+
+
+def test_float32_statistics_whatever_the_default(make_model, batches):
+    model = make_model("llama-gqa")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with prune(model, "flap", ratio=0.4, calibration=batches) as pruned:
+            assert {h.table.dtype for h in pruned._engine.histories()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_two_prunings_at_once_are_refused(make_model, batches):

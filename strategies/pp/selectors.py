@@ -12,7 +12,7 @@ from torch import Tensor
 from ...registry import ProbeSelector
 
 SHORT_PROBE = 10
-"""Probes of at most this many positions always contain position 0, the attention sink."""
+"""Probes of at most this many positions always contain the first one, the attention sink."""
 
 
 class SizedSelector(ProbeSelector):
@@ -37,8 +37,9 @@ class NormSelector(SizedSelector):
             norms = norms.masked_fill(~valid, 0)
         positions = norms.norm(dim=0).topk(number_of_positions).indices.sort().values
         if number_of_positions <= SHORT_PROBE:
-            positions = positions.clone()
-            positions[0] = 0
+            # The first position that holds a real token takes the place of the first one chosen.
+            first = positions.new_zeros(()) if valid is None else valid.any(0).int().argmax()
+            positions = torch.cat([torch.minimum(positions[:1], first[None]), positions[1:]])
         rows = norms.index_select(1, positions).norm(dim=1).topk(number_of_rows).indices.sort().values
         return rows, positions
 
