@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..registry import ChannelHistory, HistoryMerger, MaskApplier, Producer, Scorer, Site, Strategy
 from .attention import KV_INDEX
-
-if TYPE_CHECKING:
-    from .leaf import SiteLinear
 
 
 @dataclass(eq=False)
@@ -116,7 +113,7 @@ class SiteCut:
         if self.observe is not None:
             self.observe(self, x)
 
-    def producer_weights(self, linear: SiteLinear, producer: Producer) -> tuple[Tensor, Tensor | None]:
+    def producer_weights(self, linear: nn.Linear, producer: Producer) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that a producer computes with."""
         if self.kept is None:
             return linear.weight, linear.bias
@@ -126,7 +123,7 @@ class SiteCut:
 
         return self._gathered(linear, gather)
 
-    def consumer_weights(self, linear: SiteLinear) -> tuple[Tensor, Tensor | None]:
+    def consumer_weights(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that the consumer computes with."""
         if self.kept is None:
             return linear.weight, linear.bias
@@ -141,7 +138,7 @@ class SiteCut:
         return self._gathered(linear, gather)
 
     def _gathered(
-        self, linear: SiteLinear, gather: Callable[[], tuple[Tensor, Tensor | None]]
+        self, linear: nn.Linear, gather: Callable[[], tuple[Tensor, Tensor | None]]
     ) -> tuple[Tensor, Tensor | None]:
         """What ``gather`` gives, kept while the cut is open and the weights stay what they are."""
         if torch.is_grad_enabled() and linear.weight.requires_grad:
@@ -158,7 +155,7 @@ class SiteCut:
         return self.kept if len(self.kept) else self.kept.new_zeros(1)
 
     @torch.no_grad()
-    def _compensated_bias(self, linear: SiteLinear, weight: Tensor, columns: Tensor) -> Tensor | None:
+    def _compensated_bias(self, linear: nn.Linear, weight: Tensor, columns: Tensor) -> Tensor | None:
         """``bias + W[:, cut] @ mean[cut]``: FLAP's baseline bias compensation, in float32; (O,)."""
         if not self.compensated:
             return linear.bias

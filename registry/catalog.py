@@ -56,13 +56,13 @@ class Catalog:
         manager.add_hookspecs(Hooks)
         points = _entry_points()
         blocked = {_normal(part.strip()) for part in _block_list(block).split(",") if part.strip()}
-        known = {_normal(name) for point, dist in points for name in (point.name, dist.metadata["Name"])}
+        known = {_normal(name) for point, dist in points for name in (point.name, _distribution(dist))}
         for name in sorted(blocked - known):
             problem = f"{BLOCK_VARIABLE} names {name!r}, which is no plugin and no distribution{near(name, known)}"
             catalog.problems.append(problem)
         for point, dist in points:
-            provider = f"{dist.metadata['Name']} {dist.version}"
-            if blocked & {_normal(point.name), _normal(dist.metadata["Name"])}:
+            provider = f"{_distribution(dist)} {_metadata(dist, 'Version')}".rstrip()
+            if blocked & {_normal(point.name), _normal(_distribution(dist))}:
                 catalog.blocked.append(f"{point.name} ({provider})")
                 continue
             try:
@@ -183,13 +183,23 @@ def _block_list(block: str | None) -> str:
     return os.environ.get(BLOCK_VARIABLE, "") if block is None else block
 
 
+def _metadata(dist: Distribution, key: str) -> str:
+    """A line of a distribution's metadata, empty where there is none: a damaged install may have lost the file."""
+    metadata = dist.metadata
+    return "" if metadata is None else metadata.get(key) or ""
+
+
+def _distribution(dist: Distribution) -> str:
+    return _metadata(dist, "Name") or "unknown distribution"
+
+
 def _entry_points() -> list[tuple[EntryPoint, Distribution]]:
     """Entry points of the group with their distributions; one that is found on two paths counts once."""
     found: dict[tuple[str, str, str], tuple[EntryPoint, Distribution]] = {}
     for dist in distributions():
         for point in dist.entry_points:
             if point.group == PROJECT:
-                found.setdefault((dist.metadata["Name"], point.name, point.value), (point, dist))
+                found.setdefault((_distribution(dist), point.name, point.value), (point, dist))
     return [found[key] for key in sorted(found)]
 
 
@@ -203,7 +213,21 @@ def complaint(component: Any, role: type[Component]) -> str | None:
     name = component.model_fields["name"]
     if get_origin(name.annotation) is not Literal or get_args(name.annotation) != (name.default,):
         return f'{component.__name__} must declare its name: name: Literal["..."] = "..."'
+    for option, declared in component.model_fields.items():
+        if _unhashable(declared.annotation):
+            return (
+                f"{component.__name__} has an option that cannot be hashed, {option}: {declared.annotation}; "
+                "use tuple[...] instead of lists, sets and dicts"
+            )
     return None
+
+
+def _unhashable(annotation: Any) -> bool:
+    """Whether values of this type may be, or hold, lists, sets or dicts."""
+    kind = get_origin(annotation) or annotation
+    if inspect.isclass(kind) and issubclass(kind, (list, set, dict)):
+        return True
+    return kind is not Literal and any(_unhashable(part) for part in get_args(annotation))
 
 
 def _conflict(entries: list[Entry]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .component import Component
+from .errors import SpecError
 from .roles import (
     Architecture,
     HistoryMerger,
@@ -209,12 +210,19 @@ def check_application(applier: MaskApplier) -> None:
 
 
 def check_allocation(allocator: SparsityAllocator) -> None:
-    """Counts are whole numbers of units the site has; ratio 0 keeps all, a larger ratio never keeps more."""
+    """Counts are whole numbers of units the site has; ratio 0 keeps all, a larger ratio never keeps more.
+
+    More than half may be out of an allocator's reach: it then raises :class:`SpecError`.
+    """
     sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
     scores = [_site_scores(site, seed, allocator) for seed, site in enumerate(sites)]
     total = math.inf
     for ratio in (0.0, 0.1, 0.2, 0.4, 0.5, 0.9, 0.99) if allocator.takes_ratio else (None,):
-        counts = allocator.allocate(scores, ratio)
+        try:
+            counts = allocator.allocate(scores, ratio)
+        except SpecError:
+            expect(ratio is not None and ratio > 0.5, allocator, f"refuses ratio {ratio}")
+            continue
         expect(len(counts) == len(sites), allocator, f"gives {len(counts)} counts for {len(sites)} sites")
         for site, count in zip(sites, counts, strict=True):
             fits = isinstance(count, int) and 0 <= count <= site.units

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ..registry import SiteScores, SparsityAllocator, SpecError, hookimpl
+from ..registry import SiteKind, SiteScores, SparsityAllocator, SpecError, hookimpl
 
 
 def kept_width(units: int, dropped: int, multiple: int) -> int:
@@ -60,7 +60,18 @@ class Explicit(SparsityAllocator):
                     f"but the model has a layer {site.layer}"
                 )
             counts.append(site.units - math.floor(ratios[site.layer] * site.units + 1e-9))
+        self._check_all_meant({(scores.site.layer, scores.site.kind) for scores in sites})
         return counts
+
+    def _check_all_meant(self, present: set[tuple[int, SiteKind]]) -> None:
+        """A share to cut for a layer that cannot be cut is a mistake, not something to pass over."""
+        for kind, ratios in (("attention", self.attention), ("mlp", self.mlp)):
+            for layer, ratio in enumerate(ratios):
+                if ratio and (layer, kind) not in present:
+                    raise SpecError(
+                        f"allocator explicit: {kind} names {ratio} for layer {layer}, which the model does not have or "
+                        "which is skipped; write 0 there"
+                    )
 
 
 @hookimpl

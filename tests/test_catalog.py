@@ -202,6 +202,7 @@ def test_a_hook_that_takes_an_argument(site):
         ("return [Nameless]", 'Nameless must declare its name: name: Literal["..."] = "..."'),
         ("return [Plain]", "Plain must declare its name"),
         ("return [Other]", "Other must declare its name"),
+        ("return [Listed]", "Listed has an option that cannot be hashed, sizes: list[int]; use tuple[...]"),
         ("raise RuntimeError('not today')", "raised RuntimeError: not today"),
         ("raise SystemExit(1)", "raised SystemExit"),
     ],
@@ -223,11 +224,14 @@ class Plain(Nameless):
     name: str = "plain"
 class Other(Nameless):
     name: Literal["other", "another"] = "other"
+class Listed(Mine):
+    name: Literal["listed"] = "listed"
+    sizes: list[int] = [1]
 """
     site.install("wrong-dist", wrong=source, well=SCORER.format(name="well"))
     catalog = Catalog.discover()
     site.only_problem(catalog, "hook scorers of plugin wrong (wrong-dist 1.0)", complaint)
-    assert not {"mine", "half", "plain", "other", "merger"} & set(catalog.names("scorers"))
+    assert not {"mine", "half", "plain", "other", "listed", "merger"} & set(catalog.names("scorers"))
     assert catalog.get("scorers", "well") and rest_works(catalog)
 
 
@@ -257,6 +261,16 @@ def test_block_names_a_built_in(site, monkeypatch):
     assert set(catalog.names("strategies")) >= BUILT_IN["strategies"] - {"flap"}
     with pytest.raises(PluginError, match=r"(?s)no Strategy is called 'flap'.*PRUNEKIT_BLOCK switches off plugin flap"):
         catalog.get("strategies", "flap")
+
+
+def test_a_distribution_without_metadata(site):
+    """As an interrupted installation leaves it: the plugin works, and so does everything else."""
+    site.install("half-dist", half=SCORER.format(name="half"), broken="1 / 0")
+    (next(site.folder.glob("half_dist*")) / "METADATA").unlink()
+    catalog = Catalog.discover()
+    site.only_problem(catalog, "plugin broken of unknown distribution cannot be imported")
+    (entry,) = [entry for entry in catalog.of_role("scorers") if entry.name == "half"]
+    assert entry.provider == "unknown distribution" and rest_works(catalog)
 
 
 def test_block_of_something_unknown_is_said(site, monkeypatch):

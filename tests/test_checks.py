@@ -18,6 +18,7 @@ from prunekit.registry import (
     Scorer,
     ShapeAttribute,
     SparsityAllocator,
+    SpecError,
     Statistic,
     Subject,
 )
@@ -25,7 +26,7 @@ from prunekit.registry.checks import check_component, check_evaluation, check_si
 from prunekit.strategies.application import Slice
 from prunekit.strategies.pp import PP
 from prunekit.strategies.pp.scorer import PPsp
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_serializer
 
 
 class Good(Scorer):
@@ -102,12 +103,31 @@ def drawing(self, states, valid, generator):
     return torch.randperm(states.shape[0])[:1], torch.arange(states.shape[1])
 
 
+def refusing(self, sites, ratio):
+    if ratio:
+        raise SpecError("out of reach")
+    return [scores.site.units for scores in sites]
+
+
+class Unwritten(Good):
+    """An option of it is left out when it is written."""
+
+    size: int = Field(1, exclude=True)
+
+
+DEVICE = {"device": torch.device("cpu"), "model_config": ConfigDict(arbitrary_types_allowed=True)}
+
 BROKEN = [
     (variant(Good, annotations={"name": str}, name="good"), "must declare its name"),
     (variant(Good, doc=None), "no docstring"),
     (variant(Good, annotations={"name": Literal["good"], "size": int}, size=Field(...)), "size has no default"),
     (variant(Good, model_config=ConfigDict(frozen=False)), "can be changed after it is made"),
-    (variant(Good, annotations={"sizes": list[int]}, sizes=[1]), "is not hashable"),
+    (variant(Good, annotations={"sizes": Any}, sizes=[1]), "is not hashable"),
+    (variant(Good, annotations={"sizes": list[int]}, sizes=[1]), "sizes: list[int]; use tuple[...]"),
+    (variant(Good, annotations={"sizes": tuple[dict, ...] | None}, sizes=None), "cannot be hashed, sizes"),
+    (variant(PP, annotations={"scorer": Unwritten}, scorer=Unwritten(size=2)), "Unwritten does not write its options"),
+    (variant(PP, write_scorer=field_serializer("scorer")(lambda self, part: part.name)), "PPsp does not write its"),
+    (variant(Good, annotations={"device": torch.device}, **DEVICE), "cannot be written to JSON"),
     (variant(Good, model_config=ConfigDict(extra="ignore")), "options it does not have"),
     (variant(Good, annotations={"sizes": Any}, sizes=(1, 2)), "from what it writes"),
     (variant(Good, prepare=lambda self, w: w, score=lambda self, w, s: w.abs().amax(0) * s), "as large as the weight"),
@@ -141,6 +161,7 @@ BROKEN = [
         variant(Allocate, allocate=lambda self, sites, r: [int(s.site.units * (r if r else 1)) for s in sites]),
         "keeps more at ratio 0.2",
     ),
+    (variant(Allocate, allocate=refusing), "refuses ratio 0.1"),
     (variant(PP, annotations={"scorer": Scorer}, scorer=variant(Good, doc=None)()), "BrokenGood has no docstring"),
 ]
 

@@ -16,7 +16,6 @@ from prunekit.registry import (
 from prunekit.registry.checks import built, check_evaluation, check_sites, checks_of
 from prunekit.registry.role_checks import some_site
 from prunekit.strategies.allocation import Explicit, Uniform
-from prunekit.strategies.flap.adaptive import GlobalAdaptive
 from prunekit.strategies.flap.reference import PPFlapShipped
 from prunekit.strategies.flap.scorer import RECURRENCES, FluctuationScorer
 from prunekit.strategies.pp.mergers import FixedRatio, ImportanceScaled
@@ -97,21 +96,6 @@ def test_uniform_never_cuts_more_than_asked(ratio):
             assert (units - kept) / units <= ratio + 1e-9
             assert kept > 0
             assert (units - kept + 1) / units > ratio  # and not less than it could
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 0.8])
-def test_global_adaptive_cuts_the_share_of_parameters(ratio):
-    sites = [some_site(kind, layer) for layer in range(4) for kind in ("attention", "mlp")]
-    scores = []
-    for seed, site in enumerate(sites):
-        channels = torch.rand(site.channels, generator=torch.Generator().manual_seed(seed))
-        scores.append(SiteScores(site, channels, channels))
-    counts = GlobalAdaptive().allocate(scores, ratio)
-    gone = sum((site.units - kept) * site.unit_parameters for site, kept in zip(sites, counts, strict=True))
-    whole = sum(site.units * site.unit_parameters for site in sites)
-    largest = max(site.unit_parameters for site in sites)
-    assert gone <= ratio * whole + 1e-6 and gone > ratio * whole - largest
-    assert min(counts) >= 1
 
 
 def test_groups_that_do_not_fit_the_channels_are_refused():

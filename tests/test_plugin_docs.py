@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import ROLES, Catalog, Subject
+from prunekit.registry import ROLES, Catalog, ChannelHistory, PluginError, Subject
 from prunekit.registry.checks import check_component, check_evaluation, check_sites
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -31,14 +31,15 @@ def load(tmp_path):
 
 
 def example_of(role: str) -> str:
-    (source,) = [source for source in EXAMPLES if f"\ndef {role}():" in source]
-    return source
+    """The first example with a hook."""
+    return next(source for source in EXAMPLES if f"\ndef {role}():" in source)
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_every_hook_has_a_section_and_an_example(role):
     assert f"\n### `{role}`\n" in PAGE
-    assert example_of(role)
+    section = PAGE.split(f"\n### `{role}`\n")[1].split("\n### ")[0]
+    assert f"\ndef {role}():" in section or f"\ndef {role}():" in EXAMPLES[0]
 
 
 def test_the_page_shows_the_package_as_it_is():
@@ -68,6 +69,30 @@ def test_examples_prune(load, make_model, batches, role):
         assert cut.isfinite().all()
         with pruned.dense():
             assert not torch.equal(cut, model(**batches[0]).logits)
+
+
+@pytest.mark.parametrize("strategy", ["pp", "wanda_sp"])
+def test_the_statistic_example(load, make_model, batches, strategy):
+    (source,) = [source for source in EXAMPLES if "(Statistic):" in source]
+    catalog, (entry,) = load(source)
+    statistic, history = entry.component().statistic, ChannelHistory(3, torch.device("cpu"))
+    x, valid = torch.randn(4, 5, 3), torch.arange(5) >= torch.tensor([0, 2, 1, 0])[:, None]
+    statistic.observe(history, x[:1], valid[:1])
+    statistic.observe(history, x[1:], valid[1:])
+    expected = torch.stack([x[valid[:, position], position].abs().mean(0) for position in range(5)])
+    torch.testing.assert_close(history.table, expected)
+    torch.testing.assert_close(statistic.measure(x, valid, None), expected)
+    model = make_model("llama-gqa")
+    with prune(model, strategy, ratio=0.5, calibration=batches, catalog=catalog, scorer=entry.name) as pruned:
+        assert set(pruned.counts.values()) == {2, 96} and model(**batches[0]).logits.isfinite().all()
+
+
+def test_a_plugin_file_cannot_import_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_example.py").write_text("x = 1")
+    file = tmp_path / "example.py"
+    file.write_text("import neighbour_of_example\n" + EXAMPLES[0])
+    with pytest.raises(PluginError, match="No module named 'neighbour_of_example'"):
+        Catalog.discover(files=[file])
 
 
 def test_the_applier_example_equals_slicing(load, make_model, batches):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...registry import SiteScores, SparsityAllocator
+from ...registry import SiteScores, SparsityAllocator, SpecError
 
 
 def standardised(scores: SiteScores, group: int | None = None) -> Tensor:
@@ -20,8 +21,24 @@ def standardised(scores: SiteScores, group: int | None = None) -> Tensor:
     return z if size == 1 else z.view(-1, size).mean(1)
 
 
+def _affordable(cost: Tensor, free: Tensor, budget: float) -> Tensor:
+    """Places (k,) of the units taken in this order, each that still fits; cost (U,), free (U,) bool."""
+    rest, taken = free.nonzero().flatten(), []
+    # Every turn ends at a unit that no longer fits and drops all as expensive: one turn for each different cost.
+    while len(rest := rest[cost[rest] <= budget]):
+        spent = cost[rest].cumsum(0)
+        fits = int((spent <= budget).sum())
+        taken.append(rest[:fits])
+        budget -= float(spent[fits - 1])
+        rest = rest[fits:]
+    return torch.cat(taken) if taken else rest
+
+
 class GlobalAdaptive(SparsityAllocator):
-    """Lowest standardised scores of the whole model go first, until the ratio of its parameters is gone."""
+    """Lowest standardised scores of the whole model go first, until the ratio of its parameters is gone.
+
+    A unit that costs more than what is left to cut is passed over; cheaper ones after it may still go.
+    """
 
     needs_scores: ClassVar[bool] = True
     paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983, adaptive structure search"
@@ -29,6 +46,7 @@ class GlobalAdaptive(SparsityAllocator):
     minimum_units: int = Field(1, ge=0, description="units that every site keeps in any case")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+        """Kept units of every site; raises :class:`SpecError` where ``minimum_units`` puts the ratio out of reach."""
         values, costs, owners = [], [], []
         for index, scores in enumerate(sites):
             z = standardised(scores).cpu().double()
@@ -38,8 +56,16 @@ class GlobalAdaptive(SparsityAllocator):
             costs.append(torch.full_like(z, float(scores.site.unit_parameters)))
             owners.append(torch.full((len(z),), index))
         z, cost, owner = torch.cat(values), torch.cat(costs), torch.cat(owners)
+        total, free = float(cost.sum()), z.isfinite()
+        reachable = float(cost[free].sum()) / total
+        if ratio > reachable * (1 + 1e-9):
+            most = math.floor(reachable * 1e4) / 1e4
+            raise SpecError(
+                f"allocator global_adaptive: a ratio of {ratio:.4g} of these layers' parameters is out of reach: "
+                f"every site keeps minimum_units: {self.minimum_units}, so {most:.4g} can be cut; "
+                "lower the ratio or minimum_units"
+            )
         order = z.argsort(stable=True)
-        spent = cost[order].cumsum(0)
-        cut = order[(spent <= ratio * cost.sum() * (1 + 1e-9)) & z[order].isfinite()]
+        cut = order[_affordable(cost[order], free[order], ratio * total * (1 + 1e-9))]
         dropped = torch.bincount(owner[cut], minlength=len(sites))
         return [scores.site.units - int(count) for scores, count in zip(sites, dropped, strict=True)]
