@@ -36,6 +36,9 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
     options it lists. ``None`` removes the selector and merger. Raises :class:`SpecError` naming every
     mistake at once.
     """
+    for key in ("use", "name"):
+        if key in options:
+            raise SpecError(f"{key}: is no option (found {options[key]!r}); the strategy is an argument of its own")
     reader = Reader(catalog)
     if isinstance(strategy, str):
         label = f"strategy {strategy}"
@@ -102,13 +105,15 @@ class Reader:
                 about = cls.model_fields[loc[0]].description if len(loc) == 1 and loc[0] in cls.model_fields else None
                 self.mistake((*place, *loc), describe(problem, about))
             return None
+        if isinstance(built, Strategy):
+            built = seed_parts(built)
         return built if len(self.mistakes) == start else None
 
     def component(self, role: str, raw: Any, place: Place, default: Component | None = None) -> Component | None:
         """A role's component from an object, a name, or a mapping of its name and options."""
         title, tag = ROLES[role].__name__, "use" if role == "strategies" else "name"
         if isinstance(raw, ROLES[role]):
-            return raw
+            return seed_parts(raw) if isinstance(raw, Strategy) else raw
         options = {tag: raw} if isinstance(raw, str) else raw
         if not isinstance(options, Mapping):
             self.mistake(place, f"expected a {title}, by name or as {{{tag}: NAME, options}} (found {raw!r})")
@@ -175,6 +180,24 @@ class Reader:
         return f"; there are {', '.join(visible(cls)) or 'none'}"
 
 
+def seed_parts(strategy: Strategy) -> Strategy:
+    """``strategy`` with its seed, where it was given one, handed to its components that draw and name none."""
+    if "seed" not in strategy.model_fields_set:
+        return strategy
+    parts = {field: getattr(strategy, field) for field in type(strategy).model_fields}
+    seeded = {key: with_seed(part, strategy.seed) for key, part in parts.items() if isinstance(part, Component)}
+    changed = {key: part for key, part in seeded.items() if part is not parts[key]}
+    for part in changed.values():
+        part.model_fields_set.discard("seed")  # still not its own: another seed of the strategy reaches it again
+    return strategy.model_copy(update=changed)
+
+
+def with_seed(part: Model, seed: int) -> Model:
+    """``part`` with this seed, if it has a seed and names none of its own."""
+    draws = "seed" in type(part).model_fields and "seed" not in part.model_fields_set
+    return part.model_copy(update={"seed": seed}) if draws else part
+
+
 def visible(cls: type[BaseModel]) -> list[str]:
     """The options of a model that a user can set: a component's name says which it is."""
     return [key for key in cls.model_fields if not (key == "name" and issubclass(cls, Component))]
@@ -214,7 +237,7 @@ def describe(problem: Mapping[str, Any], about: str | None = None) -> str:
         return f"is required: {about}" if about else "is required"
     if problem["type"] == "value_error":
         return message
-    message = message.replace("Input should", "should")
+    message = message.replace("Input should", "should").replace("tuple", "list").replace("Tuple", "List")
     found = problem["input"]
     if problem["type"] == "literal_error" and isinstance(found, str):
         choices = [part.strip("'") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +38,18 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 PipelineFile = Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline file (YAML).")]
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: stop as for Ctrl-C, with its own exit code."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would stop the cleaning up
+    raise Terminated
+
+
 def main() -> None:
     """Entry point of the command."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun
@@ -46,7 +57,7 @@ def main() -> None:
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's mistakes become one message and exit code 2; an interruption, one line and 130."""
+    """The user's mistakes become one message and exit code 2; an interruption, one line and 130 (SIGTERM: 143)."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -54,9 +65,9 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
         try:
             return command(*args, **kwargs)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             printing.err.print("interrupted; nothing was written", highlight=False)
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
         except Exception as error:
             from ..registry import PrunekitError
 
@@ -92,7 +103,10 @@ def run(
     plugin: PluginFiles = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run a pipeline file: load, calibrate, prune, measure, write the results folder."""
+    """Run a pipeline file and write its results folder.
+
+    Loads the model, calibrates, prunes, and measures the dense and the pruned model.
+    """
     from . import printing, report
     from .pipeline import Pipeline
 
@@ -110,7 +124,10 @@ def run(
 @app.command()
 @guarded
 def demo(out: OutFolder = None, overwrite: Overwrite = False) -> None:
-    """Compare all strategies on the bundled model and text: offline, in a few minutes."""
+    """Compare all strategies, offline, in a few minutes.
+
+    On the bundled model and text; writes a results folder with a pipeline file for each row.
+    """
     from . import demo as demonstration
     from . import printing
 
@@ -121,7 +138,10 @@ def demo(out: OutFolder = None, overwrite: Overwrite = False) -> None:
 @app.command()
 @guarded
 def validate(file: PipelineFile, settings: Settings = None, plugin: PluginFiles = None) -> None:
-    """Check a pipeline file: all mistakes at once, each with its place; loads no model."""
+    """Check a pipeline file without loading a model.
+
+    Reports all mistakes at once, each with its place.
+    """
     from . import printing
 
     spec = _read(file, settings, plugin)
@@ -134,7 +154,7 @@ def list_components(
     role: Annotated[str | None, typer.Argument(metavar="[ROLE]", help="Only this role, such as scorers.")] = None,
     plugin: PluginFiles = None,
 ) -> None:
-    """List every component by role: its name, what it is, who provides it."""
+    """List the components of every role and who provides them."""
     from . import listing
 
     listing.show_list(_catalog(plugin), role)
@@ -143,7 +163,7 @@ def list_components(
 @app.command()
 @guarded
 def show(name: Annotated[str, typer.Argument(metavar="NAME")], plugin: PluginFiles = None) -> None:
-    """Show a component: its options with types and defaults, and the paper it comes from."""
+    """Show a component's options, defaults and paper."""
     from . import listing
 
     listing.show_component(_catalog(plugin), name)
@@ -152,7 +172,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")], plugin: PluginFil
 @app.command()
 @guarded
 def schema(plugin: PluginFiles = None) -> None:
-    """Print the JSON Schema of pipeline files, installed plugins included."""
+    """Print the JSON Schema of pipeline files, plugins included."""
     import json
 
     from .schema import pipeline_schema

@@ -8,12 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..registry import Catalog, Evaluator, Measurement
+from ..registry import Catalog
 from . import printing
 from .calibration import Progress, no_progress
 from .demo_report import HEAD, Row, sentences, table_rows
 from .loading import load
-from .pipeline import Pipeline
+from .pipeline import Dense, Pipeline
 from .report import table
 from .results import FORMAT, Results, RunFolder, write_json
 from .spec import PipelineSpec
@@ -31,8 +31,9 @@ WINDOWS, SEQUENCES, PAIRS = 60, 32, 3
 
 CAPTION = (
     f"Perplexity of the bundled model on {MEASURED_ON}, calibrated on {CALIBRATED_ON['other']} (other text) or on "
-    f"{CALIBRATED_ON['same']} (same kind). Operations, parameters and time relative to dense, for a batch of "
-    f"{BATCH} x {WINDOW} tokens."
+    f"{CALIBRATED_ON['same']} (same kind). Operations, parameters of the units that stay (a "
+    f"dynamic strategy's probe and its memory still use all) and time relative to dense, for a batch of {BATCH} x "
+    f"{WINDOW} tokens."
 )
 
 
@@ -96,7 +97,7 @@ def measure(bars: printing.Bars) -> list[tuple[Run, Results]]:
     """Run the plan on one loaded model."""
     runs = plan(Catalog.discover())
     loaded = load(runs[0].spec.model)
-    dense: dict[Evaluator, Measurement] = {}
+    dense: Dense = {}
     inner: Progress = bars.track if bars.shown else no_progress
     done = []
     for made in bars.track(runs, "strategies", len(runs)):

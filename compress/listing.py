@@ -31,7 +31,13 @@ def show_list(catalog: Catalog, role: str | None = None) -> None:
 
 
 def show_component(catalog: Catalog, name: str) -> None:
-    """Print all components called ``name``; raises :class:`SpecError` if there is none."""
+    """Print all components called ``name``.
+
+    Raises :class:`SpecError` if there is none, :class:`PluginError` if several plugins provide it.
+    """
+    for role in ROLES:
+        if name in catalog.names(role):
+            catalog.get(role, name)  # says so where several plugins provide it
     found = [entry for role in ROLES for entry in catalog.of_role(role) if entry.name == name]
     if not found:
         every = sorted({entry.name for entry in catalog.entries})
@@ -49,7 +55,10 @@ def _show(entry: Entry) -> None:
         _say(f"Paper: {component.paper}", 2)
     for key in visible(component):
         info = component.model_fields[key]
-        printing.out.print(f"\n  [bold]{key}[/bold]: {escape(type_name(info) + default_text(info))}", highlight=False)
+        written = type_name(info) + default_text(info)
+        if entry.role == "strategies" and key == "ratio" and info.default is None:
+            written = "float, required (unless the allocator takes none)"
+        printing.out.print(f"\n  [bold]{key}[/bold]: {escape(written)}", highlight=False)
         _say(about(info), 6)
     printing.out.print()
 

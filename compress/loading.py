@@ -117,6 +117,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:0") from None
+    if device.type == "meta":
+        raise ModelError("model.device: meta holds no weights, so nothing runs on it; use auto, cpu or cuda")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -124,6 +126,14 @@ def _device(name: str) -> torch.device:
                 f"model.device: {name} was asked for, but torch {torch.__version__} sees {count or 'no'} CUDA "
                 f"device{'s' if count > 1 else ''}; set model.device: auto, or check torch's CUDA build and the driver"
             )
+        return device
+    try:
+        torch.empty(1, device=device).cpu()
+    except Exception as error:  # each kind of device says in its own way that it is not there
+        reason = reason_of(error).split(". ")[0]
+        raise ModelError(
+            f"model.device: torch {torch.__version__} cannot use {name} here ({reason}); set model.device: auto"
+        ) from None
     return device
 
 
@@ -157,11 +167,17 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(("/", *weights))
 
 
+def reason_of(error: Exception) -> str:
+    """An error's kind and first line, without the trace of its causes or the title of a list that would follow."""
+    lines = str(error).strip().splitlines()
+    brief = bool(lines) and not lines[0].rstrip().endswith(":")
+    return f"{type(error).__name__}: {lines[0][:300]}" if brief else type(error).__name__
+
+
 def _loading_failed(what: str, source: ModelSource, place: str, error: Exception) -> str:
     from huggingface_hub import constants
 
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    reason = reason_of(error)
     if "trust_remote_code" in str(error) and not source.trust_remote_code:
         return (
             f"model.trust_remote_code: the {what} of {source.label} needs Python code that comes with it; read that "

@@ -13,14 +13,18 @@ from typing import Any
 import torch
 
 from ..registry import DataError, Evaluator, Measurement, Subject
+from ..registry.tokens import context_length
 from .calibration import Progress, no_progress
 from .loading import Loaded, load
-from .provenance import about_cut, about_model, plugins_used, versions
+from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
 from .pruning import Pruned, prune
 from .results import FORMAT, Results, RunFolder
 from .spec import Calibration, PipelineSpec
 from .text import calibration_batches, read_documents
 from .text import fingerprint as text_fingerprint
+
+Dense = dict[tuple[type[Evaluator], str], Measurement]
+"""What evaluators, by class and options, measured on the unpruned model."""
 
 
 class Pipeline:
@@ -56,7 +60,7 @@ class Pipeline:
         self,
         progress: Progress = no_progress,
         loaded: Loaded | None = None,
-        dense: dict[Evaluator, Measurement] | None = None,
+        dense: Dense | None = None,
     ) -> Results:
         """Run everything and write nothing.
 
@@ -86,7 +90,7 @@ class Pipeline:
                 outcomes.append(self._evaluate(label, evaluator, loaded, pruned, progress, dense))
                 if trace is not None:
                     trace += [{"evaluator": label, **record} for record in pruned.trace[before:]]
-            cut = about_cut(pruned)
+            cut, cut_notes = about_cut(pruned), notes_on_cut(pruned)
         seconds["total"] = time.perf_counter() - began
         data = {
             "format": FORMAT,
@@ -100,7 +104,7 @@ class Pipeline:
             "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             "versions": versions(),
             "plugins": plugins_used(spec),
-            "notes": [note for outcome in outcomes for note in outcome["notes"]],
+            "notes": [*cut_notes, *(note for outcome in outcomes for note in outcome["notes"])],
             "seconds": {key: round(value, 2) for key, value in seconds.items()},
         }
         return Results(data, pinned(spec, loaded).to_yaml(), trace)
@@ -118,18 +122,20 @@ class Pipeline:
         loaded: Loaded,
         pruned: Pruned,
         progress: Progress,
-        known: dict[Evaluator, Measurement],
+        known: Dense,
     ) -> dict[str, Any]:
         """One evaluator's values, dense beside pruned, unless it measures dense itself."""
         began, dense = time.perf_counter(), None
         notes: list[str] = []
         if not evaluator.paired:
-            if evaluator not in known:
-                known[evaluator] = self._measure(evaluator, loaded, pruned, progress, dense=True)
-            measured = known[evaluator]
+            # The options as text: a plugin's option may be a list, which has no hash.
+            key = (type(evaluator), evaluator.model_dump_json(serialize_as_any=True))
+            if key not in known:
+                known[key] = self._measure(evaluator, loaded, pruned, progress, dense=True)
+            measured = known[key]
             dense = measured.values
             notes = [f"{label}, dense: {note}" for note in measured.notes]
-            notes += published_warnings(loaded, evaluator, measured)
+            notes += published_warnings(loaded, measured)
         measured = self._measure(evaluator, loaded, pruned, progress, dense=False)
         notes += [f"{label}: {note}" for note in measured.notes]
         values = measured.values
@@ -166,7 +172,7 @@ class Pipeline:
 
 def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, dict[str, Any]]:
     """Calibration batches and their description; raises :class:`DataError` where they exceed the model's context."""
-    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    context = context_length(loaded.model)
     if context is not None and calibration.length > context:
         raise DataError(
             f"calibration.length: the model's context is {context} tokens, found {calibration.length}; "
@@ -207,7 +213,7 @@ def check_lengths(spec: PipelineSpec, loaded: Loaded) -> None:
     """Raise :class:`DataError` before hours of calibration for batches that will be longer than the history."""
     if not (spec.prune.dynamic and spec.prune.merger.uses_history):
         return
-    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    context = context_length(loaded.model)
     for index, evaluator in enumerate(spec.evaluate):
         for key in {"window", "length"} & set(type(evaluator).model_fields):
             asked = getattr(evaluator, key) or context
@@ -231,11 +237,9 @@ def labelled(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
     return found
 
 
-def published_warnings(loaded: Loaded, evaluator: Evaluator, dense: Measurement) -> list[str]:
+def published_warnings(loaded: Loaded, dense: Measurement) -> list[str]:
     """A warning where a known model's dense perplexity is far from what its protocol should give."""
-    if "perplexity" not in dense.values:
-        return []
     from ..evaluators.published import check_published
 
-    warning = check_published(loaded.identity["name"], dense.protocol, dense.values["perplexity"])
+    warning = check_published(loaded.identity["name"], dense.protocol, dense.values)
     return [warning] if warning else []

@@ -38,12 +38,13 @@ def say(line: str, whole: bool = False) -> None:
 
 def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, title: str | None = None) -> None:
     """A table whose first ``left`` columns are text and the others numbers."""
-    shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
     for index, name in enumerate(head):
         shown.add_column(escape(name), justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(escape(cell) for cell in row))
     out.print(shown)
+    out.print()
 
 
 class Bars:

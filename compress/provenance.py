@@ -10,7 +10,11 @@ from .. import __version__
 from ..registry import Component
 from .loading import Loaded, fingerprint
 from .pruning import Pruned, find_sites
+from .report import share
 from .spec import PipelineSpec
+
+FAR = 0.02
+"""Difference of the ratios asked for and achieved from which it is worth a note."""
 
 
 def about_model(loaded: Loaded) -> dict[str, Any]:
@@ -47,6 +51,21 @@ def about_cut(pruned: Pruned) -> dict[str, Any]:
         "attention_unit": pruned.strategy.attention_unit,
         "layers": [layers[index] for index in sorted(layers)],
     }
+
+
+def notes_on_cut(pruned: Pruned) -> list[str]:
+    """One note where much more or less is cut than was asked, or a rounded share of few units is none."""
+    asked, allocator = pruned.strategy.ratio, pruned.strategy.allocator
+    if not asked:
+        return []
+    achieved = about_cut(pruned)["ratio"]["units_cut"]
+    said = [f"{share(asked)} of the units were asked, {share(achieved)} are cut"] if abs(achieved - asked) > FAR else []
+    # Where scores divide the ratio up, a site that keeps everything is their decision, and no rounding.
+    whole = [] if allocator.needs_scores else [s for s in pruned.sites if pruned.counts[s.layer, s.kind] == s.units]
+    for kind, units in dict.fromkeys((site.kind, site.units) for site in whole):
+        layers = sum((site.kind, site.units) == (kind, units) for site in whole)
+        said.append(f"{kind}: {units} units cannot lose {share(asked)}, so none is dropped in {layers} layers")
+    return ["; ".join(said)] if said else []
 
 
 def plugins_used(spec: PipelineSpec) -> dict[str, list[str]]:

@@ -71,7 +71,7 @@ class Pruned:
             self._engine.restore(self._calibrated)
 
     def active_parameters(self) -> int:
-        """Parameters that one forward pass computes with."""
+        """Parameters of the model without those of the units that go; a probe still computes with all of them."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         if self._engine.mode == "dense" or not self.strategy.applier.resizes:
             return total

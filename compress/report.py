@@ -40,12 +40,14 @@ def metric_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                 continue
             label = name if outcome["label"] == name else f"{outcome['label']}: {name}"
             before = dense.get(name)
-            rows.append((label.replace("_", " "), number(before), number(value), _change(before, value)))
+            rows.append((label.replace("_", " "), number(before), number(value), _change(name, before, value)))
     return rows
 
 
-def _change(dense: Any, value: Any) -> str:
+def _change(name: str, dense: Any, value: Any) -> str:
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (dense, value))
+    if numbers and name == "loss":  # a logarithm: its difference means something, its ratio does not
+        return f"{value - dense:+.3g}"
     return f"x {value / dense:.3g}" if numbers and dense else ""
 
 

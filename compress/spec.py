@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
-from ..registry import Catalog, Component, Evaluator, SpecError, Strategy, TextSource, near
-from .building import Place, Reader
+from ..registry import Catalog, Evaluator, SpecError, Strategy, TextSource, near
+from .building import Place, Reader, seed_parts, with_seed
 from .bundled import TEXTS
 from .loading import ModelSource
 from .yaml_file import apply_settings, read_yaml
@@ -29,7 +29,7 @@ class Calibration(TextSource):
         512, ge=1, description="tokens of a sequence; never shortened: longer than the model's context is refused"
     )
     batch_size: int = Field(8, ge=1, description="sequences run at once; the result does not depend on it")
-    seed: int = Field(0, description="seed of the places that sequences are taken from")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the places that sequences are taken from")
 
     @model_validator(mode="before")
     @classmethod
@@ -64,12 +64,20 @@ class PipelineSpec(BaseModel):
     calibration: Calibration = Field(default_factory=Calibration, description="the text to calibrate on")
     prune: SerializeAsAny[Strategy] = Field(description="the strategy and the ratio, such as {use: pp, ratio: 0.4}")
     evaluate: tuple[SerializeAsAny[Evaluator], ...] = Field(
-        description=f"measurements, dense beside pruned; {' and '.join(DEFAULT_EVALUATORS)} by default"
+        description=f"measurements, dense beside pruned; {' and '.join(DEFAULT_EVALUATORS)} by default",
+        json_schema_extra={"minItems": 1},
     )
     output: Output = Field(default_factory=Output, description="the results folder")
-    seed: int = Field(0, description="seed of every part that names none of its own")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every part that names none of its own")
 
     _catalog: Catalog | None = PrivateAttr(None)
+
+    @field_validator("evaluate")
+    @classmethod
+    def _measures_something(cls, evaluate: tuple[Evaluator, ...]) -> tuple[Evaluator, ...]:
+        if not evaluate:
+            raise ValueError("name at least one evaluator (found []); prunekit list evaluators names them")
+        return evaluate
 
     @property
     def catalog(self) -> Catalog:
@@ -118,17 +126,21 @@ class PipelineSpec(BaseModel):
         for section in [key for key, value in data.items() if value is None]:
             del data[section]
         data.setdefault("evaluate", list(DEFAULT_EVALUATORS))
-        spec = reader.model(cls, _seeded(data), ())
+        spec = reader.model(cls, data, ())
         reader.finish(label, at)
         if "seed" in data:
-            evaluate = tuple(_seed_part(evaluator, spec.seed) for evaluator in spec.evaluate)
-            spec = spec.model_copy(update={"prune": _seed_parts(spec.prune, spec.seed), "evaluate": evaluate})
+            seeded = {
+                "calibration": with_seed(spec.calibration, spec.seed),
+                "prune": seed_parts(with_seed(spec.prune, spec.seed)),
+                "evaluate": tuple(with_seed(evaluator, spec.seed) for evaluator in spec.evaluate),
+            }
+            spec = spec.model_copy(update=seeded)
         spec._catalog = reader.catalog
         return spec
 
     def to_yaml(self) -> str:
         """The pipeline file with every default written out; it gives the same results, in a new folder."""
-        data = self.model_dump(mode="json")
+        data = self.model_dump(mode="json", serialize_as_any=True)
         data["prune"] = {"use": data["prune"].pop("name"), **data["prune"]}
         data["output"] = {"dir": None, "trace": self.output.trace, "overwrite": False}
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
@@ -158,30 +170,10 @@ class SpecReader(Reader):
         if isinstance(file, (str, Path)):
             raw["file"] = _absolute(file, self.folder)
             if not raw["file"].is_file():
-                self.mistake((*place, "file"), f"there is no file {raw['file']}")
+                folder = f"{raw['file']} is a folder; name a .txt or .jsonl file"
+                self.mistake((*place, "file"), folder if raw["file"].is_dir() else f"there is no file {raw['file']}")
         return raw
 
 
 def _absolute(path: str | Path, folder: Path) -> Path:
     return (folder / Path(path).expanduser()).resolve()
-
-
-def _seeded(data: dict[str, Any]) -> dict[str, Any]:
-    """``data`` with the pipeline's seed handed to calibration and strategy where they name none."""
-    if isinstance(data.get("seed"), int):
-        data.setdefault("calibration", {})
-        for section in ("calibration", "prune"):
-            if isinstance(data.get(section), Mapping):
-                data[section] = {"seed": data["seed"], **data[section]}
-    return data
-
-
-def _seed_parts(strategy: Strategy, seed: int) -> Strategy:
-    parts = {field: getattr(strategy, field) for field in type(strategy).model_fields}
-    return strategy.model_copy(update={k: _seed_part(v, seed) for k, v in parts.items() if isinstance(v, Component)})
-
-
-def _seed_part(part: Component, seed: int) -> Component:
-    """``part`` with the pipeline's seed, if it draws and names none of its own."""
-    draws = "seed" in type(part).model_fields and "seed" not in part.model_fields_set
-    return part.model_copy(update={"seed": seed}) if draws else part

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..registry import DataError, TextSource, near
-from ..registry.windows import cut, digest, token_stream, with_bos
+from ..registry.windows import cut_windows, digest, token_stream, with_bos
 from .bundled import TEXTS
+from .loading import reason_of
 
 
 def read_documents(source: TextSource) -> list[str]:
@@ -95,7 +96,7 @@ def _dataset(source: TextSource) -> Iterator[str]:
             if offline
             else "check dataset, subset, split and revision, and the network; or name a local file"
         )
-        raise DataError(f"{place} cannot be read: {_brief(error)}; {remedy}") from error
+        raise DataError(f"{place} cannot be read: {reason_of(error)}; {remedy}") from error
     number = 0
     while first is not None:
         yield _field(first, source.field, f"{place}, row {number}")
@@ -103,7 +104,7 @@ def _dataset(source: TextSource) -> Iterator[str]:
         try:
             first = next(rows, None)
         except Exception as error:
-            raise DataError(f"{place}, row {number} cannot be read: {_brief(error)}; check the network") from error
+            raise DataError(f"{place}, row {number} cannot be read: {reason_of(error)}; check the network") from error
 
 
 def _field(record: Mapping[str, Any], field: str, place: str) -> str:
@@ -132,7 +133,7 @@ def calibration_batches(
     The last batch may be smaller. Raises :class:`DataError` where the text has too few.
     """
     stream = with_bos(token_stream(documents, tokenizer), tokenizer)
-    pieces = [window.ids for window in cut(stream, length, tail="drop")]
+    pieces = [window.ids for window in cut_windows(stream, length, tail="drop")]
     if len(pieces) < sequences:
         raise DataError(
             f"{label} gives {len(pieces)} sequences of {length} tokens ({len(stream)} tokens in all), but calibration "
@@ -153,9 +154,3 @@ def calibration_batches(
 def fingerprint(batches: Iterable[Mapping[str, Tensor]]) -> str:
     """sha256 over the ids of all batches, their shapes and their order."""
     return digest(batch["input_ids"] for batch in batches)
-
-
-def _brief(error: Exception) -> str:
-    """An error's kind and first line, without the trace of its causes."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -59,8 +59,8 @@ def apply_settings(data: dict[str, Any], settings: Iterable[str]) -> list[Place]
             raise SpecError(f"--set {setting}: write a path, an equals sign and a value, such as prune.ratio=0.2")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SpecError(f"--set {setting}: the value {text!r} is not valid YAML") from None
+        except Exception:  # the loader also lets through what its conversions raise, for dates that do not exist
+            raise SpecError(f"--set {setting}: the value {text!r} is not valid YAML; put quotes around text") from None
         place: Place = tuple(int(part) if part.isdigit() else part for part in path.split("."))
         _set(data, place, value, setting)
         places.append(place)
@@ -79,7 +79,7 @@ def _set(data: dict[str, Any], place: Place, value: Any, setting: str) -> None:
                 at.append({})
         elif isinstance(at, dict):
             if at.get(part) is None:
-                at[part] = {}
+                at[part] = [] if not last and isinstance(place[depth + 1], int) else {}
         else:
             raise SpecError(f"--set {setting}: {here} is {at!r}, which has no {part!r}")
         if last:
@@ -98,7 +98,7 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, place: Place, lines: dict[P
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*place, index), lines, path) for index, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        return _scalar(loader, node, place, path)
     seen: dict[str, int] = {}
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
@@ -113,7 +113,17 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, place: Place, lines: dict[P
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise SpecError(f"{path} line {key_node.start_mark.line + 1}: a key must be a word")
-        key = loader.construct_object(key_node)
+        key = _scalar(loader, key_node, place, path)
         lines[(*place, key)] = key_node.start_mark.line + 1
         data[key] = _build(loader, value_node, (*place, key), lines, path)
     return data
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: Place, path: Path) -> Any:
+    try:
+        return loader.construct_object(node)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # whatever a conversion raises: a date that does not exist, a tag !!int before a word
+        where = f"{path} line {node.start_mark.line + 1}: {'.'.join(map(str, place))}"
+        raise SpecError(f"{where}: {node.value!r} is not valid YAML ({error}); put quotes around text") from None

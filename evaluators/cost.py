@@ -1,4 +1,4 @@
-"""What a forward pass costs: floating point operations and parameters, pruned beside dense."""
+"""What a forward pass costs: floating point operations and parameters of what stays, pruned beside dense."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .inputs import batch_text, clamped, one_batch, setting
 
 
 class Cost(Evaluator):
-    """Operations per token of a prefill, and the parameters it computes with, pruned beside dense.
+    """Operations per token of a prefill, and the parameters of the units that stay, pruned beside dense.
 
     Both run on the same batch. Counted are matrix products and attention (the whole square: nothing is
     halved for causality), the output layer at every position, and whatever a strategy computes with
     them: a probe's share is in the pruned figure. Element-wise work, scores, sorting and copies of weights
-    are not counted.
+    are not counted. Parameters are no count of memory: a strategy that probes keeps all of them and reads
+    all of them to decide.
     Running a batch moves the history of strategies that probe; the pipeline resets it before each evaluator.
     """
 
@@ -30,7 +31,7 @@ class Cost(Evaluator):
     batch_size: int = Field(20, ge=1, description="sequences of the batch")
     length: int = Field(256, ge=1, description="tokens of each sequence, at most the model's context")
     text: TextSource | None = Field(None, description="take the tokens from here; null: random ones")
-    seed: int = Field(0, description="seed of the random tokens")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the random tokens")
 
     def evaluate(self, subject: Subject) -> Measurement:
         """Count; raises DataError where ``text`` is too short for the batch."""
@@ -50,7 +51,7 @@ class Cost(Evaluator):
         protocol = {
             "flops": "per token of a prefill; matrix products and full-square attention, output layer at every "
             "position, probe included; element-wise work and copies not counted",
-            "parameters": "those that the forward pass computed with",
+            "parameters": "parameters of the units that stay; a dynamic strategy's probe and its memory still use all",
             "text": batch_text(self.text, self.seed),
             "batch_size": self.batch_size,
             "length": length,

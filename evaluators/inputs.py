@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from ..registry import DataError, Subject, TextSource
+from ..registry.tokens import check_token_ids, context_length
 from ..registry.windows import token_stream, with_bos
+
+OWN_ATTENTION = "prunekit_"
+"""Begins the name of an attention that a pruned model runs instead of the one named after it, and computes the same."""
 
 
 def device_of(model: Any) -> torch.device:
@@ -17,9 +21,9 @@ def device_of(model: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def context_length(model: Any) -> int | None:
-    """Most positions that the model was made for, where its configuration says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def vocabulary_size(model: Any) -> int:
+    """How many token ids the model embeds."""
+    return model.get_input_embeddings().num_embeddings
 
 
 def clamped(length: int, model: Any) -> int:
@@ -33,14 +37,14 @@ def setting(model: Any) -> dict[str, Any]:
     return {
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "device": device.type if device.index is None else f"{device.type}:{device.index}",
-        "attention": getattr(model.config, "_attn_implementation", None),
+        "attention": (getattr(model.config, "_attn_implementation", None) or "").removeprefix(OWN_ATTENTION) or None,
     }
 
 
 def random_ids(model: Any, rows: int, length: int, seed: int) -> Tensor:
     """Ids drawn evenly from the model's vocabulary by a seeded CPU generator; (rows, length) int64."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.get_input_embeddings().num_embeddings, (rows, length), generator=generator)
+    return torch.randint(vocabulary_size(model), (rows, length), generator=generator)
 
 
 def one_batch(subject: Subject, text: TextSource | None, rows: int, length: int, seed: int) -> Tensor:
@@ -57,19 +61,9 @@ def one_batch(subject: Subject, text: TextSource | None, rows: int, length: int,
                 f"{text.label} has {len(stream)} tokens, and a batch of {rows} x {length} takes {rows * length}; "
                 "lower batch_size or length, name a longer text, or leave text out for random tokens"
             )
-        check_vocabulary(subject.model, stream, text.label)
+        check_token_ids(stream, vocabulary_size(subject.model), text.label)
         ids = stream[: rows * length].view(rows, length)
     return ids.to(device_of(subject.model))
-
-
-def check_vocabulary(model: Any, ids: Tensor, label: str) -> None:
-    """Raise :class:`DataError` where an id has no embedding: tokenizer and model do not belong together."""
-    rows, largest = model.get_input_embeddings().num_embeddings, int(ids.max())
-    if largest >= rows:
-        raise DataError(
-            f"{label} contains token id {largest}, but the model embeds {rows} ids only; "
-            "use the tokenizer that the model was trained with"
-        )
 
 
 def batch_text(text: TextSource | None, seed: int) -> str:

@@ -38,7 +38,7 @@ class Latency(Evaluator):
     pairs: int = Field(5, ge=1, description="timed passes of each")
     warmup: int = Field(1, ge=0, description="untimed passes of each before")
     text: TextSource | None = Field(None, description="take the tokens from here; null: random ones")
-    seed: int = Field(0, description="seed of the random tokens")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the random tokens")
 
     def evaluate(self, subject: Subject) -> Measurement:
         """Time; raises DataError where ``text`` is too short for the batch."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..registry import DataError, Evaluator, Measurement, NonFiniteError, SpecError, Subject, TextSource, hookimpl
-from ..registry.windows import BosPolicy, Tail, Window, cut, digest, token_stream, with_bos
-from .inputs import check_vocabulary, context_length, device_of, setting
+from ..registry.tokens import check_token_ids, context_length
+from ..registry.windows import BosPolicy, Tail, Window, cut_windows, digest, token_stream, with_bos
+from .inputs import device_of, setting, vocabulary_size
 
 SLICE = 1 << 24
 """Most logits that are copied to float32 at a time (64 MB), whatever batch and vocabulary."""
@@ -65,10 +66,10 @@ class Perplexity(Evaluator):
         ids = token_stream(subject.read(self.text), subject.tokenizer, self.separator)
         if len(ids) < 2:
             raise DataError(f"{label} has {len(ids)} tokens; perplexity takes at least 2: name a longer text")
-        check_vocabulary(model, ids, label)
+        check_token_ids(ids, vocabulary_size(model), label)
         if bos == "first":
             ids = with_bos(ids, subject.tokenizer)
-        windows = cut(ids, window, self.stride, bos_id if bos == "every" else None, self.tail)[: self.limit]
+        windows = cut_windows(ids, window, self.stride, bos_id if bos == "every" else None, self.tail)[: self.limit]
         if not windows:
             raise DataError(
                 f"{label} has {len(ids)} tokens, less than one window of {window}, and the tail is dropped; "
@@ -96,7 +97,7 @@ class Perplexity(Evaluator):
         perplexity = math.exp(loss) if loss < 700 else None
         if perplexity is None:
             notes.append(f"{loss:.0f} nats per token are too many to write as a perplexity")
-        return Measurement({"perplexity": perplexity, "loss": loss, "tokens": tokens}, protocol, notes)
+        return Measurement({"perplexity": perplexity, "loss": loss}, protocol, notes)
 
     def _window(self, model: Any) -> int:
         context = context_length(model)

@@ -46,27 +46,31 @@ def known_model(model_id: str) -> str | None:
     return name if name in PUBLISHED else None
 
 
-def check_published(model_id: str, protocol: Mapping[str, Any], value: float | None) -> str | None:
+def check_published(model_id: str, protocol: Mapping[str, Any], values: Mapping[str, Any]) -> str | None:
     """A warning where a known dense model's perplexity is more than 3% off its published one, else None.
 
-    ``protocol`` is that of the perplexity evaluator; a protocol that was not published is not judged.
+    ``protocol`` and ``values`` are those of any evaluator; what has no perplexity, or a protocol that was not
+    published, is not judged.
     """
-    model = known_model(model_id)
+    model, window, stride = known_model(model_id), protocol.get("window"), protocol.get("stride")
     comparable = (
         str(protocol.get("text")).endswith("wikitext-2-raw-v1/test")
         and protocol.get("separator") == "\n\n"
         and protocol.get("limit") is None
         and protocol.get("documents") == "all"
-        and protocol.get("window", 0) - protocol.get("stride", 0) in (0, protocol.get("bos") == "every")
+        and isinstance(window, int)
+        and isinstance(stride, int)
+        and window - stride in (0, protocol.get("bos") == "every")
     )
-    if model is None or not comparable or protocol["window"] not in PUBLISHED[model]:
+    if model is None or not comparable or window not in PUBLISHED[model] or "perplexity" not in values:
         return None
-    published, source = PUBLISHED[model][protocol["window"]]
+    published, source = PUBLISHED[model][window]
+    value = values["perplexity"]
     if value is not None and abs(value / published - 1) <= TOLERANCE:
         return None
     found = "no finite value" if value is None else f"{value:.2f}, {value / published - 1:+.0%}"
     return (
-        f"the dense perplexity of {model_id} at window {protocol['window']} is published as {published:.2f} "
+        f"the dense perplexity of {model_id} at window {window} is published as {published:.2f} "
         f"({source}; {CONVENTION}), but this run measured {found}: check model, tokenizer, text and dtype before "
         "comparing with other papers"
     )

@@ -32,7 +32,7 @@ class Subject:
     dense: Callable[[], AbstractContextManager]
     """Within it the model runs unpruned (for paired measurements)."""
     parameters: Callable[[], int]
-    """Parameters that the last forward pass computed with."""
+    """Parameters of the units that stay (all of them within :attr:`dense`); a probe and memory still use all."""
     progress: Callable[[Iterator, str, int], Iterator] = lambda items, label, total: items
     """Wraps an iterator of ``total`` items so that a person sees how far it is."""
 

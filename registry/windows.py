@@ -38,7 +38,7 @@ def with_bos(ids: Tensor, tokenizer: Any) -> Tensor:
     return torch.cat([torch.tensor([tokenizer.bos_token_id], dtype=ids.dtype), ids])
 
 
-def cut(
+def cut_windows(
     ids: Tensor, length: int, stride: int | None = None, prefix: int | None = None, tail: Tail = "keep"
 ) -> list[Window]:
     """Windows of ``length`` tokens over the stream (N,), one every ``stride`` tokens (default: no overlap).

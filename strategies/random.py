@@ -19,7 +19,7 @@ class RandomScorer(Scorer):
 
     statistic: ClassVar[Statistic | None] = None
     name: Literal["random"] = "random"
-    seed: int = Field(0, description="seed of the draw")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the draw")
 
     _site: int = PrivateAttr(0)
 
@@ -30,7 +30,7 @@ class RandomScorer(Scorer):
 
     def prepare(self, weight: Tensor) -> Tensor:
         """Uniform draws; (O, C) -> (C,)."""
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self._site)
+        generator = torch.Generator().manual_seed((self.seed * 100_003 + self._site) % 2**63)
         return torch.rand(weight.shape[1], generator=generator).to(weight.device)
 
     def score(self, prepared: Tensor, statistic: Tensor | None) -> Tensor:

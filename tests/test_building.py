@@ -1,6 +1,7 @@
 """Strategies from names and options: the one way, for pipeline files and Python alike."""
 
 import pytest
+from prunekit.compress import prune
 from prunekit.compress.building import build_strategy
 from prunekit.registry import Catalog, SpecError
 
@@ -67,6 +68,35 @@ def test_no_spurious_mistakes_follow_from_the_first(catalog):
     assert "mistakes" not in text
     text = message(build_strategy, catalog, "pp", dict(allocator={"name": "explicit", "attention": [0], "mlp": [2]}))
     assert "ratio: is required" not in text
+
+
+def test_seeds_draw_differently_from_python(make_model):
+    kept = []
+    for seed in (0, 7, 7):
+        with prune(make_model("llama-mha"), "random", ratio=0.5, seed=seed, trace=True) as pruned:
+            kept.append([record["kept"] for record in pruned.trace])
+    assert kept[0] != kept[1] == kept[2]
+
+
+def test_the_strategys_seed_reaches_the_parts_that_draw_and_name_none(catalog):
+    seven = build_strategy(catalog, "random", dict(ratio=0.4, seed=7))
+    assert (seven.seed, seven.scorer.seed) == (7, 7)
+    assert build_strategy(catalog, seven, dict(ratio=0.2)).scorer.seed == 7
+    assert build_strategy(catalog, seven, dict(seed=8)).scorer.seed == 8
+    own = build_strategy(catalog, "random", dict(ratio=0.4, seed=7, scorer={"seed": 1}))
+    assert own.scorer.seed == 1 and build_strategy(catalog, own, dict(seed=8)).scorer.seed == 1
+    assert type(seven)(ratio=0.1).scorer.seed == 0
+
+
+@pytest.mark.parametrize("key", ["use", "name"])
+def test_the_strategys_name_is_no_option(catalog, key):
+    for strategy in ("pp", catalog.get("strategies", "pp")(ratio=0.4)):
+        assert f"{key}: is no option (found 'flap')" in message(build_strategy, catalog, strategy, {key: "flap"})
+
+
+def test_lists_are_called_lists(catalog):
+    text = message(build_strategy, catalog, "pp", dict(ratio=0.4, skip_layers="first"))
+    assert "skip_layers: should be a valid list (found 'first')" in text
 
 
 def test_what_is_no_strategy(catalog):

@@ -121,8 +121,15 @@ def test_validate(command, quick):
     refused(command("validate", quick, "--set", "prune.scorr=x", "--set", "seed=x"), "2 mistakes", "scorer", "seed")
 
 
-@pytest.mark.parametrize("when", ["calibrating", "dense: slow"])
-def test_an_interruption_leaves_nothing(quick, tmp_path, when):
+@pytest.mark.parametrize(
+    ("when", "sent", "code"),
+    [
+        ("calibrating", signal.SIGINT, 130),
+        ("dense: slow", signal.SIGINT, 130),
+        ("dense: slow", signal.SIGTERM, 143),
+    ],
+)
+def test_an_interruption_leaves_nothing(quick, tmp_path, when, sent, code):
     (tmp_path / "slow.py").write_text(PLUGIN)
     quick.write_text(QUICK.replace("sequences: 2", "sequences: 900").replace("evaluate: [", "evaluate: [slow, "))
     before = sorted(tmp_path.rglob("*"))
@@ -136,11 +143,11 @@ def test_an_interruption_leaves_nothing(quick, tmp_path, when):
             while when not in said and process.poll() is None:
                 said += process.stderr.readline()
             time.sleep(0.3)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             _, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130, said + err
+    assert process.returncode == code, said + err
     assert err.strip().splitlines()[-1] == "interrupted; nothing was written"
     assert "Traceback" not in said + err
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
@@ -185,11 +192,25 @@ def test_show_tells_every_option_of_every_role_of_that_name(command):
     assert "arXiv 2502.15618" in text
     for words in ("rescale: exact | two_decimals | off, default exact", "skip_layers: list of int, default []"):
         assert words in text
+    assert "ratio: float, required (unless the allocator takes none)" in text
     random = command("show", "random").stdout
     assert all(role in random for role in ("Strategy", "Scorer", "ProbeSelector"))
     explicit = " ".join(command("show", "explicit").stdout.split())
     assert "attention: list of float, required" in explicit
     refused(command("show", "wanda-sp"), "did you mean 'wanda_sp'?")
+
+
+def test_show_says_that_a_name_is_provided_twice(command, tmp_path):
+    for name in ("one.py", "two.py"):
+        (tmp_path / name).write_text(PLUGIN)
+    result = command("show", "slow", "--plugin", "one.py", "--plugin", "two.py")
+    assert result.exit_code == 2
+    error = " ".join(result.stderr.split("error:")[1].split())
+    assert "'slow' is provided twice" in error and "did you mean" not in error
+
+
+def test_the_commands_fit_a_narrow_terminal(command):
+    assert "..." not in command("--help").stdout.split("Commands:")[1]
 
 
 @pytest.mark.parametrize("name", sorted({entry.name for entry in Catalog.discover(block="").entries}))

@@ -160,6 +160,8 @@ def test_models_with_their_own_code_need_trust(folder, tmp_path, monkeypatch):
     [
         ("gpu", r"model\.device: 'gpu' is no device; use auto, cpu, cuda"),
         ("cuda", r"model\.device: cuda was asked for, but torch .* sees no CUDA device"),
+        ("meta", r"model\.device: meta holds no weights"),
+        ("vulkan", r"model\.device: torch .* cannot use vulkan here .*set model\.device: auto"),
         ("cuda:3", r"model\.device: cuda:3 was asked for, but torch .* sees no CUDA device"),
     ],
 )
@@ -167,6 +169,11 @@ def test_devices_that_are_not_there(folder, monkeypatch, device, complaint):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match=complaint):
         load(ModelSource(name=str(folder), device=device))
+
+
+def test_reasons_are_one_line_and_no_title_of_a_list():
+    assert loading.reason_of(ValueError("bad\nand more")) == "ValueError: bad"
+    assert loading.reason_of(ValueError("one of these: \n(1) a")) == loading.reason_of(ValueError()) == "ValueError"
 
 
 def test_options_are_checked():

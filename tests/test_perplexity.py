@@ -68,7 +68,8 @@ def test_value_is_token_weighted_over_windows_and_the_tail(subject):
     expected = torch.cat([losses(subject.model, piece) for piece in ids.split(16)])
     subject.batches.clear()
     found = Perplexity(text=TEXT, window=16, batch_size=3, separator="z").evaluate(subject)
-    assert found.values["tokens"] == len(expected) == 4 * 15 + 6
+    assert found.protocol["tokens"] == len(expected) == 4 * 15 + 6
+    assert set(found.values) == {"perplexity", "loss"}
     assert found.values["loss"] == pytest.approx(float(expected.mean()), rel=1e-5)
     assert found.values["perplexity"] == pytest.approx(math.exp(float(expected.mean())), rel=1e-4)
     assert [tuple(batch.shape) for batch, _ in subject.batches] == [(3, 16), (1, 16), (1, 7)]
@@ -80,7 +81,7 @@ def test_dropping_the_tail_and_limiting_windows(subject):
     ids = with_bos(subject.ids)
     dropped = Perplexity(text=TEXT, window=16, tail="drop", separator="z").evaluate(subject)
     expected = torch.cat([losses(subject.model, piece) for piece in ids[:64].split(16)])
-    assert dropped.values["tokens"] == 60
+    assert dropped.protocol["tokens"] == 60
     assert dropped.values["loss"] == pytest.approx(float(expected.mean()), rel=1e-5)
     limited = Perplexity(text=TEXT, window=16, limit=2, separator="z").evaluate(subject)
     assert limited.values["loss"] == pytest.approx(float(expected[:30].mean()), rel=1e-5)
@@ -95,11 +96,11 @@ def test_bos_policies(subject, bos):
         pieces = (with_bos(subject.ids) if bos == "first" else subject.ids).split(16)
     expected = torch.cat([losses(subject.model, piece) for piece in pieces])
     found = Perplexity(text=TEXT, window=16, bos=bos, separator="z").evaluate(subject)
-    assert found.values["tokens"] == len(expected)
+    assert found.protocol["tokens"] == len(expected)
     assert found.values["loss"] == pytest.approx(float(expected.mean()), rel=1e-5)
     assert found.protocol["bos"] == bos and not found.notes
     if bos == "every":
-        assert found.values["tokens"] == len(subject.ids) and found.protocol["stride"] == 15
+        assert found.protocol["tokens"] == len(subject.ids) and found.protocol["stride"] == 15
 
 
 def test_overlapping_windows_score_new_tokens_only(subject):
@@ -113,7 +114,7 @@ def test_overlapping_windows_score_new_tokens_only(subject):
         if stop == len(ids):
             break
     expected = torch.cat(expected)
-    assert found.values["tokens"] == len(expected) == len(ids) - 1
+    assert found.protocol["tokens"] == len(expected) == len(ids) - 1
     assert found.values["loss"] == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
@@ -193,7 +194,7 @@ def test_text_that_cannot_be_measured_is_named(subject):
         Perplexity(text=TEXT, window=16, tail="drop").evaluate(subject)
     subject.tokenizer = lambda text, **_: {"input_ids": [3, 97]}
     subject.tokenizer.bos_token_id = None
-    with pytest.raises(DataError, match=r"token id 97, but the model embeds 97 ids only"):
+    with pytest.raises(DataError, match=r"token id 97, but the model embeds 97 ids only \(0 to 96\)"):
         Perplexity(text=TEXT, window=16, bos="none").evaluate(subject)
 
 

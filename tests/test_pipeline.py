@@ -12,7 +12,7 @@ from prunekit.compress.results import RunFolder
 from prunekit.registry import DataError, Measurement, SpecError, Subject
 
 EVALUATORS = '''
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from prunekit.registry import Evaluator, Measurement, hookimpl
 
 class Fails(Evaluator):
@@ -32,8 +32,15 @@ class Pair(Evaluator):
             dense = subject.parameters()
         return Measurement({"size": pruned, "dense_size": dense}, {}, ["a note"])
 
+class Listing(Evaluator):
+    """Has an option that has no hash."""
+    name: Literal["listing"] = "listing"
+    where: Any = None
+    def evaluate(self, subject):
+        return Measurement({"places": len(self.where)}, {})
+
 @hookimpl
-def evaluators(): return [Fails, Pair]
+def evaluators(): return [Fails, Pair, Listing]
 '''
 
 PERPLEXITY = {"name": "perplexity", "window": 32, "limit": 6, "batch_size": 3}
@@ -169,8 +176,8 @@ def test_every_evaluator_starts_from_the_calibrated_history(content):
 def test_dense_values_are_shared_where_runs_share_a_model(content, loaded, monkeypatch):
     known = {}
     first = Pipeline(content()).measure(loaded=loaded, dense=known)
-    (evaluator,) = known
-    known[evaluator] = Measurement({"perplexity": 1.0, "loss": 0.0, "tokens": 1}, {})
+    (key,) = known
+    known[key] = Measurement({"perplexity": 1.0, "loss": 0.0}, {})
     second = Pipeline(content(ratio=0.2)).measure(loaded=loaded, dense=known)
     assert first.data["metrics"][0]["dense"]["perplexity"] > 1
     assert second.data["metrics"][0]["dense"]["perplexity"] == 1.0
@@ -182,23 +189,50 @@ def test_a_paired_evaluator_measures_dense_itself(content, plugin):
     (outcome,) = data["metrics"]
     assert outcome["dense"]["size"] > outcome["pruned"]["size"]
     assert set(outcome["pruned"]) == {"size"}
-    assert data["notes"] == ["pair: a note"]
+    assert data["notes"][1:] == ["pair: a note"]
     assert data["calibration"] is None
     assert data["plugins"][f"file {plugin}"] == ["evaluators/pair"]
 
 
+def test_an_evaluators_options_need_no_hash(content, plugin):
+    several = [{"name": "listing", "where": [1, 2]}, {"name": "listing", "where": [1]}]
+    data = Pipeline(PipelineSpec.of(content(evaluate=several, use="magnitude"), plugins=[plugin])).measure().data
+    assert [outcome["dense"]["places"] for outcome in data["metrics"]] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "notes"),
+    [
+        # Of 2 groups none can go at 40%, of 48 channels 19; at 50% all is as asked.
+        ({}, ["40% of the units were asked, 19.8% are cut; attention: 2 units cannot lose 40%, so none is dropped"]),
+        ({"ratio": 0.02, "skip_layers": [0]}, ["attention: 2 units cannot lose 2%, so none is dropped in 2 layers"]),
+        ({"ratio": 0.5}, []),
+        ({"ratio": 0}, []),
+        ({"ratio": None, "allocator": {"name": "explicit", "attention": [0] * 3, "mlp": [0] * 3}}, []),
+    ],
+)
+def test_a_cut_that_rounding_makes_smaller_is_noted_once(content, loaded, options, notes):
+    found = Pipeline(content(**{"use": "magnitude", **options})).measure(loaded=loaded).data["notes"]
+    assert len(found) == len(notes)
+    assert all(said.startswith(words) for said, words in zip(found, notes, strict=True)), found
+
+
+def test_the_protocol_names_the_attention_that_a_user_knows(content, loaded):
+    data = Pipeline(content(attention_unit="query_head", ratio=0.5)).measure(loaded=loaded).data
+    assert data["metrics"][0]["protocol"]["attention"] == data["model"]["attention"] == "sdpa"
+
+
 def test_a_known_model_far_from_its_published_perplexity_is_noted(loaded):
-    evaluator = PipelineSpec.of({"prune": {"use": "pp", "ratio": 0}, "evaluate": ["perplexity"]}).evaluate[0]
     known = type(loaded)(loaded.model, loaded.tokenizer, {**loaded.identity, "name": "facebook/opt-125m"})
     protocol = {
         "text": "Salesforce/wikitext/wikitext-2-raw-v1/test", "separator": "\n\n", "documents": "all", "limit": None,
         "window": 2048, "stride": 2048, "bos": "first",
     }  # fmt: skip
     far = Measurement({"perplexity": 60.0}, protocol)
-    (warning,) = pipeline.published_warnings(known, evaluator, far)
+    (warning,) = pipeline.published_warnings(known, far)
     assert "27.65" in warning
-    assert pipeline.published_warnings(known, evaluator, Measurement({"perplexity": 27.65}, protocol)) == []
-    assert pipeline.published_warnings(loaded, evaluator, far) == []
+    assert pipeline.published_warnings(known, Measurement({"perplexity": 27.65}, protocol)) == []
+    assert pipeline.published_warnings(loaded, far) == []
 
 
 # What goes wrong leaves nothing.
@@ -279,6 +313,6 @@ def test_a_strategy_without_history_takes_longer_batches(content, loaded):
 def test_where_results_go(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(Pipeline(content()).default_folder).startswith("results/pp-0.4-")
-    results = Pipeline(content(output={"dir": "here/it/is"}, evaluate=[], use="magnitude")).run()
+    results = Pipeline(content(output={"dir": "here/it/is"}, evaluate=["cost"], use="magnitude")).run()
     assert results.folder == tmp_path / "here" / "it" / "is"
     assert "dir: null" in results.resolved

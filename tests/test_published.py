@@ -34,15 +34,15 @@ def test_known_models_are_told_by_their_names(name, known):
 
 
 def test_a_dense_value_far_from_the_published_one_is_a_warning():
-    assert check_published("meta-llama/Llama-2-7b-hf", WIKITEXT, 5.47) is None
-    assert check_published("meta-llama/Llama-2-7b-hf", WIKITEXT, 5.60) is None
-    warning = check_published("meta-llama/Llama-2-7b-hf", WIKITEXT, 7.72)
+    assert check_published("meta-llama/Llama-2-7b-hf", WIKITEXT, {"perplexity": 5.47}) is None
+    assert check_published("meta-llama/Llama-2-7b-hf", WIKITEXT, {"perplexity": 5.60}) is None
+    warning = check_published("meta-llama/Llama-2-7b-hf", WIKITEXT, {"perplexity": 7.72})
     assert "5.47" in warning and "7.72" in warning and "+41%" in warning and "window 2048" in warning
-    assert "no finite value" in check_published("facebook/opt-125m", WIKITEXT, None)
-    assert check_published("facebook/opt-125m", {**WIKITEXT, "bos": "every", "stride": 2047}, 40.0)
+    assert "no finite value" in check_published("facebook/opt-125m", WIKITEXT, {"perplexity": None})
+    assert check_published("facebook/opt-125m", {**WIKITEXT, "bos": "every", "stride": 2047}, {"perplexity": 40.0})
     longer = {**WIKITEXT, "window": 4096, "stride": 4096}
-    assert check_published("meta-llama/Llama-2-7b-hf", longer, 5.12) is None
-    assert check_published("meta-llama/Llama-2-7b-hf", longer, 5.47)
+    assert check_published("meta-llama/Llama-2-7b-hf", longer, {"perplexity": 5.12}) is None
+    assert check_published("meta-llama/Llama-2-7b-hf", longer, {"perplexity": 5.47})
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,14 @@ def test_a_dense_value_far_from_the_published_one_is_a_warning():
     ],
 )
 def test_protocols_that_nobody_published_are_not_judged(change):
-    assert check_published("meta-llama/Llama-2-7b-hf", {**WIKITEXT, **change}, 99.0) is None
-    assert check_published("somebody/their-model", WIKITEXT, 99.0) is None
+    assert check_published("meta-llama/Llama-2-7b-hf", {**WIKITEXT, **change}, {"perplexity": 99.0}) is None
+    assert check_published("somebody/their-model", WIKITEXT, {"perplexity": 99.0}) is None
+
+
+def test_measurements_that_are_no_perplexity_are_not_judged():
+    assert check_published("facebook/opt-125m", WIKITEXT, {}) is None
+    without = {key: value for key, value in WIKITEXT.items() if key != "window"}
+    assert check_published("facebook/opt-125m", without, {"perplexity": 99.0}) is None
 
 
 def test_every_published_value_names_its_source():

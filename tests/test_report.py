@@ -71,6 +71,9 @@ def test_rows_put_dense_beside_pruned(data):
         ("perplexity", "40.00", "60.00", "x 1.5"),
         ("cost: flops", "2.000", "1.000", "x 0.5"),
     ]
+    data["metrics"][0]["dense"]["loss"], data["metrics"][0]["pruned"]["loss"] = 3.5, 4.0
+    assert report.metric_rows(data)[1] == ("perplexity: loss", "3.500", "4.000", "+0.5")
+    del data["metrics"][0]["pruned"]["loss"]
     data["metrics"][0]["pruned"]["perplexity"] = None
     data["metrics"][1]["dense"] = None
     assert report.metric_rows(data) == [

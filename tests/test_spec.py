@@ -29,6 +29,29 @@ class MaxWeight(Scorer):
 def scorers(): return [MaxWeight]
 '''
 
+STRATEGY = '''
+from typing import Literal
+from prunekit.registry import ProbeSelector, Strategy, hookimpl
+from prunekit.strategies.pp import PP
+
+class Few(ProbeSelector):
+    """Probes a few rows."""
+    name: Literal["few"] = "few"
+    n: int = 2
+    def select(self, states, valid, generator): ...
+
+class Mine(PP):
+    """PP with few rows."""
+    name: Literal["mine"] = "mine"
+    selector: ProbeSelector | None = Few(n=3)
+
+@hookimpl
+def probe_selectors(): return [Few]
+
+@hookimpl
+def strategies(): return [Mine]
+'''
+
 
 @pytest.fixture(scope="module")
 def catalog():
@@ -135,6 +158,17 @@ def test_all_mistakes_at_once_with_their_lines(write, tmp_path):
         ("prune: {use: pp, ratio: 0.1, ratio: 0.2}", ["prune.ratio is given twice"]),
         ("prune: &again {use: pp, ratio: *again}", ["nested more than 32 levels"]),
         ("prune: {[a]: 3}", ["a key must be a word"]),
+        ("prune:\n  use: pp\n  ratio: 2024-13-45", ["line 3: prune.ratio: '2024-13-45' is not valid YAML", "quotes"]),
+        ("seed: !!int abc", ["line 1: seed: 'abc' is not valid YAML"]),
+        ("seed: !!timestamp soon", ["line 1: seed: 'soon' is not valid YAML"]),
+        ("!!int abc: 3", ["line 1", "'abc' is not valid YAML"]),
+        ("prune: {use: pp, ratio: 0.4}\nseed: 99999999999999999999999", ["line 2: seed: should be less than"]),
+        ("prune: {use: pp, ratio: 0.4}\nseed: -1", ["line 2: seed: should be greater than or equal to 0"]),
+        ("prune: {use: pp, ratio: 0.4}\ncalibration: {seed: -1}", ["calibration.seed: should be greater than or"]),
+        ("prune: {use: pp, ratio: 0.4}\nevaluate: [{name: cost, seed: -1}]", ["evaluate.0.seed: should be greater"]),
+        ("prune: {use: pp, ratio: 0.4}\nevaluate: [{name: latency, seed: -1}]", ["evaluate.0.seed: should be greater"]),
+        ("prune: {use: pp, ratio: 0.4}\nevaluate: []", ["line 2: evaluate: name at least one evaluator"]),
+        ("prune: {use: pp, ratio: 0.4}\ncalibration: {file: .}", ["line 2: calibration.file", "is a folder; name a"]),
         ("seed: 3", ["prune: is required", "use: pp"]),
         ("prune: pp", ["prune.ratio: is required"]),
         ("prune: {ratio: 0.4}", ["prune.use: name the Strategy", "wanda_sp"]),
@@ -182,6 +216,8 @@ def test_settings_change_the_file(write):
     assert (spec.prune.merger.name, spec.prune.merger.probe) == ("fixed_ratio", 0.3)
     assert [evaluator.name for evaluator in spec.evaluate] == ["perplexity", "cost", "latency"]
     assert spec.evaluate[0].window == 256
+    first = PipelineSpec.load(path, ["prune.skip_layers.0=2", "prune.skip_layers.1=4"])
+    assert first.prune.skip_layers == (2, 4)
     assert PipelineSpec.load(path, ["prune=null", "prune.use=flap", "prune.ratio=0.1"]).prune.name == "flap"
 
 
@@ -192,6 +228,8 @@ def test_settings_change_the_file(write):
         ("=3", "write a path"),
         ("prune..ratio=3", "write a path"),
         ("prune.ratio={", "not valid YAML"),
+        ("prune.ratio=2024-13-45", "--set prune.ratio=2024-13-45: the value '2024-13-45' is not valid YAML"),
+        ("prune.skip_layers.1=1", "prune.skip_layers is a list of 0"),
         ("evaluate.5=cost", "evaluate is a list of 2"),
         ("evaluate.first=cost", "evaluate is a list of 2"),
         ("prune.ratio.x=1", "prune.ratio is 0.4, which has no 'x'"),
@@ -229,6 +267,14 @@ def test_plugins_and_texts_are_found_from_the_files_folder(tmp_path, monkeypatch
     assert PipelineSpec.load(moved).prune.scorer.power == 2
 
 
+def test_options_of_a_plugin_strategys_components_are_resolved(write, tmp_path):
+    (tmp_path / "mine.py").write_text(STRATEGY)
+    spec = PipelineSpec.load(write("plugins: [mine.py]\nprune: {use: mine, ratio: 0.4, selector: {n: 1}}"))
+    assert spec.prune.selector.n == 1
+    again = PipelineSpec.load(write(spec.to_yaml()))
+    assert (again.prune.selector.name, again.prune.selector.n) == ("few", 1)
+
+
 def test_a_plugin_of_the_command_line_and_a_missing_one(write, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN)
@@ -243,6 +289,10 @@ def test_one_seed_reaches_every_part_that_names_none(write):
     spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4}\ncalibration: {seed: 2}"))
     assert (spec.prune.seed, spec.prune.scorer.seed, spec.calibration.seed, spec.evaluate[1].seed) == (7, 7, 2, 7)
     assert PipelineSpec.load(write(spec.to_yaml())) == spec
+    spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4, seed: 3}"))
+    assert (spec.prune.seed, spec.prune.scorer.seed) == (3, 3)
+    spec = PipelineSpec.load(write("prune: {use: random, ratio: 0.4, seed: 3}"))
+    assert (spec.prune.scorer.seed, spec.calibration.seed) == (3, 0)
     spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4, scorer: {seed: 1}}"))
     assert (spec.prune.seed, spec.prune.scorer.seed, spec.calibration.seed) == (7, 1, 7)
 

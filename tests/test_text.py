@@ -6,7 +6,8 @@ import pytest
 import torch
 from prunekit.compress.text import calibration_batches, fingerprint, read_documents
 from prunekit.registry import DataError, TextSource
-from prunekit.registry.windows import cut, digest, token_stream, with_bos
+from prunekit.registry.tokens import check_token_ids
+from prunekit.registry.windows import cut_windows, digest, token_stream, with_bos
 
 WORDS = [f"w{i}" for i in range(90)]
 
@@ -125,7 +126,7 @@ def test_documents_are_joined_before_they_are_tokenised(tokenizer):
 
 def scored_positions(ids, *args, **kwargs):
     """Every window's ids and which of them count."""
-    return [(w.ids.tolist(), w.ids[len(w.ids) - w.scored :].tolist()) for w in cut(ids, *args, **kwargs)]
+    return [(w.ids.tolist(), w.ids[len(w.ids) - w.scored :].tolist()) for w in cut_windows(ids, *args, **kwargs)]
 
 
 def test_windows_without_overlap_score_all_but_their_first_token():
@@ -151,6 +152,14 @@ def test_a_prefix_takes_a_place_and_lets_every_token_count():
         ([99, 3, 4, 5], [3, 4, 5]),
         ([99, 6], [6]),
     ]
+
+
+def test_ids_without_an_embedding_are_refused():
+    check_token_ids(torch.tensor([[0, 4]]), 5, "batch 0")
+    check_token_ids(torch.tensor([], dtype=torch.long), 5, "batch 0")
+    for bad in (-1, 5):
+        with pytest.raises(DataError, match=rf"batch 0 contains token id {bad}, .* embeds 5 ids only \(0 to 4\)"):
+            check_token_ids(torch.tensor([[0, bad]]), 5, "batch 0")
 
 
 def test_digest_depends_on_ids_shape_and_order():
