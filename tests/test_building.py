@@ -3,6 +3,7 @@
 import pytest
 from prunekit.compress import prune
 from prunekit.compress.building import build_strategy
+from prunekit.compress.spec import PipelineSpec
 from prunekit.registry import Catalog, SpecError
 
 
@@ -102,3 +103,19 @@ def test_lists_are_called_lists(catalog):
 def test_what_is_no_strategy(catalog):
     assert "did you mean 'flap'?" in message(build_strategy, catalog, "flapp", dict(ratio=0.4))
     assert "found 3" in message(build_strategy, catalog, 3, {})
+
+
+def test_one_seed_reaches_every_part_that_names_none(tmp_path):
+    def write(text):
+        (tmp_path / "pipeline.yaml").write_text(text)
+        return tmp_path / "pipeline.yaml"
+
+    spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4}\ncalibration: {seed: 2}"))
+    assert (spec.prune.seed, spec.prune.scorer.seed, spec.calibration.seed, spec.evaluate[1].seed) == (7, 7, 2, 7)
+    assert PipelineSpec.load(write(spec.to_yaml())) == spec
+    spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4, seed: 3}"))
+    assert (spec.prune.seed, spec.prune.scorer.seed) == (3, 3)
+    spec = PipelineSpec.load(write("prune: {use: random, ratio: 0.4, seed: 3}"))
+    assert (spec.prune.scorer.seed, spec.calibration.seed) == (3, 0)
+    spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4, scorer: {seed: 1}}"))
+    assert (spec.prune.seed, spec.prune.scorer.seed, spec.calibration.seed) == (7, 1, 7)

@@ -8,7 +8,6 @@ import transformers
 from prunekit.compress import Pipeline, PipelineSpec, pipeline
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.loading import ModelSource, fingerprint, load
-from prunekit.compress.results import RunFolder
 from prunekit.registry import DataError, Measurement, SpecError, Subject
 
 EVALUATORS = '''
@@ -269,23 +268,6 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(content, tmp_pa
     with pytest.raises(SpecError, match="cannot be made"):
         Pipeline(content()).run(tmp_path / "file" / "run")
     assert (tmp_path / "run" / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "x"
-
-
-def test_overwriting_replaces_only_when_all_is_done(tmp_path):
-    target = tmp_path / "run"
-    target.mkdir()
-    (target / "results.json").write_text("old")
-    (target / "decisions.jsonl").write_text("old")
-    with pytest.raises(KeyboardInterrupt), RunFolder(target, overwrite=True).open() as partial:
-        (partial / "results.json").write_text("half")
-        raise KeyboardInterrupt
-    assert (target / "results.json").read_text() == "old"
-    with RunFolder(target, overwrite=True).open() as partial:
-        (partial / "results.json").write_text("new")
-        assert (target / "results.json").read_text() == "old"
-    assert (target / "results.json").read_text() == "new"
-    assert not (target / "decisions.jsonl").exists()
-    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(

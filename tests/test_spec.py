@@ -1,6 +1,5 @@
 """Pipeline files: defaults, overrides, and every mistake reported with its place, the value and the remedy."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,6 @@ from prunekit.compress.spec import PipelineSpec
 from prunekit.registry import Catalog, PluginError, SpecError
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "docs" / "examples").glob("*.yaml"))
-
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "pipeline-files.md").read_text()
 
 PLUGIN = '''
 from typing import Literal
@@ -82,16 +79,6 @@ def test_the_smallest_file_has_every_default(write):
     assert spec.model.name is None
     assert spec.calibration.bundled == "reference-calibration"
     assert [evaluator.name for evaluator in spec.evaluate] == ["perplexity", "cost"]
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_is_valid_and_resolves_to_itself(path, tmp_path):
-    spec = PipelineSpec.load(path)
-    again = tmp_path / "resolved.yaml"
-    again.write_text(spec.to_yaml())
-    assert PipelineSpec.load(again).model_dump() == spec.model_copy(
-        update={"output": spec.output.model_copy(update={"dir": None})}
-    ).model_dump()
 
 
 def test_sections_left_empty_take_their_defaults(write):
@@ -285,18 +272,6 @@ def test_a_plugin_of_the_command_line_and_a_missing_one(write, tmp_path):
         PipelineSpec.load(write("plugins: [gone.py]\nprune: {use: pp, ratio: 0.4}"))
 
 
-def test_one_seed_reaches_every_part_that_names_none(write):
-    spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4}\ncalibration: {seed: 2}"))
-    assert (spec.prune.seed, spec.prune.scorer.seed, spec.calibration.seed, spec.evaluate[1].seed) == (7, 7, 2, 7)
-    assert PipelineSpec.load(write(spec.to_yaml())) == spec
-    spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4, seed: 3}"))
-    assert (spec.prune.seed, spec.prune.scorer.seed) == (3, 3)
-    spec = PipelineSpec.load(write("prune: {use: random, ratio: 0.4, seed: 3}"))
-    assert (spec.prune.scorer.seed, spec.calibration.seed) == (3, 0)
-    spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4, scorer: {seed: 1}}"))
-    assert (spec.prune.seed, spec.prune.scorer.seed, spec.calibration.seed) == (7, 1, 7)
-
-
 def test_the_schema_knows_what_the_reader_knows(tmp_path):
     jsonschema = pytest.importorskip("jsonschema")
     file = tmp_path / "mine.py"
@@ -321,19 +296,3 @@ def test_the_schema_knows_what_the_reader_knows(tmp_path):
     assert not validator.is_valid({"prune": good, "modle": {}})
     assert not validator.is_valid({})
     assert not validator.is_valid({"prune": good, "evaluate": [{"window": 3}]})
-
-
-def test_the_page_names_every_section_and_key():
-    for name, info in PipelineSpec.model_fields.items():
-        assert f"\n## `{name}`\n" in PAGE
-        if name in ("model", "calibration", "output"):
-            section = PAGE.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
-            for key in info.annotation.model_fields:
-                assert f"`{key}`" in section, f"{name}.{key}"
-
-
-@pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-def test_the_pages_examples_are_valid(catalog, block):
-    data = yaml.safe_load(block)
-    data.setdefault("prune", {"use": "pp", "ratio": 0.4})
-    assert PipelineSpec.of(data, catalog=catalog).prune.ratio == 0.4
