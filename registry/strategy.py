@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -53,8 +53,6 @@ class Strategy(Component):
         "(1e-3 in the denominators, padded embeddings and attention outputs zeroed, pads ranked like tokens)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of parts that draw and name no seed of their own")
-
-    dynamic_fields: ClassVar[tuple[str, ...]] = ("selector", "merger")
 
     @field_validator("ratio")
     @classmethod
