@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
-    from .pruning import Pruned, prune
+    from .pruned import Pruned
+    from .pruning import prune
     from .spec import PipelineSpec
 
 __all__ = ["Pipeline", "PipelineSpec", "Pruned", "prune"]
 
-_HOMES = {"prune": "pruning", "Pruned": "pruning", "Pipeline": "pipeline", "PipelineSpec": "spec"}
+_HOMES = {"prune": "pruning", "Pruned": "pruned", "Pipeline": "pipeline", "PipelineSpec": "spec"}
 
 
 def __getattr__(name: str) -> Any:

@@ -107,18 +107,76 @@ def run(
 
     Loads the model, calibrates, prunes, and measures the dense and the pruned model.
     """
-    from . import printing, report
+    from . import printing
+    from . import report as tables
     from .pipeline import Pipeline
 
     spec = _read(file, settings, plugin, overwrite)
     printing.quiet()
     with printing.Bars() as bars:
         results = Pipeline(spec).run(out, progress=bars.track)
-    printing.say(report.headline(results.data))
-    printing.show_table(report.HEAD, report.metric_rows(results.data))
+    printing.say(tables.headline(results.data))
+    printing.show_table(tables.HEAD, tables.metric_rows(results.data))
     for note in results.data["notes"]:
         printing.warning(note)
     printing.say(f"results: {results.folder}", whole=True)
+
+
+@app.command()
+@guarded
+def ablate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An ablation file (YAML).")],
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="STORE", help="The results store; results/FILE.sqlite by default.")
+    ] = None,
+    plugin: PluginFiles = None,
+    engine: Annotated[str, typer.Option("--engine", metavar="local|ray", help="What runs the trials.")] = "local",
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Workers of the ray engine.")] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="A Ray cluster that runs already, such as auto.")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Go on with a store whose file has changed.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
+) -> None:
+    """Run an ablation study: a pipeline with some of its fields varied.
+
+    Every finished trial is stored at once; the same command goes on where it was stopped.
+    """
+    from . import printing
+    from .ablation import command
+
+    printing.quiet()
+    command.ablate(file, settings or (), plugin or (), out, engine, workers, address, update, retry)
+
+
+@app.command()
+@guarded
+def report(
+    source: Annotated[Path, typer.Argument(metavar="STORE_OR_FOLDER", help="An ablation's store or a results folder.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+) -> None:
+    """Write a report of a study or a run: HTML, tables and plots."""
+    from . import printing
+    from .reporting import command
+
+    printing.quiet()
+    command.report(source, out, overwrite)
+
+
+@app.command()
+@guarded
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A results folder.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another results folder.")],
+    samples: Annotated[int, typer.Option("--samples", min=100, help="Bootstrap samples.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Compare two runs: what differed in settings, and in results."""
+    from .reporting import compare as comparing
+
+    comparing.compare(a, b, samples, seed)
 
 
 @app.command()

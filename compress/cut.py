@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..registry import ChannelHistory, HistoryMerger, MaskApplier, Producer, Scorer, Site, Strategy
 from .attention import KV_INDEX
+from .stages import Stages
 
 
 @dataclass(eq=False)
@@ -27,18 +28,23 @@ class SiteCut:
     attributes: list[tuple[nn.Module, str, int]]
     """Modules, names and units' worth of the sizes that the block's forward reads."""
     history: ChannelHistory
+    stages: Stages
     activation: nn.Module | Callable[[Tensor], Tensor] | None = None
     observe: Callable[[SiteCut, Tensor], None] | None = None
     """Sees what enters the consumer, (B, T, c) or (B*T, c)."""
     compensated: bool = False
     """Whether the dropped channels' mean contribution is added to the consumer's output."""
 
+    wants_mean: bool = False
+    """Whether calibration tracks the mean even where nothing of this strategy reads it."""
     count: int = 0
     """Units this site keeps; constant over batches."""
     fixed: Tensor | None = None
     """The kept units of a strategy that decides once."""
     kept: Tensor | None = None
     """(k,) int64 ascending while the cut is open."""
+    computed: Tensor | None = None
+    """The units of the last cut that was open; a forward pass that closes it leaves them here to be read."""
     probing: bool = False
     residual: Tensor | None = None
     """Input of the site's norm, from the norm's call until the decision."""
@@ -52,7 +58,7 @@ class SiteCut:
     _mean_output: tuple[tuple, Tensor] | None = None
 
     @classmethod
-    def resolve(cls, site: Site, model: nn.Module, strategy: Strategy) -> SiteCut:
+    def resolve(cls, site: Site, model: nn.Module, strategy: Strategy, stages: Stages) -> SiteCut:
         """Look up the site's modules in ``model`` and the components that serve it."""
         consumer = model.get_submodule(site.consumer)
         return cls(
@@ -65,6 +71,7 @@ class SiteCut:
             consumer=consumer,
             attributes=[(model.get_submodule(a.path), a.attribute, a.per_unit) for a in site.shape_attributes],
             history=ChannelHistory(site.channels, consumer.weight.device),
+            stages=stages,
             activation=model.get_submodule(site.activation) if site.activation else None,
             compensated=strategy.compensate == "mean",
             count=site.units,
@@ -87,7 +94,7 @@ class SiteCut:
         if self.kept is kept:
             return
         self.close()
-        self.kept = kept
+        self.kept = self.computed = kept
         if not self.applier.resizes:
             return
         units = self._computed_units()
@@ -108,6 +115,12 @@ class SiteCut:
         self._sizes = []
         if hasattr(self.entry, KV_INDEX):
             delattr(self.entry, KV_INDEX)
+
+    @property
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of this site's statistics and of the weights gathered for the kept units."""
+        gathered = (t for _, pair in self._weights.values() for t in pair if t is not None)
+        return {"statistics": self.history.bytes, "gathered": sum(t.numel() * t.element_size() for t in gathered)}
 
     def entering_consumer(self, x: Tensor) -> None:
         if self.observe is not None:
@@ -146,7 +159,8 @@ class SiteCut:
         state = _state_of(linear)
         known = self._weights.get(linear)
         if known is None or known[0] != state:
-            self._weights[linear] = known = state, gather()
+            with self.stages("gather"):
+                self._weights[linear] = known = state, gather()
         return known[1]
 
     def _computed_units(self) -> Tensor:

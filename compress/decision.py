@@ -10,6 +10,7 @@ from torch import Tensor
 from ..registry import DataError, NonFiniteError, SiteScores, SpecError, Strategy
 from .cut import SiteCut
 from .probing import probe_states
+from .stages import Stages
 
 REFERENCE_PAD_EPSILON = 1e-3
 """What the PP reference adds to its counts of real tokens in batches that have padding."""
@@ -28,8 +29,9 @@ class Decision(NamedTuple):
 class Decider:
     """Runs a strategy's components on one site at a time; its only state is a random generator."""
 
-    def __init__(self, strategy: Strategy):
+    def __init__(self, strategy: Strategy, stages: Stages | None = None):
         self.strategy = strategy
+        self.stages = stages or Stages()
         self.probe_valid: Tensor | None = None
         """Real tokens (b, t) of the probe that is running, where the batch has padding."""
         self.generator = torch.Generator()
@@ -52,7 +54,7 @@ class Decider:
         statistic = cut.scorer.statistic
         if statistic is not None:
             statistic.observe(cut.history, x, valid)
-        if cut.compensated and (statistic is None or not statistic.tracks_mean):
+        if (cut.compensated or cut.wants_mean) and (statistic is None or not statistic.tracks_mean):
             cut.history.observe_mean(x, valid)
 
     def learn(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
@@ -60,6 +62,10 @@ class Decider:
 
         The update waits in ``cut.pending`` until :meth:`commit`, so that a batch that fails half way teaches nothing.
         """
+        with self.stages("history"):
+            self._learn(cut, x, valid)
+
+    def _learn(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
         columns = cut.site.columns(cut.kept)
         if x.shape[-1] != len(columns):
             x = x.index_select(2, columns)
@@ -75,8 +81,11 @@ class Decider:
         """Take over what sites have learnt from a batch; raises :class:`NonFiniteError` and forgets it all if NaN."""
         learnt = [(cut, *cut.pending) for cut in cuts if cut.pending is not None]
         self.forget(cuts)
-        if not learnt:
-            return
+        if learnt:
+            with self.stages("history"):
+                self._take_over(learnt)
+
+    def _take_over(self, learnt: list[tuple[SiteCut, Tensor, Tensor]]) -> None:
         finite = torch.stack([torch.isfinite(updated).all().cpu() for _, _, updated in learnt])
         if not bool(finite.all()):
             site = learnt[int(finite.int().argmin())][0].site
@@ -120,20 +129,23 @@ class Decider:
         selector, merger = strategy.selector.at(cut.site), cut.merger
         states = residual if selector.looks_at == "residual" else hidden
         counted = valid if strategy.pad_handling == "exclude" else None
-        rows, positions = selector.select(states, counted, self.generator)
+        with self.stages("select"):
+            rows, positions = selector.select(states, counted, self.generator)
         probe = history = None
         if merger.uses_probe:
             self.probe_valid = None if valid is None else valid.index_select(0, rows).index_select(1, positions)
             try:
-                x = probe_states(cut, hidden, rows, positions, arguments, strategy.probe_mask)
-                probe = self._measure(cut, x.view(len(rows), len(positions), -1), self.probe_valid)
+                with self.stages("probe"):
+                    x = probe_states(cut, hidden, rows, positions, arguments, strategy.probe_mask)
+                    probe = self._measure(cut, x.view(len(rows), len(positions), -1), self.probe_valid)
             finally:
                 self.probe_valid = None
-        if merger.uses_history:
-            history = cut.history.table.index_select(0, positions).clamp(min=0)
-        statistic = merger.merge(probe, history).sum(0)
-        units = self._unit_scores(cut, self._channel_scores(cut, statistic))
-        return Decision(keep_highest(units, cut.count), rows, positions)
+        with self.stages("score"):
+            if merger.uses_history:
+                history = cut.history.table.index_select(0, positions).clamp(min=0)
+            statistic = merger.merge(probe, history).sum(0)
+            units = self._unit_scores(cut, self._channel_scores(cut, statistic))
+            return Decision(keep_highest(units, cut.count), rows, positions)
 
     def _channel_scores(self, cut: SiteCut, statistic: Tensor | None) -> Tensor:
         cut.prepare()

@@ -13,9 +13,11 @@ from . import printing
 from .calibration import Progress, no_progress
 from .demo_report import HEAD, Row, sentences, table_rows
 from .loading import load
-from .pipeline import Dense, Pipeline
+from .measuring import Known
+from .pipeline import Pipeline
 from .report import table
 from .results import FORMAT, Results, RunFolder, write_json
+from .shared_statistics import SharedStatistics
 from .spec import PipelineSpec
 
 STRATEGIES = ("random", "magnitude", "wanda_sp", "flap", "pp", "full_batch_probing")
@@ -97,13 +99,14 @@ def measure(bars: printing.Bars) -> list[tuple[Run, Results]]:
     """Run the plan on one loaded model."""
     runs = plan(Catalog.discover())
     loaded = load(runs[0].spec.model)
-    dense: Dense = {}
+    dense: Known = {}
+    statistics = SharedStatistics()
     inner: Progress = bars.track if bars.shown else no_progress
     done = []
     for made in bars.track(runs, "strategies", len(runs)):
         if not bars.shown:
             bars.say(f"{len(done) + 1}/{len(runs)} {made.file.removesuffix('.yaml')}")
-        done.append((made, Pipeline(made.spec).measure(inner, loaded, dense)))
+        done.append((made, Pipeline(made.spec).measure(inner, loaded, dense, statistics)))
     return done
 
 

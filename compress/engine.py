@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +12,13 @@ from torch import Tensor, nn
 
 from ..registry import ChannelHistory, DataError, Site, Strategy
 from . import leaf, reference_padding
+from .arguments import named as named_arguments
+from .arguments import valid_tokens
 from .attention import enable_kv_index
 from .cut import SiteCut
 from .decision import Decider, Decision
 from .probing import CACHE_ARGUMENT
+from .stages import Stages
 
 Mode = Literal["dense", "calibrate", "prune"]
 
@@ -41,8 +42,9 @@ class Engine:
         self._layers, self._attention_outputs = layers, attention_outputs
         self.mode: Mode = "dense"
         self._removed = False
-        self.cuts = [SiteCut.resolve(site, model, strategy) for site in sites]
-        self.decider = Decider(strategy)
+        self.stages = Stages()
+        self.cuts = [SiteCut.resolve(site, model, strategy, self.stages) for site in sites]
+        self.decider = Decider(strategy, self.stages)
         self.decoder = model.get_submodule(layers.rpartition(".")[0])
         """The module that owns the layers: one call of it is one batch."""
         self.batch = -1
@@ -57,12 +59,13 @@ class Engine:
         self._handles: list = []
         self._undo: list = []
         try:
-            self._install(list(model.get_submodule(layers)))
+            self._install()
         except BaseException:
             self.remove()
             raise
 
-    def _install(self, layers: list[nn.Module]) -> None:
+    def _install(self) -> None:
+        layers = list(self.model.get_submodule(self._layers))
         for cut in self.cuts:
             for producer in cut.site.producers:
                 leaf.adopt(self.model.get_submodule(producer.path), producer.path, cut, producer)
@@ -89,6 +92,22 @@ class Engine:
     def remove(self) -> None:
         """Take everything off the model: afterwards it is bit-identical to before, and stays so."""
         self.mode, self._removed = "dense", True
+        self._uninstall()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within it the model is as it was before, and may be pruned by something else."""
+        previous = self.mode
+        self._switch("dense")
+        self._uninstall()
+        try:
+            yield
+        finally:
+            if not self._removed:
+                self._install()
+            self._switch(previous)
+
+    def _uninstall(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -144,16 +163,16 @@ class Engine:
     # What happens during a forward pass, in this order.
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        named = _named(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         tokens = named["inputs_embeds"] if named.get("input_ids") is None else named["input_ids"]
         self._shape = tuple(tokens.shape[:2])
-        self._valid = _valid_tokens(named.get("attention_mask"), *self._shape)
+        self._valid = valid_tokens(named.get("attention_mask"), *self._shape)
         self._cache = None
         self._counted = False
 
     def _enter_layer(self, index: int):
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._cache = _named(layer, args, kwargs).get(CACHE_ARGUMENT)
+            self._cache = named_arguments(layer, args, kwargs).get(CACHE_ARGUMENT)
             if self._cache is None:
                 self._filled = 0
                 return
@@ -187,7 +206,7 @@ class Engine:
             if self._cache is not None and key in self._decided():
                 cut.open(self._decided()[key])
                 return
-            arguments = _named(module, args, kwargs)
+            arguments = named_arguments(module, args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             hidden, residual = (t.reshape(*self._shape, t.shape[-1]) for t in (hidden, residual))
             if not self._counted:
@@ -253,33 +272,3 @@ def _keep_residual(cut: SiteCut):
         cut.residual = args[0]
 
     return hook
-
-
-@functools.cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
-
-
-def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A call's arguments by name, those given by position too."""
-    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs} if args else kwargs
-
-
-def _valid_tokens(attention_mask: Tensor | dict | None, batch: int, length: int) -> Tensor | None:
-    """Which tokens of the batch are real, (B, T) bool; None where all are.
-
-    The mask is (B, T) or longer by what a cache holds; or, with a static cache, already (B, 1, T, keys), one per
-    kind of attention: a token is real where it may attend to itself.
-    """
-    if isinstance(attention_mask, dict):
-        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() == 4:
-        own = attention_mask[:, 0, :, :length].diagonal(dim1=1, dim2=2)
-        valid = own if own.dtype == torch.bool else own == 0
-    else:
-        valid = attention_mask[:, -length:].bool()
-    if valid.shape[1] != length or bool(valid.all()):
-        return None
-    return valid.expand(batch, length)

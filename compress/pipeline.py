@@ -5,26 +5,24 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..registry import DataError, Evaluator, Measurement, Subject
+from ..registry import DataError, Evaluator, Measurement
 from ..registry.tokens import context_length
 from .calibration import Progress, no_progress
 from .loading import Loaded, load
+from .measuring import Known, Measuring
 from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
-from .pruning import Pruned, prune
+from .pruning import prune
 from .results import FORMAT, Results, RunFolder
+from .shared_statistics import SharedStatistics
 from .spec import Calibration, PipelineSpec
 from .text import calibration_batches, read_documents
 from .text import fingerprint as text_fingerprint
-
-Dense = dict[tuple[type[Evaluator], str], Measurement]
-"""What evaluators, by class and options, measured on the unpruned model."""
 
 
 class Pipeline:
@@ -60,11 +58,13 @@ class Pipeline:
         self,
         progress: Progress = no_progress,
         loaded: Loaded | None = None,
-        dense: Dense | None = None,
+        dense: Known | None = None,
+        statistics: SharedStatistics | None = None,
     ) -> Results:
         """Run everything and write nothing.
 
-        ``dense`` holds what evaluators measured on the unpruned ``loaded`` model; it is filled as runs share it.
+        Runs on one ``loaded`` model may share ``dense``, what evaluators measured on it unpruned, and
+        ``statistics``, what calibration showed of it; both are filled here.
         """
         dense = {} if dense is None else dense
         spec, began = self.spec, time.perf_counter()
@@ -81,13 +81,15 @@ class Pipeline:
             trace=spec.output.trace,
             catalog=spec.catalog,
             progress=progress,
+            statistics=statistics,
         ) as pruned:
             seconds["prune"] = time.perf_counter() - began - seconds["load"]
             trace = None if pruned.trace is None else [{"evaluator": None, **record} for record in pruned.trace]
             outcomes = []
+            measuring = Measuring(loaded, pruned, progress, dense, spec.evaluate, spec.seed)
             for label, evaluator in labelled(spec.evaluate):
                 before = len(pruned.trace or ())
-                outcomes.append(self._evaluate(label, evaluator, loaded, pruned, progress, dense))
+                outcomes.append(self._evaluate(label, evaluator, measuring))
                 if trace is not None:
                     trace += [{"evaluator": label, **record} for record in pruned.trace[before:]]
             cut, cut_notes = about_cut(pruned), notes_on_cut(pruned)
@@ -115,30 +117,20 @@ class Pipeline:
             return None, None
         return calibration_of(self.spec.calibration, loaded)
 
-    def _evaluate(
-        self,
-        label: str,
-        evaluator: Evaluator,
-        loaded: Loaded,
-        pruned: Pruned,
-        progress: Progress,
-        known: Dense,
-    ) -> dict[str, Any]:
+    @staticmethod
+    def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> dict[str, Any]:
         """One evaluator's values, dense beside pruned, unless it measures dense itself."""
         began, dense = time.perf_counter(), None
         notes: list[str] = []
+        details = {}
         if not evaluator.paired:
-            # The options as text: a plugin's option may be a list, which has no hash.
-            key = (type(evaluator), evaluator.model_dump_json(serialize_as_any=True))
-            if key not in known:
-                known[key] = self._measure(evaluator, loaded, pruned, progress, dense=True)
-            measured = known[key]
-            dense = measured.values
+            measured = measuring.measure(evaluator, dense=True)
+            dense, details["dense"] = measured.values, measured.details
             notes = [f"{label}, dense: {note}" for note in measured.notes]
-            notes += published_warnings(loaded, measured)
-        measured = self._measure(evaluator, loaded, pruned, progress, dense=False)
+            notes += published_warnings(measuring.loaded, measured)
+        measured = measuring.measure(evaluator)
         notes += [f"{label}: {note}" for note in measured.notes]
-        values = measured.values
+        values, details["pruned"] = measured.values, measured.details
         if evaluator.paired:
             dense = {key.removeprefix("dense_"): value for key, value in values.items() if key.startswith("dense_")}
             values = {key: value for key, value in values.items() if not key.startswith("dense_")}
@@ -148,26 +140,10 @@ class Pipeline:
             "dense": dense,
             "pruned": values,
             "protocol": measured.protocol,
+            "details": {key: found for key, found in details.items() if found},
             "notes": list(dict.fromkeys(notes)),
             "seconds": round(time.perf_counter() - began, 2),
         }
-
-    def _measure(
-        self, evaluator: Evaluator, loaded: Loaded, pruned: Pruned, progress: Progress, dense: bool
-    ) -> Measurement:
-        what = "dense" if dense else self.spec.prune.name
-        subject = Subject(
-            model=loaded.model,
-            tokenizer=loaded.tokenizer,
-            read=read_documents,
-            dense=pruned.dense,
-            parameters=pruned.active_parameters,
-            progress=lambda items, label, total: progress(items, f"{what}: {label}", total),
-        )
-        torch.manual_seed(self.spec.seed)
-        pruned.reset()
-        with pruned.dense() if dense else nullcontext():
-            return evaluator.evaluate(subject)
 
 
 def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 from .. import __version__
 from ..registry import Component
 from .loading import Loaded, fingerprint
-from .pruning import Pruned, find_sites
+from .pruned import Pruned
+from .pruning import find_sites
 from .report import share
 from .spec import PipelineSpec
 

@@ -1,95 +1,22 @@
-"""``prune``: one call that cuts a loaded model, and the handle that measures, pauses and undoes it."""
+"""``prune``: one call that cuts a loaded model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..registry import AttentionUnit, Catalog, DataError, ModelError, Site, SiteKind, SiteScores, SpecError, Strategy
+from ..registry import AttentionUnit, Catalog, DataError, ModelError, Site, SiteScores, SpecError, Strategy
 from ..registry.tokens import check_token_ids
 from .building import build_strategy
 from .calibration import Progress, calibrate, calibrate_sequentially, calibration_list, evaluating, no_progress
 from .cut import SiteCut
 from .decision import Decision, keep_highest
 from .engine import Engine
-
-
-class Pruned:
-    """A pruned model: use the model as before; this handle knows what was cut, and takes it back.
-
-    A context manager: leaving it calls :meth:`remove`.
-    """
-
-    def __init__(self, engine: Engine, catalog: Catalog):
-        self._engine = engine
-        self._calibrated = engine.histories() if engine.decider.learns else None
-        self.catalog = catalog
-
-    @property
-    def model(self) -> nn.Module:
-        return self._engine.model
-
-    @property
-    def strategy(self) -> Strategy:
-        return self._engine.strategy
-
-    @property
-    def trace(self) -> list[dict[str, Any]] | None:
-        """One record per decision, where ``trace=True`` was asked for.
-
-        Keys: ``batch`` (None for a strategy that decides once), ``layer``, ``kind``, ``rows`` and
-        ``positions`` of the probe, ``kept`` units, ascending.
-        """
-        return self._engine.trace
-
-    @property
-    def sites(self) -> list[Site]:
-        """The sites that can be cut; those of skipped layers are not among them."""
-        return [cut.site for cut in self._engine.cuts]
-
-    @property
-    def counts(self) -> dict[tuple[int, SiteKind], int]:
-        """Kept units by layer and kind, constant over batches."""
-        return {(cut.site.layer, cut.site.kind): cut.count for cut in self._engine.cuts}
-
-    @contextmanager
-    def dense(self) -> Iterator[nn.Module]:
-        """Within it the model runs unpruned, and no history is touched."""
-        with self._engine.running("dense"):
-            yield self.model
-
-    def reset(self) -> None:
-        """Put the channel histories back to their calibrated state, so that a measurement can be repeated.
-
-        Batches are counted from 0 again and random components draw from the start; the trace is kept.
-        """
-        with torch.inference_mode(False):
-            self._engine.restore(self._calibrated)
-
-    def active_parameters(self) -> int:
-        """Parameters of the model without those of the units that go; a probe still computes with all of them."""
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        if self._engine.mode == "dense" or not self.strategy.applier.resizes:
-            return total
-        for cut in self._engine.cuts:
-            total -= (cut.site.units - cut.count) * cut.site.unit_parameters
-            if cut.compensated and cut.consumer.bias is None and not cut.whole:
-                total += cut.site.outputs
-        return total
-
-    def remove(self) -> None:
-        """Undo everything: the model is bit-identical to before. Calling it again does nothing."""
-        self._engine.remove()
-
-    def __enter__(self) -> Pruned:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
+from .pruned import Pruned
+from .shared_statistics import SharedStatistics
 
 
 def prune(
@@ -100,6 +27,7 @@ def prune(
     trace: bool = False,
     catalog: Catalog | None = None,
     progress: Progress = no_progress,
+    statistics: SharedStatistics | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune a loaded causal language model in place; undo with :meth:`Pruned.remove` or ``with``.
@@ -107,7 +35,8 @@ def prune(
     ``strategy`` is a catalogued name (``"pp"``, ``"flap"``, ...) or a :class:`~prunekit.registry.Strategy`;
     ``options`` are the keys of a pipeline file's ``prune`` section (``ratio``, ``skip_layers``, ``scorer``, ...).
     ``calibration`` is an iterable of ``{"input_ids", "attention_mask"}`` tensors (B, T) int64, or of ids alone;
-    strategies that look at activations need it. Statistics are float32, whatever the model's dtype.
+    strategies that look at activations need it. Statistics are float32, whatever the model's dtype; what
+    ``statistics`` already holds of them for this very text is not gathered again (one such object for one model).
 
     Raises :class:`SpecError` (options that cannot work), :class:`ModelError` (a model that no adapter knows),
     :class:`DataError` (calibration missing or unusable), :class:`NonFiniteError` (NaN or infinity met); the model
@@ -129,7 +58,7 @@ def prune(
     engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs)
     try:
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-            _decide(engine, ratio, batches, progress)
+            _decide(engine, ratio, batches, progress, statistics)
             engine.start()
             return Pruned(engine, catalog)
     except BaseException:
@@ -187,7 +116,13 @@ def _within(strategy: Strategy, sites: list[Site], layers: int) -> tuple[list[Si
     return inside, ratio
 
 
-def _decide(engine: Engine, ratio: float | None, batches: list | None, progress: Progress) -> None:
+def _decide(
+    engine: Engine,
+    ratio: float | None,
+    batches: list | None,
+    progress: Progress,
+    statistics: SharedStatistics | None,
+) -> None:
     """Calibrate, set every site's count, and let strategies that decide once decide."""
     strategy = engine.strategy
     if strategy.sequential and batches is not None:
@@ -206,7 +141,9 @@ def _decide(engine: Engine, ratio: float | None, batches: list | None, progress:
 
         calibrate_sequentially(engine, batches, decide_layer, progress)
         return
-    if batches is not None:
+    if batches is not None and statistics is not None:
+        statistics.calibrate(engine, batches, progress)
+    elif batches is not None:
         calibrate(engine, batches, progress)
     _allocate(engine, ratio)
     if not strategy.dynamic:

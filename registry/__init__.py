@@ -3,7 +3,7 @@
 from .catalog import Catalog, Entry, near
 from .component import Component
 from .errors import DataError, ModelError, NonFiniteError, PluginError, PrunekitError, SpecError
-from .evaluation import Evaluator, Measurement, Subject
+from .evaluation import STAGES, Evaluator, Measurement, Stage, Subject
 from .hookspecs import ROLES, hookimpl
 from .roles import (
     Architecture,
@@ -21,6 +21,7 @@ from .text import TextSource
 
 __all__ = [
     "ROLES",
+    "STAGES",
     "Architecture",
     "AttentionUnit",
     "Catalog",
@@ -48,6 +49,7 @@ __all__ = [
     "SiteScores",
     "SparsityAllocator",
     "SpecError",
+    "Stage",
     "Statistic",
     "Strategy",
     "Subject",

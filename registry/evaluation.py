@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .component import Component
+from .errors import SpecError
+from .sites import Site, SiteKind
 from .text import TextSource
+
+Stage = Callable[[str], AbstractContextManager]
+"""Is told the name of a step of the deciding (one of :data:`STAGES`) and gives a context that lasts as long."""
+
+STAGES = ("select", "probe", "score", "gather", "history")
+"""Steps that a pruned forward pass has besides the model's own: choosing what to probe, running ahead on it, scoring,
+copying the kept weights together, and learning from what the batch showed."""
 
 
 @dataclass
@@ -19,11 +28,16 @@ class Measurement:
     values: dict[str, float | int | None]
     protocol: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    """What is no single number: values per layer, losses per window (plain lists, dicts and numbers)."""
 
 
 @dataclass
 class Subject:
-    """What an evaluator may touch: a model that is called like any other, and how to read text."""
+    """What an evaluator may touch: a model that is called like any other, and how to read text.
+
+    The fields with defaults describe a model that nothing was cut from.
+    """
 
     model: Any
     tokenizer: Any
@@ -35,6 +49,25 @@ class Subject:
     """Parameters of the units that stay (all of them within :attr:`dense`); a probe and memory still use all."""
     progress: Callable[[Iterator, str, int], Iterator] = lambda items, label, total: items
     """Wraps an iterator of ``total`` items so that a person sees how far it is."""
+    reset: Callable[[], None] = lambda: None
+    """Puts channel histories back to their calibrated state, to begin a measurement anew."""
+    measure: Callable[[Evaluator | str], Measurement] = lambda evaluator: _unavailable("measure")
+    """What another evaluator measures here (unpruned within :attr:`dense`), shared with the run it is part of;
+    a name stands for the run's first evaluator of that name, else for one with its defaults. Histories are reset."""
+    sites: Sequence[Site] = ()
+    """Every place of the model that could be cut, whether it was or not."""
+    kept: Callable[[], dict[tuple[int, SiteKind], tuple[int, ...]]] = dict
+    """By layer and kind, the units that the last forward pass computed with, ascending."""
+    watch: Callable[[Stage], AbstractContextManager] = lambda stage: nullcontext()
+    """Within it every step of the deciding is announced to a :data:`Stage`."""
+    full_batch: Callable[[], AbstractContextManager] = nullcontext
+    """Within it the same number of units is chosen by probing the full batch (PP's upper bound, without history)."""
+    held_bytes: Callable[[], dict[str, int]] = dict
+    """Bytes that the pruning holds besides the model: its ``statistics`` and ``gathered`` weights."""
+
+
+def _unavailable(what: str) -> Any:
+    raise SpecError(f"this evaluator asks for Subject.{what}, which only a pipeline run offers; list it there")
 
 
 class Evaluator(Component):

@@ -56,6 +56,11 @@ class ChannelHistory:
         old = torch.zeros_like(batch_mean) if self.mean is None else self.mean
         self.mean = old + (batch_mean - old) * (count / self.tokens)
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.table, self.rows, self.mean) if t is not None)
+
     def clone(self) -> ChannelHistory:
         """A history of its own that has seen the same."""
         tensors = (None if t is None else t.clone() for t in (self.table, self.rows, self.mean))

@@ -1,0 +1,1 @@
+"""Ablation studies: a pipeline with fields varied, every trial stored as it ends."""

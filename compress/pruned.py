@@ -1,0 +1,119 @@
+"""The handle of a pruned model, which measures, pauses and undoes what was done to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..registry import Catalog, Site, SiteKind, Stage, Strategy
+from .engine import Engine
+
+
+class Pruned:
+    """A pruned model: use the model as before; this handle knows what was cut, and takes it back.
+
+    A context manager: leaving it calls :meth:`remove`.
+    """
+
+    def __init__(self, engine: Engine, catalog: Catalog):
+        self._engine = engine
+        self._calibrated = engine.histories() if engine.decider.learns else None
+        self.catalog = catalog
+
+    @property
+    def model(self) -> nn.Module:
+        return self._engine.model
+
+    @property
+    def strategy(self) -> Strategy:
+        return self._engine.strategy
+
+    @property
+    def trace(self) -> list[dict[str, Any]] | None:
+        """One record per decision, where ``trace=True`` was asked for.
+
+        Keys: ``batch`` (None for a strategy that decides once), ``layer``, ``kind``, ``rows`` and
+        ``positions`` of the probe, ``kept`` units, ascending.
+        """
+        return self._engine.trace
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that can be cut; those of skipped layers are not among them."""
+        return [cut.site for cut in self._engine.cuts]
+
+    @property
+    def counts(self) -> dict[tuple[int, SiteKind], int]:
+        """Kept units by layer and kind, constant over batches."""
+        return {(cut.site.layer, cut.site.kind): cut.count for cut in self._engine.cuts}
+
+    @contextmanager
+    def dense(self) -> Iterator[nn.Module]:
+        """Within it the model runs unpruned, and no history is touched."""
+        with self._engine.running("dense"):
+            yield self.model
+
+    def reset(self) -> None:
+        """Put the channel histories back to their calibrated state, so that a measurement can be repeated.
+
+        Batches are counted from 0 again and random components draw from the start; the trace is kept.
+        """
+        with torch.inference_mode(False):
+            self._engine.restore(self._calibrated)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model runs unpruned now, as it does within :meth:`dense`."""
+        return self._engine.mode == "dense"
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """Within it the model is as it was before pruning, hooks included, and may be pruned by another strategy."""
+        return self._engine.suspended()
+
+    def watch(self, stage: Stage) -> AbstractContextManager[None]:
+        """Within it the steps of every decision (:data:`~prunekit.registry.STAGES`) are announced to ``stage``."""
+        return self._engine.stages.watched(stage)
+
+    def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        """The units, by layer and kind, that the last forward pass computed with, ascending."""
+        found = {}
+        for cut in self._engine.cuts:
+            computed = None if self.is_dense or cut.whole else cut.computed
+            units = range(cut.site.units) if computed is None else computed.tolist()
+            found[cut.site.layer, cut.site.kind] = tuple(units)
+        return found
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes held besides the model now: ``statistics`` of all sites, and ``gathered`` copies of kept weights."""
+        total: Counter[str] = Counter(statistics=0, gathered=0)
+        for cut in self._engine.cuts:
+            total.update(cut.held_bytes)
+        for history in self._calibrated or ():
+            total["statistics"] += history.bytes
+        return dict(total)
+
+    def active_parameters(self) -> int:
+        """Parameters of the model without those of the units that go; a probe still computes with all of them."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.is_dense or not self.strategy.applier.resizes:
+            return total
+        for cut in self._engine.cuts:
+            total -= (cut.site.units - cut.count) * cut.site.unit_parameters
+            if cut.compensated and cut.consumer.bias is None and not cut.whole:
+                total += cut.site.outputs
+        return total
+
+    def remove(self) -> None:
+        """Undo everything: the model is bit-identical to before. Calling it again does nothing."""
+        self._engine.remove()
+
+    def __enter__(self) -> Pruned:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()

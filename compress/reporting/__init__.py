@@ -1,0 +1,1 @@
+"""Reports of studies and runs: tables, plots, one HTML page, comparisons."""
