@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -26,6 +26,16 @@ class Mistake:
     def __str__(self) -> str:
         where = ".".join(str(part) for part in self.place)
         return f"{where}: {self.message}" if where else self.message
+
+
+class Mistakes(SpecError):
+    """All mistakes of one piece of data, one by one in ``found``."""
+
+    found: tuple[Mistake, ...] = ()
+
+    def of(self, found: Iterable[Mistake]) -> Mistakes:
+        self.found = tuple(found)
+        return self
 
 
 def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], options: Mapping[str, Any]) -> Strategy:
@@ -66,10 +76,11 @@ class Reader:
         """Raise one :class:`SpecError` with all mistakes, if there were any; ``at`` says where in a file."""
         if len(self.mistakes) == 1:
             only = self.mistakes[0]
-            raise SpecError("\n".join([f"{label}: {at(only.place)}{only}", *self._notes]))
+            raise Mistakes("\n".join([f"{label}: {at(only.place)}{only}", *self._notes])).of(self.mistakes)
         if self.mistakes:
             lines = [f"  {at(mistake.place)}{mistake}" for mistake in self.mistakes]
-            raise SpecError("\n".join([f"{label}: {len(self.mistakes)} mistakes", *lines, *self._notes]))
+            text = "\n".join([f"{label}: {len(self.mistakes)} mistakes", *lines, *self._notes])
+            raise Mistakes(text).of(self.mistakes)
 
     def mistake(self, place: Place, message: str) -> None:
         self.mistakes.append(Mistake(place, message))

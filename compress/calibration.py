@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..registry import DataError, NonFiniteError
+from ..registry.devices import device_of
 from .decision import FINITE_REMEDY
 from .engine import Engine
 
@@ -136,7 +137,7 @@ def _stop(layer: torch.nn.Module, args: tuple, output: Any) -> None:
 @torch.no_grad()
 def _forward(engine: Engine, batch: Batch) -> None:
     """One pass through the decoder: calibration has no use for logits."""
-    device = engine.model.get_input_embeddings().weight.device
+    device = device_of(engine.model.get_input_embeddings())
     engine.decoder(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import ChannelHistory, HistoryMerger, MaskApplier, Producer, Scorer, Site, Strategy
+from ..registry.devices import device_of, is_offloaded, weights_present
 from .attention import KV_INDEX
 from .stages import Stages
 
@@ -70,7 +71,7 @@ class SiteCut:
             norm=model.get_submodule(site.norm),
             consumer=consumer,
             attributes=[(model.get_submodule(a.path), a.attribute, a.per_unit) for a in site.shape_attributes],
-            history=ChannelHistory(site.channels, consumer.weight.device),
+            history=ChannelHistory(site.channels, device_of(consumer)),
             stages=stages,
             activation=model.get_submodule(site.activation) if site.activation else None,
             compensated=strategy.compensate == "mean",
@@ -86,7 +87,7 @@ class SiteCut:
         """The weights' part of the score, once for as long as the weights stay what they are."""
         state = _state_of(self.consumer)
         if self._prepared_of != state:
-            with torch.no_grad():
+            with torch.no_grad(), weights_present(self.consumer):
                 self.prepared, self._prepared_of = self.scorer.prepare(self.consumer.weight.detach().float()), state
 
     def open(self, kept: Tensor) -> None:
@@ -119,7 +120,8 @@ class SiteCut:
     @property
     def held_bytes(self) -> dict[str, int]:
         """Bytes of this site's statistics and of the weights gathered for the kept units."""
-        gathered = (t for _, pair in self._weights.values() for t in pair if t is not None)
+        made = ((t, linear) for linear, (_, pair) in self._weights.items() for t in pair)
+        gathered = (t for t, linear in made if t is not None and t is not linear.weight and t is not linear.bias)
         return {"statistics": self.history.bytes, "gathered": sum(t.numel() * t.element_size() for t in gathered)}
 
     def entering_consumer(self, x: Tensor) -> None:
@@ -153,9 +155,16 @@ class SiteCut:
     def _gathered(
         self, linear: nn.Linear, gather: Callable[[], tuple[Tensor, Tensor | None]]
     ) -> tuple[Tensor, Tensor | None]:
-        """What ``gather`` gives, kept while the cut is open and the weights stay what they are."""
+        """What ``gather`` gives, kept while the cut is open and the weights stay what they are.
+
+        Not kept where gradients go through the gathering itself, nor of offloaded weights: they are to leave
+        memory when the layer's forward ends, and so is the copy.
+        """
+        if is_offloaded(linear):
+            with self.stages("gather"):
+                return gather()
         if torch.is_grad_enabled() and linear.weight.requires_grad:
-            return gather()  # gradients go through the gathering itself
+            return gather()
         state = _state_of(linear)
         known = self._weights.get(linear)
         if known is None or known[0] != state:
@@ -183,7 +192,12 @@ class SiteCut:
 
 
 def _state_of(linear: nn.Linear) -> tuple:
-    """Changes whenever the layer's weight or bias is replaced, moved, cast or written to."""
+    """Changes whenever the layer's weight or bias is replaced, moved, cast or written to.
+
+    Offloaded weights are new tensors in every forward, read from a store that nothing writes to: they never change.
+    """
+    if is_offloaded(linear):
+        return "offloaded", torch.is_inference_mode_enabled()
     tensors = (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
     # Tensors made in inference mode do not count their versions; what is gathered in it is only of use in it.
     versions = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)

@@ -147,6 +147,11 @@ class Decider:
             units = self._unit_scores(cut, self._channel_scores(cut, statistic))
             return Decision(keep_highest(units, cut.count), rows, positions)
 
+    def compared_scores(self, cut: SiteCut) -> SiteScores:
+        """:meth:`scores` on the CPU, where an allocator may compare those of sites on different devices."""
+        scores = self.scores(cut)
+        return SiteScores(cut.site, scores.channels.cpu(), scores.units.cpu())
+
     def _channel_scores(self, cut: SiteCut, statistic: Tensor | None) -> Tensor:
         cut.prepare()
         scores = cut.scorer.score(cut.prepared, statistic)

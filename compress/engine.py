@@ -208,11 +208,12 @@ class Engine:
                 return
             arguments = named_arguments(module, args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
-            hidden, residual = (t.reshape(*self._shape, t.shape[-1]) for t in (hidden, residual))
+            device = cut.history.device
+            hidden, residual = (t.to(device).reshape(*self._shape, t.shape[-1]) for t in (hidden, residual))
             if not self._counted:
                 self.batch += 1
                 self._counted = True
-            decision = self.decider.decide(cut, hidden, residual, self._valid, arguments)
+            decision = self.decider.decide(cut, hidden, residual, self._valid_on(device), arguments)
             cut.open(decision.kept)
             if self._cache is not None:
                 self._decided()[key] = decision.kept
@@ -239,7 +240,13 @@ class Engine:
         else:
             return
         with torch.no_grad():
-            learn(cut, x.detach().reshape(*self._shape, x.shape[-1]), self._valid)
+            learn(cut, x.detach().reshape(*self._shape, x.shape[-1]), self._valid_on(x.device))
+
+    def _valid_on(self, device: torch.device) -> Tensor | None:
+        """The batch's real tokens where a layer computes: the batch may come from elsewhere."""
+        if self._valid is not None and self._valid.device != device:
+            self._valid = self._valid.to(device)
+        return self._valid
 
     def _succeed(self, module: nn.Module, args: tuple, output: Any) -> None:
         with torch.no_grad():
@@ -257,7 +264,7 @@ class Engine:
         """Padded tokens (b, t) of the full batch, or of the probe while one runs; None where all are real."""
         if self.mode != "prune" or self._valid is None:
             return None
-        valid = self.decider.probe_valid if self.decider.probe_valid is not None else self._valid
+        valid = self.decider.probe_valid if self.decider.probe_valid is not None else self._valid_on(states.device)
         return ~valid
 
     def record(self, cut: SiteCut, batch: int | None, decision: Decision) -> None:

@@ -38,6 +38,12 @@ def adopt(linear: nn.Module, path: str, cut: SiteCut, producer: Producer | None)
         raise ModelError(
             f"{path} is a {type(linear).__name__}, not a plain nn.Linear (quantised and adapter layers cannot be cut)"
         )
+    _drop_plain_forward(linear)
+    if "forward" in linear.__dict__ and not hasattr(linear, "_old_forward"):
+        raise ModelError(
+            f"{path}: something has replaced the forward of this nn.Linear on the layer itself, so a cut would never "
+            "run; undo that first, or load the model again"
+        )
     linear.__class__ = SiteLinear
     linear.site_cut, linear.site_producer = cut, producer
     if hasattr(linear, "_old_forward"):  # accelerate keeps the forward it wrapped
@@ -51,3 +57,11 @@ def release(linear: nn.Module) -> None:
         del linear.site_cut, linear.site_producer
         if hasattr(linear, "_old_forward"):
             linear._old_forward = nn.Linear.forward.__get__(linear)
+        _drop_plain_forward(linear)
+
+
+def _drop_plain_forward(linear: nn.Module) -> None:
+    """Accelerate, taking its hooks off, leaves the class's forward on the layer, which would outlive the class."""
+    own = getattr(linear.__dict__.get("forward"), "__func__", None)
+    if own in (nn.Linear.forward, SiteLinear.forward):
+        del linear.forward

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 from torch import Tensor, nn
 
 from ..registry import ModelError
+from ..registry.devices import place_name, places_of, stored_tensor
+from . import device_map
 from .bundled import MODEL
+from .device_map import MaxMemory
 
 
 class ModelSource(BaseModel):
@@ -25,9 +29,40 @@ class ModelSource(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's own (the bundled model on a CPU: float32)"
     )
-    device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
+    device: str = Field(
+        "auto",
+        description="auto (one CUDA device, else all of them, else the CPU; what does not fit is offloaded to memory "
+        "and disk), cpu, cuda, cuda:1, ...",
+    )
+    max_memory: MaxMemory = Field(
+        None,
+        description="with device: auto, the most that weights may take on a device, such as "
+        f"{device_map.EXAMPLE}; 90% of what is free where not said",
+    )
+    offload_folder: str | None = Field(
+        None,
+        description="with device: auto, where weights go that fit nowhere else and cannot be read from the checkpoint; "
+        "null: where temporary files go; removed with the model",
+    )
     attention: Literal["sdpa", "eager"] | None = Field(None, description="attention kernel; null: transformers' choice")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _spreads_only_by_itself(self) -> ModelSource:
+        for key in ("max_memory", "offload_folder"):
+            if self.device != "auto" and getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} is for models that are placed automatically, but device is {self.device}; set device: "
+                    f"auto, or leave {key} out"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _limits_as_mapping(self, handler: Any) -> dict[str, Any]:
+        data = handler(self)
+        if data.get("max_memory") is not None:
+            data["max_memory"] = dict(data["max_memory"])
+        return data
 
     @property
     def label(self) -> str:
@@ -59,12 +94,7 @@ def load(source: ModelSource) -> Loaded:
     dtype = source.dtype
     if source.name is None and dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, attn_implementation=source.attention, output_loading_info=True, **options
-        )
-    except Exception as error:  # a loader of everyone's checkpoints fails in every way there is
-        raise ModelError(_loading_failed("model", source, place, error)) from error
+    model, report = _placed(source, place, device, dtype, options)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -75,12 +105,6 @@ def load(source: ModelSource) -> Loaded:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise ModelError(_loading_failed("tokenizer", source, place, error)) from error
-    try:
-        model = model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"model.device: {source.label} does not fit on {device}; set model.dtype: bfloat16 or model.device: cpu"
-        ) from error
     model.eval().requires_grad_(False)
     identity = {
         "name": source.label,
@@ -91,10 +115,69 @@ def load(source: ModelSource) -> Loaded:
     return Loaded(model, tokenizer, identity)
 
 
+def _placed(
+    source: ModelSource, place: str, device: torch.device, dtype: str, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model on its device, or on several and on disk, and transformers' report of what it loaded."""
+    import transformers
+
+    spread: dict[str, Any] = {}
+    folder = None
+    if source.device == "auto" and device_map.can_spread(bool(source.max_memory or source.offload_folder)):
+        limits = dict(source.max_memory or ())
+        budgets = device_map.budgets(limits, device.type == "cuda", lambda: _size(source, place, dtype, options))
+        folder = device_map.new_folder(source.offload_folder)
+        spread = {"device_map": "auto", "max_memory": budgets, "offload_folder": folder}
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, attn_implementation=source.attention, output_loading_info=True, **spread, **options
+        )
+        if not spread:
+            model = model.to(device)
+        elif set(places_of(model)) == {"disk"}:
+            largest = max(weight.numel() * weight.element_size() for weight in model.parameters())
+            held = ", ".join(f"{place_name(key)} {size:,} bytes" for key, size in budgets.items())
+            raise ModelError(
+                f"model.max_memory: no device can hold any part of {source.label} (for weights: {held}; its largest "
+                f"weight takes {largest:,} bytes, and a device needs room for a whole layer); allow more, or free some"
+            )
+        if folder is not None and "disk" in places_of(model):
+            weakref.finalize(model, device_map.remove_folder, folder)
+            folder = None
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"model.device: {source.label} does not fit on {device}; set model.dtype: bfloat16, or let "
+            "model.device: auto with model.max_memory spread it"
+        ) from error
+    except ModelError:
+        raise
+    except Exception as error:  # a loader of everyone's checkpoints fails in every way there is
+        raise ModelError(_loading_failed("model", source, place, error)) from error
+    finally:
+        if folder is not None:
+            device_map.remove_folder(folder)
+    return model, report
+
+
+def _size(source: ModelSource, place: str, dtype: str, options: dict[str, Any]) -> int:
+    """Bytes that the model takes, from its configuration alone."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, **options)
+        code = {"trust_remote_code": source.trust_remote_code}
+        with torch.device("meta"):
+            kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+            model = transformers.AutoModelForCausalLM.from_config(config, **kind, **code)
+    except Exception as error:
+        raise ModelError(_loading_failed("model", source, place, error)) from error
+    return model.get_memory_footprint()
+
+
 def fingerprint(model: nn.Module) -> str:
     """sha256 over the state dict in name order: name, dtype, shape and bytes of every tensor, one at a time.
 
-    Raises :class:`ModelError` for weights that are not in memory (offloaded).
+    Offloaded tensors are read from where they are kept. Raises :class:`ModelError` for one that is nowhere.
     """
     total = hashlib.sha256()
     state = model.state_dict()
@@ -103,7 +186,9 @@ def fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):
             continue
         if tensor.device.type == "meta":
-            raise ModelError(f"{name} is offloaded, so the model has no fingerprint; load it without offloading")
+            tensor = stored_tensor(model, name)
+        if tensor is None:
+            raise ModelError(f"{name} has no values, so the model has no fingerprint; load it with from_pretrained")
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # In logical order whatever the storage; cast to bytes by torch, because numpy has no bfloat16.
         total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())

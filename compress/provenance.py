@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..registry import Component
+from ..registry.devices import device_of, places_of
 from .loading import Loaded, fingerprint
 from .pruned import Pruned
 from .pruning import find_sites
@@ -27,9 +28,17 @@ def about_model(loaded: Loaded) -> dict[str, Any]:
         "architecture": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        "device": str(device_of(model.get_input_embeddings())),
+        "device_map": _device_map(model),
         "attention": getattr(model.config, "_attn_implementation", None),
     }
+
+
+def _device_map(model: Any) -> str | None:
+    """Such as "cpu+disk: 12 modules on cpu, 20 on disk"; None for a model in one place."""
+    places = places_of(model)
+    first, *others = [f"{count} on {place}" for place, count in places.items()] or [""]
+    return f"{'+'.join(places)}: {', '.join([first.replace(' ', ' modules ', 1), *others])}" if places else None
 
 
 def about_cut(pruned: Pruned) -> dict[str, Any]:

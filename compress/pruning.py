@@ -154,7 +154,7 @@ def _decide(
 def _allocate(engine: Engine, ratio: float | None) -> None:
     allocator = engine.strategy.allocator
     if allocator.needs_scores:
-        scores = [engine.decider.scores(cut) for cut in engine.cuts]
+        scores = [engine.decider.compared_scores(cut) for cut in engine.cuts]
     else:
         scores = [SiteScores(cut.site, None, None) for cut in engine.cuts]
     counts = allocator.allocate(scores, ratio) if scores else []

@@ -2,7 +2,7 @@
 
 from .catalog import Catalog, Entry, near
 from .component import Component
-from .errors import DataError, ModelError, NonFiniteError, PluginError, PrunekitError, SpecError
+from .errors import DataError, ModelError, NonFiniteError, PluginError, PrunekitError, SpecError, StoreError
 from .evaluation import STAGES, Evaluator, Measurement, Stage, Subject
 from .hookspecs import ROLES, hookimpl
 from .roles import (
@@ -51,6 +51,7 @@ __all__ = [
     "SpecError",
     "Stage",
     "Statistic",
+    "StoreError",
     "Strategy",
     "Subject",
     "TextSource",

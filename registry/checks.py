@@ -145,9 +145,9 @@ def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
         number = value is None or (isinstance(value, (int, float)) and math.isfinite(value))
         expect(isinstance(name, str) and number, evaluator, f"measures {name!r} as {value!r}, which is no number")
     try:
-        json.dumps([found.protocol, found.notes], allow_nan=False)
+        json.dumps([found.protocol, found.notes, found.details], allow_nan=False)
     except (TypeError, ValueError) as error:
-        expect(False, evaluator, f"has a protocol that JSON cannot hold ({error})")
+        expect(False, evaluator, f"has a protocol, notes or details that JSON cannot hold ({error})")
     after = dict(subject.model.named_parameters())
     same = before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
     expect(same and subject.model.training == mode, evaluator, "changes the model it measures")

@@ -21,5 +21,9 @@ class DataError(PrunekitError):
     """Calibration or evaluation text, or a batch, that is missing, empty, too short or too long."""
 
 
+class StoreError(PrunekitError):
+    """A results store of ablations that cannot be opened, written or gone on with."""
+
+
 class NonFiniteError(PrunekitError):
     """NaN or infinity where a pruning decision would have been taken."""

@@ -16,10 +16,19 @@ Tail = Literal["keep", "drop"]
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the stream that the model sees at once; the last ``scored`` of its tokens (w,) count."""
+    """A stretch of the stream that the model sees at once; the last ``scored`` of its tokens (w,) count.
+
+    The last ``unseen`` of the tokens are only to be predicted: the model is not shown them.
+    """
 
     ids: Tensor
     scored: int
+    unseen: int = 0
+
+    @property
+    def shown(self) -> Tensor:
+        """The ids (w - unseen,) that the model gets."""
+        return self.ids[: len(self.ids) - self.unseen]
 
 
 def token_stream(documents: Sequence[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:

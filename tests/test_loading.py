@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from prunekit.compress import loading
+import yaml
+from prunekit.compress import PipelineSpec, device_map, loading
 from prunekit.compress.loading import ModelSource, fingerprint, load
 from prunekit.registry import ModelError
 from pydantic import ValidationError
@@ -185,6 +186,85 @@ def test_options_are_checked():
         ModelSource().name = "x"
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"device": "cpu", "max_memory": {"cpu": "1GiB"}}, "max_memory is for models .* but device is cpu"),
+        ({"device": "cuda:0", "offload_folder": "x"}, "offload_folder is for models .* but device is cuda:0"),
+        ({"max_memory": {"gpu": "1GiB"}}, "'gpu' is no device; name cpu or the number"),
+        ({"max_memory": {"disk": "1GiB"}}, "disk holds whatever fits nowhere else"),
+        ({"max_memory": {"cpu": "1 gig"}}, "cpu: '1 gig' is no size; write one such as 20GiB"),
+        ({"max_memory": {"cpu": -1}}, "cpu: -1 is no size"),
+        ({"max_memory": {}}, "is empty; write one size"),
+        ({"max_memory": {"0": 5, "cuda:0": 5}}, "device 0 is named twice"),
+        ({"max_memory": "1GiB"}, "expected a mapping of devices and sizes"),
+    ],
+)
+def test_memory_limits_that_mean_nothing_are_refused(options, complaint):
+    with pytest.raises(ValidationError, match=complaint):
+        ModelSource(**options)
+
+
+def test_memory_limits_are_a_mapping_in_files_and_can_be_hashed():
+    source = ModelSource(max_memory={0: "20GiB", "cpu": 1000})
+    assert source.max_memory == (("0", "20GiB"), ("cpu", "1000"))
+    assert hash(source) == hash(ModelSource(**source.model_dump())) and source == ModelSource(**source.model_dump())
+    assert source.model_dump(mode="json", serialize_as_any=True)["max_memory"] == {"0": "20GiB", "cpu": "1000"}
+    spec = PipelineSpec.of({"model": source, "prune": {"use": "magnitude", "ratio": 0.4}})
+    written = yaml.safe_load(spec.to_yaml())
+    assert written["model"]["max_memory"] == {"0": "20GiB", "cpu": "1000"}
+    assert PipelineSpec.of(written).model == source
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("20GiB", 20 * 2**30), ("1.5 GB", 1500000000), ("12", 12), ("1gib", None), ("", None)]
+)
+def test_sizes(size, expected):
+    assert device_map.bytes_of(size) == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "size", "expected"),
+    [
+        ({}, 80, {0: 90, "cpu": 900}),  # one of them holds the model: the other stays free
+        ({}, 250, {0: 90, 1: 180, "cpu": 900}),
+        ({"1": "100", "cpu": "7"}, 150, {0: 90, 1: 100, "cpu": 7}),
+        ({"0": "0"}, 150, {1: 180, "cpu": 900}),
+    ],
+)
+def test_devices_and_what_they_may_hold(monkeypatch, limits, size, expected):
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 100, 1: 200, "cpu": 1000})
+    assert device_map.budgets(limits, True, lambda: size) == expected
+    assert device_map.budgets({}, False, lambda: size) == {"cpu": 900}
+
+
+def test_the_size_of_a_model_is_known_before_it_is_loaded(folder):
+    loaded = load(ModelSource(name=str(folder), device="cpu"))
+    size = loading._size(ModelSource(name=str(folder)), str(folder), "auto", {})
+    assert size == loaded.model.get_memory_footprint()
+
+
+def test_devices_that_are_not_there_may_not_be_limited(folder):
+    with pytest.raises(ModelError, match=r"^model\.max_memory: device 7 is not here; there are .*cpu\. Leave 7 out"):
+        load(ModelSource(name=str(folder), max_memory={"7": "1GiB"}))
+
+
+def test_a_model_that_fits_nowhere_says_so_and_leaves_no_folder(folder, tmp_path):
+    with pytest.raises(ModelError, match=r"^model\.max_memory: no device can hold any part of .*cpu 100 bytes"):
+        load(ModelSource(name=str(folder), max_memory={"cpu": 100}, offload_folder=str(tmp_path / "off")))
+    assert not list((tmp_path / "off").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match=r"^model\.offload_folder: no folder can be made in .*file"):
+        load(ModelSource(name=str(folder), offload_folder=str(tmp_path / "file")))
+
+
+def test_without_accelerate_models_load_but_cannot_be_spread(folder, monkeypatch):
+    monkeypatch.setattr(device_map.importlib.util, "find_spec", lambda name: None)
+    assert device_map.can_spread(False) is False
+    with pytest.raises(ModelError, match="needs the package accelerate"):
+        load(ModelSource(name=str(folder), max_memory={"cpu": "1GiB"}))
+
+
 def test_fingerprint_sees_every_bit_and_no_storage(make_model):
     model = make_model("llama-gqa")
     first = fingerprint(model)
@@ -197,8 +277,8 @@ def test_fingerprint_sees_every_bit_and_no_storage(make_model):
     assert fingerprint(make_model("llama-gqa").to(torch.bfloat16)) != first
 
 
-def test_offloaded_weights_have_no_fingerprint(make_model):
-    with pytest.raises(ModelError, match="is offloaded"):
+def test_weights_without_values_have_no_fingerprint(make_model):
+    with pytest.raises(ModelError, match="has no values, so the model has no fingerprint"):
         fingerprint(make_model("llama-gqa").to("meta"))
 
 
