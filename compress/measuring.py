@@ -46,8 +46,7 @@ class Measuring:
         # The options as text: a plugin's option may be a list, which has no hash.
         key = (type(evaluator), evaluator.model_dump_json(serialize_as_any=True))
         if key not in self._known[dense]:
-            torch.manual_seed(self.seed)
-            self._running.reset()
+            self._begin()
             with self._running.dense() if dense else nullcontext():
                 self._known[dense][key] = evaluator.evaluate(self.subject())
         return self._known[dense][key]
@@ -62,13 +61,23 @@ class Measuring:
             parameters=lambda: self._running.active_parameters(),
             progress=self._track,
             reset=lambda: self._running.reset(),
-            measure=lambda evaluator: self.measure(evaluator, self._running.is_dense),
+            measure=self._for_another,
             sites=self._sites,
             kept=self._kept,
             watch=lambda stage: self._running.watch(stage),
             full_batch=self._full_batch,
             held_bytes=lambda: self._running.held_bytes(),
         )
+
+    def _for_another(self, evaluator: Evaluator | str) -> Measurement:
+        """A measurement that another evaluator asks for; it goes on from the same state, measured now or before."""
+        found = self.measure(evaluator, self._running.is_dense)
+        self._begin()
+        return found
+
+    def _begin(self) -> None:
+        torch.manual_seed(self.seed)
+        self._running.reset()
 
     def _evaluator(self, name: str) -> Evaluator:
         listed = next((evaluator for evaluator in self.listed if evaluator.name == name), None)
@@ -99,11 +108,11 @@ class Measuring:
                 **options,
             ) as other,
         ):
-            self._running = other
+            measured, self._running, self._known[False] = self._known[False], other, {}
             try:
                 yield
             finally:
-                self._running = own
+                self._running, self._known[False] = own, measured
 
 
 class SameCounts(SparsityAllocator):

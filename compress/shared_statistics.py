@@ -43,6 +43,9 @@ class SharedStatistics:
                 self._of.popitem(last=False)
         for cut in engine.cuts:
             cut.history = known[_place(cut)].clone()
+            statistic = cut.scorer.statistic
+            if not (cut.compensated or (statistic is not None and statistic.tracks_mean)):
+                cut.history.mean, cut.history.tokens = None, 0.0  # as if gathered for this strategy alone
 
 
 def _place(cut: SiteCut) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import DataError, Subject, TextSource
+from ..registry import DataError, Subject, TextSource, devices
 from ..registry.tokens import check_token_ids, context_length
 from ..registry.windows import token_stream, with_bos
 
@@ -16,9 +16,8 @@ OWN_ATTENTION = "prunekit_"
 
 
 def device_of(model: Any) -> torch.device:
-    """Where the model wants its token ids; an offloaded model moves them itself, so the CPU will do."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
+    """Where the model wants its token ids, and computes first."""
+    return devices.device_of(model.get_input_embeddings())
 
 
 def vocabulary_size(model: Any) -> int:
@@ -33,10 +32,9 @@ def clamped(length: int, model: Any) -> int:
 
 def setting(model: Any) -> dict[str, Any]:
     """The part of a protocol that every measurement shares."""
-    device = device_of(model)
     return {
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        "device": device.type if device.index is None else f"{device.type}:{device.index}",
+        "device": "+".join(devices.places_of(model)) or str(device_of(model)),
         "attention": (getattr(model.config, "_attn_implementation", None) or "").removeprefix(OWN_ATTENTION) or None,
     }
 
@@ -53,17 +51,26 @@ def one_batch(subject: Subject, text: TextSource | None, rows: int, length: int,
     Raises :class:`DataError` where the text is too short.
     """
     if text is None:
-        ids = random_ids(subject.model, rows, length, seed)
-    else:
-        stream = with_bos(token_stream(subject.read(text), subject.tokenizer), subject.tokenizer)
-        if len(stream) < rows * length:
-            raise DataError(
-                f"{text.label} has {len(stream)} tokens, and a batch of {rows} x {length} takes {rows * length}; "
-                "lower batch_size or length, name a longer text, or leave text out for random tokens"
-            )
-        check_token_ids(stream, vocabulary_size(subject.model), text.label)
-        ids = stream[: rows * length].view(rows, length)
-    return ids.to(device_of(subject.model))
+        return random_ids(subject.model, rows, length, seed).to(device_of(subject.model))
+    return text_batches(subject, text, 1, rows, length)[0]
+
+
+def text_batches(subject: Subject, text: TextSource, batches: int, rows: int, length: int) -> list[Tensor]:
+    """The text's first tokens as ``batches`` batches (rows, length) int64 in text order, on the model's device.
+
+    One BOS comes first, where the tokenizer has one. Raises :class:`DataError` where the text is too short.
+    """
+    stream = with_bos(token_stream(subject.read(text), subject.tokenizer), subject.tokenizer)
+    needed = batches * rows * length
+    if len(stream) < needed:
+        many = batches > 1
+        taking = f"{batches} batches of {rows} x {length} take" if many else f"a batch of {rows} x {length} takes"
+        raise DataError(
+            f"{text.label} has {len(stream)} tokens, and {taking} {needed}; "
+            f"lower {'batches, ' if many else ''}batch_size or length, or name a longer text"
+        )
+    check_token_ids(stream, vocabulary_size(subject.model), text.label)
+    return list(stream[:needed].to(device_of(subject.model)).view(batches, rows, length))
 
 
 def batch_text(text: TextSource | None, seed: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from ..registry import DataError, Evaluator, Measurement, NonFiniteError, SpecEr
 from ..registry.tokens import check_token_ids, context_length
 from ..registry.windows import BosPolicy, Tail, Window, cut_windows, digest, token_stream, with_bos
 from .inputs import device_of, setting, vocabulary_size
+from .wikitext_words import read_pages
 
 SLICE = 1 << 24
 """Most logits that are copied to float32 at a time (64 MB), whatever batch and vocabulary."""
@@ -26,10 +28,19 @@ class Perplexity(Evaluator):
     The text's documents are joined and tokenised as one stream, which is cut in windows of the same
     length; windows run in text order, ``batch_size`` at a time, the shorter last one by itself. The
     value is exp(sum of losses / tokens scored), losses in nats from a float32 log-softmax.
+
+    With ``convention: wikitext_words`` the text is read and cut as lm-evaluation-harness' ``wikitext`` task does,
+    page by page, and the summed loss is also divided by words and by bytes of the text: word_perplexity,
+    byte_perplexity, bits_per_byte. Batches hold windows of one length, so that nothing is padded.
     """
 
     name: Literal["perplexity"] = "perplexity"
     text: TextSource = Field(TextSource(bundled="reference-evaluation"), description="what to measure on")
+    convention: Literal["tokens", "wikitext_words"] = Field(
+        "tokens",
+        description="tokens: one stream of tokens, as pruning papers do; wikitext_words: pages, and perplexity per "
+        "word, as lm-evaluation-harness' wikitext task (its default is window: null)",
+    )
     window: int | None = Field(512, ge=2, description="tokens the model sees at once; null: the model's context")
     stride: int | None = Field(
         None,
@@ -45,10 +56,14 @@ class Perplexity(Evaluator):
     separator: str = Field("\n\n", description="what stands between documents")
     tail: Tail = Field("keep", description="score the shorter last window, in a batch of its own, or drop it")
     batch_size: int = Field(20, ge=1, description="windows per batch; strategies that probe decide per batch")
-    limit: int | None = Field(None, ge=1, description="measure at most this many windows")
+    limit: int | None = Field(None, ge=1, description="measure at most this many windows (with wikitext_words: pages)")
 
     @model_validator(mode="after")
-    def _windows_meet(self) -> Perplexity:
+    def _options_fit(self) -> Perplexity:
+        if self.convention == "wikitext_words":
+            own = {"stride": None, "bos": "first", "separator": "\n\n", "tail": "keep"}
+            for key in [key for key, default in own.items() if getattr(self, key) != default]:
+                raise ValueError(f"convention: wikitext_words cuts the text in its own way; leave {key} out")
         if self.stride is not None and self.window is not None:
             self._check_stride(self.window)
         return self
@@ -60,13 +75,41 @@ class Perplexity(Evaluator):
 
     def evaluate(self, subject: Subject) -> Measurement:
         """Measure; raises SpecError (window beyond the context), DataError (no text), NonFiniteError (NaN losses)."""
-        model, label, window = subject.model, self.text.label, self._window(subject.model)
+        read = self._pages if self.convention == "wikitext_words" else self._stream
+        windows, how, divisors, notes = read(subject, self._window(subject.model))
+        losses, tokens = self._losses(subject, windows), [window.scored for window in windows]
+        total = math.fsum(losses)
+        loss = total / sum(tokens)
+        values = {"perplexity": exponential(loss, "token", notes), "loss": loss}
+        for unit, count in divisors.items():
+            values[f"{unit}_perplexity"] = exponential(total / count, unit, notes)
+        if "byte" in divisors:
+            values["bits_per_byte"] = total / divisors["byte"] / math.log(2)
+        protocol = {
+            "text": self.text.label,
+            "convention": self.convention,
+            "revision": self.text.revision,
+            "documents": self.text.limit or "all",
+            **how,
+            "limit": self.limit,
+            "windows": len(windows),
+            "tokens": sum(tokens),
+            "batch_size": self.batch_size,
+            "order": "text order",
+            "ids_sha256": digest(w.ids for w in windows),
+            **setting(subject.model),
+        }
+        return Measurement(values, protocol, notes, {"window_losses": losses, "window_tokens": tokens})
+
+    def _stream(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
+        """The text as one stream of tokens: windows, their part of the protocol, no further divisors, and notes."""
+        label = self.text.label
         bos_id = None if self.bos == "none" else subject.tokenizer.bos_token_id
         bos = self.bos if bos_id is not None else "none"
         ids = token_stream(subject.read(self.text), subject.tokenizer, self.separator)
         if len(ids) < 2:
             raise DataError(f"{label} has {len(ids)} tokens; perplexity takes at least 2: name a longer text")
-        check_token_ids(ids, vocabulary_size(model), label)
+        check_token_ids(ids, vocabulary_size(subject.model), label)
         if bos == "first":
             ids = with_bos(ids, subject.tokenizer)
         windows = cut_windows(ids, window, self.stride, bos_id if bos == "every" else None, self.tail)[: self.limit]
@@ -75,29 +118,30 @@ class Perplexity(Evaluator):
                 f"{label} has {len(ids)} tokens, less than one window of {window}, and the tail is dropped; "
                 "shorten window, set tail: keep, or name a longer text"
             )
-        loss, tokens = self._loss(subject, windows)
-        protocol = {
-            "text": label,
-            "revision": self.text.revision,
-            "documents": self.text.limit or "all",
+        how = {
             "separator": self.separator,
             "window": window,
             "stride": self.stride or window - (bos == "every"),
             "bos": bos,
             "tail": self.tail,
-            "limit": self.limit,
-            "windows": len(windows),
-            "tokens": tokens,
-            "batch_size": self.batch_size,
-            "order": "text order",
-            "ids_sha256": digest(w.ids for w in windows),
-            **setting(model),
         }
         notes = [] if bos == self.bos else [f"the tokenizer has no BOS token, so bos: {self.bos} adds none"]
-        perplexity = math.exp(loss) if loss < 700 else None
-        if perplexity is None:
-            notes.append(f"{loss:.0f} nats per token are too many to write as a perplexity")
-        return Measurement({"perplexity": perplexity, "loss": loss}, protocol, notes)
+        return windows, how, {}, notes
+
+    def _pages(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
+        """The text page by page: windows, their part of the protocol, what else divides the loss, and notes."""
+        found = read_pages(subject.read(self.text), subject.tokenizer, window, self.limit, self.text.label)
+        for piece in found.windows:
+            check_token_ids(piece.ids, vocabulary_size(subject.model), self.text.label)
+        how = {
+            "pages": found.pages,
+            "words": found.words,
+            "bytes": found.bytes,
+            "window": window,
+            "prefix": found.prefix,
+            "text_as": f"detokenised by lm-eval {version('lm-eval')}; words and bytes before that",
+        }
+        return found.windows, how, {"word": found.words, "byte": found.bytes}, []
 
     def _window(self, model: Any) -> int:
         context = context_length(model)
@@ -115,41 +159,52 @@ class Perplexity(Evaluator):
             raise SpecError(f"perplexity.stride: {error}") from None
         return window
 
-    def _loss(self, subject: Subject, windows: list[Window]) -> tuple[float, int]:
-        """Mean loss in nats and the number of tokens it is over."""
+    def _losses(self, subject: Subject, windows: list[Window]) -> list[float]:
+        """Summed loss of every window in nats."""
         batches = list(_batches(windows, self.batch_size))
-        device, total, first = device_of(subject.model), 0.0, 0
+        device, found = device_of(subject.model), []
         for batch in subject.progress(iter(batches), "perplexity", len(batches)):
-            ids = torch.stack([w.ids for w in batch]).to(device)
+            shown = torch.stack([w.shown for w in batch]).to(device)
             with torch.no_grad():
-                logits = subject.model(input_ids=ids, use_cache=False).logits
-                loss = summed_loss(logits, ids, [w.scored for w in batch])
+                logits = subject.model(input_ids=shown, use_cache=False).logits
+                losses = summed_losses(logits, torch.stack([w.ids for w in batch]), [w.scored for w in batch])
             del logits
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"perplexity on {self.text.label}: the loss of windows {first} to {first + len(batch) - 1} is "
-                    f"{loss} in {setting(subject.model)['dtype']}; try model.dtype: float32 (or bfloat16 for float16)"
-                )
-            total += loss
-            first += len(batch)
-        tokens = sum(w.scored for w in windows)
-        return total / tokens, tokens
+            for number, loss in enumerate(losses, start=len(found)):
+                if not math.isfinite(loss):
+                    raise NonFiniteError(
+                        f"perplexity on {self.text.label}: the loss of window {number} is {loss} in "
+                        f"{setting(subject.model)['dtype']}; try model.dtype: float32 (or bfloat16 for float16)"
+                    )
+            found += losses
+        return found
 
 
-def summed_loss(logits: Tensor, ids: Tensor, scored: list[int]) -> float:
-    """Sum of next-token losses in nats over the last ``scored`` tokens of each row; (B, T, V), (B, T) -> number.
+def summed_losses(logits: Tensor, ids: Tensor, scored: list[int]) -> list[float]:
+    """Sum of next-token losses in nats over the last ``scored`` tokens of each row; (B, T, V), (B, T) -> B numbers.
 
-    Float32 in slices of at most ``SLICE`` logits, summed in float64.
+    ``ids`` may have one token more than ``logits``, which is then predicted too. Float32 in slices of at most
+    ``SLICE`` logits, summed in float64.
     """
     step = max(1, SLICE // logits.shape[-1])
-    last = ids.shape[1] - 1
-    parts = []
+    last, ids = ids.shape[1] - 1, ids.to(logits.device)
+    rows, parts = [], []
     for row, count in enumerate(scored):
         for start in range(last - count, last, step):
             stop = min(start + step, last)
-            targets = ids[row, start + 1 : stop + 1].to(logits.device)
-            parts.append(cross_entropy(logits[row, start:stop].float(), targets, reduction="sum"))
-    return torch.stack(parts).cpu().double().sum().item()
+            parts.append(
+                cross_entropy(logits[row, start:stop].float(), ids[row, start + 1 : stop + 1], reduction="sum")
+            )
+            rows.append(row)
+    sums = torch.stack(parts).cpu().double()  # one transfer, whatever the number of slices
+    return torch.zeros(len(scored), dtype=torch.float64).index_add_(0, torch.tensor(rows), sums).tolist()
+
+
+def exponential(loss: float, unit: str, notes: list[str]) -> float | None:
+    """exp(loss), or None and a note where that is beyond a float."""
+    if loss < 700:
+        return math.exp(loss)
+    notes.append(f"{loss:.0f} nats per {unit} are too many to write as a perplexity")
+    return None
 
 
 def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:

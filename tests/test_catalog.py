@@ -16,7 +16,9 @@ BUILT_IN = {
     "mask_appliers": {"slice", "zero"},
     "allocators": {"uniform", "explicit", "global_adaptive", "flap_shipped", "pp_flap_shipped"},
     "architectures": {"llama", "opt"},
-    "evaluators": {"perplexity", "cost", "latency"},
+    "evaluators": {
+        *("perplexity", "zero_shot", "cost", "latency", "memory", "prr", "similarity", "overlap"),
+    },
 }
 
 SCORER = '''

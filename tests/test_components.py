@@ -1,9 +1,11 @@
 """Every catalogued component passes the checks that plugin authors run on theirs."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
+from prunekit.compress.calibration import no_progress
+from prunekit.compress.loading import ModelSource, load
+from prunekit.compress.measuring import Measuring
+from prunekit.compress.pruning import prune
 from prunekit.registry import (
     ROLES,
     Architecture,
@@ -11,7 +13,6 @@ from prunekit.registry import (
     Evaluator,
     SiteScores,
     SpecError,
-    Subject,
 )
 from prunekit.registry.checks import built, check_evaluation, check_sites, checks_of
 from prunekit.registry.role_checks import some_site
@@ -63,27 +64,29 @@ def test_architectures_fit_their_models(make_model, family, unit):
     check_sites(served[0], model, unit)
 
 
-class Letters:
-    """A tokenizer of characters."""
-
-    bos_token_id = 1
-
-    def __call__(self, text, **kwargs):
-        return {"input_ids": [3 + ord(character) % 90 for character in text]}
-
-
-@pytest.fixture
-def subject(make_model):
-    text = "It was a bright cold day in April, and the clocks were striking. " * 20
-    return Subject(make_model("llama-gqa"), Letters(), lambda source: [text], nullcontext, lambda: 1)
+@pytest.fixture(scope="module")
+def measuring():
+    """The bundled model, pruned, before its evaluators."""
+    loaded = load(ModelSource())
+    ids = torch.randint(5, 200, (2, 64), generator=torch.Generator().manual_seed(0))
+    with prune(loaded.model, "pp", ratio=0.4, calibration=[ids]) as pruned:
+        yield Measuring(loaded, pruned, no_progress, {})
 
 
-SMALL = {"batch_size": 2, "length": 16, "window": 64, "limit": 2, "pairs": 1, "warmup": 0}
+SMALL = {"batch_size": 2, "length": 16, "window": 64, "limit": 2, "pairs": 1, "warmup": 0, "decode_steps": 2}
+SMALL |= {"breakdown": False, "batches": 2, "max_length": 64}
 
 
 @pytest.mark.parametrize("cls", [cls for cls in OURS if issubclass(cls, Evaluator)], ids=lambda cls: cls.__name__)
-def test_evaluators_measure(cls, subject):
-    check_evaluation(cls(**{key: value for key, value in SMALL.items() if key in cls.model_fields}), subject)
+def test_evaluators_measure(cls, measuring):
+    subject, catalog = measuring.subject(), Catalog.discover(block="")
+    subject.measure = lambda name: small(catalog.get("evaluators", name)).evaluate(subject)
+    check_evaluation(small(cls), subject)
+
+
+def small(cls):
+    """An evaluator whose measurement takes no time."""
+    return cls(**{key: value for key, value in SMALL.items() if key in cls.model_fields})
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.1, 0.2, 0.3, 0.4, 0.57, 0.7, 0.9, 0.999])

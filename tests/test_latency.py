@@ -1,18 +1,19 @@
-"""The latency evaluator: order of the passes, arithmetic of the ratios, protocol. Speed itself is not asserted."""
+"""The latency evaluator: order of the passes, arithmetic, decode steps, protocol. Speed itself is not asserted."""
 
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
+from prunekit.compress import prune
 from prunekit.evaluators import latency
-from prunekit.evaluators.latency import Latency, prefill_seconds, processor
-from prunekit.registry import Catalog, Subject
+from prunekit.evaluators.latency import Latency, Round, compared
+from prunekit.evaluators.timing import percentile, processor
+from prunekit.registry import Catalog, SpecError, Subject
 
 
 @pytest.fixture
 def subject(make_model):
-    """A real model; ``subject.shown`` records mode and ids of every pass."""
+    """A real model; ``subject.shown`` records mode, ids and cached positions (None without a cache) of every pass."""
     model, mode = make_model("llama-gqa"), ["pruned"]
 
     @contextmanager
@@ -23,11 +24,14 @@ def subject(make_model):
         finally:
             mode[0] = "pruned"
 
+    def record(_, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        filled = cache.get_seq_length() if cache is not None else 0 if kwargs["use_cache"] else None
+        found.shown.append((mode[0], kwargs["input_ids"], filled))
+
     found = Subject(model, None, None, dense, lambda: 0)
     found.shown = []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: found.shown.append((mode[0], kwargs["input_ids"])), with_kwargs=True
-    )
+    model.register_forward_pre_hook(record, with_kwargs=True)
     return found
 
 
@@ -35,63 +39,107 @@ def test_it_is_offered_as_a_plugin():
     assert Catalog.discover(block="").get("evaluators", "latency") is Latency
 
 
-def test_pruned_and_dense_alternate_on_one_batch(subject):
-    Latency(batch_size=3, length=12, pairs=2, warmup=1).evaluate(subject)
-    whole = [(mode, ids) for mode, ids in subject.shown if ids.shape == (3, 12)]
-    assert [mode for mode, _ in whole] == ["pruned", "dense"] * 3
-    assert all(ids.equal(whole[0][1]) for _, ids in whole)
-    # before each of them a short pass in the same mode
-    assert [(mode, tuple(ids.shape)) for mode, ids in subject.shown[::2]] == [("pruned", (1, 8)), ("dense", (1, 8))] * 3
+def test_pruned_and_dense_alternate_on_the_same_tokens(subject):
+    Latency(batch_size=3, length=12, decode_steps=2, pairs=2, warmup=1).evaluate(subject)
+    # in every round: a short pass in the same mode, the prefill, a prefill with a cache, and the steps
+    shapes = [((1, 8), None), ((3, 12), None), ((3, 12), 0), ((3, 1), 12), ((3, 1), 13)]
+    assert [(tuple(ids.shape), filled) for _, ids, filled in subject.shown] == shapes * 6
+    assert [mode for mode, _, _ in subject.shown] == (["pruned"] * 5 + ["dense"] * 5) * 3
+    first, *others = ([ids for _, ids, _ in subject.shown[start : start + 5]] for start in range(0, 30, 5))
+    assert all(ids.equal(same) for other in others for ids, same in zip(other, first, strict=True))
+    assert not first[3].equal(first[4])
+
+
+def test_decoding_can_be_left_out(subject):
+    values = Latency(batch_size=2, length=12, decode_steps=0, pairs=1, warmup=0).evaluate(subject).values
+    assert [filled for _, _, filled in subject.shown] == [None] * 4
+    assert {name.removeprefix("dense_").split("_")[0] for name in values} == {"prefill"}
+
+
+def test_a_prefill_as_long_as_the_context_is_the_longest(subject):
+    found = Latency(batch_size=1, length=4000, decode_steps=0, pairs=1, warmup=0).evaluate(subject)
+    assert found.protocol["length"] == 256
+    with pytest.raises(SpecError, match=r"latency.decode_steps: .* 256 tokens and 4 .* 260 positions.* length to 252"):
+        Latency(batch_size=1, length=256, decode_steps=4, pairs=1).evaluate(subject)
+    with pytest.raises(SpecError, match=r"context of 256; lower decode_steps"):
+        Latency(batch_size=1, length=1, decode_steps=256, pairs=1).evaluate(subject)
+    Latency(batch_size=1, length=252, decode_steps=4, pairs=1, warmup=0).evaluate(subject)
+
+
+# Arithmetic
 
 
 def test_ratios_are_paired_and_warm_up_is_left_out(subject, monkeypatch):
-    # (pruned, dense) seconds: the warm-up, then three pairs
-    times = iter([100, 1, 2, 4, 3, 4, 6, 12])
-    monkeypatch.setattr(latency, "settled_seconds", lambda model, ids: next(times))
-    found = Latency(batch_size=1, length=4, pairs=3, warmup=1).evaluate(subject)
+    # pruned, dense: the warm-up, then three pairs
+    rounds = iter([(100, 9, 9), (1, 9, 9), (2, 1, 2), (4, 4, 4), (3, 3, 3), (4, 4, 4), (6, 5, 6), (12, 5, 5)])
+    monkeypatch.setattr(latency, "one_round", lambda *_: (lambda first, *steps: Round(first, steps))(*next(rounds)))
+    found = Latency(batch_size=2, length=4, decode_steps=2, pairs=3, warmup=1).evaluate(subject)
     assert found.values == {
-        "seconds": 3,
-        "dense_seconds": 4,
-        "time_ratio": 0.5,
-        "time_ratio_min": 0.5,
-        "time_ratio_max": 0.75,
+        "prefill_seconds": 3,
+        "prefill_p95": 6,
+        "prefill_tokens_per_second": 8 / 3,
+        "dense_prefill_seconds": 4,
+        "dense_prefill_p95": 12,
+        "dense_prefill_tokens_per_second": 2,
+        "prefill_ratio": 0.5,
+        "prefill_ratio_min": 0.5,
+        "prefill_ratio_max": 0.75,
+        "decode_seconds": 3,  # of 1 2 3 3 5 6
+        "decode_p95": 6,
+        "decode_tokens_per_second": 2 / 3,
+        "dense_decode_seconds": 4,
+        "dense_decode_p95": 5,
+        "dense_decode_tokens_per_second": 0.5,
+        "decode_ratio": 0.75,
+        "decode_ratio_min": 0.375,
+        "decode_ratio_max": 1.1,
     }
 
 
-def test_protocol_names_the_machine_and_the_shapes(subject):
+def test_the_95th_percentile_is_a_sample():
+    assert percentile([3.0]) == 3
+    assert percentile([5, 1, 4]) == 5
+    assert percentile([*range(1, 20)]) == 19
+    assert percentile([*range(20, 0, -1)]) == 19
+    assert percentile([*range(1, 101)]) == 95
+
+
+def test_values_do_not_mix_the_modes():
+    values = compared("prefill", [[1.0], [1.0]], [[2.0], [4.0]], tokens=6)
+    assert (values["prefill_seconds"], values["dense_prefill_seconds"]) == (1, 3)
+    assert (values["prefill_ratio_min"], values["prefill_ratio"], values["prefill_ratio_max"]) == (0.25, 0.375, 0.5)
+
+
+# Protocol and pruned models
+
+
+def test_protocol_names_the_machine_the_clock_and_the_shapes(subject):
     seen = []
     subject.progress = lambda items, label, total: seen.append((label, total)) or items
-    found = Latency(batch_size=1, length=4000, pairs=1, warmup=0, seed=2).evaluate(subject)
-    assert seen == [("latency", 1)]
+    found = Latency(batch_size=1, length=20, decode_steps=2, pairs=2, warmup=0, seed=2).evaluate(subject)
+    assert seen == [("latency", 2)]
     protocol = found.protocol
-    assert (protocol["batch_size"], protocol["length"], protocol["pairs"], protocol["warmup"]) == (1, 256, 1, 0)
-    assert protocol["processor"] == processor() != ""
+    assert (protocol["batch_size"], protocol["length"], protocol["decode_steps"]) == (1, 20, 2)
+    assert (protocol["pairs"], protocol["warmup"], protocol["prefill_samples"]) == (2, 0, 2)
+    assert protocol["decode_samples"].startswith("4,") and "nearest rank" in protocol["p95"]
+    assert protocol["processor"] == processor() != "" and protocol["clock"] == "wall clock"
     assert (protocol["torch"], protocol["threads"]) == (torch.__version__, torch.get_num_threads())
     assert (protocol["dtype"], protocol["device"], protocol["text"]) == ("float32", "cpu", "random ids, seed 2")
     assert all(value > 0 for value in found.values.values())
 
 
-def test_the_clock_runs_during_the_forward_pass_only(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
-
-    def model(input_ids, use_cache):
-        assert not use_cache and not torch.is_grad_enabled()
-        now[0] += 7
-        return SimpleNamespace(logits=input_ids)
-
-    assert prefill_seconds(model, torch.zeros(1, 2, dtype=torch.long)) == 7
-
-
-def test_it_runs_on_a_pruned_model(make_model, batches):
-    prune = pytest.importorskip("prunekit.compress").prune
+def test_a_dynamic_cut_decides_in_the_prefill_and_keeps_to_it(make_model, batches):
     model = make_model("llama-gqa")
-    with prune(model, "pp", ratio=0.5, skip_layers=[], calibration=batches) as pruned:
+    with prune(model, "pp", ratio=0.5, skip_layers=[], calibration=batches, trace=True) as pruned:
         subject = Subject(model, None, None, pruned.dense, pruned.active_parameters)
-        values = Latency(batch_size=2, length=24, pairs=1).evaluate(subject).values
-    assert values["time_ratio_min"] == values["time_ratio"] == values["time_ratio_max"] > 0
+        values = Latency(batch_size=2, length=20, decode_steps=3, pairs=1, warmup=0).evaluate(subject).values
+        # three passes decide, the short one, the prefill and the one with a cache, and no step does
+        assert {record["batch"] for record in pruned.trace} == {0, 1, 2}
+    assert values["decode_ratio_min"] == values["decode_ratio"] == values["decode_ratio_max"] > 0
 
 
 def test_a_model_compared_with_itself_needs_no_dense_mode(make_model):
     subject = Subject(make_model("opt"), None, None, nullcontext, lambda: 0)
-    assert Latency(batch_size=1, length=8, pairs=2).evaluate(subject).values["time_ratio"] > 0
+    found = Latency(batch_size=1, length=8, decode_steps=2, pairs=2).evaluate(subject)
+    assert found.values["prefill_ratio"] > 0 and found.values["decode_ratio"] > 0
+    assert found.details == {}  # without sites there are no parts

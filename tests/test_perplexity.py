@@ -1,12 +1,13 @@
 """The perplexity evaluator against sums written out by hand, and its protocol."""
 
+import json
 import math
 from contextlib import nullcontext
 
 import pytest
 import torch
 from prunekit.evaluators import perplexity as module
-from prunekit.evaluators.perplexity import Perplexity, summed_loss
+from prunekit.evaluators.perplexity import Perplexity, summed_losses
 from prunekit.registry import Catalog, DataError, NonFiniteError, SpecError, Subject, TextSource
 from pydantic import ValidationError
 
@@ -122,13 +123,27 @@ def test_losses_are_summed_in_slices(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 9, 50, generator=generator) * 5
     ids = torch.randint(50, (3, 9), generator=generator)
-    whole = summed_loss(logits, ids, [8, 3, 1])
+    whole = summed_losses(logits, ids, [8, 3, 1])
     nll = -logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    assert whole == pytest.approx(float(nll[0].sum() + nll[1, -3:].sum() + nll[2, -1:].sum()), rel=1e-6)
+    assert whole == pytest.approx([float(nll[0].sum()), float(nll[1, -3:].sum()), float(nll[2, -1:].sum())], rel=1e-6)
     monkeypatch.setattr(module, "SLICE", 120)  # two positions at a time
-    assert summed_loss(logits, ids, [8, 3, 1]) == pytest.approx(whole, rel=1e-6)
+    assert summed_losses(logits, ids, [8, 3, 1]) == pytest.approx(whole, rel=1e-6)
     half = logits.bfloat16()
-    assert summed_loss(half, ids, [8, 3, 1]) == pytest.approx(summed_loss(half.float(), ids, [8, 3, 1]), rel=1e-12)
+    assert summed_losses(half, ids, [8, 3, 1]) == pytest.approx(summed_losses(half.float(), ids, [8, 3, 1]), rel=1e-12)
+    # With one id more than logits the last logits predict it.
+    assert summed_losses(logits[:, :-1], ids, [8, 3, 1]) == pytest.approx(whole, rel=1e-6)
+
+
+def test_losses_of_every_window_are_told(subject):
+    found = Perplexity(text=TEXT, window=16, stride=5, bos="none", separator="z", batch_size=4).evaluate(subject)
+    tokens, sums = found.details["window_tokens"], found.details["window_losses"]
+    assert len(tokens) == len(sums) == found.protocol["windows"] and sum(tokens) == found.protocol["tokens"]
+    for index, (count, total) in enumerate(zip(tokens, sums, strict=True)):
+        piece = losses(subject.model, subject.ids[5 * index : 5 * index + 16])
+        assert total == pytest.approx(float(piece[-count:].sum()), rel=1e-5)
+    assert tokens[0] == 15 and set(tokens[1:]) == {5, 4}  # the last has what is left
+    assert found.values["loss"] == pytest.approx(sum(sums) / sum(tokens), rel=1e-12)
+    assert json.loads(json.dumps(found.details)) == found.details
 
 
 def test_the_protocol_states_what_the_value_depends_on(subject):
@@ -136,6 +151,7 @@ def test_the_protocol_states_what_the_value_depends_on(subject):
     digest = protocol.pop("ids_sha256")
     assert protocol == {
         "text": "bundled reference-evaluation",
+        "convention": "tokens",
         "revision": None,
         "documents": "all",
         "separator": "z",
@@ -201,7 +217,7 @@ def test_text_that_cannot_be_measured_is_named(subject):
 def test_losses_that_are_not_finite_stop_the_measurement(subject):
     with torch.no_grad():
         subject.model.get_input_embeddings().weight[subject.ids[40]] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"reference-evaluation: the loss of windows \d+ to \d+ is nan in float32"):
+    with pytest.raises(NonFiniteError, match=r"reference-evaluation: the loss of window 2 is nan in float32"):
         Perplexity(text=TEXT, window=16, batch_size=1).evaluate(subject)
 
 

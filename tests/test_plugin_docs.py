@@ -2,12 +2,13 @@
 
 import re
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import ROLES, Catalog, ChannelHistory, PluginError, Subject
+from prunekit.registry import ROLES, Catalog, ChannelHistory, Measurement, PluginError, Subject
 from prunekit.registry.checks import check_component, check_evaluation, check_sites
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -133,3 +134,10 @@ def test_the_evaluator_example_measures(load, make_model):
     _, (entry,) = load(example_of("evaluators"))
     subject = Subject(make_model("llama-gqa"), Letters(), lambda source: ["abcdef" * 20], nullcontext, lambda: 1)
     check_evaluation(entry.component(tokens=64), subject)
+
+
+@pytest.mark.parametrize("described", [Subject, Measurement])
+def test_all_that_evaluators_get_and_give_is_described(described):
+    section = PAGE.split("\n### `evaluators`\n")[1].split("\n### ")[0]
+    missing = [field.name for field in fields(described) if not re.search(rf"`{field.name}[`(]", section)]
+    assert not missing

@@ -1,0 +1,109 @@
+"""How many bytes a piece of work allocates at once, by CUDA's own statistics or by torch's profiler on a CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ..registry import SpecError
+from .timing import accelerators
+
+State = TypeVar("State")
+
+MARK = "prunekit measured work"
+"""Name of the profiler's event that says where the measured work begins."""
+
+CHATTER = (b"Memory block of unknown size was allocated before the profiling started", b"ActivityProfiler")
+"""In lines that the profiler writes to the terminal past every setting, and that mean nothing to a reader."""
+
+
+def meter(model: Any) -> str:
+    """What :func:`peak_bytes` measures with, for a protocol; raises :class:`SpecError` where nothing can."""
+    kinds = {device.type for device in accelerators(model)}
+    unknown = sorted(kinds - {"cuda"})
+    if unknown:
+        raise SpecError(
+            f"memory: allocations are measured on CPUs and CUDA devices, and this model lies on {unknown[0]}; "
+            "leave the memory evaluator out"
+        )
+    if kinds:
+        return "torch.cuda.max_memory_allocated, summed over devices; memory of the host not included"
+    return "cumulative sum of the [memory] events of torch.profiler"
+
+
+def peak_bytes(model: Any, prepare: Callable[[], State], run: Callable[[State], Any]) -> int:
+    """The most bytes that are allocated at once during ``run(prepare())``, above what was before ``prepare``.
+
+    What ``prepare`` leaves behind counts; what it frees again before ``run`` begins does not.
+    """
+    meter(model)
+    devices = accelerators(model)
+    return _peak_on_cuda(devices, prepare, run) if devices else _peak_on_cpu(prepare, run)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the model's parameters and buffers, shared ones once; what is offloaded to disk has none."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_meta)
+
+
+def _peak_on_cuda(devices: tuple[torch.device, ...], prepare: Callable[[], State], run: Callable[[State], Any]) -> int:
+    before = [torch.cuda.memory_allocated(device) for device in devices]
+    state = prepare()
+    for device in devices:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    run(state)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return sum(torch.cuda.max_memory_allocated(d) - b for d, b in zip(devices, before, strict=True))
+
+
+def _peak_on_cpu(prepare: Callable[[], State], run: Callable[[State], Any]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the first profile of a process begins
+    with without_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        state = prepare()
+        with record_function(MARK):
+            run(state)
+        del state
+    level = peak = 0
+    begun = False
+    # The profiler's own table of events adds up what lies within an operator; the peaks are in the raw ones.
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == MARK:
+            begun = True
+        elif event.name() == "[memory]":
+            level += event.nbytes()
+        if begun:
+            peak = max(peak, level)
+    return peak
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Keep :data:`CHATTER` from stderr, which libraries write to past Python; everything else appears afterwards."""
+    sys.stderr.flush()
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none to be kept clean
+        yield
+        return
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            for line in written:
+                if not any(words in line for words in CHATTER):
+                    os.write(2, line)

@@ -1,0 +1,81 @@
+"""lm-evaluation-harness' word-level convention for WikiText: pages, its detokenised text, and its rolling windows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..registry import DataError
+from ..registry.windows import Window
+
+TITLE = re.compile(r"\s*= (?!= ).*(?<! =) =\s*")
+"""A line that begins a page: a heading of the first level, " = Title = "."""
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Windows of all pages in text order, and what lm-eval divides the summed loss by."""
+
+    windows: list[Window]
+    pages: int
+    words: int
+    bytes: int
+    prefix: int
+    """Id of the token that begins every page."""
+
+
+def pages_of(documents: Sequence[str]) -> list[str]:
+    """Documents split where a page's title stands in them; texts without titles stay as they are.
+
+    One document per line, as WikiText's rows are, is first put together to one text: blank rows stand for
+    the line " " that WikiText's files have there. What is before the first title counts only if it is not blank.
+    """
+    if all("\n" not in document.removesuffix("\n") for document in documents) and any(map(TITLE.fullmatch, documents)):
+        documents = ["".join((row.removesuffix("\n") or " ") + "\n" for row in documents)]
+    return [page for document in documents for page in _split(document) if page.strip()]
+
+
+def _split(text: str) -> Iterator[str]:
+    page: list[str] = []
+    for line in text.split("\n"):
+        if TITLE.fullmatch(line):
+            yield "\n".join(page)
+            page = []
+        page.append(line)
+    yield "\n".join(page)
+
+
+def read_pages(documents: Sequence[str], tokenizer: Any, window: int, limit: int | None, label: str) -> Pages:
+    """Cut ``documents``, at most ``limit`` pages of them, as lm-eval's ``wikitext`` task does.
+
+    Text is tokenised with the special tokens that the tokenizer itself adds. A page's first window begins with the
+    BOS token (EOS without one); windows score ``window`` tokens, and the last one is filled up with context.
+    Words and bytes are those of the text before detokenising. Raises :class:`DataError` without BOS and EOS.
+    """
+    from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if prefix is None:
+        raise DataError(
+            "perplexity.convention: wikitext_words begins every page with the tokenizer's BOS or EOS token, and this "
+            "tokenizer has neither; use convention: tokens"
+        )
+    found, words, size = [], 0, 0
+    pages = pages_of(documents)[:limit]
+    for page in pages:
+        document = {"page": page}
+        counts = process_results(document, (0.0,))
+        words += counts["word_perplexity"][1]
+        size += counts["byte_perplexity"][1]
+        ids = tokenizer.encode(wikitext_detokenizer(document), verbose=False)
+        for pair in get_rolling_token_windows(ids, prefix, window, context_len=1):
+            context, scored = make_disjoint_window(pair)
+            found.append(Window(torch.tensor(context + scored), len(scored), unseen=1))
+    if not found:
+        raise DataError(f"{label} gives no tokens to score; name a longer text")
+    return Pages(found, len(pages), words, size, prefix)

@@ -1,0 +1,45 @@
+"""The page on operations, time and memory names every value and every part of time, and its pipeline file is valid."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from prunekit.compress import prune
+from prunekit.compress.calibration import no_progress
+from prunekit.compress.loading import Loaded
+from prunekit.compress.measuring import Measuring
+from prunekit.compress.spec import PipelineSpec
+from prunekit.evaluators import latency
+from prunekit.evaluators.cost import Cost
+from prunekit.evaluators.memory import Memory
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "cost-and-time.md").read_text()
+
+
+def section(name):
+    return PAGE.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
+
+
+def test_the_pages_example_is_valid():
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    spec = PipelineSpec.of({"prune": {"use": "pp", "ratio": 0.4}, **yaml.safe_load(block)})
+    assert [evaluator.name for evaluator in spec.evaluate][-1] == "prr"
+
+
+@pytest.mark.parametrize("evaluator", [Cost(batch_size=1, length=8), Memory(batch_size=1, length=8, decode_steps=1)])
+def test_every_value_is_explained(make_model, evaluator):
+    model = make_model("llama-gqa")
+    with prune(model, "magnitude", ratio=0.5) as pruned:
+        subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {}).subject()
+        values = evaluator.evaluate(subject).values
+    assert [name for name in values if f"`{name.removeprefix('dense_')}`" not in section(evaluator.name)] == []
+
+
+def test_every_value_and_part_of_time_is_explained():
+    values = latency.compared("prefill", [[1.0]], [[1.0]], tokens=1)
+    for name in values:
+        short = name.removeprefix("dense_").removeprefix("prefill")
+        assert f"`prefill{short}`" in section("latency") or f"`*{short}`" in section("latency")
+    assert [part for part in latency.PARTS if f"`{part}`" not in section("latency")] == []
+    assert "no time saved" in section("prr") and "`relative`" in section("prr")
