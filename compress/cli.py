@@ -66,7 +66,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            printing.err.print("interrupted; nothing was written", highlight=False)
+            printing.err.print(str(stop) or "interrupted; nothing was written", highlight=False, soft_wrap=True)
             raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
         except Exception as error:
             from ..registry import PrunekitError
@@ -229,38 +229,35 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")], plugin: PluginFil
 
 @app.command()
 @guarded
-def schema(plugin: PluginFiles = None) -> None:
+def schema(
+    plugin: PluginFiles = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="Of ablation files instead.")] = False,
+) -> None:
     """Print the JSON Schema of pipeline files, plugins included."""
     import json
 
-    from .schema import pipeline_schema
+    from .schema import ablation_schema, pipeline_schema
 
-    typer.echo(json.dumps(pipeline_schema(_catalog(plugin)), indent=2))
+    made = (ablation_schema if ablation else pipeline_schema)(_catalog(plugin))
+    typer.echo(json.dumps(made, indent=2))
 
 
 def _read(file: Path, settings: list[str] | None, plugins: list[Path] | None, overwrite: bool = False) -> Any:
+    from . import printing
     from .spec import PipelineSpec
 
     changes = list(settings or ())
     if overwrite:
         changes.append("output.overwrite=true")
     spec = PipelineSpec.load(file, changes, plugins or ())
-    _warn(spec.catalog)
+    printing.catalog_problems(spec.catalog)
     return spec
 
 
 def _catalog(plugins: list[Path] | None) -> Catalog:
     from ..registry import Catalog
-
-    catalog = Catalog.discover(plugins or ())
-    _warn(catalog)
-    return catalog
-
-
-def _warn(catalog: Catalog) -> None:
     from . import printing
 
-    for problem in catalog.problems:
-        printing.warning(problem)
-    for blocked in catalog.blocked:
-        printing.warning(f"plugin {blocked} is switched off by PRUNEKIT_BLOCK")
+    catalog = Catalog.discover(plugins or ())
+    printing.catalog_problems(catalog)
+    return catalog

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .report import number, share
 
-HEAD = ("cut", "strategy", "other text", "same kind", "FLOPs", "parameters", "time per batch")
+HEAD = ("cut", "strategy", "other text", "same kind", "accuracy", "FLOPs", "parameters", "time per batch")
 
 TIE = 0.01
 """Perplexities closer than this share are called equal."""
@@ -26,12 +26,13 @@ TITLES = {
 
 @dataclass
 class Row:
-    """One line of the table: perplexities in both situations, and what a forward pass costs relative to dense."""
+    """One line of the table: perplexities in both situations, accuracy, and costs relative to dense."""
 
     strategy: str
     ratio: float | None
     other: float | None = None
     same: float | None = None
+    accuracy: float | None = None
     flops: float | None = None
     parameters: float | None = None
     time: float | None = None
@@ -50,9 +51,14 @@ def table_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         ratio = "" if row.ratio == last or row.ratio is None else share(row.ratio)
         last = row.ratio
         time = "-" if row.time is None else f"{row.time:.2f}"
-        costs = (share(row.flops), share(row.parameters), time)
+        costs = (percent(row.accuracy), share(row.flops), share(row.parameters), time)
         cells.append((ratio, row.title, number(row.other), number(row.same), *costs))
     return cells
+
+
+def percent(value: float | None) -> str:
+    """0.4444 -> 44.4%."""
+    return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def sentences(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:

@@ -186,7 +186,12 @@ def pinned(spec: PipelineSpec, loaded: Loaded) -> PipelineSpec:
 
 
 def check_lengths(spec: PipelineSpec, loaded: Loaded) -> None:
-    """Raise :class:`DataError` before hours of calibration for batches that will be longer than the history."""
+    """Raise, before hours of calibration, for evaluators that do not fit the model or the history.
+
+    The error is the evaluator's own, or :class:`DataError` for batches that will be longer than the history.
+    """
+    for evaluator in spec.evaluate:
+        evaluator.check(loaded.model)
     if not (spec.prune.dynamic and spec.prune.merger.uses_history):
         return
     context = context_length(loaded.model)

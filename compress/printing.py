@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..registry import Catalog
 
 Item = TypeVar("Item")
 
@@ -29,6 +32,14 @@ def error(message: object) -> None:
 def warning(message: object) -> None:
     """A yellow message on stderr."""
     err.print(f"[yellow]warning:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+
+def catalog_problems(catalog: Catalog) -> None:
+    """Warnings about plugins that are broken or switched off."""
+    for problem in catalog.problems:
+        warning(problem)
+    for blocked in catalog.blocked:
+        warning(f"plugin {blocked} is switched off by PRUNEKIT_BLOCK")
 
 
 def say(line: str, whole: bool = False) -> None:
@@ -81,6 +92,14 @@ class Bars:
                 self._progress.advance(task)
         finally:
             self._progress.remove_task(task)
+
+    def add(self, label: str, total: int, done: int = 0) -> TaskID:
+        """A bar that :meth:`update` moves; nothing is said where no bars are shown."""
+        return self._progress.add_task(escape(label), total=total, completed=done)
+
+    def update(self, task: TaskID, label: str, done: int) -> None:
+        """Move a bar to ``done`` steps and change what is said beside it."""
+        self._progress.update(task, description=escape(label), completed=done)
 
 
 def quiet() -> None:

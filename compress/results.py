@@ -53,14 +53,15 @@ class Results:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON that every reader accepts: infinity and NaN become their names as strings."""
-    path.write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` as JSON holds it; NaN and infinity become their names, what JSON does not know its text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
@@ -68,10 +69,13 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class RunFolder:
-    """A results folder in the making: filled under another name beside it, then renamed."""
+    """A results folder, or another one, in the making: filled under another name beside it, then renamed."""
 
     target: Path
     overwrite: bool = False
+    what: str = "results folder"
+    marker: str = "results.json"
+    """The file by which a folder of this kind is known; others are never replaced."""
     partial: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,12 +89,12 @@ class RunFolder:
             return
         if not self.overwrite:
             raise SpecError(
-                f"results folder {self.target} exists; choose another with --out, or replace it with --overwrite"
+                f"{self.what} {self.target} exists; choose another with --out, or replace it with --overwrite"
             )
         is_folder = self.target.is_dir() and not self.target.is_symlink()
-        if not is_folder or (any(self.target.iterdir()) and not (self.target / "results.json").is_file()):
+        if not is_folder or (any(self.target.iterdir()) and not (self.target / self.marker).is_file()):
             raise SpecError(
-                f"{self.target} is no results folder (no results.json in it), so --overwrite leaves it alone; "
+                f"{self.target} is no {self.what} (no {self.marker} in it), so --overwrite leaves it alone; "
                 "choose another with --out"
             )
 
@@ -103,7 +107,7 @@ class RunFolder:
             try:
                 self.partial.mkdir(parents=True)
             except OSError as error:
-                raise SpecError(f"results folder {self.target} cannot be made: {error}") from None
+                raise SpecError(f"{self.what} {self.target} cannot be made: {error}") from None
             yield self.partial
             self._appear()
         except BaseException:

@@ -7,6 +7,8 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from ..registry import ROLES, Catalog
+from .ablation.fields import field_names
+from .ablation.study import StudyFile
 from .spec import PipelineSpec
 
 REFERENCE = "#/$defs/"
@@ -31,6 +33,24 @@ def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
     whole["required"] = ["prune"]
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "prunekit pipeline file"}
     return {**whole, **title, "$defs": definitions}
+
+
+def ablation_schema(catalog: Catalog) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of an ablation file; its base may leave to axes what a pipeline file must say."""
+    pipeline = pipeline_schema(catalog)
+    definitions = pipeline.pop("$defs")
+    for definition in definitions.values():
+        if "use" in definition.get("properties", {}):
+            definition["required"] = []
+    base = {key: value for key, value in pipeline.items() if key not in ("$schema", "title", "required")}
+    whole = StudyFile.model_json_schema(ref_template=REFERENCE + "{model}")
+    definitions.update(whole.pop("$defs"))
+    properties = whole["properties"]
+    properties["base"] = {"description": properties["base"]["description"], "anyOf": [{"type": "string"}, base]}
+    values, labels = {"type": "array", "minItems": 1}, {"type": "object", "minProperties": 1}
+    fields = {name: {"anyOf": [values, labels]} for name in sorted(field_names(catalog))}
+    properties["vary"] |= {"properties": fields, "additionalProperties": {"anyOf": [values, labels]}}
+    return {**whole, "$schema": pipeline["$schema"], "title": "prunekit ablation file", "$defs": definitions}
 
 
 def _mark(definition: dict[str, Any], role: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
@@ -160,6 +160,14 @@ class SpecReader(Reader):
             raw = {**raw, "name": str(_absolute(raw["name"], self.folder))}
         return super().model(cls, raw, place, base)
 
+    def _value(self, annotation, raw, place, default):
+        if _holds(annotation, Path):
+            if isinstance(raw, (list, tuple)):
+                raw = [_absolute(one, self.folder) if isinstance(one, (str, Path)) else one for one in raw]
+            elif isinstance(raw, (str, Path)):
+                raw = _absolute(raw, self.folder)
+        return super()._value(annotation, raw, place, default)
+
     def _text(self, raw: dict[str, Any], place: Place) -> dict[str, Any]:
         bundled, file = raw.get("bundled"), raw.get("file")
         if isinstance(bundled, str) and bundled not in TEXTS:
@@ -173,6 +181,11 @@ class SpecReader(Reader):
                 folder = f"{raw['file']} is a folder; name a .txt or .jsonl file"
                 self.mistake((*place, "file"), folder if raw["file"].is_dir() else f"there is no file {raw['file']}")
         return raw
+
+
+def _holds(annotation: Any, wanted: type) -> bool:
+    """Whether ``wanted`` is somewhere in an annotation: ``tuple[Path, ...]`` holds ``Path``."""
+    return annotation is wanted or any(_holds(part, wanted) for part in get_args(annotation))
 
 
 def _absolute(path: str | Path, folder: Path) -> Path:

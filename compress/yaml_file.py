@@ -17,7 +17,9 @@ SMALLEST = "the smallest pipeline file is  prune: {use: pp, ratio: 0.4}"
 PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
+def read_yaml(
+    path: Path, kind: str = "pipeline file", smallest: str = SMALLEST
+) -> tuple[dict[str, Any], dict[Place, int]]:
     """The mapping in a YAML file and the line of every place in it; raises :class:`SpecError`.
 
     Only plain data is built, and a key given twice is refused where YAML itself would silently keep the last.
@@ -25,9 +27,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError(f"there is no pipeline file {path}") from None
+        raise SpecError(f"there is no {kind} {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"pipeline file {path} cannot be read: {error}") from None
+        raise SpecError(f"{kind} {path} cannot be read: {error}") from None
     lines: dict[Place, int] = {}
     try:
         loader = yaml.SafeLoader(text)
@@ -40,9 +42,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     except yaml.YAMLError as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from None
     if data is None:
-        raise SpecError(f"pipeline file {path} is empty; {SMALLEST}")
+        raise SpecError(f"{kind} {path} is empty; {smallest}")
     if not isinstance(data, dict):
-        raise SpecError(f"pipeline file {path} must be a mapping of sections, found {data!r:.60}; {SMALLEST}")
+        raise SpecError(f"{kind} {path} must be a mapping of sections, found {data!r:.60}; {smallest}")
     return data, lines
 
 
@@ -62,26 +64,27 @@ def apply_settings(data: dict[str, Any], settings: Iterable[str]) -> list[Place]
         except Exception:  # the loader also lets through what its conversions raise, for dates that do not exist
             raise SpecError(f"--set {setting}: the value {text!r} is not valid YAML; put quotes around text") from None
         place: Place = tuple(int(part) if part.isdigit() else part for part in path.split("."))
-        _set(data, place, value, setting)
+        set_at(data, place, value, f"--set {setting}")
         places.append(place)
     return places
 
 
-def _set(data: dict[str, Any], place: Place, value: Any, setting: str) -> None:
+def set_at(data: dict[str, Any], place: Place, value: Any, said: str) -> None:
+    """Put ``value`` at a place of plain data; raises :class:`SpecError`, begun with ``said``, where there is none."""
     at: Any = data
     for depth, part in enumerate(place):
         here = ".".join(map(str, place[:depth])) or "the file"
         last = depth == len(place) - 1
         if isinstance(at, list):
             if not isinstance(part, int) or part > len(at):
-                raise SpecError(f"--set {setting}: {here} is a list of {len(at)}, there is no place {part!r}")
+                raise SpecError(f"{said}: {here} is a list of {len(at)}, there is no place {part!r}")
             if part == len(at):
                 at.append({})
         elif isinstance(at, dict):
             if at.get(part) is None:
                 at[part] = [] if not last and isinstance(place[depth + 1], int) else {}
         else:
-            raise SpecError(f"--set {setting}: {here} is {at!r}, which has no {part!r}")
+            raise SpecError(f"{said}: {here} is {at!r}, which has no {part!r}")
         if last:
             at[part] = value
         elif isinstance(at[part], str):

@@ -64,6 +64,10 @@ class Latency(Evaluator):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the random tokens")
     breakdown: bool = Field(True, description="also measure, in passes of their own, where a prefill's time goes")
 
+    def check(self, model: Any) -> None:
+        """Raise SpecError where prefill and decode steps do not fit in the model's context."""
+        prompt_length(self.name, model, self.length, self.decode_steps)
+
     def evaluate(self, subject: Subject) -> Measurement:
         """Time; raises SpecError (decode steps beyond the context) and DataError (``text`` too short)."""
         length = prompt_length(self.name, subject.model, self.length, self.decode_steps)

@@ -41,6 +41,10 @@ class Memory(Evaluator):
     text: TextSource | None = Field(None, description="take the tokens from here; null: random ones")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the random tokens")
 
+    def check(self, model: Any) -> None:
+        """Raise SpecError where prefill and decode steps do not fit in the model's context."""
+        prompt_length(self.name, model, self.length, self.decode_steps)
+
     def evaluate(self, subject: Subject) -> Measurement:
         """Measure; raises SpecError (context too short, a device without statistics) and DataError (short text)."""
         length = prompt_length(self.name, subject.model, self.length, self.decode_steps)

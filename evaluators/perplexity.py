@@ -73,6 +73,10 @@ class Perplexity(Evaluator):
         if self.stride is not None and self.stride > room:
             raise ValueError(f"a stride of {self.stride} would skip text between windows of {room} tokens; lower it")
 
+    def check(self, model: Any) -> None:
+        """Raise SpecError for a window beyond the model's context."""
+        self._window(model)
+
     def evaluate(self, subject: Subject) -> Measurement:
         """Measure; raises SpecError (window beyond the context), DataError (no text), NonFiniteError (NaN losses)."""
         read = self._pages if self.convention == "wikitext_words" else self._stream

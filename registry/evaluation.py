@@ -76,6 +76,9 @@ class Evaluator(Component):
     paired: ClassVar[bool] = False
     """Whether it measures the dense model in turn with the pruned one itself: values ``x`` and ``dense_x``."""
 
+    def check(self, model: Any) -> None:
+        """Raise what is wrong with these options for this model, before hours of calibration are spent."""
+
     @abstractmethod
     def evaluate(self, subject: Subject) -> Measurement:
         """Run the measurement. The pipeline has put the channel histories back to their calibrated state."""

@@ -109,9 +109,9 @@ def test_results_are_json_whatever_the_values(tmp_path):
 
 
 def rows(pp: float, flap: float, bound: float) -> list[Row]:
-    costs = dict(flops=0.7, parameters=0.7, time=0.8)
+    costs = dict(accuracy=0.4, flops=0.7, parameters=0.7, time=0.8)
     return [
-        Row("dense", None, 40.0, 40.0, 1.0, 1.0, 1.0),
+        Row("dense", None, 40.0, 40.0, 0.5, 1.0, 1.0, 1.0),
         Row("random", 0.4, 90.0, 90.0, **costs),
         Row("flap", 0.4, flap, flap, compensated=True, **costs),
         Row("pp", 0.4, pp, pp, dynamic=True, **costs),
@@ -143,7 +143,8 @@ def test_the_demos_table_fits_its_head():
 
 
 def test_the_demo_compares_and_each_row_reruns(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "WINDOW", 32)
+    monkeypatch.setattr(demo, "WINDOW", 96)
+    monkeypatch.setattr(demo, "QUESTIONS", 4)
     monkeypatch.setattr(demo, "BATCH", 4)
     monkeypatch.setattr(demo, "WINDOWS", 5)
     monkeypatch.setattr(demo, "SEQUENCES", 4)

@@ -1,0 +1,94 @@
+"""Explains how a study differs from the one that a results store was begun with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..results import plain
+from .planned import spelt
+
+if TYPE_CHECKING:
+    from .store import StoredTrial
+    from .study import Study
+
+MOST_LINES = 12
+
+
+def explain(path: Path, before: Mapping[str, Any], stored: Sequence[StoredTrial], study: Study) -> str:
+    """One message: what changed, how much of the store still applies, and how to go on."""
+    finished = [trial for trial in stored if trial.status != "waiting"]
+    planned = {trial.key for trial in study.trials}
+    applying = sum(trial.key in planned for trial in finished)
+    new = sum(trial.key not in {done.key for done in finished} for trial in study.trials)
+    changes = [*_axes(before["axes"], study.axes), *_fields(stored, study)]
+    if not changes:
+        changes = ["other trials of the same axes, or another order of them"]
+    if len(changes) > MOST_LINES:
+        changes = [*changes[:MOST_LINES], f"and {len(changes) - MOST_LINES} more"]
+    return "\n".join(
+        [
+            f"results store {path} was begun with another version of {study.file.name}:",
+            *(f"  {change}" for change in changes),
+            f"{applying} of its {len(finished)} finished trials still apply, {new} of {len(study.trials)} would run.",
+            "Go on in it with --update (the others stay in it, unused), or begin another store with --out",
+        ]
+    )
+
+
+def _axes(before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> Iterator[str]:
+    for name in before:
+        if name not in after:
+            yield f"axis {name}: gone"
+    for name, values in after.items():
+        new = list(map(spelt, plain(values)))
+        if name not in before:
+            yield f"axis {name}: new, with {', '.join(new)}"
+            continue
+        old = list(map(spelt, before[name]))
+        added, removed = [v for v in new if v not in old], [v for v in old if v not in new]
+        said = [f"{what} {', '.join(which)}" for what, which in (("new", added), ("gone", removed)) if which]
+        if not said and old != new:
+            said = ["another order"]
+        if said:
+            yield f"axis {name}: {'; '.join(said)}"
+
+
+def _fields(stored: Sequence[StoredTrial], study: Study) -> Iterator[str]:
+    """Fields that differ in trials whose settings are the same."""
+    old = {_settings(trial.settings): trial.pipeline for trial in stored}
+    changes: dict[str, list[str]] = {}
+    for trial in study.trials:
+        was = old.get(_settings(plain(trial.settings)))
+        if was is None or was == trial.pipeline:
+            continue
+        before, after = dict(_flat(was)), dict(_flat(trial.pipeline))
+        for name in dict.fromkeys([*before, *after]):
+            if before.get(name) != after.get(name):
+                change = f"{name}: {_said(before, name)} -> {_said(after, name)}"
+                changes.setdefault(change, []).append(trial.label)
+    for change, trials in changes.items():
+        yield f"{change} (in {len(trials)} trial{'s' * (len(trials) > 1)})"
+
+
+def _said(values: Mapping[str, Any], name: str) -> str:
+    if name not in values:
+        return "none"
+    value = spelt(values[name])
+    return f"content {value[7:19]}" if value.startswith("sha256 ") else value
+
+
+def _settings(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, spelt(value)) for name, value in settings.items()))
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{name}.{index}")
+    else:
+        yield name, value

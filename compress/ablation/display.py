@@ -1,0 +1,122 @@
+"""A study's progress on stderr: trials done, time left, current trial; one line per trial where that is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Protocol
+
+from ..calibration import Progress
+from ..printing import Bars
+from .planned import Planned
+from .store import StoredTrial
+from .worker import Outcome
+
+
+class Watch(Protocol):
+    """What an engine tells about its trials."""
+
+    progress: Progress
+    """Shows the steps within the current trial, for engines that run one at a time in this process."""
+
+    def started(self, planned: Planned) -> None: ...
+
+    def finished(self, planned: Planned, outcome: Outcome) -> None: ...
+
+
+class Forecast:
+    """Seconds that are left, from the trials that have finished: a trial takes as long as its strategy's median."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {}
+
+    def learn(self, strategy: str, seconds: float) -> None:
+        self._seconds.setdefault(strategy, []).append(seconds)
+
+    def left(self, strategies: Iterable[str], running: Iterable[float] = (), workers: int = 1) -> float | None:
+        """For trials of these strategies, some of them ``running`` for so many seconds; None where nothing is known."""
+        if not self._seconds:
+            return None
+        overall = median(second for seconds in self._seconds.values() for second in seconds)
+        needed = sum(median(self._seconds.get(strategy, [overall])) for strategy in strategies)
+        spent = sum(min(seconds, overall) for seconds in running)
+        return max(0.0, needed - spent) / max(1, workers)
+
+
+class Display:
+    """Drives the progress display; a context manager, and the :class:`Watch` of the engines."""
+
+    def __init__(self, trials: Sequence[Planned], stored: Sequence[StoredTrial], waiting: Sequence[Planned]):
+        self._total = len(trials)
+        self._waiting = {trial.key: trial for trial in waiting}
+        self._running: dict[str, float] = {}
+        self._failed = 0
+        self._bars = Bars()
+        self._forecast = Forecast()
+        of = {trial.key: trial.spec.prune.name for trial in trials}
+        for trial in stored:
+            if trial.status == "done" and trial.seconds is not None and trial.key in of:
+                self._forecast.learn(of[trial.key], trial.seconds)
+
+    def __enter__(self) -> Display:
+        self._bars.__enter__()
+        self._task = self._bars.add("trials", self._total, self._total - len(self._waiting))
+        self._refresh()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.__exit__(*exc)
+
+    def progress(self, items: Iterable, label: str, total: int) -> Iterable:
+        """The steps within a trial, on a bar of their own; the time left goes down with them."""
+        if not self._bars.shown:
+            yield from items
+            return
+        for item in self._bars.track(items, label, total):
+            yield item
+            self._refresh()
+
+    def started(self, planned: Planned) -> None:
+        self._running[planned.key] = time.monotonic()
+        self._refresh()
+
+    def finished(self, planned: Planned, outcome: Outcome) -> None:
+        self._running.pop(planned.key, None)
+        self._waiting.pop(planned.key, None)
+        if outcome.error is None:
+            self._forecast.learn(planned.spec.prune.name, outcome.seconds)
+            ended = f"done in {duration(outcome.seconds)}"
+        else:
+            self._failed += 1
+            ended = f"failed: {outcome.error.splitlines()[0]}"
+        done = self._total - len(self._waiting)
+        if not self._bars.shown or outcome.error is not None:
+            left = self.left
+            self._bars.say(f"{done}/{self._total} {planned.label}: {ended}{f', {left}' if left else ''}")
+        self._refresh()
+
+    @property
+    def left(self) -> str:
+        """``about 3 min left``; empty where all is done or nothing is known."""
+        now = time.monotonic()
+        strategies = [trial.spec.prune.name for trial in self._waiting.values()]
+        running = [now - began for began in self._running.values()]
+        seconds = self._forecast.left(strategies, running, len(running))
+        return f"about {duration(seconds)} left" if strategies and seconds is not None else ""
+
+    def _refresh(self) -> None:
+        names = [trial.label for key, trial in self._waiting.items() if key in self._running]
+        current = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
+        said = ["trials", f"{self._failed} failed" if self._failed else "", self.left, current]
+        self._bars.update(self._task, " · ".join(part for part in said if part), self._total - len(self._waiting))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 0.4 s, 12 s, 3 min, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,100 @@
+"""One trial of a study: its settings, its pipeline, and the key that it is stored under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..results import plain
+from ..spec import PipelineSpec
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial that is to run; ``settings`` are its axis values (labels, for an axis of a free name), in axis order."""
+
+    number: int
+    key: str
+    """sha256 of :attr:`pipeline`."""
+    settings: dict[str, Any]
+    spec: PipelineSpec
+    pipeline: dict[str, Any] = field(repr=False, default_factory=dict)
+    """Everything the trial's numbers depend on: see :func:`identity`."""
+
+    @property
+    def label(self) -> str:
+        """One line that tells the trial from the others: ``pp 0.4 other seed 1``."""
+        return label_of(self.settings)
+
+
+def label_of(settings: Mapping[str, Any]) -> str:
+    """Values in axis order; numbers that would say nothing alone are named."""
+    parts = []
+    for name, value in settings.items():
+        said = spelt(value)
+        last = name.rsplit(".", 1)[-1]
+        parts.append(said if name in ("prune.use", "prune.ratio") or _says_itself(value) else f"{last} {said}")
+    return " ".join(parts) or "base"
+
+
+def _says_itself(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def spelt(value: Any) -> str:
+    """A value of an axis as its file spells it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def identity(spec: PipelineSpec, folder: Path) -> dict[str, Any]:
+    """The resolved pipeline without its output and with nothing in it that moving the files would change.
+
+    Text files and plugin files stand for their content, by sha256; a model folder is named from ``folder``,
+    the study's, where it lies below it.
+    """
+    data = spec.model_dump(mode="python", serialize_as_any=True)
+    data.pop("output")
+    name = data["model"]["name"]
+    if name is not None and Path(name).is_absolute():
+        data["model"]["name"] = _from(Path(name), folder)
+    return plain(_without_paths(data, folder))
+
+
+def key_of(pipeline: Mapping[str, Any]) -> str:
+    """sha256 of what :func:`identity` gives."""
+    return hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest()
+
+
+def _without_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item, folder) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(item, folder) for item in value]
+    if isinstance(value, Path):
+        return f"sha256 {content(value)}" if value.is_file() else _from(value, folder)
+    return value
+
+
+def _from(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else os.fspath(path)
+
+
+def content(path: Path) -> str:
+    """sha256 of a file; read again only when its size or time has changed."""
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,283 @@
+"""The results store of a study: one SQLite file that holds the plan and every finished trial."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import filelock
+
+from ...registry import StoreError
+from ..results import plain
+from .changes import explain
+from .planned import Planned, label_of
+from .worker import Outcome
+
+if TYPE_CHECKING:
+    from .study import Study
+
+APPLICATION_ID = 0x70726B31
+"""Marks the SQLite files that are ours (PRAGMA application_id)."""
+
+FORMAT = 1
+"""Version of the layout (PRAGMA user_version)."""
+
+BUSY_SECONDS = 20.0
+"""How long a reader waits for a write to end."""
+
+Status = Literal["waiting", "done", "failed"]
+
+LAYOUT = """
+CREATE TABLE study (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE trials (
+    key TEXT PRIMARY KEY,
+    number INTEGER,
+    settings TEXT NOT NULL,
+    pipeline TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT 'waiting',
+    data TEXT, resolved TEXT, error TEXT, seconds REAL, finished TEXT
+);
+"""
+"""``number`` is the place in the plan, null for a trial that an earlier version of the file had."""
+
+COLUMNS = "number, key, settings, status, data, resolved, error, seconds, pipeline"
+
+
+@dataclass
+class StoredTrial:
+    """A trial of the plan and what became of it; ``data`` is results.json's content, NaN and infinity as text."""
+
+    number: int
+    key: str
+    settings: dict[str, Any]
+    status: Status
+    data: dict[str, Any] | None
+    resolved: str | None
+    error: str | None
+    seconds: float | None
+    pipeline: dict[str, Any]
+    """Everything that the key stands for."""
+
+    @property
+    def label(self) -> str:
+        """As :attr:`Planned.label`."""
+        return label_of(self.settings)
+
+
+class Store:
+    """An open store; a context manager. Every method raises :class:`StoreError` with the place and the remedy."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: filelock.BaseFileLock | None = None):
+        self.path = path
+        self._connection = connection
+        self._lock = lock
+
+    @classmethod
+    def create_or_resume(cls, path: str | Path, study: Study, update: bool = False) -> Store:
+        """Open the study's store for writing, made new where there is none, and lock it against other writers.
+
+        A store whose trials are not those of ``study`` is refused with an explanation; ``update`` goes on with
+        it instead: trials that still apply are kept, and the others stay in the file, unused.
+        """
+        path = Path(path).expanduser().absolute()
+        lock = _locked(path)
+        store = None
+        try:
+            if not path.exists():
+                _create(path, study)
+            store = cls(path, _connect(path), lock)
+            store._adopt(study, update)
+            with store._writing() as connection:  # where that fails, it must be known before the first trial runs
+                connection.execute(f"PRAGMA user_version = {FORMAT}")
+        except BaseException:
+            if store is not None:
+                store._connection.close()
+            lock.release()
+            raise
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open a store for reading; another process may be writing to it."""
+        path = Path(path).expanduser().absolute()
+        if not path.is_file():
+            raise StoreError(f"there is no results store {path}; prunekit ablate makes one")
+        store = cls(path, _connect(path))
+        store._connection.execute("PRAGMA query_only = ON")
+        return store
+
+    @property
+    def study(self) -> dict[str, Any]:
+        """title, axes (name -> values or labels), published, versions, text (of the file), file, base, started."""
+        with _errors(self.path):
+            rows = self._connection.execute("SELECT name, value FROM study ORDER BY rowid").fetchall()
+        return {name: json.loads(value) for name, value in rows}
+
+    @property
+    def trials(self) -> list[StoredTrial]:
+        """All trials of the plan, in its order."""
+        with _errors(self.path):
+            rows = self._connection.execute(
+                f"SELECT {COLUMNS} FROM trials WHERE number IS NOT NULL ORDER BY number"
+            ).fetchall()
+        return [_stored(row) for row in rows]
+
+    def record(self, key: str, outcome: Outcome) -> None:
+        """Store what became of a trial; when this returns, the disk has it."""
+        data = None if outcome.data is None else json.dumps(plain(outcome.data), allow_nan=False)
+        status = "done" if outcome.error is None else "failed"
+        finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        values = (status, data, outcome.resolved, outcome.error, outcome.seconds, finished, key)
+        with self._writing() as connection:
+            changed = connection.execute(
+                "UPDATE trials SET status=?, data=?, resolved=?, error=?, seconds=?, finished=? WHERE key=?", values
+            )
+            if changed.rowcount != 1:
+                raise KeyError(f"the plan has no trial {key}")
+
+    def close(self) -> None:
+        """Close the file and let other writers in."""
+        self._connection.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction."""
+        with _errors(self.path), self._connection as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+
+    def _adopt(self, study: Study, update: bool) -> None:
+        stored = self.trials
+        known = [(trial.key, trial.settings) for trial in stored]
+        asked = [(planned.key, plain(planned.settings)) for planned in study.trials]
+        if known != asked and not update:
+            raise StoreError(explain(self.path, self.study, stored, study))
+        described, before = study.describe(), self.study
+        described["versions"] = before["versions"]  # those that the store was begun with; every trial has its own
+        if known == asked and all(before.get(name) == value for name, value in described.items()):
+            return
+        with self._writing() as connection:
+            _write_plan(connection, described, study.trials)
+
+
+def _stored(row: Sequence[Any]) -> StoredTrial:
+    number, key, settings, status, data, resolved, error, seconds, pipeline = row
+    read = None if data is None else json.loads(data)
+    return StoredTrial(number, key, json.loads(settings), status, read, resolved, error, seconds, json.loads(pipeline))
+
+
+def _write_plan(connection: sqlite3.Connection, described: dict[str, Any], trials: Sequence[Planned]) -> None:
+    """The study and its plan; results that are there already stay."""
+    for name, value in described.items():
+        connection.execute(
+            "INSERT INTO study VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            (name, json.dumps(plain(value))),
+        )
+    connection.execute("UPDATE trials SET number = NULL")
+    for planned in trials:
+        connection.execute(
+            "INSERT INTO trials (key, number, settings, pipeline) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE "
+            "SET number = excluded.number, settings = excluded.settings",
+            (planned.key, planned.number, json.dumps(plain(planned.settings)), json.dumps(planned.pipeline)),
+        )
+
+
+def _create(path: Path, study: Study) -> None:
+    """A store with the plan and no results, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with _errors(path):
+            connection = sqlite3.connect(partial, isolation_level=None)
+            try:
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {FORMAT}")
+                connection.executescript(LAYOUT)
+                with connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                    _write_plan(connection, {**study.describe(), "started": started}, study.trials)
+            finally:
+                connection.close()
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """A connection to a file that is a store of this version, or :class:`StoreError`."""
+    with _errors(path):
+        # "rw" falls back to reading where the file may not be written, and cleans up after a writer that was killed.
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            connection.execute("PRAGMA synchronous = FULL")
+            found = connection.execute("PRAGMA application_id").fetchone()[0]
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if found != APPLICATION_ID:
+                raise StoreError(f"{path} is no results store of prunekit; name another file with --out")
+            if version != FORMAT:
+                raise StoreError(
+                    f"{path} is a results store of another version of prunekit (layout {version}, this one reads "
+                    f"{FORMAT}); use that version for it, or make a new store with --out"
+                )
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _locked(path: Path) -> filelock.BaseFileLock:
+    """The store's lock, held; the operating system lets it go when the process ends, however it ends."""
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        if path.is_dir():
+            raise StoreError(f"{path} is a folder; name a file with --out, such as {path}/study.sqlite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise StoreError(
+            f"results store {path} is in use by another prunekit; wait for it, stop it, or choose another with --out"
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"results store {path} cannot be written: {error.strerror or error}; choose another place with --out"
+        ) from None
+    return lock
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """SQLite's and the system's errors in one message with the remedy."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        message = str(error)
+        if "is full" in message or "disk I/O" in message:
+            remedy = "free some space and run the same command again; finished trials that were stored are kept"
+        elif "locked" in message:
+            remedy = "another program has it open; close that and run the same command again"
+        elif "not a database" in message or "malformed" in message:
+            remedy = "it is no results store of prunekit; name another file with --out"
+        else:
+            remedy = "make file and folder writable, or choose another place with --out"
+        raise StoreError(f"results store {path}: {message}; {remedy}") from None
+    except OSError as error:
+        raise StoreError(
+            f"results store {path} cannot be written: {error.strerror or error}; choose another place with --out"
+        ) from None

@@ -1,0 +1,92 @@
+"""Runs trials on one loaded model: what they share is measured once, and what goes wrong in one stays its own."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ...registry import Catalog, PrunekitError
+from ..calibration import Progress, no_progress
+from ..loading import Loaded, ModelSource, load
+from ..measuring import Known
+from ..pipeline import Pipeline
+from ..results import plain
+from ..shared_statistics import SharedStatistics
+from ..spec import PipelineSpec
+
+
+@dataclass
+class Outcome:
+    """What became of a trial: results.json's ``data`` and the resolved pipeline, or else an ``error``."""
+
+    data: dict[str, Any] | None
+    resolved: str | None
+    error: str | None
+    seconds: float
+
+
+class Worker:
+    """One loaded model, its dense measurements and shared calibration statistics."""
+
+    def __init__(self) -> None:
+        self._source: ModelSource | None = None
+        self._loaded: Loaded | None = None
+        self._dense: Known = {}
+        self._statistics = SharedStatistics()
+
+    def run(self, spec: PipelineSpec, progress: Progress = no_progress) -> Outcome:
+        """Run one trial; the model is loaded for the first, and again only for another ``spec.model``.
+
+        Only KeyboardInterrupt and SystemExit get through; every other error becomes :attr:`Outcome.error`:
+        the message of a :class:`PrunekitError`, or else kind, message and place.
+        """
+        began = time.perf_counter()
+        try:
+            results = Pipeline(spec).measure(progress, self._model(spec.model), self._dense, self._statistics)
+            data, resolved, error = plain(results.data), results.resolved, None
+        except PrunekitError as mistake:
+            data, resolved, error = None, None, str(mistake)
+        except Exception as failure:  # a trial that fails in whatever way must not stop the others
+            data, resolved, error = None, None, describe(failure)
+        if error is not None:
+            gc.collect()  # the failed trial's tensors, which its traceback held
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return Outcome(data, resolved, error, round(time.perf_counter() - began, 3))
+
+    def _model(self, source: ModelSource) -> Loaded:
+        if self._loaded is None or source != self._source:
+            self._loaded, self._dense, self._statistics = None, {}, SharedStatistics()
+            gc.collect()  # room for the next one
+            self._loaded, self._source = load(source), source
+        return self._loaded
+
+
+def read_trial(text: str) -> PipelineSpec:
+    """The trial's spec from its YAML, in a process that knows nothing of the study.
+
+    Trials with the same plugin files share their classes, so that dense measurements are found again.
+    """
+    data = yaml.safe_load(text)
+    return PipelineSpec.of(data, catalog=_catalog(tuple(map(Path, data.get("plugins") or ()))))
+
+
+@lru_cache(maxsize=8)
+def _catalog(files: tuple[Path, ...]) -> Catalog:
+    return Catalog.discover(files)
+
+
+def describe(failure: Exception) -> str:
+    """Kind, message and last place of an error that no class of ours foresaw."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    place = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    message = str(failure).strip()
+    return f"{type(failure).__name__}: {message or 'no message'}{place}"

@@ -1,0 +1,251 @@
+"""The results store: durable at once, resumed, refused with an explanation, and whole whatever goes wrong."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from prunekit.compress.ablation.store import Store
+from prunekit.compress.ablation.study import Study
+from prunekit.compress.ablation.worker import Outcome
+from prunekit.registry import StoreError
+
+STUDY = """\
+title: Seeds
+base: {prune: {use: pp}, calibration: {sequences: 4}}
+vary: {prune.ratio: [0.2, 0.4], seed: [0, 1]}
+published: [{where: {prune.ratio: 0.2}, metric: perplexity.loss, value: 1.5, source: here}]
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The study of a file with this text."""
+
+    def of(text: str = STUDY) -> Study:
+        path = tmp_path / "seeds.yaml"
+        path.write_text(text)
+        return Study.load(path)
+
+    return of
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "made" / "store.sqlite"
+
+
+def outcome(value=1.0, error=None) -> Outcome:
+    return Outcome(None if error else {"metrics": [{"pruned": {"loss": value}}]}, "resolved", error, 2.5)
+
+
+def refusal(call, *args, **options) -> str:
+    with pytest.raises(StoreError) as caught:
+        call(*args, **options)
+    return str(caught.value)
+
+
+@pytest.fixture
+def half(path, study):
+    """A store with one trial done and one failed."""
+    planned = study().trials
+    with Store.create_or_resume(path, study()) as store:
+        store.record(planned[0].key, outcome())
+        store.record(planned[2].key, outcome(error="it broke"))
+    return path
+
+
+def statuses(path: Path) -> list[str]:
+    with Store.open(path) as store:
+        return [trial.status for trial in store.trials]
+
+
+def test_a_finished_trial_is_on_the_disk_before_record_returns(path, study):
+    planned = study().trials
+    with Store.create_or_resume(path, study()) as store:
+        assert statuses(path) == ["waiting"] * 4
+        for index, trial in enumerate(planned[:2]):
+            store.record(trial.key, outcome(float(index)))
+            with Store.open(path) as reader:  # while the writer has it open
+                found = reader.trials[index]
+            assert (found.status, found.seconds, found.resolved, found.error) == ("done", 2.5, "resolved", None)
+            assert (found.number, found.key, found.settings) == (trial.number, trial.key, trial.settings)
+            assert found.data == outcome(float(index)).data
+    assert statuses(path) == ["done", "done", "waiting", "waiting"]
+
+
+def test_what_a_store_says_about_its_study(half, study):
+    with Store.open(half) as store:
+        said = store.study
+    assert (said["title"], said["axes"]) == ("Seeds", {"prune.ratio": [0.2, 0.4], "seed": [0, 1]})
+    assert said["text"] == STUDY
+    assert said["published"][0]["value"] == 1.5
+    assert {"torch", "prunekit"} <= set(said["versions"])
+    assert said["base"]["calibration"] == {"sequences": 4}
+    assert said["started"].startswith("20")
+
+
+def test_nan_and_infinity_survive(path, study):
+    key = study().trials[0].key
+    with Store.create_or_resume(path, study()) as store:
+        store.record(key, Outcome({"a": float("nan"), "b": [float("inf")]}, None, None, 1.0))
+        assert store.trials[0].data == {"a": "nan", "b": ["inf"]}
+
+
+def test_the_same_study_goes_on_and_a_failed_trial_may_be_done_again(half, study):
+    with Store.create_or_resume(half, study()) as store:
+        assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
+        assert store.trials[2].error == "it broke"
+        store.record(store.trials[2].key, outcome())
+    assert statuses(half) == ["done", "waiting", "done", "waiting"]
+
+
+def test_a_change_that_changes_no_trial_is_taken_over(half, study):
+    text = STUDY.replace("title: Seeds", "title: Better # a comment").replace("1.5", "1.6")
+    with Store.create_or_resume(half, study(text)) as store:
+        assert store.study["title"] == "Better"
+        assert store.study["text"] == text
+        assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "[0.2, 0.4]",
+            "[0.2, 0.3]",
+            ["axis prune.ratio: new 0.3; gone 0.4", "1 of its 2 finished", "3 of 4 would run"],
+        ),
+        ("sequences: 4", "sequences: 5", ["calibration.sequences: 4 -> 5 (in 4 trials)", "0 of its 2 finished"]),
+        (", seed: [0, 1]", "", ["axis seed: gone", "2 of its 2 finished trials still apply, 0 of 2 would run"]),
+        ("seed: [0, 1]", "seed: [0, 1], prune.skip_layers: [[0]]", ["axis prune.skip_layers: new, with [0]"]),
+        ("[0, 1]", "[1, 0]", ["axis seed: another order", "2 of its 2 finished trials still apply"]),
+        ("\npublished", "\nexclude: [{prune.ratio: 0.4, seed: 1}]\npublished", ["other trials of the same axes"]),
+    ],
+)
+def test_a_changed_file_is_explained_and_nothing_is_touched(half, study, old, new, words):
+    assert old in STUDY
+    before = half.read_bytes()
+    found = refusal(Store.create_or_resume, half, study(STUDY.replace(old, new)))
+    assert all(word in found for word in [str(half), "seeds.yaml", "--update", "--out", *words]), found
+    assert half.read_bytes() == before
+
+
+def test_update_keeps_what_applies_and_the_rest_for_the_way_back(half, study):
+    changed = study(STUDY.replace("[0.2, 0.4]", "[0.4, 0.6]").replace("{prune.ratio: 0.2}", "{}"))
+    with Store.create_or_resume(half, changed, update=True) as store:
+        assert [trial.settings["prune.ratio"] for trial in store.trials] == [0.4, 0.4, 0.6, 0.6]
+        assert [trial.status for trial in store.trials] == ["failed", "waiting", "waiting", "waiting"]
+        assert store.study["axes"]["prune.ratio"] == [0.4, 0.6]
+    with Store.create_or_resume(half, study(), update=True) as store:
+        assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
+        assert store.trials[0].data == outcome().data
+
+
+def test_a_changed_text_file_is_a_change(tmp_path, path, study):
+    text = STUDY.replace("sequences: 4", "file: words.txt")
+    (tmp_path / "words.txt").write_text("some words")
+    Store.create_or_resume(path, study(text)).close()
+    (tmp_path / "words.txt").write_text("other words now")
+    assert "calibration.file: content" in refusal(Store.create_or_resume, path, study(text))
+
+
+# Files that are no store, or not one of this version, or that cannot be written.
+
+
+def test_a_store_of_another_version(half, study):
+    connection = sqlite3.connect(half)
+    connection.execute("PRAGMA user_version = 7")
+    connection.close()
+    for open_it in (lambda: Store.open(half), lambda: Store.create_or_resume(half, study(), True)):
+        assert "another version of prunekit (layout 7, this one reads 1)" in refusal(open_it)
+
+
+@pytest.mark.parametrize("kind", ["text", "sqlite", "empty", "folder", "none"])
+def test_what_is_no_store(tmp_path, study, kind):
+    file = tmp_path / "file.sqlite"
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "sqlite":
+        connection = sqlite3.connect(file)
+        connection.execute("CREATE TABLE notes (a)")
+        connection.close()
+    elif kind != "none":
+        file.write_text("just some text, and not a database\n" * 30 if kind == "text" else "")
+    before = None if kind in ("folder", "none") else file.read_bytes()
+    words = "no results store"
+    assert words in refusal(Store.open, file)
+    if kind != "none":
+        expected = "is a folder; name a file with --out" if kind == "folder" else words
+        assert expected in refusal(Store.create_or_resume, file, study())
+        assert before is None or file.read_bytes() == before
+
+
+def test_a_store_that_another_process_writes(half, study):
+    with Store.create_or_resume(half, study()):
+        assert "is in use by another prunekit" in refusal(Store.create_or_resume, half, study())
+        assert statuses(half)[0] == "done"
+    Store.create_or_resume(half, study()).close()
+
+
+def test_a_store_that_another_program_has_locked(half, study, monkeypatch):
+    monkeypatch.setattr("prunekit.compress.ablation.store.BUSY_SECONDS", 0.05)
+    other = sqlite3.connect(half, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    assert "another program has it open" in refusal(Store.create_or_resume, half, study())
+    other.close()
+    Store.create_or_resume(half, study()).close()  # and our own lock was let go
+
+
+def test_a_full_disk_loses_nothing_that_was_stored(half, study):
+    planned = study().trials
+    with Store.create_or_resume(half, study()) as store:
+        pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+        store._connection.execute(f"PRAGMA max_page_count = {pages}")
+        large = Outcome({"numbers": list(range(50_000))}, None, None, 1.0)
+        found = refusal(store.record, planned[1].key, large)
+        assert "is full; free some space and run the same command again" in found
+        assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
+    with Store.create_or_resume(half, study()) as store:
+        store.record(planned[1].key, large)
+    assert statuses(half)[:2] == ["done", "done"]
+
+
+def test_places_that_cannot_be_written(tmp_path, study):
+    (tmp_path / "file").write_text("")
+    found = refusal(Store.create_or_resume, tmp_path / "file" / "store.sqlite", study())
+    assert "cannot be written" in found
+    assert "choose another place with --out" in found
+
+
+def test_a_store_that_may_only_be_read(half, study, monkeypatch):
+    connect = sqlite3.connect
+    read_only = lambda place, **options: connect(place.replace("mode=rw", "mode=ro"), **options)  # noqa: E731
+    monkeypatch.setattr(sqlite3, "connect", read_only)
+    found = refusal(Store.create_or_resume, half, study())
+    assert "readonly" in found
+    assert "make file and folder writable" in found
+
+
+def test_a_store_appears_whole_or_not_at_all(path, study, monkeypatch):
+    monkeypatch.setattr(
+        "prunekit.compress.ablation.store._write_plan",
+        lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("database or disk is full")),
+    )
+    assert "free some space" in refusal(Store.create_or_resume, path, study())
+    assert [found.name for found in path.parent.iterdir()] == [".store.sqlite.lock"]
+
+
+def test_a_write_that_was_cut_off_is_taken_back(half, study):
+    """A copy taken between two writes of a transaction looks as after a crash: the journal beside it says what was."""
+    writer = sqlite3.connect(half, isolation_level=None)
+    writer.execute("PRAGMA cache_size = 1")
+    writer.execute("BEGIN IMMEDIATE")
+    writer.execute("UPDATE trials SET status = 'failed', data = ?", (json.dumps(list(range(20_000))),))
+    cut_off = half.with_name("cut-off.sqlite")
+    cut_off.write_bytes(half.read_bytes())
+    journal = half.with_name(half.name + "-journal")
+    cut_off.with_name(cut_off.name + "-journal").write_bytes(journal.read_bytes())
+    writer.execute("ROLLBACK")
+    writer.close()
+    assert statuses(cut_off) == ["done", "waiting", "failed", "waiting"]
