@@ -249,3 +249,11 @@ def test_a_write_that_was_cut_off_is_taken_back(half, study):
     writer.execute("ROLLBACK")
     writer.close()
     assert statuses(cut_off) == ["done", "waiting", "failed", "waiting"]
+
+
+def test_a_store_that_is_deleted_while_it_is_written(path, study):
+    planned = study().trials
+    with Store.create_or_resume(path, study()) as store:
+        store.record(planned[0].key, outcome())
+        path.unlink()
+        assert "moved or deleted meanwhile" in refusal(store.record, planned[1].key, outcome())

@@ -268,7 +268,9 @@ def _errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         message = str(error)
-        if "is full" in message or "disk I/O" in message:
+        if "readonly" in message and not path.exists():
+            message, remedy = "it was moved or deleted meanwhile", "put it back, and run the same command again"
+        elif "is full" in message or "disk I/O" in message:
             remedy = "free some space and run the same command again; finished trials that were stored are kept"
         elif "locked" in message:
             remedy = "another program has it open; close that and run the same command again"

@@ -1,0 +1,213 @@
+"""Accuracy on the tasks of lm-evaluation-harness, through its Python API on the live model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy
+from pydantic import Field, field_validator
+
+from ..registry import Evaluator, Measurement, SpecError, Subject, hookimpl, near
+from ..registry.tokens import context_length
+from .inputs import setting
+
+OLDEST = (0, 4, 12)
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "paper7": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+}
+"""Names for several tasks: paper7 are the seven of LLM-Pruner's, FLAP's and PP's tables."""
+
+LLM_PRUNER: dict[str, str] = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm"}
+"""Tasks for which LLM-Pruner's table, and those that repeat its dense row, have acc_norm; acc for all others."""
+
+
+def _or_alone(schema: dict[str, Any]) -> None:
+    """JSON Schema of a list whose only item may be written without the brackets."""
+    listed = {key: schema.pop(key) for key in ("type", "items", "minItems") if key in schema}
+    schema["anyOf"] = [listed["items"], listed]
+
+
+class ZeroShot(Evaluator):
+    """Accuracy on tasks of lm-evaluation-harness with its standard error, and the mean over the tasks.
+
+    Answers are compared by their log-likelihood after the prompt, from a float32 log-softmax. lm-eval sorts a task's
+    requests by length, longest first, and runs ``batch_size`` at a time. What a strategy that probes answers depends
+    on both, so both are fixed and recorded, and every task begins with the calibrated histories. Batches whose rows
+    differ in length are padded on the right and come with an attention mask, which lm-eval by itself leaves out.
+    """
+
+    name: Literal["zero_shot"] = "zero_shot"
+    tasks: tuple[str, ...] = Field(
+        ("true_continuation",),
+        min_length=1,
+        json_schema_extra=_or_alone,
+        description="lm-eval's tasks or groups, those of task_folder, true_continuation (bundled), or paper7: BoolQ, "
+        "PIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA",
+    )
+    task_folder: tuple[Path, ...] = Field(
+        (),
+        json_schema_extra=_or_alone,
+        description="folders with task files (.yaml) of your own; their relative data files lie beside them",
+    )
+    metric: str = Field(
+        "acc",
+        description="the metric of every task, such as acc, acc_norm or exact_match; llm_pruner: acc_norm for "
+        "HellaSwag, ARC-Challenge and OpenBookQA, else acc, as in LLM-Pruner's table",
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="solved examples before each question; null: the task's own"
+    )
+    limit: int | None = Field(None, ge=1, description="use at most this many documents of each task")
+    batch_size: int = Field(32, ge=1, description="rows per batch; strategies that probe decide per batch")
+    max_length: int | None = Field(
+        None, ge=2, description="tokens that the model sees at most, the last ones; null: the model's context"
+    )
+    seed: int = Field(
+        1234, ge=0, lt=2**32, description="which examples are shown, and what tasks draw; 1234 is lm-eval's own"
+    )
+
+    @field_validator("tasks", "task_folder", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _a_number(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("auto"):
+            raise ValueError(
+                f"give a number (found {value!r}): lm-eval would choose by the memory that is free, but the answers of "
+                "a strategy that probes depend on the batch; and its trials would teach the history made-up tokens"
+            )
+        return value
+
+    @field_validator("task_folder")
+    @classmethod
+    def _has_tasks(cls, folders: tuple[Path, ...]) -> tuple[Path, ...]:
+        for folder in folders:
+            if not folder.is_dir():
+                raise ValueError(f"there is no folder {folder}; name one that holds lm-eval task files (.yaml)")
+            if next(folder.rglob("*.yaml"), None) is None:
+                raise ValueError(f"{folder} holds no lm-eval task file (.yaml); name a folder that does")
+        return folders
+
+    def check(self, model: Any) -> None:
+        """Raise SpecError where ``max_length`` is beyond the model's context."""
+        context = context_length(model)
+        if self.max_length and context and self.max_length > context:
+            raise SpecError(
+                f"zero_shot.max_length: {self.max_length} tokens are more than the model's context of {context}; "
+                f"set max_length to {context} or less"
+            )
+
+    def evaluate(self, subject: Subject) -> Measurement:
+        """Run the tasks.
+
+        Raises SpecError (no usable lm-eval, unknown task or metric, context exceeded) and DataError (a task's data,
+        or a prompt, that cannot be had or used).
+        """
+        harness, harness_tasks, found = _lm_eval()
+        self.check(subject.model)
+        context = context_length(subject.model)
+        names = tuple(dict.fromkeys(name for task in self.tasks for name in PRESETS.get(task, (task,))))
+        random.seed(self.seed)
+        numpy.random.seed(self.seed)  # tasks that shuffle draw from these two
+        with harness.quiet():
+            loaded = harness_tasks.load_tasks(names, self.task_folder, self.num_fewshot, self.seed)
+            for name, task in [pair for one in loaded.values() for pair in one["tasks"].items()]:
+                if task.OUTPUT_TYPE != "generate_until" and not callable(task.config.process_results):
+                    self._key(name, {f"{metric},": None for metric in task.aggregation()})
+            lm = harness.MaskedLM(subject, self.batch_size, self.max_length or context)
+            results = {name: self._run(lm, loaded[name]) for name in names}
+        return self._measurement(subject, lm, results, found)
+
+    def _run(self, lm: Any, task_dict: Mapping[str, Any]) -> dict[str, Any]:
+        from lm_eval.api.metrics import mean
+        from lm_eval.evaluator import evaluate
+
+        # The standard error of a mean has a formula; lm-eval finds all others by running processes for minutes.
+        plain = all(each is mean for task in task_dict["tasks"].values() for each in task.aggregation().values())
+        try:
+            return evaluate(lm=lm, task_dict=task_dict, limit=self.limit, bootstrap_iters=int(plain), log_samples=True)
+        except (AssertionError, ValueError) as error:  # how lm-eval refuses a task's settings
+            raise SpecError(f"zero_shot: lm-eval cannot run {', '.join(task_dict['tasks'])}: {error}") from error
+
+    def _measurement(self, subject: Subject, lm: Any, results: Mapping[str, Any], found: str) -> Measurement:
+        values: dict[str, float | None] = {}
+        protocol_tasks, scores, errors = {}, {}, {}
+        for name, result in results.items():
+            measured = result["results"]
+            whole = name in measured and any("," in key for key in measured[name])
+            for task in (name,) if whole else tuple(result["samples"]):
+                key = self._key(task, measured[task])
+                values[task] = measured[task][key]
+                metric, _, filter_name = key.partition(",")
+                error = measured[task].get(f"{metric}_stderr,{filter_name}")
+                errors[f"{task}_stderr"] = error if isinstance(error, float) else None
+                protocol_tasks[task] = {"metric": key, "version": str(result["versions"].get(task))}
+            for task, documents in result["samples"].items():
+                metric, _, filter_name = self._key(task, measured[task]).partition(",")
+                chosen = [one[metric] for one in documents if one["filter"] == filter_name]
+                scores[task] = [float(one) if isinstance(one, (int, float)) else None for one in chosen]
+                protocol_tasks.setdefault(task, {"part_of": name, "version": str(result["versions"].get(task))})
+                protocol_tasks[task] |= {"documents": len(chosen), "num_fewshot": result["n-shot"].get(task)}
+        mean = fmean(values.values())
+        protocol = {
+            "lm_eval": found,
+            "tasks": protocol_tasks,
+            "limit": self.limit,
+            "batch_size": self.batch_size,
+            "order": "task by task from calibrated histories; within a task by length, longest first",
+            "padding": "right, with attention mask (generation: left)",
+            "logits_cache": True,
+            "log_softmax": "float32",
+            "max_length": lm.max_length,
+            "bos": lm.adds_bos,
+            "seed": self.seed,
+            **setting(subject.model),
+        }
+        cut = f"{lm.shortened} prompts were longer than {lm.max_length} tokens and lost their beginning"
+        return Measurement(
+            {**values, **errors, "mean": mean}, protocol, [cut] if lm.shortened else [], {"scores": scores}
+        )
+
+    def _key(self, task: str, measured: Mapping[str, Any]) -> str:
+        """How lm-eval's results call the metric, with its filter: ``acc,none``; raises SpecError."""
+        wanted = LLM_PRUNER.get(task, "acc") if self.metric == "llm_pruner" else self.metric
+        keys = [key for key in measured if "," in key and "_stderr," not in key]
+        for key in keys:
+            metric, _, filter_name = key.partition(",")
+            if wanted in (key, metric) or (not filter_name and wanted.partition(",")[0] == metric):
+                return key
+        known = ", ".join(dict.fromkeys(key.removesuffix(",none").rstrip(",") for key in keys))
+        raise SpecError(
+            f"zero_shot.metric: task {task} has no metric {wanted!r}{near(wanted, known.split(', '))}; it has "
+            f"{known or 'none'}. Tasks that need different metrics go into a zero_shot each"
+        )
+
+
+def _lm_eval() -> tuple[Any, Any, str]:
+    """Our modules that need lm-eval, and its version; importing it takes a second, so nothing does before it must."""
+    remedy = f"pip install 'lm-eval>={'.'.join(map(str, OLDEST))}'"
+    try:
+        found = version("lm_eval")
+    except PackageNotFoundError:
+        raise SpecError(f"zero_shot needs lm-eval, which is not installed: {remedy}") from None
+    if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < OLDEST:
+        raise SpecError(f"zero_shot cannot use lm-eval {found}: {remedy}")
+    try:
+        from . import harness, harness_tasks
+    except ImportError as error:
+        raise SpecError(f"zero_shot cannot import lm-eval {found} ({error}): {remedy}") from error
+    return harness, harness_tasks, found
+
+
+@hookimpl
+def evaluators() -> list[type[Evaluator]]:
+    return [ZeroShot]
