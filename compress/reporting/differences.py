@@ -1,0 +1,94 @@
+"""What two runs differ in: settings, where they come from, and results beside each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..report import number
+from .findings import finite, resolved_settings
+from .protocols import fact
+
+IGNORED = ("output.", "plugins")
+"""Settings that say where results go, or are told by their components' providers."""
+
+ABSENT = object()
+"""Stands for a key that one side does not have."""
+
+Line = tuple[str, str, str]
+
+
+def settings(a: str | None, b: str | None) -> list[Line]:
+    """Settings of two resolved pipelines that differ: key, A's value, B's value."""
+    left, right = resolved_settings(a), resolved_settings(b)
+    found = _differing(left, right)
+    # A part that one side has none of: its options say so already.
+    parts = {key[:end] for key, *_ in found for end in range(len(key)) if key[end] == "."}
+    return [line for line in found if line[0] not in parts and not line[0].startswith(IGNORED)]
+
+
+def origins(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
+    """Differences in model, calibration text, machine, providers of components and versions."""
+    return _differing(_origin(a), _origin(b))
+
+
+def _origin(data: dict[str, Any]) -> dict[str, Any]:
+    found = {f"model {key}": value for key, value in data["model"].items()}
+    found |= {"calibration fingerprint": (data.get("calibration") or {}).get("fingerprint")}
+    for outcome in data["metrics"]:
+        machine = ("processor", "accelerator", "threads", "clock")
+        found |= {key: outcome["protocol"][key] for key in machine if key in outcome["protocol"]}
+    found |= {"components from": sorted(data.get("plugins") or {})}
+    return found | {f"version of {name}": version for name, version in data["versions"].items()}
+
+
+def protocols(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
+    """Differences in how the evaluators that both have measured."""
+    found: list[Line] = []
+    for label, (left, right) in _shared(a, b).items():
+        found += [(f"{label}: {key}", *rest) for key, *rest in _differing(left["protocol"], right["protocol"])]
+    return [line for line in found if line[1] != line[2]]
+
+
+def results(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Measurement, dense, A, B and what B is relative to A; one line for each value that either has.
+
+    Dense values that are not the same stand beside each other.
+    """
+    sides = [{outcome["label"]: outcome for outcome in data["metrics"]} for data in (a, b)]
+    rows = []
+    for label in dict.fromkeys(label for side in sides for label in side):
+        outcomes = [side.get(label) or {"pruned": {}, "dense": None} for side in sides]
+        for name in dict.fromkeys(name for outcome in outcomes for name in outcome["pruned"]):
+            first, second = (outcome["pruned"].get(name) for outcome in outcomes)
+            if first is None and second is None:
+                continue
+            dense = [number((outcome["dense"] or {}).get(name)) for outcome in outcomes]
+            said = dense[0] if dense[0] == dense[1] else " / ".join(dense)
+            title = label if label == name else f"{label}: {name}"
+            rows.append((title.replace("_", " "), said, number(first), number(second), _relative(name, first, second)))
+    return rows
+
+
+def _relative(name: str, first: Any, second: Any) -> str:
+    if finite(first) is None or finite(second) is None:
+        return ""
+    if first == second:
+        return "same"
+    if name == "loss" or not first or second / first <= 0:  # a logarithm, or no ratio to be had
+        return f"{second - first:+.3g}"
+    return f"x {second / first:.3g}"
+
+
+def _shared(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    others = {outcome["label"]: outcome for outcome in b["metrics"]}
+    return {o["label"]: (o, others[o["label"]]) for o in a["metrics"] if o["label"] in others}
+
+
+def _differing(left: dict[str, Any], right: dict[str, Any]) -> list[Line]:
+    keys = dict.fromkeys([*left, *right])
+    pairs = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys]
+    return [(key, _said(one), _said(other)) for key, one, other in pairs if one != other]
+
+
+def _said(value: Any) -> str:
+    return "-" if value is ABSENT else "none" if value is None else fact(value)
