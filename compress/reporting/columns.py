@@ -34,6 +34,8 @@ class Column:
     """Whether it says how good the model's answers are."""
     relative: bool = False
     """Whether the pruned value is divided by the dense one."""
+    rank: int = 0
+    """Which of the main table's columns come first: 0 quality, cost, time and PRR, then 1, then 2."""
 
     @property
     def key(self) -> str:
@@ -92,25 +94,28 @@ KNOWN: dict[str, tuple[Column, ...]] = {
     ),
     "cost": (
         Column("", "flops_ratio", "FLOPs", "operations per token of a prefill, relative to dense", "lower", "share"),
-        Column("", "parameters_ratio", "parameters", "parameters that stay, relative to dense", "lower", "share"),
+        Column("", "parameters_ratio", "parameters", "parameters that stay, relative to dense", "lower", "share",
+               rank=1),
     ),
     "latency": (
         Column("", "prefill_ratio", "prefill time", "seconds of a prefill, relative to dense", "lower", "times"),
-        Column("", "decode_ratio", "decode time", "seconds of a decoded token, relative to dense", "lower", "times"),
+        Column("", "decode_ratio", "decode time", "seconds of a decoded token, relative to dense", "lower", "times",
+               rank=1),
     ),
     "memory": (
-        Column("", "prefill_peak", "peak memory", "peak bytes of a prefill, relative to dense", "lower", "share",
-               relative=True),
+        Column("", "prefill_peak", "extra memory",
+               "peak bytes of a prefill beyond weights and statistics, relative to dense; a cut model holds copies of "
+               "the weights it keeps", "lower", "share", relative=True, rank=2),
     ),
     "prr": (
         Column("", "prr", "PRR", "perplexity points lost for every second of a batch saved", "lower"),
     ),
     "similarity": (
-        Column("", "cka", "CKA", "linear CKA with the dense model's layers, mean", "higher", "number"),
+        Column("", "cka", "CKA", "linear CKA with the dense model's layers, mean", "higher", "number", rank=1),
     ),
     "overlap": (
         Column("", "full_batch", "overlap", "Jaccard overlap of the kept units with full-batch probing, mean", None,
-               "times"),
+               "times", rank=1),
     ),
 }  # fmt: skip
 """Evaluator -> the values of it that the main table shows, and plots use."""
@@ -126,7 +131,7 @@ def main_columns(findings: Findings) -> list[Column]:
         found += [
             replace(column, label=label, title=column.title + apart[label]) for label in labels for column in known
         ]
-    found = [column for column in found if measured(findings, column)]
+    found = sorted((column for column in found if measured(findings, column)), key=lambda column: column.rank)
     others = [column for column in all_columns(findings) if evaluators[column.label] not in KNOWN]
     return found + others[:PLUGIN_VALUES]
 

@@ -84,7 +84,7 @@ def _overlap(table: Table, what: str) -> Plot | None:
     found = [(c, details) for c, details in found if any(_numbers(values) for values in details.values())]
     once = [c for c, details in found if what == "between_batches" and _always_one(details)]
     found = sorted((pair for pair in found if pair[0] not in once), key=lambda pair: -(pair[0].ratio or 0))
-    rows = found[:MOST_LINES]
+    rows = _few(found)
     if not rows:
         return None
     series = Series(table)
@@ -114,9 +114,20 @@ def _overlap(table: Table, what: str) -> Plot | None:
         if once:
             caption += " Configurations that decide once have 1 everywhere and are left out."
         if len(found) > len(rows):
-            caption += f" The {MOST_LINES} configurations of the highest ratios, of {len(found)}."
+            caption += f" Shown are {len(rows)} of {len(found)} configurations, those cut hardest."
         name = "overlap-" + what.replace("_", "-")
         return finished(figure, name, f"Overlap per layer, {OVERLAPS[what]}", caption, wide=True)
+
+
+def _few(found: list[tuple[Configuration, dict]]) -> list[tuple[Configuration, dict]]:
+    """All configurations of the highest ratios, as many whole ratios as can be told apart in one figure."""
+    rows: list[tuple[Configuration, dict]] = []
+    for ratio in dict.fromkeys(configuration.ratio for configuration, _ in found):
+        same = [pair for pair in found if pair[0].ratio == ratio]
+        if rows and len(rows) + len(same) > MOST_LINES:
+            break
+        rows += same
+    return rows[:MOST_LINES]
 
 
 def _details(table: Table, configuration: Configuration, what: str) -> dict[str, list]:
