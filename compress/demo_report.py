@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .report import number, share
+from .report import TIE, number, share
 
 HEAD = ("cut", "strategy", "other text", "same kind", "accuracy", "FLOPs", "parameters", "time per batch")
-
-TIE = 0.01
-"""Perplexities closer than this share are called equal."""
 
 SITUATIONS = {"other": "other text", "same": "same kind"}
 """Situation -> its column in the table."""

@@ -7,6 +7,9 @@ from typing import Any
 
 HEAD = ("measurement", "dense", "pruned", "change")
 
+TIE = 0.01
+"""Perplexities closer than this share are called equal, where nothing is known of their spread."""
+
 
 def number(value: Any) -> str:
     """A value as people read it: four significant digits, thousands apart."""

@@ -22,9 +22,10 @@ def test_every_example_is_valid_and_resolves_to_itself(path, tmp_path):
     spec = PipelineSpec.load(path)
     again = tmp_path / "resolved.yaml"
     again.write_text(spec.to_yaml())
-    assert PipelineSpec.load(again).model_dump() == spec.model_copy(
-        update={"output": spec.output.model_copy(update={"dir": None})}
-    ).model_dump()
+    assert (
+        PipelineSpec.load(again).model_dump()
+        == spec.model_copy(update={"output": spec.output.model_copy(update={"dir": None})}).model_dump()
+    )
 
 
 def test_the_page_names_every_section_and_key():

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..results import plain
-from .planned import spelt
+from .planned import StoredTrial, spelt
 
 if TYPE_CHECKING:
-    from .store import StoredTrial
     from .study import Study
 
 MOST_LINES = 12

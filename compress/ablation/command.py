@@ -12,8 +12,8 @@ from .. import printing
 from ..provenance import versions
 from .display import Display
 from .local import run_local
-from .planned import Planned
-from .store import Store, StoredTrial
+from .planned import Planned, StoredTrial
+from .store import Store
 from .study import Study
 from .worker import Outcome
 

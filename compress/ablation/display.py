@@ -9,8 +9,7 @@ from typing import Protocol
 
 from ..calibration import Progress
 from ..printing import Bars
-from .planned import Planned
-from .store import StoredTrial
+from .planned import Planned, StoredTrial
 from .worker import Outcome
 
 

@@ -1,4 +1,4 @@
-"""One trial of a study: its settings, its pipeline, and the key that it is stored under."""
+"""One trial of a study, as planned and as stored: its settings, its pipeline, and the key that tells them apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..results import plain
 from ..spec import PipelineSpec
@@ -30,6 +30,30 @@ class Planned:
     @property
     def label(self) -> str:
         """One line that tells the trial from the others: ``pp 0.4 other seed 1``."""
+        return label_of(self.settings)
+
+
+Status = Literal["waiting", "done", "failed"]
+
+
+@dataclass
+class StoredTrial:
+    """A trial of the plan and what became of it; ``data`` is results.json's content, NaN and infinity as text."""
+
+    number: int
+    key: str
+    settings: dict[str, Any]
+    status: Status
+    data: dict[str, Any] | None
+    resolved: str | None
+    error: str | None
+    seconds: float | None
+    pipeline: dict[str, Any]
+    """Everything that the key stands for."""
+
+    @property
+    def label(self) -> str:
+        """As :attr:`Planned.label`."""
         return label_of(self.settings)
 
 

@@ -7,17 +7,16 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from ...registry import StoreError
 from ..results import plain
 from .changes import explain
-from .planned import Planned, label_of
+from .planned import Planned, StoredTrial
 from .worker import Outcome
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ FORMAT = 1
 
 BUSY_SECONDS = 20.0
 """How long a reader waits for a write to end."""
-
-Status = Literal["waiting", "done", "failed"]
 
 LAYOUT = """
 CREATE TABLE study (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -48,27 +45,6 @@ CREATE TABLE trials (
 """``number`` is the place in the plan, null for a trial that an earlier version of the file had."""
 
 COLUMNS = "number, key, settings, status, data, resolved, error, seconds, pipeline"
-
-
-@dataclass
-class StoredTrial:
-    """A trial of the plan and what became of it; ``data`` is results.json's content, NaN and infinity as text."""
-
-    number: int
-    key: str
-    settings: dict[str, Any]
-    status: Status
-    data: dict[str, Any] | None
-    resolved: str | None
-    error: str | None
-    seconds: float | None
-    pipeline: dict[str, Any]
-    """Everything that the key stands for."""
-
-    @property
-    def label(self) -> str:
-        """As :attr:`Planned.label`."""
-        return label_of(self.settings)
 
 
 class Store:

@@ -116,6 +116,8 @@ KNOWN: dict[str, tuple[Column, ...]] = {
     "overlap": (
         Column("", "full_batch", "overlap", "Jaccard overlap of the kept units with full-batch probing, mean", None,
                "times", rank=1),
+        Column("", "chance", "overlap by chance", "Jaccard overlap of as many units drawn at random, mean", None,
+               "times", rank=1),
     ),
 }  # fmt: skip
 """Evaluator -> the values of it that the main table shows, and plots use."""

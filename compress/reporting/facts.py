@@ -26,6 +26,7 @@ def facts(findings: Findings) -> list[tuple[str, str]]:
         ("Model", models),
         ("Measured on", texts),
         ("Calibrated on", calibrations or "nothing"),
+        ("Untouched layers", _distinct(_untouched(data) for data in done)),
         ("Machine", machines),
         ("Trials", _trials(findings)),
         ("Run", _dates(data["started"] for data in done)),
@@ -70,6 +71,18 @@ def _text(protocol: dict[str, Any]) -> str:
 
 def _calibration(calibration: dict[str, Any]) -> str:
     return f"{calibration['text']}, {calibration['sequences']} sequences of {calibration['length']} tokens"
+
+
+def _untouched(data: dict[str, Any]) -> str:
+    """Layers that keep every unit although the ratio is not 0: skipped ones, and what rounding or scores spare."""
+    if not (data.get("ratio") or {}).get("units_cut"):
+        return ""
+    whole = [
+        layer["layer"]
+        for layer in data.get("layers") or ()
+        if all(site["kept"] == site["units"] for kind, site in layer.items() if kind != "layer")
+    ]
+    return ", ".join(map(str, whole)) or "none"
 
 
 def _machine(data: dict[str, Any]) -> str:

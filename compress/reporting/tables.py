@@ -10,6 +10,7 @@ from typing import Any
 from ..report import table as markdown_table
 from .aggregate import RATIO, Table
 from .columns import Column, all_columns
+from .facts import facts
 from .findings import axis_title, finite
 from .plots import Plot
 from .protocols import Protocols
@@ -63,9 +64,9 @@ def markdown(table: Table, plots: Sequence[Plot]) -> str:
         lines.append("")
     for plot in plots:
         lines += [f"## {plot.title}", "", f"![{plot.title}](plots/{plot.name}.png)", "", plot.caption, ""]
-    lines += ["## How it was measured", ""]
-    for label, facts in protocols.by_label.items():
-        lines.append(f"- **{label}**: " + "; ".join(f"{name}: {value}" for name, value in facts.items()))
+    lines += ["## How it was measured", "", *(f"- **{name}**: {text}" for name, text in facts(findings))]
+    for label, protocol in protocols.by_label.items():
+        lines.append(f"- **{label}**: " + "; ".join(f"{name}: {value}" for name, value in protocol.items()))
     lines += ["", "table.csv and table.tex hold the table above, trials.csv every trial with every value.", ""]
     return "\n".join(_single_blank(lines))
 

@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from math import sqrt
 
-from ..demo_report import TIE
-from ..report import number, share
+from ..report import TIE, number, share
 from .aggregate import RATIO, USE, Configuration, Dense, Table
 from .bootstrap import Interval, Windows, paired_interval, unpaired
 from .columns import Column
