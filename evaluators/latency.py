@@ -101,6 +101,7 @@ class Latency(Evaluator):
         }
         return {
             "prefill": "seconds per batch, logits at every position, no cache",
+            "gather": "of weights: a cut made once gathers before the clock starts; one made per batch in its prefill",
             "prefill_samples": self.pairs,
             **(decoding if self.decode_steps else {}),
             "seconds": "median of the samples",

@@ -16,7 +16,8 @@ class PerformanceRuntimeRatio(Evaluator):
     improves perplexity. Where no time is saved there is no ratio: both are None, and a note says so.
 
     The run's first ``perplexity`` and ``latency`` are taken (with their defaults where it lists none), and
-    what they have measured is not measured again. The times are the medians of the timed prefills.
+    what they have measured is not measured again. The dense time is the median of the timed prefills, the pruned one
+    that times the median of the paired ratios: so a machine that slows down meanwhile is no saving.
     """
 
     paired: ClassVar[bool] = True
@@ -30,13 +31,15 @@ class PerformanceRuntimeRatio(Evaluator):
         with subject.dense():
             dense = subject.measure("perplexity")
         perplexities = pruned.values.get("perplexity"), dense.values.get("perplexity")
-        seconds = latency.values["prefill_seconds"], latency.values["dense_prefill_seconds"]
+        dense_seconds = latency.values["dense_prefill_seconds"]
+        seconds = dense_seconds * latency.values["prefill_ratio"], dense_seconds
         prr, relative, notes = ratios(perplexities, seconds)
         protocol = {
             "prr": "perplexity points per second of a batch's prefill that is saved",
             "relative": "relative rise of perplexity divided by the relative saving of time",
             "pruned_perplexity": perplexities[0],
             "dense_perplexity": perplexities[1],
+            "seconds": "of a batch's prefill: dense the median, pruned that times the median of the paired ratios",
             "pruned_seconds": seconds[0],
             "dense_seconds": seconds[1],
             "perplexity": pruned.protocol,

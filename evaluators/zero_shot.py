@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +26,19 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 LLM_PRUNER: dict[str, str] = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm"}
 """Tasks for which LLM-Pruner's table, and those that repeat its dense row, have acc_norm; acc for all others."""
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Seeds the two generators that tasks draw from, and puts them back."""
+    states = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def _or_alone(schema: dict[str, Any]) -> None:
@@ -116,9 +130,7 @@ class ZeroShot(Evaluator):
         self.check(subject.model)
         context = context_length(subject.model)
         names = tuple(dict.fromkeys(name for task in self.tasks for name in PRESETS.get(task, (task,))))
-        random.seed(self.seed)
-        numpy.random.seed(self.seed)  # tasks that shuffle draw from these two
-        with harness.quiet():
+        with harness.quiet(), _drawing_from(self.seed):
             loaded = harness_tasks.load_tasks(names, self.task_folder, self.num_fewshot, self.seed)
             for name, task in [pair for one in loaded.values() for pair in one["tasks"].items()]:
                 if task.OUTPUT_TYPE != "generate_until" and not callable(task.config.process_results):

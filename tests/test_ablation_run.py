@@ -131,6 +131,27 @@ def test_one_model_one_dense_baseline(study, monkeypatch):
     assert all(outcome.error is None for outcome in outcomes.values())
 
 
+def test_another_model_shares_nothing(study, monkeypatch):
+    load = worker_module.load
+
+    def loading(source):
+        """The folder's model computes something else than the bundled one."""
+        loaded = load(source)
+        if source.name:
+            weight = loaded.model.get_input_embeddings().weight
+            weight.data = weight.data.flip(0)
+        return loaded
+
+    monkeypatch.setattr(worker_module, "load", loading)
+    models = f"vary: {{prune.use: [wanda_sp], model: {{bundled: {{}}, folder: {{model.name: {MODEL}}}}}}}"
+    planned = study(SMALL.replace("vary: {prune.use: [pp, flap], seed: [0, 1, 2]}", models)).trials
+    worker = Worker()
+    first, second = (worker.run(trial.spec).data["metrics"] for trial in planned)
+    alone = Worker().run(planned[1].spec).data["metrics"]
+    assert [second[0][side] for side in ("dense", "pruned")] == [alone[0][side] for side in ("dense", "pruned")]
+    assert second[0]["dense"] != first[0]["dense"]
+
+
 def test_trials_that_share_run_in_a_row(study):
     planned = study(
         "base: {prune: {use: pp}}\nvary: {prune.ratio: [0.2, 0.4], calibration.length: [64, 32], "

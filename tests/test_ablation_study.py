@@ -125,6 +125,20 @@ def test_the_key_is_of_the_content_and_not_of_the_place(write, tmp_path):
     assert not set(keys("here", study=text.replace("0.4", "0.3"))) & set(here)
 
 
+def test_a_task_folder_and_a_model_folder_are_part_of_the_key(write):
+    files = ("model/config.json", "model/model.safetensors", "tasks/own.yaml", "tasks/own.jsonl")
+    for name in files:
+        write("{}", name)
+    tasks = "{name: zero_shot, tasks: own, task_folder: tasks}"
+    base = f"{{model: {{name: model}}, prune: {{use: pp, ratio: 0.2}}, evaluate: [{tasks}]}}"
+    path = write(f"base: {base}\ntrials: [{{}}]")
+    seen = {Study.load(path).trials[0].key}
+    for name in files:
+        write("{} ", name)
+        seen.add(Study.load(path).trials[0].key)
+    assert len(seen) == 1 + len(files)
+
+
 def test_settings_change_base_and_axes(write):
     path = write(FULL + "vary: {prune.ratio: [0.2, 0.4], seed: [0, 1]}")
     study = Study.load(path, ["calibration.sequences=3", "vary.prune.ratio=[0.1]", "vary.seed=null", "title=Small"])

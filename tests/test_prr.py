@@ -35,7 +35,7 @@ def found():
             if evaluator == "perplexity":
                 return Measurement({"perplexity": perplexities[mode[0]]}, {"window": 512})
             assert evaluator == "latency" and not mode[0]
-            values = {"prefill_seconds": seconds[0], "dense_prefill_seconds": seconds[1]}
+            values = {"prefill_ratio": seconds[0] / seconds[1], "dense_prefill_seconds": seconds[1]}
             return Measurement(values, {"clock": "wall clock", "batch_size": 20})
 
         return PerformanceRuntimeRatio().evaluate(Subject(None, None, None, dense, None, measure=measure))
@@ -45,10 +45,10 @@ def found():
 
 def test_points_for_each_second_that_is_saved(found):
     measured = found((16.0, 6.0), (3.0, 7.0))
-    assert measured.values == {"prr": 2.5, "relative": pytest.approx((10 / 6) / (4 / 7))}
+    assert measured.values == {"prr": pytest.approx(2.5), "relative": pytest.approx((10 / 6) / (4 / 7))}
     assert measured.notes == []
     expected = {"pruned_perplexity": 16, "dense_perplexity": 6, "pruned_seconds": 3, "dense_seconds": 7}
-    assert {key: measured.protocol[key] for key in expected} == expected
+    assert {key: measured.protocol[key] for key in expected} == pytest.approx(expected)
     assert measured.protocol["perplexity"] == {"window": 512}
     assert measured.protocol["latency"] == {"clock": "wall clock", "batch_size": 20}
     assert "perplexity points per second" in measured.protocol["prr"]
@@ -60,7 +60,7 @@ def test_relative_values_depend_on_no_machine(found):
 
 
 def test_a_better_perplexity_is_below_zero(found):
-    assert found((5.0, 6.0), (3.0, 7.0)).values["prr"] == -0.25
+    assert found((5.0, 6.0), (3.0, 7.0)).values["prr"] == pytest.approx(-0.25)
 
 
 @pytest.mark.parametrize("pruned", [7.0, 7.5])
@@ -105,7 +105,7 @@ class CountingLatency(Counting):
 
     def evaluate(self, subject):
         self.times.append(self.name)
-        return Measurement({"prefill_seconds": 1.0, "dense_prefill_seconds": 3.0}, {"clock": "none"})
+        return Measurement({"prefill_ratio": 1 / 3, "dense_prefill_seconds": 3.0}, {"clock": "none"})
 
 
 def test_nothing_is_measured_twice(make_model, batches):
@@ -122,7 +122,7 @@ def test_nothing_is_measured_twice(make_model, batches):
             measuring.measure(evaluator)
     assert Counting.times == ["perplexity", "perplexity", "latency"]
     assert (dense, kept) == (19.2, 96)
-    assert values["prr"] == (9.6 - 19.2) / 2
+    assert values["prr"] == pytest.approx((9.6 - 19.2) / 2)
 
 
 def test_a_run_prints_and_reports_it(monkeypatch):
@@ -135,6 +135,8 @@ def test_a_run_prints_and_reports_it(monkeypatch):
     assert prr["protocol"]["pruned_perplexity"] == perplexity["pruned"]["perplexity"]
     assert prr["protocol"]["dense_perplexity"] == perplexity["dense"]["perplexity"]
     assert prr["protocol"]["dense_seconds"] == latency["dense"]["prefill_seconds"]
+    paired = latency["dense"]["prefill_seconds"] * latency["pruned"]["prefill_ratio"]
+    assert prr["protocol"]["pruned_seconds"] == paired
     assert prr["protocol"]["latency"] == latency["protocol"]
     prr["pruned"] = {"prr": None, "relative": None}
     assert ("prr", "-", "-", "") in metric_rows(results.data)

@@ -79,14 +79,14 @@ def spelt(value: Any) -> str:
 def identity(spec: PipelineSpec, folder: Path) -> dict[str, Any]:
     """The resolved pipeline without its output and with nothing in it that moving the files would change.
 
-    Text files and plugin files stand for their content, by sha256; a model folder is named from ``folder``,
-    the study's, where it lies below it.
+    Text files, plugin files and folders of task files stand for their content, by sha256; a model folder is named from
+    ``folder``, the study's, where it lies below it, and stands for its configuration and its files' sizes.
     """
     data = spec.model_dump(mode="python", serialize_as_any=True)
     data.pop("output")
     name = data["model"]["name"]
     if name is not None and Path(name).is_absolute():
-        data["model"]["name"] = _from(Path(name), folder)
+        data["model"]["name"] = f"{_from(Path(name), folder)}, sha256 {_outline(Path(name))}"
     return plain(_without_paths(data, folder))
 
 
@@ -101,7 +101,7 @@ def _without_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_paths(item, folder) for item in value]
     if isinstance(value, Path):
-        return f"sha256 {content(value)}" if value.is_file() else _from(value, folder)
+        return f"sha256 {content(value)}" if value.exists() else _from(value, folder)
     return value
 
 
@@ -109,8 +109,25 @@ def _from(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else os.fspath(path)
 
 
+def _outline(folder: Path) -> str:
+    """sha256 of a model folder's configuration and of the names and sizes of its files: weights are not read."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            digest.update(content(path).encode() if path.name == "config.json" else b"")
+    return digest.hexdigest()
+
+
 def content(path: Path) -> str:
-    """sha256 of a file; read again only when its size or time has changed."""
+    """sha256 of a file, or of the names and contents of all files below a folder.
+
+    A file is read again only when its size or time has changed.
+    """
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file() and "__pycache__" not in each.parts)
+        named = (f"{each.relative_to(path).as_posix()} {content(each)}\n" for each in files)
+        return hashlib.sha256("".join(named).encode()).hexdigest()
     stat = path.stat()
     return _digest(path, stat.st_size, stat.st_mtime_ns)
 
