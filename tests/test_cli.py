@@ -133,7 +133,9 @@ def test_an_interruption_leaves_nothing(quick, tmp_path, when, sent, code):
     (tmp_path / "slow.py").write_text(PLUGIN)
     quick.write_text(QUICK.replace("sequences: 2", "sequences: 900").replace("evaluate: [", "evaluate: [slow, "))
     before = sorted(tmp_path.rglob("*"))
-    start = [sys.executable, "-c", "from prunekit.compress.cli import main; main()"]
+    # Whoever runs the tests in the background has a shell that lets its children ignore Ctrl-C.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = [sys.executable, "-c", f"{heed}; from prunekit.compress.cli import main; main()"]
     arguments = ["run", str(quick), "--plugin", str(tmp_path / "slow.py"), "--out", str(tmp_path / "results" / "here")]
     if when != "calibrating":
         arguments += ["--set", "calibration.sequences=2"]
