@@ -22,6 +22,13 @@ evaluate:
   - {name: cost, batch_size: 2, length: 32}
 """
 
+STUDY = """
+base:
+  prune: {use: magnitude}
+  evaluate: [{name: zero_shot, limit: 4}, {name: perplexity, window: 64, limit: 4}]
+vary: {prune.ratio: [0.2, 0.4]}
+"""
+
 pytestmark = pytest.mark.skipif(not WHEEL, reason="needs a wheel in PRUNEKIT_WHEEL; .ci/run builds one")
 
 
@@ -112,6 +119,14 @@ def test_it_runs_a_pipeline_on_the_bundled_model(run, tmp_path):
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert "perplexity" in json.dumps(results)
     assert (tmp_path / "results" / "report.md").is_file() and (tmp_path / "results" / "resolved.yaml").is_file()
+
+
+def test_it_runs_a_study_on_the_bundled_task_and_reports(run, tmp_path):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    run("prunekit", "ablate", "study.yaml")
+    run("prunekit", "report", "results/study.sqlite", "--out", "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "zero-shot" in page and "<style>" in page and "<script>" in page
 
 
 def test_folders_of_the_user_with_our_names_do_not_get_in_the_way(run, tmp_path):
