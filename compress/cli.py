@@ -107,10 +107,14 @@ def run(
 
     Loads the model, calibrates, prunes, and measures the dense and the pruned model.
     """
+    from ..registry import SpecError
     from . import printing
     from . import report as tables
+    from .ablation.study_file import is_study
     from .pipeline import Pipeline
 
+    if is_study(file):
+        raise SpecError(f"{file} is an ablation file; use prunekit ablate {file}")
     spec = _read(file, settings, plugin, overwrite)
     printing.quiet()
     with printing.Bars() as bars:
@@ -195,13 +199,21 @@ def demo(out: OutFolder = None, overwrite: Overwrite = False) -> None:
 
 @app.command()
 @guarded
-def validate(file: PipelineFile, settings: Settings = None, plugin: PluginFiles = None) -> None:
-    """Check a pipeline file without loading a model.
+def validate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline file or an ablation file (YAML).")],
+    settings: Settings = None,
+    plugin: PluginFiles = None,
+) -> None:
+    """Check a pipeline file or an ablation file without loading a model.
 
     Reports all mistakes at once, each with its place.
     """
     from . import printing
+    from .ablation import command
+    from .ablation.study_file import is_study
 
+    if is_study(file):
+        return command.validate(file, settings or (), plugin or ())
     spec = _read(file, settings, plugin)
     printing.say(f"{file}: valid ({spec.prune.name})", whole=True)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,6 +102,21 @@ def budgets(limits: Mapping[str, str], accelerators: bool, size: Callable[[], in
         if enough is not None:
             return {enough: found[enough], "cpu": found["cpu"]}
     return found
+
+
+@contextmanager
+def quiet_offloading() -> Iterator[None]:
+    """Within it accelerate does not warn of offloaded weights: that is what was asked for, and results say where."""
+    logger = logging.getLogger("accelerate.big_modeling")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Some parameters are on the meta device")
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def new_folder(parent: str | None) -> str | None:

@@ -86,8 +86,8 @@ def load(source: ModelSource) -> Loaded:
     """Model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy."""
     import transformers
 
-    device = _device(source.device)
-    place = _place(source)
+    device = usable_device(source.device)
+    place = place_of(source)
     options = {"trust_remote_code": source.trust_remote_code}
     if source.revision is not None:
         options["revision"] = source.revision
@@ -129,9 +129,10 @@ def _placed(
         folder = device_map.new_folder(source.offload_folder)
         spread = {"device_map": "auto", "max_memory": budgets, "offload_folder": folder}
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, attn_implementation=source.attention, output_loading_info=True, **spread, **options
-        )
+        with device_map.quiet_offloading():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, attn_implementation=source.attention, output_loading_info=True, **spread, **options
+            )
         if not spread:
             model = model.to(device)
         elif set(places_of(model)) == {"disk"}:
@@ -195,7 +196,8 @@ def fingerprint(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device of that name; raises :class:`ModelError` where this machine has none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -222,7 +224,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _place(source: ModelSource) -> str:
+def place_of(source: ModelSource) -> str:
     """The folder or hub id to give to transformers, after the checks that it words badly."""
     if source.name is None:
         folder = MODEL

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..registry import Evaluator, Measurement, SiteScores, SparsityAllocator, SpecError, Subject
+from ..registry.evaluation import checked
 from .calibration import Progress
 from .loading import Loaded
 from .pruned import Pruned
@@ -41,14 +42,17 @@ class Measuring:
         self._sites = tuple(find_sites(loaded.model, pruned.catalog, pruned.strategy.attention_unit)[1])
 
     def measure(self, evaluator: Evaluator | str, dense: bool = False) -> Measurement:
-        """The evaluator's measurement, unpruned if ``dense``; made now, unless it was made before."""
+        """The evaluator's measurement, unpruned if ``dense``; made now, unless it was made before.
+
+        Raises :class:`PluginError` where the evaluator returns anything but numbers, and the evaluator's own errors.
+        """
         evaluator = self._evaluator(evaluator) if isinstance(evaluator, str) else evaluator
         # The options as text: a plugin's option may be a list, which has no hash.
         key = (type(evaluator), evaluator.model_dump_json(serialize_as_any=True))
         if key not in self._known[dense]:
             self._begin()
             with self._running.dense() if dense else nullcontext():
-                self._known[dense][key] = evaluator.evaluate(self.subject())
+                self._known[dense][key] = checked(evaluator, evaluator.evaluate(self.subject()))
         return self._known[dense][key]
 
     def subject(self) -> Subject:

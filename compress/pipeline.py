@@ -70,6 +70,8 @@ class Pipeline:
         spec, began = self.spec, time.perf_counter()
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         torch.manual_seed(spec.seed)
+        for evaluator in spec.evaluate:
+            evaluator.check_options()
         loaded = loaded or load(spec.model)
         check_lengths(spec, loaded)
         batches, about_calibration = self._calibration(loaded)

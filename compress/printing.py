@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.segment import Segments
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 PIPED_WIDTH = 100
+
+WIDEST = 100_000
+"""Characters; more than any table has."""
 
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 err = Console(stderr=True)
@@ -49,13 +54,48 @@ def say(line: str, whole: bool = False) -> None:
 
 def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, title: str | None = None) -> None:
     """A table whose first ``left`` columns are text and the others numbers."""
+    out.print(_table(head, rows, left, title))
+    out.print()
+
+
+def show_wide_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int, elsewhere: str) -> None:
+    """A table whose words and numbers stay in one piece: as wide as it is in a pipe or a file.
+
+    On a terminal the columns that do not fit are left out from the right, and a line says how many there are and
+    where, ``elsewhere``.
+    """
+    least, count = min(left + 1, len(head)), len(head)
+    shown, width = _whole(head, rows, left)
+    if out.is_terminal and width > out.width:
+        head = [name.replace(" ", "\n") for name in head]
+        shown, width = _whole(head, rows, left)
+        while width > out.width and count > least:
+            count -= 1
+            shown, width = _whole(head[:count], [row[:count] for row in rows], left)
+    drawn = out.render(shown, out.options.update(width=width))
+    out.print(Segments(drawn), end="", crop=False, soft_wrap=True)
+    out.print()
+    if count < len(head):
+        more = len(head) - count
+        say(f"{more} more column{'s' * (more > 1)}: {elsewhere}", whole=True)
+
+
+def _whole(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> tuple[Table, int]:
+    """A table that is never wrapped, and the width that it needs."""
+    table = _table(head, rows, left, whole=True)
+    return table, Measurement.get(out, out.options.update(width=WIDEST), table).maximum
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], left: int, title: str | None = None, whole: bool = False
+) -> Table:
     shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
     for index, name in enumerate(head):
-        shown.add_column(escape(name), justify="left" if index < left else "right", overflow="fold")
+        side = "left" if index < left else "right"
+        shown.add_column(escape(name), justify=side, overflow="fold", no_wrap=whole)
     for row in rows:
         shown.add_row(*(escape(cell) for cell in row))
-    out.print(shown)
-    out.print()
+    return shown
 
 
 class Bars:
@@ -72,7 +112,7 @@ class Bars:
 
     def say(self, line: str) -> None:
         """A line in place of a bar."""
-        err.print(line, highlight=False, markup=False)
+        err.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Bars:
         self._progress.start()

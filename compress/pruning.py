@@ -46,7 +46,7 @@ def prune(
     chosen = build_strategy(catalog, strategy, options)
     layers, sites = find_sites(model, catalog, chosen.attention_unit)
     attention_outputs = [site.consumer for site in sites if site.kind == "attention"]
-    sites, ratio = _within(chosen, sites, layers=1 + max(site.layer for site in sites))
+    sites, ratio = sites_within(chosen, sites, layers=1 + max(site.layer for site in sites))
     batches = None
     if chosen.needs_calibration:
         if calibration is None:
@@ -90,7 +90,7 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
     )
 
 
-def _within(strategy: Strategy, sites: list[Site], layers: int) -> tuple[list[Site], float | None]:
+def sites_within(strategy: Strategy, sites: list[Site], layers: int) -> tuple[list[Site], float | None]:
     """Sites of the layers that are not skipped, and the share that they must lose."""
     beyond = [layer for layer in strategy.skip_layers if not 0 <= layer < layers]
     if beyond:

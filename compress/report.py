@@ -28,8 +28,11 @@ def number(value: Any) -> str:
 
 
 def share(value: float | None) -> str:
-    """0.4 -> 40%."""
-    return "-" if value is None else f"{100 * value:.3g}%"
+    """0.4 -> 40%, 11.4 -> 1,140%."""
+    if value is None:
+        return "-"
+    text = f"{100 * value:.3g}"
+    return f"{float(text):,.0f}%" if "e+" in text else f"{text}%"
 
 
 def metric_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -41,14 +41,23 @@ class Results:
         return found
 
     def write(self, folder: Path) -> None:
-        """Write results.json, resolved.yaml, report.md and, with a trace, decisions.jsonl into a folder."""
-        write_json(folder / "results.json", self.data)
-        (folder / "resolved.yaml").write_text(self.resolved, encoding="utf-8")
-        (folder / "report.md").write_text(markdown(self.data), encoding="utf-8")
-        if self.trace is not None:
-            with open(folder / "decisions.jsonl", "w", encoding="utf-8") as file:
-                for record in self.trace:
-                    file.write(json.dumps(record) + "\n")
+        """Write results.json, resolved.yaml, report.md and, with a trace, decisions.jsonl into a folder.
+
+        Raises :class:`SpecError` where the disk does not take them.
+        """
+        try:
+            write_json(folder / "results.json", self.data)
+            (folder / "resolved.yaml").write_text(self.resolved, encoding="utf-8")
+            (folder / "report.md").write_text(markdown(self.data), encoding="utf-8")
+            if self.trace is not None:
+                with open(folder / "decisions.jsonl", "w", encoding="utf-8") as file:
+                    for record in self.trace:
+                        file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise SpecError(
+                f"the results cannot be written below {folder.parent}: {error.strerror or error}; make room there, or "
+                "name another place with --out"
+            ) from None
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -87,15 +96,16 @@ class RunFolder:
         """Raise :class:`SpecError` where the folder exists and may not be replaced."""
         if not os.path.lexists(self.target):
             return
+        is_folder = self.target.is_dir() and not self.target.is_symlink()
+        if not is_folder or (any(self.target.iterdir()) and not (self.target / self.marker).is_file()):
+            why = f"no {self.marker} in it" if is_folder else "not a folder"
+            raise SpecError(
+                f"{self.target} exists and is no {self.what} ({why}), so it is left alone, with --overwrite too; "
+                "choose another with --out"
+            )
         if not self.overwrite:
             raise SpecError(
                 f"{self.what} {self.target} exists; choose another with --out, or replace it with --overwrite"
-            )
-        is_folder = self.target.is_dir() and not self.target.is_symlink()
-        if not is_folder or (any(self.target.iterdir()) and not (self.target / self.marker).is_file()):
-            raise SpecError(
-                f"{self.target} is no {self.what} (no {self.marker} in it), so --overwrite leaves it alone; "
-                "choose another with --out"
             )
 
     @contextmanager

@@ -8,19 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from ..registry import DataError, PrunekitError, SpecError, near
+from .harness_files import Config, own_tasks, said
 from .tasks import FOLDER
-
-
-class _Plain(yaml.SafeLoader):
-    """Reads task files without running the functions that they name."""
-
-
-_Plain.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | None, seed: int) -> dict[str, dict]:
@@ -31,7 +24,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | Non
     :class:`DataError` where a task's data cannot be had.
     """
     folders = (FOLDER, *folders)
-    own = _own_tasks(folders)
+    own = own_tasks(folders)
     manager = _manager(names, folders, tuple(own))
     loaded = {}
     with _data_beside(own):
@@ -42,7 +35,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | Non
                 raise
             except Exception as error:
                 raise SpecError(
-                    f"zero_shot.tasks: lm-eval cannot load {name!r}: {_said(error)}; mend its file"
+                    f"zero_shot.tasks: lm-eval cannot load {name!r}: {said(error)}; mend its file"
                 ) from error
     for found in loaded.values():
         for task in found["tasks"].values():
@@ -51,6 +44,30 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | Non
                 task.set_config(key="num_fewshot", value=fewshot or 0)
             task.set_fewshot_seed(seed=seed)
     return loaded
+
+
+def indexed_configs(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Config]:
+    """Settings of the tasks behind ``names`` as lm-eval's index has them; no task is loaded, nor its data.
+
+    Raises :class:`SpecError` for a name that lm-eval does not know.
+    """
+    folders = (FOLDER, *folders)
+    index = _manager(names, folders, tuple(own_tasks(folders))).task_index
+    found: dict[str, Config] = {}
+    asked, seen = list(names), set()
+    while asked:
+        entry = index.get(asked.pop())
+        if entry is None or entry.name in seen:  # a group's member may be more than a name: left to loading
+            continue
+        seen.add(entry.name)
+        if entry.kind.name == "TAG":
+            asked += sorted(entry.tags)
+        elif entry.kind.name == "GROUP":
+            members = entry.cfg.get("task")
+            asked += [name for name in members if isinstance(name, str)] if isinstance(members, list) else []
+        else:
+            found[entry.name] = entry.cfg
+    return found
 
 
 def _manager(names: Sequence[str], folders: tuple[Path, ...], own: tuple[str, ...]) -> TaskManager:
@@ -74,19 +91,6 @@ def _everything(folders: tuple[Path, ...], own: tuple[str, ...]) -> TaskManager:
     return TaskManager(include_path=[str(folder) for folder in folders])
 
 
-def _own_tasks(folders: Sequence[Path]) -> dict[str, Path]:
-    """The tasks that the folders define, and the file of each; raises SpecError for a file that is no YAML."""
-    found = {}
-    for path in [path for folder in folders for path in sorted(folder.rglob("*.yaml"))]:
-        try:
-            data = yaml.load(path.read_bytes(), Loader=_Plain)
-        except yaml.YAMLError as error:
-            raise SpecError(f"zero_shot.task_folder: {path} is not valid YAML: {_said(error)}") from None
-        if isinstance(data, Mapping) and isinstance(data.get("task"), str):
-            found[data["task"]] = path
-    return found
-
-
 @contextmanager
 def _data_beside(files: Mapping[str, Path]) -> Iterator[None]:
     """Within it tasks that are built look for relative data files beside their own file.
@@ -108,7 +112,7 @@ def _data_beside(files: Mapping[str, Path]) -> Iterator[None]:
             name, source = task.config.task, (task.config.dataset_path, task.config.dataset_name)
             source = " ".join(str(part) for part in source if part)
             raise DataError(
-                f"zero_shot: the data of task {name} ({source}) cannot be loaded: {_said(error)}; without a "
+                f"zero_shot: the data of task {name} ({source}) cannot be loaded: {said(error)}; without a "
                 "network, fetch it once where there is one, or describe a local copy in a task_folder"
             ) from error
 
@@ -128,9 +132,3 @@ def _located(files: Any, folder: Path) -> Any:
     if not isinstance(files, str) or "://" in files:
         return files
     return str(folder / Path(files).expanduser())
-
-
-def _said(error: Exception) -> str:
-    """An error's kind and first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -15,9 +15,11 @@ from pydantic import Field, field_validator
 
 from ..registry import Evaluator, Measurement, SpecError, Subject, hookimpl, near
 from ..registry.tokens import context_length
+from .harness_files import metrics_of, own_configs
 from .inputs import setting
 
 OLDEST = (0, 4, 12)
+REMEDY = f"pip install 'lm-eval>={'.'.join(map(str, OLDEST))}'"
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "paper7": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -111,6 +113,27 @@ class ZeroShot(Evaluator):
                 raise ValueError(f"{folder} holds no lm-eval task file (.yaml); name a folder that does")
         return folders
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Tasks and groups, each once, with the presets written out."""
+        return tuple(dict.fromkeys(name for task in self.tasks for name in PRESETS.get(task, (task,))))
+
+    def check_options(self) -> None:
+        """Raise SpecError for an unknown task, a metric that a task's file does not list, or no usable lm-eval.
+
+        lm-eval is imported only where names are not those of the bundled tasks and ``task_folder``.
+        """
+        _found_version()
+        configs = own_configs(self._names, self.task_folder)
+        if configs is None:
+            harness, harness_tasks, _ = _lm_eval()
+            with harness.quiet():
+                configs = harness_tasks.indexed_configs(self._names, self.task_folder)
+        for task, config in configs.items():
+            metrics = metrics_of(config)
+            if metrics is not None:
+                self._key(task, {f"{metric},": None for metric in metrics})
+
     def check(self, model: Any) -> None:
         """Raise SpecError where ``max_length`` is beyond the model's context."""
         context = context_length(model)
@@ -129,7 +152,7 @@ class ZeroShot(Evaluator):
         harness, harness_tasks, found = _lm_eval()
         self.check(subject.model)
         context = context_length(subject.model)
-        names = tuple(dict.fromkeys(name for task in self.tasks for name in PRESETS.get(task, (task,))))
+        names = self._names
         with harness.quiet(), _drawing_from(self.seed):
             loaded = harness_tasks.load_tasks(names, self.task_folder, self.num_fewshot, self.seed)
             for name, task in [pair for one in loaded.values() for pair in one["tasks"].items()]:
@@ -204,19 +227,24 @@ class ZeroShot(Evaluator):
         )
 
 
-def _lm_eval() -> tuple[Any, Any, str]:
-    """Our modules that need lm-eval, and its version; importing it takes a second, so nothing does before it must."""
-    remedy = f"pip install 'lm-eval>={'.'.join(map(str, OLDEST))}'"
+def _found_version() -> str:
+    """lm-eval's version, by its metadata; raises SpecError where it will not do."""
     try:
         found = version("lm_eval")
     except PackageNotFoundError:
-        raise SpecError(f"zero_shot needs lm-eval, which is not installed: {remedy}") from None
+        raise SpecError(f"zero_shot needs lm-eval, which is not installed: {REMEDY}") from None
     if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < OLDEST:
-        raise SpecError(f"zero_shot cannot use lm-eval {found}: {remedy}")
+        raise SpecError(f"zero_shot cannot use lm-eval {found}: {REMEDY}")
+    return found
+
+
+def _lm_eval() -> tuple[Any, Any, str]:
+    """Our modules that need lm-eval, and its version; importing it takes a second, so nothing does before it must."""
+    found = _found_version()
     try:
         from . import harness, harness_tasks
     except ImportError as error:
-        raise SpecError(f"zero_shot cannot import lm-eval {found} ({error}): {remedy}") from error
+        raise SpecError(f"zero_shot cannot import lm-eval {found} ({error}): {REMEDY}") from error
     return harness, harness_tasks, found
 
 

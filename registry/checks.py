@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from .catalog import complaint
 from .component import Component
-from .evaluation import Evaluator, Measurement, Subject
+from .errors import PluginError
+from .evaluation import Evaluator, Subject, checked
 from .hookspecs import ROLES
 from .role_checks import ROLE_CHECKS, check_sites, expect
 from .strategy import Strategy
@@ -139,11 +140,14 @@ def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
     before = {name: parameter.clone() for name, parameter in subject.model.named_parameters()}
     mode = subject.model.training
     found = evaluator.evaluate(subject)
-    expect(isinstance(found, Measurement), evaluator, f"must return a Measurement, found {found!r}")
+    try:
+        found = checked(evaluator, found)
+    except PluginError as error:
+        expect(False, evaluator, f"breaks a rule: {error}")
     expect(bool(found.values) and bool(found.protocol), evaluator, "must return values and the protocol behind them")
     for name, value in found.values.items():
-        number = value is None or (isinstance(value, (int, float)) and math.isfinite(value))
-        expect(isinstance(name, str) and number, evaluator, f"measures {name!r} as {value!r}, which is no number")
+        finite = value is None or math.isfinite(value)
+        expect(finite, evaluator, f"measures {name!r} as {value!r}, which is not finite")
     try:
         json.dumps([found.protocol, found.notes, found.details], allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from .component import Component
-from .errors import SpecError
+from .errors import PluginError, SpecError
 from .sites import Site, SiteKind
 from .text import TextSource
 
@@ -76,9 +77,37 @@ class Evaluator(Component):
     paired: ClassVar[bool] = False
     """Whether it measures the dense model in turn with the pruned one itself: values ``x`` and ``dense_x``."""
 
+    def check_options(self) -> None:
+        """Raise what is wrong with these options whatever the model, before one is loaded; may be called repeatedly."""
+
     def check(self, model: Any) -> None:
         """Raise what is wrong with these options for this model, before hours of calibration are spent."""
 
     @abstractmethod
     def evaluate(self, subject: Subject) -> Measurement:
         """Run the measurement. The pipeline has put the channel histories back to their calibrated state."""
+
+
+def checked(evaluator: Evaluator, found: Any) -> Measurement:
+    """What ``evaluator`` returned, its 0-d tensors and numpy scalars made plain numbers.
+
+    NaN and infinite values get a note. Raises :class:`PluginError` for what is no measurement.
+    """
+    place = f"evaluator {evaluator.name!r}"
+    if not isinstance(found, Measurement):
+        raise PluginError(f"{place} returned {type(found).__name__}, expected a Measurement")
+    if not isinstance(found.values, Mapping):
+        raise PluginError(f"{place}: values is of type {type(found.values).__name__}; return a dict of numbers")
+    values: dict[str, float | int | None] = {}
+    notes = list(found.notes)
+    for name, value in found.values.items():
+        if not isinstance(name, str):
+            raise PluginError(f"{place}: a value is called {name!r} ({type(name).__name__}); name it by a string")
+        number = value.item() if getattr(value, "ndim", None) == 0 else value
+        if isinstance(number, bool) or not (number is None or isinstance(number, (int, float))):
+            kind = type(value).__name__
+            raise PluginError(f"{place}: value {name} is {value!r} ({kind}); return a number or None")
+        if number is not None and not math.isfinite(number):
+            notes.append(f"value {name} is {number}")
+        values[name] = number
+    return replace(found, values=values, notes=notes)

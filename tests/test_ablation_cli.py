@@ -97,6 +97,28 @@ def test_all_trials_may_fail(command, tmp_path):
     result = command()
     assert result.exit_code == 1
     assert "3 of 3 trials failed" in result.stdout
+    assert result.stderr.count("warning: ") == 1
+    assert "warning: trials 1 (0.2), 2 (0.4), 3 (0.6) failed: FileNotFoundError" in result.stderr
+    assert "2/3 trial 2 (0.4): failed (FileNotFoundError)\n" in result.stderr
+
+
+def test_what_must_fail_here_is_told_before_a_store_is_begun(command, tmp_path):
+    refused(command("--set", "vary.model.device=[cpu, gpu]"), "vary.model.device.1: 'gpu' is no device", "(trials ")
+    assert not (tmp_path / "results").exists()
+    assert command().exit_code == 0  # the mended file finds no store of another version
+
+
+def test_a_part_of_the_trials_is_said_to_be_one(command, sizes, tmp_path):
+    (tmp_path / "mood").write_text(f"fail-{sizes[1]}")
+    assert "\n2 of 3 trials are done\n" in command().stdout
+
+
+def test_a_published_value_that_nothing_measures_is_told(command, tmp_path):
+    entry = "published: [{where: {}, metric: moody.siez, value: 1, source: a}]\n"
+    (tmp_path / "moods.yaml").write_text(STUDY + entry)
+    result = command()
+    assert result.exit_code == 0, result.output
+    assert "warning: published.0.metric: moody has no value siez; did you mean 'size'?" in result.stderr
 
 
 def test_an_interruption_keeps_what_is_finished_and_says_how_to_go_on(command, sizes, tmp_path):

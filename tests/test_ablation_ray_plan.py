@@ -1,6 +1,7 @@
 """What the Ray engine asks of a cluster and whom it gives which trial, without Ray."""
 
 import os
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from prunekit.compress.ablation.ray_cluster import demand
 from prunekit.compress.ablation.ray_engine import TIMEOUT_VARIABLE, choose, run_ray
 from prunekit.compress.ablation.ray_worker import RemoteWorker, files_of, unfitness
 from prunekit.compress.spec import PipelineSpec
-from prunekit.registry import SpecError
+from prunekit.registry import PrunekitError, SpecError
 
 
 def trial(number, **sections):
@@ -108,3 +109,80 @@ def test_a_ray_client_address_and_a_timeout_that_is_no_number(monkeypatch):
     monkeypatch.setenv(TIMEOUT_VARIABLE, "soon")
     with pytest.raises(SpecError, match=r"PRUNEKIT_RAY_TIMEOUT: expected a number.*'soon'"):
         run("there:6379")
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """A stand-in for Ray that refuses to join; holds the addresses that it was asked for."""
+    asked = []
+
+    def init(address, **options):
+        asked.append(address)
+        raise ConnectionError("no cluster")
+
+    ray = machines({"CPU": 1})
+    ray.is_initialized, ray.shutdown, ray.init = lambda: False, lambda: None, init
+    ray.util = SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1")
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray._private.services", SimpleNamespace())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return asked
+
+
+@pytest.fixture
+def port():
+    """A port of this machine at which nothing answers, until the socket listens."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "place", "remedy"),
+    [
+        ("127.0.0.1:{}", None, "--address 127.0.0.1:{}", "leave --address out"),
+        ("localhost:{}", "there:6379", "--address localhost:{}", "leave --address out"),
+        (None, "127.0.0.1:{}", "RAY_ADDRESS=127.0.0.1:{}", "leave RAY_ADDRESS out"),
+        ("auto", "127.0.0.1:{}", "RAY_ADDRESS=127.0.0.1:{}", "leave RAY_ADDRESS out"),  # which means that, as in Ray
+    ],
+)
+def test_where_nothing_answers_ray_is_not_asked(monkeypatch, joined, port, address, variable, place, remedy):
+    number = port.getsockname()[1]
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable.format(number))
+    with pytest.raises(SpecError) as caught:
+        run(address and address.format(number))
+    message = str(caught.value)
+    assert message.startswith(f"{place.format(number)}: nothing answers there (Connection refused); start Ray with ray")
+    assert remedy in message and not joined
+
+
+def test_a_cluster_that_ray_remembers_may_have_died(monkeypatch, joined, port):
+    address = f"127.0.0.1:{port.getsockname()[1]}"
+    remembered = SimpleNamespace(get_ray_address_from_environment=lambda given, folder: address)
+    monkeypatch.setitem(sys.modules, "ray._private.services", remembered)
+    with pytest.raises(SpecError, match=rf"^--address auto \({address}\): nothing answers there .*leave --address out"):
+        run("auto")
+    assert not joined
+    port.listen()
+    with pytest.raises(PrunekitError, match="no Ray cluster can be joined there"):
+        run("auto")
+    assert joined == ["auto"]
+
+
+def test_an_address_that_is_none(joined):
+    with pytest.raises(SpecError, match=r"--address 127\.0\.0\.1:70000: nothing answers there"):
+        run("127.0.0.1:70000")
+    assert not joined
+
+
+def test_what_answers_or_has_no_port_is_left_to_ray(monkeypatch, joined, port):
+    port.listen()
+    address = f"127.0.0.1:{port.getsockname()[1]}"
+    for given in (address, "auto"):
+        with pytest.raises(PrunekitError, match=f"^--address {given}: no Ray cluster can be joined there"):
+            run(given)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(PrunekitError, match="no Ray can be started on this machine"):
+        run()
+    assert joined == [address, "auto", "local"]

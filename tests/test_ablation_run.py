@@ -222,6 +222,6 @@ def test_a_line_for_each_trial_where_there_is_no_terminal(study, capfd, monkeypa
         watch.finished(planned[2], Outcome({}, "", None, 10.0))
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
-        "2/6 0.2 badly: failed: it broke, about 2 min left",
-        "3/6 0.2 as foreseen: done in 10 s, about 60 s left",
+        "2/6 trial 2 (0.2 badly): failed (it broke), about 2 min left",
+        "3/6 trial 3 (0.2 as foreseen): done in 10 s, about 60 s left",
     ]

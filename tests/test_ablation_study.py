@@ -189,7 +189,7 @@ def test_all_mistakes_at_once_with_their_lines(message):
         "line 3: base.calibration.sequences: should be greater than or equal to 1 (found 0)",
         "line 6: vary.prune.use.1: flap: prune.selector.name: name the ProbeSelector",
         "go on an axis of a free name, such as method: {a:",
-        "line 6: vary.prune.use.2: ppp: no Strategy is called 'ppp'; did you mean 'pp'?",
+        "line 6: vary.prune.use.2: no Strategy is called 'ppp'; did you mean 'pp'?",
         "line 7: vary.prune.ratio.1: 40: the ratio is the share that is cut",
         "line 7: vary.prune.ratio.2: 50: the ratio is the share that is cut",
         "line 8: vary.prune.ratoi: there is no field 'prune.ratoi'; did you mean 'prune.ratio'?",
@@ -221,7 +221,7 @@ def test_the_same_mistake_in_thirty_trials_is_one_line(message):
     assert found.splitlines()[0].endswith("2 mistakes")
     assert found.count("1.5: the ratio is the share that is cut") == 1
     assert "(trials 121-180)" in found
-    assert "7: should be less than or equal to 1 (found 7) (trials 31-60, 91-120, 151-180)" in found
+    assert "merger.probe.1: should be less than or equal to 1 (found 7) (trials 31-60, 91-120, 151-180)" in found
 
 
 def test_two_values_that_do_not_go_together_are_named_together(message):
@@ -238,15 +238,15 @@ def test_two_values_that_do_not_go_together_are_named_together(message):
     ("text", "words"),
     [
         ("", ["ablation file", "is empty", "the smallest ablation file is"]),
-        ("vary: {prune.ratio: [0.2]}", ["base: expected a pipeline, or a pipeline file's path"]),
-        ("base: none.yaml\nvary: {prune.ratio: [0.2]}", ["there is no pipeline file", "none.yaml"]),
+        ("vary: {prune.ratio: [0.2]}", ["base: is required: a pipeline or a pipeline file's path, such as"]),
+        ("base: none.yaml\nvary: {prune.ratio: [0.2]}", ["yaml: line 1: base: there is no pipeline file", "none.yaml"]),
         (FULL, ["no trials; vary a field"]),
         (FULL + "vary: {}", ["no trials; vary a field"]),
-        (FULL + "vary: []", ["line 2: vary: should be a valid dictionary"]),
+        (FULL + "vary: []", ["line 2: vary: write axes as a mapping: prune.use: [pp, flap]"]),
         (FULL + "exclude: {a: 1}\nvary: {seed: [1]}", ["line 2: exclude: should be a valid list"]),
         (FULL + "vary: {text: {}}", ["vary.text: has no labels"]),
         (FULL + "vary: {seed: [1, 1]}", ["vary.seed.1: 1 is given twice"]),
-        (FULL + "vary: {seed: [1]}\nexclude: [{seed: 1}]", ["exclude: all 1 trials of the grid are left out"]),
+        (FULL + "vary: {seed: [1]}\nexclude: [{seed: 1}]", ["exclude: no trial of the grid is left"]),
         (FULL + "vary: {text: {a: {}, b: {seed: 0}}}", ["vary: trial 2 (b) is the same pipeline as trial 1 (a)"]),
         (FULL + "vary: {seed: [0, 1]}\ntrials: [{seed: 1}]", ["line 3: trials.0: trial 3", "same pipeline as trial 2"]),
         (FULL + "vary: {seed: [1], x: {a: {seed: 2}}}", ["vary.x: seed is set by the axis seed too"]),

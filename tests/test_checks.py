@@ -209,9 +209,10 @@ def test_sites_that_do_not_fit_are_named(make_model, change, words):
 @pytest.mark.parametrize(
     ("evaluate", "words"),
     [
-        (lambda self, subject: 3.0, "must return a Measurement"),
+        (lambda self, subject: 3.0, "returned float, expected a Measurement"),
         (lambda self, subject: Measurement({"one": 1}, {}), "the protocol behind them"),
-        (lambda self, subject: Measurement({"one": float("nan")}, {"a": 1}), "which is no number"),
+        (lambda self, subject: Measurement({"one": "1"}, {"a": 1}), "value one is '1' (str); return a number or None"),
+        (lambda self, subject: Measurement({"one": float("nan")}, {"a": 1}), "which is not finite"),
         (lambda self, subject: Measurement({"one": 1}, {"a": torch.float32}), "JSON cannot hold"),
         (lambda self, subject: subject.model.train() and Measurement({"one": 1}, {"a": 1}), "changes the model"),
     ],

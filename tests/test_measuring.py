@@ -1,13 +1,15 @@
 """What evaluators see of a pruned model: shared measurements, and other prunings of the same model in between."""
 
+import math
 from typing import Any, ClassVar, Literal
 
+import numpy
 import pytest
 import torch
 from prunekit.compress import prune
 from prunekit.compress.loading import Loaded
 from prunekit.compress.measuring import Measuring
-from prunekit.registry import DataError, Evaluator, Measurement
+from prunekit.registry import DataError, Evaluator, Measurement, PluginError
 
 CALLS = []
 
@@ -233,3 +235,55 @@ def test_too_long_a_batch_leaves_nothing_open(measuring, ids):
     with pytest.raises(DataError, match="longer than the history"):
         logits(subject.model, torch.cat([ids, ids], 1))
     assert state(running.loaded.model) == before and subject.held_bytes()["gathered"] == 0
+
+
+GIVEN = []
+
+
+class Giving(Evaluator):
+    """Returns what it is told to."""
+
+    name: Literal["giving"] = "giving"
+
+    def evaluate(self, subject):
+        return GIVEN[-1]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "evaluator 'giving' returned NoneType, expected a Measurement"),
+        (Measurement([1.0], {}), "evaluator 'giving': values is of type list; return a dict of numbers"),
+        (Measurement({"x": "hello"}, {}), "evaluator 'giving': value x is 'hello' (str); return a number or None"),
+        (Measurement({"x": True}, {}), "evaluator 'giving': value x is True (bool); return a number or None"),
+        (Measurement({"x": [1.0]}, {}), "evaluator 'giving': value x is [1.0] (list); return a number or None"),
+        (
+            Measurement({"x": torch.ones(1)}, {}),
+            "evaluator 'giving': value x is tensor([1.]) (Tensor); return a number or None",
+        ),
+        (Measurement({1: 1.0}, {}), "evaluator 'giving': a value is called 1 (int); name it by a string"),
+    ],
+)
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_is_no_measurement_is_refused(measuring, found, message, dense):
+    GIVEN.append(found)
+    with pytest.raises(PluginError) as caught:
+        measuring("magnitude").measure(Giving(), dense)
+    assert str(caught.value) == message
+
+
+def test_scalars_become_numbers_and_what_is_not_finite_gets_a_note(measuring):
+    values = {
+        "a": torch.tensor(0.5),
+        "b": numpy.int64(3),
+        "c": numpy.array(2.0),
+        "d": None,
+        "e": 1,
+        "f": torch.tensor(7),
+    }
+    GIVEN.append(Measurement({**values, "g": math.nan, "h": -math.inf}, {}, ["own note"]))
+    found = measuring("magnitude").measure(Giving())
+    plain = {name: value for name, value in found.values.items() if name not in "gh"}
+    assert plain == {"a": 0.5, "b": 3, "c": 2.0, "d": None, "e": 1, "f": 7}
+    assert [type(value) for value in plain.values()] == [float, int, float, type(None), int, int]
+    assert found.notes == ["own note", "value g is nan", "value h is -inf"]

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 
 import pytest
 import torch
@@ -77,6 +78,15 @@ def test_what_does_not_fit_goes_to_disk_and_computes_the_same(inside, offloaded,
     assert torch.equal(model(ids).logits, inside.model(ids).logits)
     assert fingerprint(model) == fingerprint(inside.model)
     assert device_of(model).type == "cpu"
+
+
+def test_what_was_asked_for_is_no_warning(folder, limits, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = load(ModelSource(name=str(folder), max_memory=limits, offload_folder=str(tmp_path))).model
+        assert "disk" in places_of(model) and not caplog.records
+        logging.getLogger("accelerate.big_modeling").warning("another matter")
+    assert caplog.messages == ["another matter"]
+    assert not logging.getLogger("accelerate.big_modeling").filters
 
 
 def test_with_enough_memory_nothing_of_accelerate_is_on_the_model(folder, inside):

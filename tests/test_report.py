@@ -31,6 +31,17 @@ def test_numbers(value, text):
     assert report.number(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"), (0.4, "40%"), (0.3333, "33.3%"), (9.994, "999%"), (9.999, "1,000%"), (11.4, "1,140%"),
+        (123456.0, "12,300,000%"), (0.0, "0%"), (float("inf"), "inf%"),
+    ],
+)  # fmt: skip
+def test_shares(value, text):
+    assert report.share(value) == text
+
+
 @pytest.fixture
 def data():
     return {

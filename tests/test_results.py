@@ -1,7 +1,11 @@
 """The results folder: whole or not there."""
 
+import errno
+from pathlib import Path
+
 import pytest
-from prunekit.compress.results import RunFolder
+from prunekit.compress.results import Results, RunFolder
+from prunekit.registry import SpecError
 
 
 def test_overwriting_replaces_only_when_all_is_done(tmp_path):
@@ -19,3 +23,14 @@ def test_overwriting_replaces_only_when_all_is_done(tmp_path):
     assert (target / "results.json").read_text() == "new"
     assert not (target / "decisions.jsonl").exists()
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SpecError, match="No space left on device; make room"):
+        with RunFolder(tmp_path / "run").open() as partial:
+            Results({"metrics": []}, "").write(partial)
+    assert not list(tmp_path.iterdir())

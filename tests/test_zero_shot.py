@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from prunekit.compress import prune
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.spec import PipelineSpec
-from prunekit.evaluators import harness_tasks, zero_shot
+from prunekit.evaluators import harness_files, harness_tasks, zero_shot
 from prunekit.evaluators.zero_shot import PRESETS, ZeroShot
 from prunekit.registry import DataError, SpecError, Subject
 from prunekit.registry.checks import check_evaluation
@@ -132,7 +132,7 @@ def test_published_tasks_from_files(subject, shared, tmp_path):
         (tmp_path / "tasks" / path.name).symlink_to(path)
     found = ZeroShot(tasks=[f"{name}_local" for name in names], task_folder=tmp_path, limit=3).evaluate(subject)
     assert [len(scores) for scores in found.details["scores"].values()] == [3] * 5
-    with harness_tasks._data_beside(harness_tasks._own_tasks([tmp_path])):
+    with harness_tasks._data_beside(harness_files.own_tasks([tmp_path])):
         manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
         (task,) = manager.load(["hellaswag_local"])["tasks"].values()
     asked = task.doc_to_text(task.eval_docs[0])

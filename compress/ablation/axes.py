@@ -139,14 +139,21 @@ def grid(
             left_out.append(entry)
     kept = [draft for draft in drafts if not any(matches(entry, draft.settings) for entry in left_out)]
     if drafts and not kept:
-        complain(("exclude",), f"all {len(drafts)} trials of the grid are left out")
+        complain(("exclude",), "no trial of the grid is left")
     return kept
 
 
 def listed(
-    trials: Mapping[int, Mapping[Any, Any]], axes: Axes, known: frozenset[str], complain: Complain
+    trials: Mapping[int, Mapping[Any, Any]],
+    axes: Axes,
+    known: frozenset[str],
+    complain: Complain,
+    broken: Collection[str] = (),
 ) -> list[Draft]:
-    """The trials that are listed one by one; each key is a field, or an axis of a free name with one of its labels."""
+    """The trials that are listed one by one; each key is a field, or an axis of a free name with one of its labels.
+
+    Labels of ``broken`` axes are not complained about.
+    """
     free = [name for name, points in axes.items() if points[0].labelled]
     drafts = []
     for index, entry in trials.items():
@@ -157,6 +164,8 @@ def listed(
             labels = {spelt(point.value): point for point in axes[name]} if name in free else {}
             if name in free and spelt(value) in labels:
                 points.append(Point(name, value, labels[spelt(value)].fields, here, True))
+            elif name in broken and problem_with(name, known) is not None:
+                continue
             elif name in free:
                 complain(here, _no_value(name, value, axes))
             elif problem_with(name, known) is None:
@@ -206,4 +215,6 @@ def check_settings(
 
 def _no_value(name: str, value: Any, axes: Axes) -> str:
     values = [spelt(point.value) for point in axes[name]]
-    return f"{name} has no value {spelt(value)}{near(spelt(value), values)}; there are {', '.join(values)}"
+    texts = [point.value for point in axes[name] if isinstance(point.value, str)]
+    like = near(value, texts) if isinstance(value, str) else ""
+    return f"{name} has no value {spelt(value)}{like}; there are {', '.join(values)}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 from ..building import Mistake, Place
 from .axes import Draft, Point
@@ -71,7 +72,9 @@ def _related(points: Sequence[Point], place: Place) -> bool:
 def _mistake(points: Sequence[Point], mistake: Mistake, having: set[int], drafts: Sequence[Draft]) -> Mistake:
     first, *others = points
     where = ".".join(map(str, mistake.place))
-    said = [] if first.labelled and not others else [spelt(first.value)]  # a label stands in its place already
+    # A label stands in its place already, and many messages name the value that they found.
+    named = not others and (first.labelled or _names(mistake.message, first.value))
+    said = [] if named else [spelt(first.value)]
     if others:
         said.append("with " + " and ".join(f"{point.axis} {spelt(point.value)}" for point in others))
     values = f"{' '.join(said)}: " if said else ""
@@ -79,12 +82,18 @@ def _mistake(points: Sequence[Point], mistake: Mistake, having: set[int], drafts
     hint = "; leave the combination out with exclude" if others else ""
     if any("prune.use" in point.fields for point in points) and where.startswith("prune") and where != "prune.use":
         hint = FREE_AXIS
-    which = "all trials" if len(having) == len(drafts) else f"trial{'s' * (len(having) > 1)} {_ranges(having)}"
+    which = "all trials" if len(having) == len(drafts) else f"trial{'s' * (len(having) > 1)} {ranges(having)}"
     return Mistake(first.place, f"{values}{about}{mistake.message}{hint} ({which})")
 
 
-def _ranges(indices: set[int]) -> str:
-    """0, 1, 2, 6 -> 1-3, 7: trials count from one."""
+def _names(message: str, value: object) -> bool:
+    if not isinstance(value, str):
+        return f"(found {value!r})" in message
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", message) is not None
+
+
+def ranges(indices: Collection[int]) -> str:
+    """Places of trials as their numbers: 0, 1, 2, 6 -> 1-3, 7: trials count from one."""
     ordered = sorted(indices)
     runs: list[list[int]] = []
     for index in ordered:

@@ -10,14 +10,20 @@ import typer
 from ...registry import SpecError, near
 from .. import printing
 from ..provenance import versions
+from .blame import ranges
 from .display import Display
 from .local import run_local
 from .planned import Planned, StoredTrial
+from .preflight import preflight
+from .published import unmeasured
 from .store import Store
 from .study import Study
 from .worker import Outcome
 
 ENGINES = ("local", "ray")
+
+MOST_LABELS = 3
+"""Trials of one error that are named by their settings too."""
 
 
 def ablate(
@@ -44,11 +50,13 @@ def ablate(
         )
     study = Study.load(file, settings, plugins)
     printing.catalog_problems(study.catalog)
-    with Store.create_or_resume(out or Path("results") / f"{file.stem}.sqlite", study, update) as store:
+    path = out or Path("results") / f"{file.stem}.sqlite"
+    # Before a store is begun: a file that must be mended would then differ from the store's.
+    study.refuse(preflight(study.trials, _due(study, path, retry), here=engine == "local"))
+    with Store.create_or_resume(path, study, update) as store:
         _warn_of_versions(store)
         stored = store.trials
-        again = ("waiting", "failed") if retry else ("waiting",)
-        todo = {trial.key for trial in stored if trial.status in again}
+        todo = {trial.key for trial in stored if trial.status in _again(retry)}
         waiting = [trial for trial in study.trials if trial.key in todo]
         _begin(study, stored, waiting, retry)
         try:
@@ -57,7 +65,29 @@ def ablate(
             stop.args = (_interrupted(store, file),)
             raise
         trials = store.trials
-    _finish(trials, store.path)
+    _finish(trials, store.path, study)
+
+
+def validate(file: Path, settings: Iterable[str] = (), plugins: Iterable[Path] = ()) -> None:
+    """Say which trials an ablation file plans; raises :class:`SpecError` with all its mistakes."""
+    study = Study.load(file, settings, plugins)
+    printing.catalog_problems(study.catalog)
+    printing.say(f"{file}: valid ablation, {_trials(len(study.trials))}", whole=True)
+    for trial in study.trials:
+        printing.say(f"{trial.number:>4}  {trial.label}", whole=True)
+
+
+def _again(retry: bool) -> tuple[str, ...]:
+    return ("waiting", "failed") if retry else ("waiting",)
+
+
+def _due(study: Study, path: Path, retry: bool) -> set[str]:
+    """Keys of the trials that would run, whether there is a store yet or not."""
+    due = {trial.key for trial in study.trials}
+    if not path.is_file():
+        return due
+    with Store.open(path) as store:
+        return due - {trial.key for trial in store.trials if trial.status not in _again(retry)}
 
 
 def _run(
@@ -89,7 +119,7 @@ def _ray() -> Callable[..., None]:
 
 def _begin(study: Study, stored: Sequence[StoredTrial], waiting: Sequence[Planned], retry: bool) -> None:
     """One line: how many trials there are, and what is known of them already."""
-    said = [f"{study.title}: {len(study.trials)} trials"]
+    said = [f"{study.title}: {_trials(len(study.trials))}"]
     done, failed = (sum(trial.status == status for trial in stored) for status in ("done", "failed"))
     if done or failed:
         said.append(f"{done} done")
@@ -99,16 +129,41 @@ def _begin(study: Study, stored: Sequence[StoredTrial], waiting: Sequence[Planne
     printing.say(", ".join(said), whole=True)
 
 
-def _finish(trials: Sequence[StoredTrial], path: Path) -> None:
+def _finish(trials: Sequence[StoredTrial], path: Path, study: Study) -> None:
     """The table, the failures, and where everything is."""
     failed = [trial for trial in trials if trial.status == "failed"]
     _show(path, trials)
-    for trial in failed:
-        printing.warning(f"trial {trial.number} ({trial.label}) failed: {trial.error}")
+    for message in unmeasured(study.published, trials):
+        printing.warning(message)
+    for error, alike in _by_error(failed).items():
+        printing.warning(f"{_named(alike)} failed: {error}")
     printing.say(f"results: {path}; prunekit report {path} makes pages, tables and plots of them", whole=True)
     if failed:
-        printing.say(f"{len(failed)} of {len(trials)} trials failed; --retry runs them again")
+        printing.say(f"{len(failed)} of {_trials(len(trials))} failed; --retry runs them again")
         raise typer.Exit(1)
+
+
+def _by_error(failed: Iterable[StoredTrial]) -> dict[str | None, list[StoredTrial]]:
+    found: dict[str | None, list[StoredTrial]] = {}
+    for trial in failed:
+        found.setdefault(trial.error, []).append(trial)
+    return found
+
+
+def _named(trials: Sequence[StoredTrial]) -> str:
+    """``trial 2 (pp 0.4)``; many are numbers alone."""
+    if len(trials) > MOST_LABELS:
+        return f"trials {ranges({trial.number - 1 for trial in trials})}"
+    said = ", ".join(f"{trial.number} ({trial.label})" for trial in trials)
+    return f"trial{'s' * (len(trials) > 1)} {said}"
+
+
+def _part(count: int, total: int) -> str:
+    return f"{count} of {_trials(total)} {'is' if count == 1 else 'are'}"
+
+
+def _trials(count: int) -> str:
+    return f"{count} trial{'s' * (count != 1)}"
 
 
 def _show(path: Path, trials: Sequence[StoredTrial]) -> None:
@@ -117,15 +172,18 @@ def _show(path: Path, trials: Sequence[StoredTrial]) -> None:
     from ..reporting.protocols import Protocols
     from ..reporting.rows import rows_of
 
-    if not any(trial.status == "done" for trial in trials):
+    done = sum(trial.status == "done" for trial in trials)
+    if not done:
         return
+    if done < len(trials):
+        printing.say(f"{_part(done, len(trials))} done")
     table = tabulate(read(path))
     head = [*map(axis_title, table.shown_axes), *(column.title for column in table.columns)]
     rows = [
         [*(text for text, _ in row.settings), *(cell.text for cell in row.cells)]
         for row in rows_of(table, table.columns, Protocols())
     ]
-    printing.show_table(head, rows, left=max(1, len(table.shown_axes)))
+    printing.show_wide_table(head, rows, max(1, len(table.shown_axes)), f"prunekit report {path}")
     if table.repeated:
         seeds = ", ".join(map(axis_title, table.repeated))
         printing.say(f"Values are mean ± standard deviation over {seeds}.")
@@ -135,7 +193,7 @@ def _interrupted(store: Store, file: Path) -> str:
     statuses = [trial.status for trial in store.trials]
     finished = len(statuses) - statuses.count("waiting")
     return (
-        f"interrupted; {finished} of {len(statuses)} trials are finished and stored in {store.path}; "
+        f"interrupted; {_part(finished, len(statuses))} finished and stored in {store.path}; "
         "the same command goes on from there"
     )
 

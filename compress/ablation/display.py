@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -11,6 +13,9 @@ from ..calibration import Progress
 from ..printing import Bars
 from .planned import Planned, StoredTrial
 from .worker import Outcome
+
+BRIEF = 60
+"""Characters of an error in a line of progress."""
 
 
 class Watch(Protocol):
@@ -88,11 +93,12 @@ class Display:
             ended = f"done in {duration(outcome.seconds)}"
         else:
             self._failed += 1
-            ended = f"failed: {outcome.error.splitlines()[0]}"
+            ended = f"failed ({brief(outcome.error)})"
         done = self._total - len(self._waiting)
         if not self._bars.shown or outcome.error is not None:
             left = self.left
-            self._bars.say(f"{done}/{self._total} {planned.label}: {ended}{f', {left}' if left else ''}")
+            trial = f"trial {planned.number} ({planned.label})"
+            self._bars.say(f"{done}/{self._total} {trial}: {ended}{f', {left}' if left else ''}")
         self._refresh()
 
     @property
@@ -109,6 +115,13 @@ class Display:
         current = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
         said = ["trials", f"{self._failed} failed" if self._failed else "", self.left, current]
         self._bars.update(self._task, " · ".join(part for part in said if part), self._total - len(self._waiting))
+
+
+def brief(error: str) -> str:
+    """An error's kind where it names one, else how it begins: the end of the run says it whole."""
+    line = next(iter(error.strip().splitlines()), "")
+    kind = re.match(r"[A-Z]\w+(?=: )", line)
+    return kind.group() if kind else textwrap.shorten(line, BRIEF, placeholder=" ...")
 
 
 def duration(seconds: float) -> str:

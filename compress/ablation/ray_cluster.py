@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from ..loading import reason_of
 
 OBJECT_STORE = 100 * 2**20
 """Bytes of a local cluster's object store: only pipelines and their results pass through it."""
+
+REACH = 5.0
+"""Seconds in which something has to answer at a cluster's address; Ray itself would go on trying for minutes."""
 
 QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_SCHEDULER_EVENTS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 """Environment that keeps Ray's own lines off the terminal, where the progress of the study is shown."""
@@ -44,16 +48,16 @@ def connected(address: str | None, workers: int | None) -> Iterator[tuple[Any, b
 
     A connection that the process has already is used and left as it is. Else it joins the cluster at ``address``
     or ``RAY_ADDRESS`` (``auto``: the one that runs on this machine), or starts one here, with CPUs for ``workers``,
-    and stops it afterwards. Raises :class:`SpecError` where Ray is not installed, and :class:`PrunekitError` where
-    no cluster answers or none can be started.
+    and stops it afterwards. Raises :class:`SpecError` where Ray is not installed or nothing answers at the address,
+    and :class:`PrunekitError` where no cluster can be joined or started.
     """
     ray = _module()
     if ray.is_initialized():
         yield ray, False
         return
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address, place = _where(address)
     try:
-        _connect(ray, address, workers)
+        _connect(ray, address, place, workers)
         yield ray, address is None
     finally:
         ray.shutdown()
@@ -72,11 +76,56 @@ def _module() -> Any:
     return ray
 
 
-def _connect(ray: Any, address: str | None, workers: int | None) -> None:
+def _where(address: str | None) -> tuple[str | None, str]:
+    """The cluster's address, None for one of our own, and what it is called in messages.
+
+    As in Ray, the environment says what ``auto`` means.
+    """
+    variable = os.environ.get("RAY_ADDRESS")
+    chosen, place = address or None, f"--address {address}"
+    if variable and chosen in (None, "auto"):
+        chosen, place = variable, f"RAY_ADDRESS={variable}"
+    return (None if chosen == "local" else chosen), place
+
+
+def _reach(ray: Any, address: str, place: str) -> None:
+    """Raise :class:`SpecError` where nothing answers at ``HOST:PORT``; what has no port is left to Ray.
+
+    ``auto`` may be a cluster that Ray remembers but that has died.
+    """
+    source = place.replace("=", " ").split()[0]
+    if address == "auto":
+        # No public function tells. If this one is gone, or finds nothing, ray.init says so by itself.
+        with suppress(Exception):
+            from ray._private.services import get_ray_address_from_environment
+
+            logging.getLogger("ray").setLevel(logging.ERROR)
+            address = get_ray_address_from_environment("auto", None)
+            place += f" ({address})"
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return
+    host = host.strip("[]")
+    hosts = [host]
+    if host == "localhost" or host.startswith("127."):
+        hosts.append(ray.util.get_node_ip_address())  # what Ray makes of it
+    for host in hosts:
+        try:
+            socket.create_connection((host, int(port)), timeout=REACH).close()
+            return
+        except (OSError, OverflowError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+    raise SpecError(
+        f"{place}: nothing answers there ({reason}); start Ray with ray start --head and name the HOST:PORT that it "
+        f"prints, or leave {source} out to have Ray started for this study"
+    )
+
+
+def _connect(ray: Any, address: str | None, place: str, workers: int | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None and "://" in address:
         raise SpecError(
-            f"--address {address}: Ray Client addresses are not supported; run prunekit on a machine of the cluster "
+            f"{place}: Ray Client addresses are not supported; run prunekit on a machine of the cluster "
             "with --address auto, or name its HOST:PORT"
         )
     if address is None:
@@ -84,6 +133,7 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
         # "local", because Ray would join whatever cluster it finds if no address were given.
         options.update(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE)
     else:
+        _reach(ray, address, place)
         options.update(address=address)
     main = threading.current_thread() is threading.main_thread()
     terminate = signal.getsignal(signal.SIGTERM)
@@ -99,7 +149,7 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
                 "give --address auto, or leave --engine out"
             ) from None
         raise PrunekitError(
-            f"--address {address}: no Ray cluster can be joined there ({reason}); start one with ray start --head, "
+            f"{place}: no Ray cluster can be joined there ({reason}); start one with ray start --head, "
             "set RAY_AUTH_MODE=token if it asks for a token, or leave --address and RAY_ADDRESS out to have one "
             "started for this study"
         ) from None

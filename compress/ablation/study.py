@@ -5,33 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...registry import Catalog, SpecError, near
+from ...registry import Catalog, SpecError
 from ..building import Mistake, Mistakes, Place
 from ..provenance import versions
 from ..spec import PipelineSpec, SpecReader
 from ..yaml_file import set_at
-from .axes import Draft, axes_of, check_settings, grid, listed, matches, read_axes
+from .axes import Draft, axes_of, grid, listed, read_axes
 from .blame import blamed
 from .fields import field_names
 from .planned import Planned, identity, key_of
+from .published import Published, check_published
 from .study_file import Source, read_study
-
-
-class Published(BaseModel):
-    """A value from the literature that belongs to some of the trials."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    where: dict[str, Any] = Field(description="axis values of the trials that it belongs to; {} is all of them")
-    metric: str = Field(description="EVALUATOR.VALUE, such as perplexity.perplexity")
-    value: float = Field(description="the published number")
-    source: str = Field(description="where it was published, such as PP, Table 1")
-    dense: bool = Field(False, description="whether it is the unpruned model's")
 
 
 class StudyFile(BaseModel):
@@ -63,6 +53,8 @@ class Study:
     published: tuple[Published, ...]
     trials: tuple[Planned, ...] = field(repr=False)
     catalog: Catalog = field(repr=False)
+    _drafts: list[Draft] = field(repr=False)
+    _source: Source = field(repr=False)
 
     @classmethod
     def load(cls, path: str | Path, settings: Iterable[str] = (), plugins: Iterable[str | Path] = ()) -> Study:
@@ -82,17 +74,23 @@ class Study:
                 reader.model(Published, entry, ("published", index)) for index, entry in enumerate(content["published"])
             ]
             content["published"] = published = [entry for entry in entries if entry is not None]
+        if not isinstance(content.get("vary", {}), dict):
+            found = content.pop("vary")
+            reader.mistake(("vary",), f"write axes as a mapping: prune.use: [pp, flap] (found {found!r:.60})")
         file = reader.model(StudyFile, content, ())
         known = field_names(catalog)
         axes = read_axes(source.axes(), known, reader.mistake)
-        drafts = grid(axes, source.entries("exclude"), reader.mistake, source.changed_axes)
-        drafts += listed(source.entries("trials"), axes, known, reader.mistake)
+        broken = _broken(reader.mistakes, known)
+        untold = {*source.changed_axes, *broken}
+        drafts = grid(axes, source.entries("exclude"), reader.mistake, untold)
+        drafts += listed(source.entries("trials"), axes, known, reader.mistake, broken)
         if not drafts and not reader.mistakes:
             reader.mistake(("vary",), "no trials; vary a field, such as prune.ratio: [0.2, 0.4], or list trials")
         _check_settings_matter(source, drafts, reader.mistake)
-        specs = _validated(source, drafts, files, catalog, reader)
-        planned = _planned(drafts, specs, source.folder, reader.mistake)
-        _check_published(published, drafts, specs, source.changed_axes, reader.mistake)
+        flawed = any(mistake.place[:1] in (("vary",), ("exclude",), ("trials",)) for mistake in reader.mistakes)
+        specs = _validated(source, drafts, files, catalog, reader, broken)
+        planned = _planned(drafts, specs, source.folder, (lambda *said: None) if flawed else reader.mistake)
+        check_published(published, drafts, specs, untold, reader.mistake)
         reader.mistakes.sort(key=lambda mistake: source.order(mistake.place))
         reader.finish(str(path), source.at)
         values = {name: [point.value for point in points] for name, points in axes_of(drafts).items()}
@@ -105,7 +103,15 @@ class Study:
             tuple(published),
             planned,
             catalog,
+            drafts,
+            source,
         )
+
+    def refuse(self, found: Mapping[int, Sequence[Mistake]]) -> None:
+        """Raise one :class:`SpecError` for mistakes of trials, by their place, at what causes them; none: nothing."""
+        reader = SpecReader(self.catalog, self._source.folder)
+        reader.mistakes = sorted(blamed(self._drafts, found), key=lambda said: self._source.order(said.place))
+        reader.finish(str(self._source.path), self._source.at)
 
     def describe(self) -> dict[str, Any]:
         """What a store says about the study."""
@@ -120,8 +126,24 @@ class Study:
         }
 
 
+def _broken(mistakes: Iterable[Mistake], known: frozenset[str]) -> set[str]:
+    """Axes with a mistake of their own; of misspelt fields those that were meant, too."""
+    names = {str(mistake.place[1]) for mistake in mistakes if mistake.place[:1] == ("vary",) and mistake.place[1:]}
+    meant = (get_close_matches(name, sorted(known), n=1) for name in names if name not in known)
+    return names.union(*meant)
+
+
+def _missing(mistake: Mistake) -> bool:
+    return mistake.message.startswith(("is required", "name the Strategy;"))
+
+
 def _validated(
-    source: Source, drafts: list[Draft], files: list[Path], catalog: Catalog, reader: SpecReader
+    source: Source,
+    drafts: list[Draft],
+    files: list[Path],
+    catalog: Catalog,
+    reader: SpecReader,
+    broken: Collection[str],
 ) -> dict[int, PipelineSpec]:
     """The pipelines of all trials by their place; mistakes are said once for all trials that share them."""
     specs: dict[int, PipelineSpec] = {}
@@ -140,7 +162,8 @@ def _validated(
         try:
             specs[index] = PipelineSpec.of(data, folder=source.folder, catalog=catalog)
         except Mistakes as mistakes:
-            wrong += mistakes.found
+            # What a broken axis would have set is not missing.
+            wrong += [mistake for mistake in mistakes.found if not (broken and _missing(mistake))]
         if wrong:
             specs.pop(index, None)
             found[index] = wrong
@@ -172,34 +195,3 @@ def _check_settings_matter(source: Source, drafts: list[Draft], complain: Callab
         name = ".".join(map(str, place))
         if drafts and all(name in draft.fields for draft in drafts):
             complain(("base", *place), f"every trial sets {name}; change its axis instead, with --set vary.AXIS=[...]")
-
-
-def _check_published(
-    published: Iterable[Published],
-    drafts: list[Draft],
-    specs: Mapping[int, PipelineSpec],
-    changed: Collection[str],
-    complain: Callable[[Place, str], None],
-) -> None:
-    """An entry that belongs to no trial, or to no evaluator of its trials, is a slip of the pen."""
-    from ..pipeline import labelled
-
-    axes = axes_of(drafts)
-    for index, entry in enumerate(published):
-        place: Place = ("published", index)
-        if not drafts or not check_settings(entry.where, (*place, "where"), axes, complain, changed):
-            continue
-        trials = [number for number, draft in enumerate(drafts) if matches(entry.where, draft.settings)]
-        if not trials and not changed:
-            complain((*place, "where"), "no trial has all of these values")
-        labels = {label: None for number in trials if number in specs for label, _ in labelled(specs[number].evaluate)}
-        label, _, value = entry.metric.rpartition(".")
-        if not (label and value):
-            complain(
-                (*place, "metric"), f"write EVALUATOR.VALUE, such as perplexity.perplexity (found {entry.metric!r})"
-            )
-        elif labels and label not in labels:
-            complain(
-                (*place, "metric"),
-                f"no evaluator of its trials is called {label!r}{near(label, labels)}; there are {', '.join(labels)}",
-            )

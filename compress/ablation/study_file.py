@@ -76,6 +76,12 @@ class Source:
         return next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
 
 
+def is_study(path: Path) -> bool:
+    """Whether a file is an ablation file, not a pipeline; raises :class:`SpecError` for one that cannot be read."""
+    data, _ = read_yaml(path)
+    return "prune" not in data and any(key in data for key in ("base", "vary", "trials"))
+
+
 def read_study(path: Path, settings: Iterable[str] = ()) -> Source:
     """The file and its base; raises :class:`SpecError` for files that cannot be read and settings that cannot be made.
 
@@ -88,12 +94,19 @@ def read_study(path: Path, settings: Iterable[str] = ()) -> Source:
     base = data.get("base")
     if isinstance(base, str):
         source.base_path = _absolute(base, source.folder)
-        base, below = read_yaml(source.base_path)
+        try:
+            base, below = read_yaml(source.base_path)
+        except SpecError as error:
+            raise SpecError(f"{path}: {source.at(('base',))}base: {error}") from None
         lines.update({("base", *place): line for place, line in below.items() if place})
         base = _anchored(base, source.base_path.parent)
+    elif base is None:
+        raise SpecError(
+            f"{path}: base: is required: a pipeline or a pipeline file's path, such as base: {{prune: {{use: pp}}}}"
+        )
     elif not isinstance(base, Mapping):
-        found = "" if base is None else f" (found {base!r:.60})"
-        raise SpecError(f"{path}: {source.at(('base',))}base: expected a pipeline, or a pipeline file's path{found}")
+        expected = f"base: expected a pipeline, or a pipeline file's path (found {base!r:.60})"
+        raise SpecError(f"{path}: {source.at(('base',))}{expected}")
     source.base = dict(base)
     if source.base.get("evaluate") is None:
         source.base["evaluate"] = list(DEFAULT_EVALUATORS)

@@ -1,4 +1,4 @@
-"""Paired bootstrap over a text's windows: how sure a difference of two perplexities is."""
+"""How sure a difference is: of two perplexities over a text's windows, of two means over what both share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
+FEW_WINDOWS = 20
+"""Fewer windows than this give a percentile interval that is too short."""
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+"""Student's t at 97.5% for 1 to 20 degrees of freedom; the last one serves for more, and is a little wide there."""
 CHUNK = 1 << 22
 """Most window counts that are drawn at once."""
 
@@ -85,6 +92,42 @@ def paired_interval(a: Windows, b: Windows, samples: int = 10_000, seed: int = 0
     ratio_low, ratio_high = np.percentile(ratios[1:], tails)
     values = (differences[0], low, high, ratios[0], ratio_low, ratio_high)
     return Interval(*map(float, values), windows=count, samples=samples, seed=seed)
+
+
+def ratio_interval(a: Windows, b: Windows, samples: int, seed: int = 0) -> tuple[float, float] | None:
+    """A 95% interval of the ratio of perplexities, B over A: the bootstrap's, or Student's for few windows.
+
+    From fewer than ``FEW_WINDOWS`` windows the bootstrap's percentiles are too short. There the logarithm of the
+    ratio, total loss of B minus A over total tokens, has the standard error of a ratio of sums over the windows.
+    None for fewer than two windows of one length, or where a number is too large for a float.
+    """
+    count = len(a.losses)
+    if count >= FEW_WINDOWS:
+        found = paired_interval(a, b, samples, seed)
+        return (found.ratio_low, found.ratio_high) if found else None
+    if count < 2 or count != len(b.losses) or a.tokens != b.tokens:
+        return None
+    tokens, more = np.array(a.tokens), np.subtract(b.losses, a.losses)
+    # Where one is much shorter than the others, they are worth fewer windows of one length.
+    freedom = math.floor(tokens.sum() ** 2 / np.square(tokens).sum() + 0.1) - 1
+    if freedom < 1:
+        return None
+    log = more.sum() / tokens.sum()
+    error = math.sqrt(count / (count - 1) * np.square(more - log * tokens).sum()) / tokens.sum()
+    low, high = log - student(freedom) * error, log + student(freedom) * error
+    return (math.exp(low), math.exp(high)) if -700 < low <= high < 700 else None
+
+
+def mean_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """A 95% interval of the mean of at least two paired differences, by Student's t."""
+    error = np.std(differences, ddof=1) / math.sqrt(len(differences))
+    middle, reach = float(np.mean(differences)), float(student(len(differences) - 1) * error)
+    return middle - reach, middle + reach
+
+
+def student(freedom: int) -> float:
+    """Student's t at 97.5%."""
+    return STUDENT[min(freedom, len(STUDENT)) - 1]
 
 
 def unpaired(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,8 @@ class Column:
     """Whether it says how good the model's answers are."""
     relative: bool = False
     """Whether the pruned value is divided by the dense one."""
+    of_dense: bool = False
+    """Whether the evaluator gives it relative to the dense model, which so has 1."""
     rank: int = 0
     """Which of the main table's columns come first: 0 quality, cost, time and PRR, then 1, then 2."""
 
@@ -53,13 +55,13 @@ class Column:
         return None if finite(value) is None or not dense else value / dense
 
     def dense(self, trial: Trial) -> Any:
-        """The dense model's value; what is relative to it is 1 there."""
+        """The dense model's value; what is relative to it is 1 there, where the evaluator says nothing else."""
         outcome = trial.outcome(self.label)
         if outcome is None:
             return None
-        if self.relative or self.name.endswith("_ratio"):
+        if self.relative:
             return 1.0
-        return (outcome["dense"] or {}).get(self.name)
+        return (outcome["dense"] or {}).get(self.name, 1.0 if self.of_dense else None)
 
     def text(self, value: Any) -> str:
         """A value as people read it."""
@@ -122,6 +124,12 @@ KNOWN: dict[str, tuple[Column, ...]] = {
 }  # fmt: skip
 """Evaluator -> the values of it that the main table shows, and plots use."""
 
+OF_DENSE = {
+    "cost": ("flops_ratio", "floor_ratio", "parameters_ratio"),
+    "latency": ("prefill_ratio", "decode_ratio"),
+}
+"""Evaluator -> its values that are relative to the dense model's as they are."""
+
 
 def main_columns(findings: Findings) -> list[Column]:
     """The main table's columns, of what was measured: quality, cost, time, the rest, and what plugins measured."""
@@ -131,7 +139,9 @@ def main_columns(findings: Findings) -> list[Column]:
         labels = [label for label, name in evaluators.items() if name == evaluator]
         apart = _told_apart(findings, labels)
         found += [
-            replace(column, label=label, title=column.title + apart[label]) for label in labels for column in known
+            replace(column, label=label, title=column.title + apart[label], of_dense=_of_dense(evaluator, column.name))
+            for label in labels
+            for column in known
         ]
     found = sorted((column for column in found if measured(findings, column)), key=lambda column: column.rank)
     others = [column for column in all_columns(findings) if evaluators[column.label] not in KNOWN]
@@ -145,7 +155,10 @@ def all_columns(findings: Findings) -> list[Column]:
         for outcome in trial.outcomes:
             names.update({(outcome["label"], name): None for name in outcome["pruned"]})
     titles = {(label, name): f"{label}: {name}".replace("_", " ") for label, name in names}
-    columns = [Column(label, name, titles[label, name]) for label, name in names]
+    kinds = evaluators_of(findings)
+    columns = [
+        Column(label, name, titles[label, name], of_dense=_of_dense(kinds[label], name)) for label, name in names
+    ]
     return [column for column in columns if measured(findings, column)]
 
 
@@ -164,9 +177,14 @@ def measured(findings: Findings, column: Column) -> bool:
 
 
 def find(columns: Sequence[Column], evaluator_value: str) -> Column | None:
-    """The first column of an ``evaluator.value``, whatever number the evaluator's label carries."""
-    evaluator, _, name = evaluator_value.partition(".")
-    return next((c for c in columns if c.label.partition(" ")[0] == evaluator and c.name == name), None)
+    """The column of a ``label.value``; of an ``evaluator.value`` the first, whatever number its label carries."""
+    exact = next((column for column in columns if column.key == evaluator_value), None)
+    evaluator, _, name = evaluator_value.rpartition(".")
+    return exact or next((c for c in columns if c.label.partition(" ")[0] == evaluator and c.name == name), None)
+
+
+def _of_dense(evaluator: str, name: str) -> bool:
+    return name in OF_DENSE.get(evaluator, ())
 
 
 def _told_apart(findings: Findings, labels: list[str]) -> dict[str, str]:

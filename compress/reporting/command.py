@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...registry import SpecError
 from .. import printing
 from ..results import RunFolder
 from .aggregate import Table, tabulate
 from .findings import read
-from .page import html
+from .page import html, progress
 from .plots import draw
 from .tables import latex, markdown, table_csv, trials_csv
 from .verdict import conclusion
@@ -19,15 +20,24 @@ PAGE = "report.html"
 def report(source: Path, out: Path | None = None, overwrite: bool = False) -> None:
     """Write the report of a store or a results folder, beside it as NAME-report unless ``out`` says where.
 
-    Raises :class:`SpecError` or :class:`StoreError` for a source that holds no results, and for a folder that exists.
+    Raises :class:`SpecError` or :class:`StoreError` for a source that holds no results, for a folder that exists, and
+    where the report cannot be written; nothing is left of it then.
     """
     source = Path(source).expanduser()
     folder = RunFolder(Path(out) if out else default_folder(source), overwrite, what="report", marker=PAGE)
     findings = read(source)
     folder.check()
     table = tabulate(findings)
-    with folder.open() as partial:
-        write(table, partial)
+    try:
+        with folder.open() as partial:
+            write(table, partial)
+    except OSError as error:
+        raise SpecError(
+            f"report {folder.target} cannot be written: {error.strerror or error}; make room there, or name another "
+            "place with --out (nothing was left behind)"
+        ) from None
+    for sentence in progress(findings):
+        printing.say(sentence)
     printing.say(conclusion(table))
     printing.say(f"report: {folder.target / PAGE}", whole=True)
 

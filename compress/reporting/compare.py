@@ -9,11 +9,10 @@ from ...registry import SpecError
 from .. import printing
 from ..report import headline, number
 from . import differences
-from .bootstrap import Windows, paired_interval, unpaired
+from .bootstrap import FEW_WINDOWS, Windows, paired_interval, unpaired
 from .findings import read_results
 
-FEW_WINDOWS = 20
-"""Fewer windows than this give an interval that is too short."""
+TAKES = "prunekit compare takes two folders written by prunekit run"
 
 
 def compare(a: Path, b: Path, samples: int = 10_000, seed: int = 0) -> None:
@@ -37,7 +36,7 @@ def compare(a: Path, b: Path, samples: int = 10_000, seed: int = 0) -> None:
         _differing("protocols that differ", differences.protocols(first, second), "the protocols are the same")
     head = ("measurement", "dense", "A", "B", "B to A")
     printing.show_table(head, differences.results(first, second), title="results")
-    for sentence in intervals(first, second, samples, seed):
+    for sentence in [*differences.unlike(first, second), *intervals(first, second, samples, seed)]:
         printing.say(sentence)
 
 
@@ -79,6 +78,11 @@ def _signed(value: float) -> str:
 
 
 def _one_run(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise SpecError(f"{folder} is a file, and {TAKES}; prunekit report shows the store of an ablation")
+    if not (folder / "results.json").is_file():
+        what = "is no results folder (no results.json in it)" if folder.is_dir() else "is not there"
+        raise SpecError(f"{folder} {what}; {TAKES}")
     data = read_results(folder)
     if "runs" in data:
         raise SpecError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..report import number
-from .findings import Findings
+from .findings import Findings, Trial, resolved_settings, setting_text
 from .protocols import fact, merged
 
 
@@ -26,7 +26,7 @@ def facts(findings: Findings) -> list[tuple[str, str]]:
         ("Model", models),
         ("Measured on", texts),
         ("Calibrated on", calibrations or "nothing"),
-        ("Untouched layers", _distinct(_untouched(data) for data in done)),
+        ("Skipped layers", _distinct(_skipped(trial) for trial in findings.done)),
         ("Machine", machines),
         ("Trials", _trials(findings)),
         ("Run", _dates(data["started"] for data in done)),
@@ -73,16 +73,10 @@ def _calibration(calibration: dict[str, Any]) -> str:
     return f"{calibration['text']}, {calibration['sequences']} sequences of {calibration['length']} tokens"
 
 
-def _untouched(data: dict[str, Any]) -> str:
-    """Layers that keep every unit although the ratio is not 0: skipped ones, and what rounding or scores spare."""
-    if not (data.get("ratio") or {}).get("units_cut"):
-        return ""
-    whole = [
-        layer["layer"]
-        for layer in data.get("layers") or ()
-        if all(site["kept"] == site["units"] for kind, site in layer.items() if kind != "layer")
-    ]
-    return ", ".join(map(str, whole)) or "none"
+def _skipped(trial: Trial) -> str:
+    """The layers that the pipeline says are not pruned; nothing where it is not known."""
+    layers = resolved_settings(trial.resolved).get("prune.skip_layers")
+    return "" if layers is None else setting_text("prune.skip_layers", layers)
 
 
 def _machine(data: dict[str, Any]) -> str:

@@ -96,6 +96,11 @@ class Plot:
         return re.sub(r"<svg ([^>]*)>", lambda found: f"<svg {label} {_sized(found[1])}>", body, count=1)
 
 
+def percent(value: float, _place: int = 0) -> str:
+    """A tick's share in percent, with the decimals that it has: 35%, 37.5%."""
+    return f"{round(100 * value, 4) + 0:g}%"
+
+
 def _sized(attributes: str) -> str:
     """An svg element's attributes without its fixed size: the page gives it one."""
     return re.sub(r'\b(width|height)="[^"]*"\s*', "", attributes)

@@ -13,14 +13,18 @@ from markupsafe import Markup
 from ... import __version__
 from .aggregate import Table
 from .columns import Column, all_columns
+from .configurations import NOTHING_SAVED
 from .facts import facts, identities, versions
 from .figures import Plot
-from .findings import axis_title
+from .findings import Findings, axis_title
 from .protocols import Protocols
 from .published import STATEMENT, beside
 from .rows import rows_of
 from .tables import PUBLISHED_HEAD, explanation
 from .verdict import bounds, conclusion, findings_in_detail
+
+PRINTED = 9
+"""Most columns of a table that fit a printed page; the first ones are the telling ones."""
 
 LINK = re.compile(r"https?://[^\s<>\"']*[\w/]|arXiv[ :](\d{4}\.\d{4,5})")
 
@@ -38,6 +42,7 @@ def html(table: Table, plots: Sequence[Plot]) -> str:
         script=Markup(_file("page.js")),
         title=findings.title,
         source=findings.source.name,
+        progress=progress(findings),
         conclusion=conclusion(table),
         detail=findings_in_detail(table),
         bounds=bounds(table),
@@ -61,6 +66,16 @@ def html(table: Table, plots: Sequence[Plot]) -> str:
     )
 
 
+def progress(findings: Findings) -> list[str]:
+    """How far a study is, in a sentence; nothing where all of it is measured."""
+    done, planned = len(findings.done), len(findings.trials)
+    if done == planned:
+        return []
+    missing = [f"{len(findings.failed)} failed"] if findings.failed else []
+    missing += [f"{findings.waiting} {'is' if findings.waiting == 1 else 'are'} waiting"] if findings.waiting else []
+    return [f"{done} of {planned} trials {'is' if done == 1 else 'are'} done{''.join(f', {m}' for m in missing)}."]
+
+
 def links(text: str) -> Markup:
     """Text with its addresses and arXiv numbers as links."""
     parts, end = [], 0
@@ -81,23 +96,38 @@ def _table(table: Table, columns: Sequence[Column], protocols: Protocols) -> dic
     return {
         "axes": [(axis_title(name), name) for name in table.shown_axes],
         "columns": columns,
+        "printed": max(1, PRINTED - len(table.shown_axes)),
         "dense": [row for row in rows if row.dense],
         "rows": [row for row in rows if not row.dense],
     }
 
 
 def _notes(table: Table) -> list[tuple[str, str]]:
-    """Every note with the configurations that it is about."""
-    found: dict[str, dict[str, None]] = {}
-    for configuration in table.configurations:
+    """Every note with the configurations that it is about, and of how many of their trials where not of all."""
+    found: dict[str, dict[int, int]] = {}
+    for index, configuration in enumerate(table.configurations):
         for trial in configuration.trials:
-            for note in trial.data.get("notes") or ():
-                found.setdefault(note, {})[table.name(configuration)] = None
-    everyone = len(table.configurations)
-    return [
-        (note, "all configurations" if len(names) == everyone > 1 else "; ".join(names))
-        for note, names in found.items()
-    ]
+            for note in dict.fromkeys(map(_without_seconds, trial.data.get("notes") or ())):
+                about = found.setdefault(note, {})
+                about[index] = about.get(index, 0) + 1
+    return [(note, _about(table, about)) for note, about in found.items()]
+
+
+def _about(table: Table, counts: dict[int, int]) -> str:
+    """Configurations by their index, with the number of trials."""
+    said, whole = [], len(table.configurations) > 1
+    for index, count in counts.items():
+        configuration = table.configurations[index]
+        part = "" if count == len(configuration.trials) else f" ({count} of {len(configuration.trials)} trials)"
+        said.append(table.name(configuration) + part)
+        whole = whole and not part
+    return "all configurations" if whole and len(said) == len(table.configurations) else "; ".join(said)
+
+
+def _without_seconds(note: str) -> str:
+    """A note that no time was saved without its seconds, which are each trial's own; others as they are."""
+    place, found, _ = note.partition(NOTHING_SAVED)
+    return f"{place}{found}, so there is no PRR" if found else note
 
 
 def _file(name: str) -> str:

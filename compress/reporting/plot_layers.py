@@ -8,7 +8,8 @@ from matplotlib.colors import Colormap
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .aggregate import Configuration, Table
+from .aggregate import Table
+from .configurations import Configuration
 from .figures import LINES, MUTED, PAPER, WIDTH, Plot, drawing, finished
 from .findings import finite
 from .plot_quality import Series
@@ -20,6 +21,7 @@ MOST_LINES = 8
 """Configurations that can be told apart as lines in one panel."""
 WRITTEN = 16
 """Most layers for which a heat map's cells carry their number."""
+PROBES_ALL = "full_batch_probing"
 OVERLAPS = {"full_batch": "with full-batch probing", "between_batches": "between batches"}
 
 
@@ -29,12 +31,16 @@ def layer_plots(table: Table) -> list[Plot]:
 
 
 def _kept(table: Table) -> Plot | None:
-    rows = table.configurations[:MOST_ROWS]
+    folded: dict[str, list[Configuration]] = {}
+    for c in table.configurations:
+        folded.setdefault(repr([c.kept(kind) for kind in KINDS]), []).append(c)
+    groups = list(folded.values())[:MOST_ROWS]
+    rows = [group[0] for group in groups]
     kinds = [kind for kind in KINDS if any(share is not None for c in rows for share in c.kept(kind))]
     layers = max((len(c.kept(kinds[0])) for c in rows), default=0) if kinds else 0
     if not layers:
         return None
-    names = [table.name(c) for c in rows]
+    names = [_together([table.name(c) for c in group]) for group in groups]
     with drawing(2 * WIDTH + 0.4, 0.9 + 0.27 * len(rows)) as figure:
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         colours = _colormap()
@@ -56,12 +62,23 @@ def _kept(table: Table) -> Plot | None:
             bar = figure.colorbar(mesh, ax=panels, location="bottom", shrink=0.35, aspect=40, pad=0.02)
             bar.outline.set_visible(False)
             bar.set_label("share of the layer's units that stay")
-        left_out = len(table.configurations) - len(rows)
+        left_out = len(table.configurations) - sum(map(len, groups))
         note = f" {left_out} more configurations are in table.csv." if left_out else ""
         caption = (
             f"Units that each layer keeps, in percent (attention: heads or key/value groups; MLP: channels).{note}"
+            f"{_folded(table, groups)}"
         )
         return finished(figure, "kept-units", "Kept units per layer", caption, wide=True)
+
+
+def _together(names: list[str]) -> str:
+    """One name for configurations that share a row."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _folded(table: Table, groups: list[list[Configuration]]) -> str:
+    said = ["; ".join(map(table.name, group)) for group in groups if len(group) > 1]
+    return f" Configurations that keep as many everywhere share a row: {' - '.join(said)}." if said else ""
 
 
 def _write(panel: Any, shares: list[list[float]], colours: Colormap) -> None:
@@ -111,6 +128,12 @@ def _overlap(table: Table, what: str) -> Plot | None:
             f"Overlap of the kept units {OVERLAPS[what]}, per layer: 1 is the same units, dotted is what choosing as "
             "many at random gives."
         )
+        itself = [details for c, details in rows if c.strategy == PROBES_ALL]
+        if what == "full_batch" and not all(map(_always_one, itself)):
+            caption += (
+                " Full-batch probing is not 1 with itself: its own decisions take earlier batches in, those it is "
+                "compared with do not."
+            )
         if once:
             caption += " Configurations that decide once have 1 everywhere and are left out."
         if len(found) > len(rows):

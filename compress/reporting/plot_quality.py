@@ -8,20 +8,23 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from ..report import share
-from .aggregate import RATIO, USE, Configuration, Table
+from .aggregate import RATIO, USE, Table
 from .columns import Column
-from .figures import COLOURS, FILLS, INK, LINES, MARKERS, MUTED, Plot, drawing, finished
+from .configurations import Configuration
+from .figures import COLOURS, FILLS, INK, LINES, MARKERS, MUTED, Plot, drawing, finished, percent
 from .findings import finite, named_text, setting_text
 
 LOG_FROM = 20
 """Largest value over smallest from which an axis is logarithmic."""
 
 COSTS = ("latency.prefill_ratio", "cost.flops_ratio")
-EDGE = 1.2
+EDGE = 1.6
 """Where points are drawn that cost far more than the dense model, with their value beside them."""
+APART = 0.05
+"""Least distance of two such values from each other, in heights of the drawing; closer ones share a line."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,10 @@ def pareto(points: Sequence[tuple[float, float]], higher: bool) -> list[int]:
     return front
 
 
-def _y(table: Table, quality: Column, configuration: Configuration | None, reference: int = 0) -> float | None:
-    """A configuration's (or a dense model's) quality; relative to dense where several dense models are compared."""
-    dense = table.dense[configuration.reference if configuration else reference].cell(quality).mean
+def _y(table: Table, quality: Column, configuration: Configuration | None) -> float | None:
+    """A configuration's (or the dense model's) quality; relative to dense where several dense models are compared."""
+    references = [configuration.reference] if configuration else range(len(table.dense))
+    dense = next((mean for i in references if (mean := table.dense[i].cell(quality).mean) is not None), None)
     value = configuration.mean(quality) if configuration else dense
     if len(table.dense) == 1:
         return value
@@ -129,15 +133,17 @@ def _scatter(table: Table, quality: Column, cost: Column) -> Plot | None:
     if len(points) < 2 or dense is None:
         return None
     every = [(1.0, dense), *((x, y) for _, x, y in points)]
-    front = pareto(every, quality.better == "higher")
+    # Seeds that have no value may be the bad ones: what lacks any is drawn, but stands on no front.
+    able = [(None, 1.0, dense), *(p for p in points if p[0].cell(cost).complete and p[0].cell(quality).complete)]
+    front = [able[index] for index in pareto([(x, y) for _, x, y in able], quality.better == "higher")]
     with drawing() as figure:
         axes = figure.subplots()
         _log_if_wide(axes, [y for _, y in every])
-        xs, ys = zip(*(every[index] for index in front), strict=True)
+        _, xs, ys = zip(*front, strict=True)
         axes.step(xs, ys, where="post", color=MUTED, linewidth=1, linestyle=(0, (3, 2)), zorder=1.5)
         axes.plot(xs, ys, "o", markersize=13, fillstyle="none", color=MUTED, markeredgewidth=1, zorder=1.6)
-        _label_front(axes, [points[index - 1] for index in front if index], quality.better == "higher")
-        far = max(x for x, _ in every) > EDGE + 0.1
+        _label_front(axes, [point for point in front if point[0] is not None], quality.better == "higher")
+        far = max(x for x, _ in every) > EDGE
         for configuration, x, y in points:
             beyond = far and x > EDGE
             axes.errorbar(
@@ -145,28 +151,25 @@ def _scatter(table: Table, quality: Column, cost: Column) -> Plot | None:
                 xerr=None if beyond else configuration.cell(cost).sd, linestyle="none", elinewidth=0.8, capsize=2,
                 zorder=3, clip_on=not beyond, **series.style(configuration).marker,
             )  # fmt: skip
-            if beyond:
-                axes.annotate(
-                    f"at {100 * x:.0f}%", (EDGE, y), (-7, 0), textcoords="offset points", ha="right", va="center",
-                    fontsize=7.5, color=MUTED,
-                )  # fmt: skip
         axes.plot(1, dense, "*", color=INK, markersize=10, zorder=3)
         axes.annotate("dense", (1, dense), (9, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(percent)
         axes.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
         axes.margins(0.1)
         if far:
             axes.set_xlim(right=EDGE + 0.005)
+            label_beyond(axes, [(x, y) for _, x, y in points if x > EDGE])
         axes.set_xlabel(f"{cost.title}, share of dense")
         _label_quality(axes, table, quality)
         handles = [*series.handles(), Line2D([], [], marker="o", markersize=9, fillstyle="none", color=MUTED,
                                              linestyle=(0, (3, 2)), linewidth=1, label="Pareto front")]  # fmt: skip
         _legend(figure, handles)
         title = f"{_start(quality.title)} against {cost.title}"
-        on = [table.name(points[index - 1][0]) if index else "dense" for index in front]
+        on = [table.name(configuration) if configuration else "dense" for configuration, _, _ in front]
         caption = (
             f"{_start(quality.title)} ({quality.better} is better) against {cost.title} relative to dense. "
             f"Ringed: the Pareto front, which nothing beats in both: {'; '.join(on)}."
+            + (" Points of which seeds have no value are not on it." if len(able) <= len(points) else "")
             + (" Points at the right edge lie beyond it, at the value beside them." if far else "")
         )
         return finished(figure, _file(f"{quality.key}-{cost.key}"), title, caption)
@@ -182,6 +185,24 @@ def _label_front(axes: Axes, front: list[tuple[Configuration, float, float]], hi
                 share(configuration.ratio), (x, y), place, textcoords="offset points", ha="right",
                 va="bottom" if higher else "top", fontsize=7.5, color=MUTED,
             )  # fmt: skip
+
+
+def label_beyond(axes: Axes, points: list[tuple[float, float]]) -> None:
+    """What points cost that are drawn at the edge, from the cheapest to the dearest where they are close together."""
+    heights = {point: (axes.transScale + axes.transLimits).transform(point)[1] for point in points}
+    lines: list[list[tuple[float, float]]] = []
+    for point in sorted(points, key=heights.__getitem__):
+        if lines and heights[point] - heights[lines[-1][-1]] < APART:
+            lines[-1].append(point)
+        else:
+            lines.append([point])
+    for line in lines:
+        shares = list(dict.fromkeys(f"{100 * x:.0f}%" for x, _ in sorted(line)))
+        said = ", ".join(shares) if len(shares) < 4 else f"{shares[0]} to {shares[-1]}"
+        axes.annotate(
+            f"at {said}", (EDGE, line[len(line) // 2][1]), (8, 0), textcoords="offset points", va="center",
+            fontsize=7.5, color=MUTED, annotation_clip=False,
+        )  # fmt: skip
 
 
 def _by_ratio(table: Table, quality: Column) -> Plot | None:
@@ -207,7 +228,7 @@ def _by_ratio(table: Table, quality: Column) -> Plot | None:
         axes.annotate("dense", (0, dense), (7, -3), textcoords="offset points", va="top", fontsize=8)
         _log_if_wide(axes, drawn)
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(percent)
         axes.set_xticks([0, *sorted(ratios)])
         axes.set_xlabel("pruning ratio asked for")
         _label_quality(axes, table, quality)
@@ -222,7 +243,7 @@ def _label_quality(axes: Axes, table: Table, quality: Column) -> None:
     relative = ", relative to dense" if len(table.dense) > 1 else ""
     axes.set_title(f"{quality.title}{relative}", fontweight="normal", color=MUTED, fontsize=9)
     if quality.style == "accuracy" and not relative:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(percent)
 
 
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:

@@ -14,6 +14,10 @@ MOST_VALUES = 4
 """Different values of one key that are listed; more are counted."""
 
 
+BETWEEN = " / "
+"""Stands between different values of one key."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How one evaluator measured."""
@@ -55,10 +59,13 @@ class Protocols:
         found: dict[str, dict[str, dict[str, None]]] = {}
         for protocol in self.all:
             for name, value in protocol.facts:
-                found.setdefault(protocol.label, {}).setdefault(name, {})[value] = None
+                pieces = dict.fromkeys(value.split(BETWEEN))  # those of each trial, as :func:`merged` lists them
+                found.setdefault(protocol.label, {}).setdefault(name, {}).update(pieces)
         return {
             label: {
-                name: " / ".join(values) if len(values) <= MOST_VALUES else f"{len(values)} values, one for each result"
+                name: BETWEEN.join(values)
+                if len(values) <= MOST_VALUES
+                else f"{len(values)} values, one for each result"
                 for name, values in facts.items()
             }
             for label, facts in found.items()
@@ -72,7 +79,7 @@ def merged(protocols: Iterable[dict[str, Any]]) -> dict[str, str]:
         for key, value in protocol.items():
             if value is not None:
                 found.setdefault(key.replace("_", " "), {})[fact(value)] = None
-    return {key: " / ".join(values) for key, values in found.items()}
+    return {key: BETWEEN.join(values) for key, values in found.items()}
 
 
 def fact(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from .aggregate import Configuration, Table
+from .aggregate import Table
 from .columns import Column, all_columns, find
+from .configurations import Configuration, key
 from .findings import finite, resolved_settings, setting_text
 
 STATEMENT = (
@@ -49,16 +49,16 @@ def _entry(table: Table, columns: list[Column], entry: dict[str, Any]) -> list[B
     written = column.text(theirs) if column else setting_text("", theirs)
     if entry.get("dense"):
         references = sorted({c.reference for c in matching})
-        cells = [(None, table.dense[index].cell(column)) for index in references] if column else []
+        cells = [(None, table.dense_name(i), table.dense[i].cell(column)) for i in references] if column else []
         said = ", ".join(filter(None, ("dense", said)))
     else:
-        cells = [(c, c.cell(column)) for c in matching] if column else []
-    cells = [(c, cell) for c, cell in cells if cell.mean is not None]
+        cells = [(c, table.name(c), c.cell(column)) for c in matching] if column else []
+    cells = [(c, name, cell) for c, name, cell in cells if cell.mean is not None]
     if not cells:
         return [Beside(said or "any", metric, written, "not measured", "", source)]
     found = []
-    for configuration, cell in cells:
-        name = table.name(configuration) if configuration and len(cells) > 1 else said or "any"
+    for configuration, own, cell in cells:
+        name = own if len(cells) > 1 else said or "any"
         found.append(
             Beside(
                 name, metric, written, cell.text, difference(column, cell.mean, theirs), source, column, configuration
@@ -81,8 +81,4 @@ def _matches(configuration: Configuration, where: dict[str, Any]) -> bool:
     known = configuration.settings
     if not set(where) <= set(known):
         known = {**resolved_settings(configuration.first.resolved), **known}
-    return all(name in known and _same(known[name], value) for name, value in where.items())
-
-
-def _same(left: Any, right: Any) -> bool:
-    return json.dumps(left, sort_keys=True, default=str) == json.dumps(right, sort_keys=True, default=str)
+    return all(name in known and key(known[name]) == key(value) for name, value in where.items())

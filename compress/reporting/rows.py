@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..report import number
-from .aggregate import Cell, Configuration, Table
+from .aggregate import Table
 from .columns import Column
+from .configurations import Cell, Configuration
 from .findings import finite, setting_text
 from .protocols import Protocol, Protocols
 
@@ -42,12 +43,12 @@ def rows_of(table: Table, columns: Sequence[Column], protocols: Protocols) -> li
         Row(
             settings=_dense_settings(table, reference.settings),
             cells=tuple(
-                _shown(reference.cell(column), "dense", False, protocols.of(column.label, reference.trials))
+                _shown(reference.cell(column), name, False, protocols.of(column.label, reference.trials))
                 for column in columns
             ),
             dense=True,
         )
-        for reference in table.dense
+        for reference, name in zip(table.dense, map(table.dense_name, range(len(table.dense))), strict=True)
     ]
     last = None
     for configuration in table.configurations:
@@ -77,11 +78,10 @@ def _row(
 
 
 def _dense_settings(table: Table, settings: dict) -> tuple[tuple[str, str], ...]:
-    """``dense`` stands in the first column that its own settings leave free."""
+    """``dense`` stands in the first column that its own settings leave free, else before what is in the first."""
     shown = [setting_text(axis, settings[axis]) if axis in settings else "" for axis in table.shown_axes]
-    free = next((index for index, text in enumerate(shown) if not text), None)
-    if free is not None:
-        shown[free] = "dense"
+    free = next((index for index, text in enumerate(shown) if not text), 0)
+    shown[free] = ", ".join(filter(None, ("dense", shown[free])))
     return tuple((text, "") for text in shown)
 
 

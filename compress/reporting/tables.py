@@ -33,14 +33,16 @@ def head(table: Table, columns: Sequence[Column]) -> list[str]:
 
 def explanation(table: Table) -> list[str]:
     """How to read the main table, in sentences."""
-    relative = [column.title for column in table.columns if column.relative or column.name.endswith("_ratio")]
+    relative = [column.title for column in table.columns if column.relative or column.of_dense]
     said = [f"Relative to the dense model of the same run: {', '.join(relative)}."] if relative else []
     if table.repeated:
         repeated = ", ".join(map(axis_title, table.repeated))
         said.append(f"Values are mean ± standard deviation (n - 1) over repetitions ({repeated}).")
     if table.best:
         shared = " and ".join(map(axis_title, [RATIO, *table.circumstances]))
-        said.append(f"Bold: the best mean at the same {shared}, among what computes less than the dense model.")
+        part = any(len(c.trials) < c.planned for c in table.configurations)
+        whole = " and has a value for every planned repetition" if part else ""
+        said.append(f"Bold: the best mean at the same {shared}, among what computes less than the dense model{whole}.")
     return said
 
 
@@ -72,20 +74,20 @@ def markdown(table: Table, plots: Sequence[Plot]) -> str:
 
 
 def table_csv(table: Table) -> str:
-    """One row for each configuration: mean, standard deviation and number of seeds of every value."""
+    """One row for each configuration: trials finished and planned, mean and standard deviation of every value."""
     columns = all_columns(table.findings)
     axes = list(dict.fromkeys(name for c in table.configurations for name in c.settings))
     names = [name for column in columns for name in (column.key, f"{column.key}.sd")]
-    lines = [["kind", *axes, "trials", *names]]
+    lines = [["kind", *axes, "trials", "planned", *names]]
     for reference in table.dense:
         cells = [reference.cell(column) for column in columns]
         settings = [reference.settings.get(axis) for axis in axes]
-        lines.append(["dense", *settings, "", *(value for cell in cells for value in (cell.mean, None))])
+        lines.append(["dense", *settings, "", "", *(value for cell in cells for value in (cell.mean, None))])
     for configuration in table.configurations:
         cells = [configuration.cell(column) for column in columns]
         settings = [configuration.settings.get(axis) for axis in axes]
         values = [value for cell in cells for value in (cell.mean, cell.sd)]
-        lines.append(["pruned", *settings, len(configuration.trials), *values])
+        lines.append(["pruned", *settings, len(configuration.trials), configuration.planned, *values])
     return _csv(lines)
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from math import sqrt
+from collections.abc import Sequence
 
-from ..report import TIE, number, share
-from .aggregate import RATIO, USE, Configuration, Dense, Table
-from .bootstrap import Interval, Windows, paired_interval, unpaired
+from ..report import number, share
+from .aggregate import RATIO, USE, Table
 from .columns import Column
+from .configurations import Cell, Configuration, key
+from .contest import Compared, Contest, compare_best, contests, leading, ordered
 from .findings import finite, setting_text
 
-SAMPLES = 2000
-"""Bootstrap samples behind a sentence."""
+SHOWN = 4
+"""Most configurations that a sentence names as tied; the others are counted."""
 
-
-@dataclass(frozen=True)
-class Compared:
-    """The best configuration of a block and the next one."""
-
-    best: Configuration
-    second: Configuration | None
-    tied: str
-    """Why no order is allowed; empty where it is."""
-    interval: Interval | None
+SAME_SIZE = 0.01
+"""Shares of kept parameters closer than this are called the same size."""
 
 
 def conclusion(table: Table) -> str:
@@ -32,29 +23,34 @@ def conclusion(table: Table) -> str:
     columns = table.quality
     if not columns:
         return f"{len(table.findings.done)} trials were measured, none of them for quality."
-    column, groups = columns[0], _groups(table, columns[0])
-    if not groups:
+    column, found = columns[0], contests(table, columns[0])
+    if not found:
         return f"No trial has a finite {column.title}."
-    if sum(map(len, groups)) == 1:
-        return _single(table, column, groups[0][0])
-    top = max(group[0].ratio or 0.0 for group in groups)
-    groups = [group for group in groups if (group[0].ratio or 0.0) == top]
-    if len(groups) > 2:
-        groups = [_leading(column, groups)]
-    clauses = [_clause(table, column, group) for group in groups]
-    dense = _reference(table, groups[0][0]).cell(column)
-    opening = f"At {share(top)} pruning, " if any(c.ratio for group in groups for c in group) else ""
-    return f"{opening}{'; '.join(clauses)}; the dense model has {dense.text}."
+    if sum(len(one.contenders) for one in found) == 1:
+        return _single(table, column, found[0])
+    top = max(_ratio(one) for one in found)
+    found = [one for one in found if _ratio(one) == top]
+    if len(found) > 2:
+        found = [leading(column, found)]
+    dense = [_dense(table, one.contenders[0], column) for one in found]
+    differ = len(set(dense)) > 1
+    clauses = [
+        _clause(table, column, one) + (f", where the dense model has {its}" if differ else "")
+        for one, its in zip(found, dense, strict=True)
+    ]
+    opening = f"At {share(top)} pruning, " if any(c.ratio for one in found for c in one.contenders) else ""
+    return f"{opening}{'; '.join(clauses)}" + ("." if differ else f"; the dense model has {dense[0]}.")
 
 
 def findings_in_detail(table: Table) -> list[str]:
-    """A sentence for every block and every measure of quality."""
+    """A sentence for every contest and every measure of quality."""
     said = []
     for column in table.quality:
-        for group in _groups(table, column):
-            if len(group) > 1:
-                at = f"{share(group[0].ratio)}: " if group[0].ratio is not None else ""
-                said.append(f"{at}{_clause(table, column, group)}.")
+        for one in contests(table, column):
+            if len(one.contenders) > 1 or one.left_out or one.unmeasured:
+                ratio = one.contenders[0].ratio
+                at = f"{share(ratio)}: " if ratio is not None else ""
+                said.append(f"{at}{_clause(table, column, one)}{_sizes(table, column, one)}.")
     return list(dict.fromkeys(said))
 
 
@@ -72,102 +68,93 @@ def bounds(table: Table) -> str | None:
     return f"{_listed(names)} {verb} more than the dense model: a bound to compare with, no contender here."
 
 
-def compare_best(column: Column, group: list[Configuration]) -> Compared:
-    """The group's two best; tied where what repeats or resampling shows allows no order."""
-    ordered = sorted(group, key=lambda c: c.mean(column), reverse=column.better == "higher")
-    best, second = ordered[0], ordered[1] if len(ordered) > 1 else None
-    if second is None:
-        return Compared(best, None, "", None)
-    interval, error = _interval(column, best, second), _standard_error(column, best, second)
-    gap = abs(second.mean(column) - best.mean(column))
-    sds = [cell.sd for cell in (best.cell(column), second.cell(column)) if cell.sd is not None]
-    tied = ""
-    if interval and not interval.certain:
-        low, high = (100 * (ratio - 1) for ratio in (interval.ratio_low, interval.ratio_high))
-        tied = f"the 95% interval of their difference, {low:+.1f}% to {high:+.1f}%, holds zero"
-    elif sds and gap <= sqrt(sum(sd * sd for sd in sds)):
-        tied = "they differ by less than seeds do"
-    elif error is not None and gap <= 2 * error:
-        tied = f"they differ by less than two standard errors ({column.text(2 * error)})"
-    elif not sds and interval is None and error is None and gap <= TIE * abs(best.mean(column)):
-        tied = f"they differ by less than {share(TIE)}"
-    return Compared(best, second, tied, interval)
-
-
-def _clause(table: Table, column: Column, group: list[Configuration]) -> str:
-    shared = [name for name in table.axes if len({_text(name, c) for c in group}) == 1]
-    found = compare_best(column, group)
-    context = [name for name in shared if name not in (table.compared, RATIO)]
-    where = ", ".join(_context(name, found.best) for name in context)
+def _clause(table: Table, column: Column, one: Contest) -> str:
+    shared, where = _shared(table, one)
     prefix = f"with {where}, " if where else ""
-    name = table.name(found.best, shared)
-    value = found.best.cell(column).text
+    said = _order(table, column, one, shared) if one.complete else _no_order(table, column, one, shared)
+    return prefix + said + _left_out(table, column, one, shared)
+
+
+def _order(table: Table, column: Column, one: Contest, shared: list[str]) -> str:
+    """Who is best, or who ties for it."""
+    found = compare_best(column, one.contenders)
+    name, value = table.name(found.best, shared), found.best.cell(column).text
     if found.second is None:
-        return f"{prefix}{name} has a {column.title} of {value}"
-    other, its = table.name(found.second, shared), found.second.cell(column).text
-    if found.tied:
-        return f"{prefix}{name} ({value}) and {other} ({its}) tie for the best {column.title}: {found.tied}"
-    gap = _gap(column, found)
+        return f"{name} has a {column.title} of {value}"
+    if found.ties:
+        tied = [found.best, *(tie.configuration for tie in found.ties)]
+        names = [f"{table.name(c, shared)} ({c.cell(column).text})" for c in tied]
+        return f"{_several(names)} tie for the best {column.title}: {found.tied}"
     best = "lowest" if column.better == "lower" else "highest"
     worse = "below" if column.better == "lower" else "above"
-    sure = ""
-    if found.interval:
-        low, high = sorted(100 * abs(1 - 1 / r) for r in (found.interval.ratio_low, found.interval.ratio_high))
-        sure = f" (95% interval {low:.1f}% to {high:.1f}%)"
-    return f"{prefix}{name} has the {best} {column.title} ({value}), {gap} {worse} the next, {other}{sure}"
+    intervals = ", ".join(f"{sure.text} over {sure.source}" for sure in found.evidence)
+    sure = "; ".join(filter(None, [f"95% interval {intervals}" if intervals else "", found.caution]))
+    other = table.name(found.second, shared)
+    text = f"{name} has the {best} {column.title} ({value}), {_gap(column, found)} {worse} the next, {other}"
+    return f"{text} ({sure})" if sure else text
 
 
-def _single(table: Table, column: Column, one: Configuration) -> str:
-    dense = _reference(table, one).cell(column)
-    text = f"{setting_text(USE, one.strategy)} at {share(one.ratio)} moves {column.title} from {dense.text} "
-    text += f"to {one.cell(column).text}"
+def _no_order(table: Table, column: Column, one: Contest, shared: list[str]) -> str:
+    cells = [(table.name(c, shared), c.cell(column)) for c in ordered(column, one.contenders)]
+    names = [f"{name} ({column.text(cell.mean)} from {_seeds(column, cell)})" for name, cell in cells]
+    return f"nothing has a {column.title} for all its seeds, so none is called best: {_several(names)}"
+
+
+def _left_out(table: Table, column: Column, one: Contest, shared: list[str]) -> str:
+    """Who is no contender for want of values, and that."""
+    said = ""
+    lacking = [(table.name(c, shared), _seeds(column, c.cell(column))) for c in one.left_out]
+    if len(lacking) == 1:
+        said += f"; {' has '.join(lacking[0])} and is left out"
+    elif lacking:
+        said += f"; {_listed([f'{name} ({what})' for name, what in lacking])} are left out"
+    if one.unmeasured:
+        said += f"; {_listed(one.unmeasured)} {'is' if len(one.unmeasured) == 1 else 'are'} not measured"
+    return said
+
+
+def _seeds(column: Column, cell: Cell) -> str:
+    """How many of its seeds have a value."""
+    return f"{len(cell.numbers)} of {cell.seeds} seeds" if cell.numbers else f"no finite {column.title}"
+
+
+def _sizes(table: Table, column: Column, one: Contest) -> str:
+    """How many parameters the named ones keep, where that differs: a ratio asked is not what each one cuts."""
+    known = table.column("cost.parameters_ratio")
+    if not known or not one.complete or len(one.contenders) < 2:
+        return ""
+    found = compare_best(column, one.contenders)
+    named = [found.best, *([tie.configuration for tie in found.ties][: SHOWN - 1] or [found.second])]
+    kept = [c.mean(known) for c in named]
+    if any(finite(value) is None for value in kept) or max(kept) - min(kept) <= SAME_SIZE:
+        return ""
+    shared, _ = _shared(table, one)
+    first, *others = (f"{table.name(c, shared)}{{}} {100 * v:.1f}%" for c, v in zip(named, kept, strict=True))
+    rest = ", ".join(text.format("") for text in others)
+    return f"; {first.format(' keeps')} of the parameters, {rest}"
+
+
+def _single(table: Table, column: Column, one: Contest) -> str:
+    only = one.contenders[0]
+    text = f"{setting_text(USE, only.strategy)} at {share(only.ratio)} moves {column.title} from "
+    text += f"{_dense(table, only, column)} to {only.cell(column).text}"
     cost = [
-        f"{one.cell(known).text} of dense's {what}"
-        for key, what in (("cost.flops_ratio", "operations"), ("latency.prefill_ratio", "prefill time"))
-        if (known := table.column(key)) and one.mean(known) is not None
+        f"{only.cell(known).text} of dense's {what}"
+        for name, what in (("cost.flops_ratio", "operations"), ("latency.prefill_ratio", "prefill time"))
+        if (known := table.column(name)) and only.mean(known) is not None
     ]
-    return f"{text} with {' and '.join(cost)}." if cost else f"{text}."
+    text += f" with {' and '.join(cost)}" if cost else ""
+    return f"{text}{_left_out(table, column, one, _shared(table, one)[0])}."
 
 
-def _groups(table: Table, column: Column) -> list[list[Configuration]]:
-    """Contenders that differ in strategy (or, where that is fixed, in anything) but in no other circumstance."""
-    blocks = [[c for c in block if finite(c.mean(column)) is not None] for block in table.blocks()]
-    able = [[c for c in block if table.saves(c)] for block in blocks]
-    return [block for block in (able if any(able) else blocks) if block]
-
-
-def _leading(column: Column, groups: list[list[Configuration]]) -> list[Configuration]:
-    """The group that holds the best of all, of those in which anything competes."""
-    several = [group for group in groups if len(group) > 1] or groups
-    means = [[c.mean(column) for c in group] for group in several]
-    scores = [min(values) if column.better == "lower" else -max(values) for values in means]
-    return several[scores.index(min(scores))]
-
-
-def _interval(column: Column, best: Configuration, second: Configuration) -> Interval | None:
-    if column.name != "perplexity":
-        return None
-    outcomes = [[trial.outcome(column.label) for trial in c.trials] for c in (best, second)]
-    first = outcomes[0][0]
-    if any(outcome is None or unpaired(first, outcome) for side in outcomes for outcome in side):
-        return None
-    means = [Windows.mean([Windows.of(outcome) for outcome in side]) for side in outcomes]
-    return paired_interval(*means, samples=SAMPLES)
-
-
-def _standard_error(column: Column, best: Configuration, second: Configuration) -> float | None:
-    """Of the difference of two mean accuracies, from the tasks' own standard errors, taken as independent."""
-    if column.name != "mean" or column.style != "accuracy":
-        return None
-    squares, tasks = 0.0, 0
-    for configuration in (best, second):
-        values = configuration.first.outcome(column.label)["pruned"]
-        errors = [finite(value) for name, value in values.items() if name.endswith("_stderr")]
-        if not errors or None in errors:
-            return None
-        tasks = len(errors)
-        squares += sum(error * error for error in errors)
-    return sqrt(squares) / tasks
+def _shared(table: Table, one: Contest) -> tuple[list[str], str]:
+    """The axes in which all agree, and those that are circumstances in words."""
+    every = [*one.contenders, *one.left_out]
+    shared = [name for name in table.axes if len({key(c.settings.get(name)) for c in every}) == 1]
+    if table.compared in shared and one.unmeasured:
+        shared.remove(table.compared)
+    context = [name for name in shared if name not in (table.compared, RATIO)]
+    return shared, ", ".join(_context(name, every[0]) for name in context)
 
 
 def _gap(column: Column, found: Compared) -> str:
@@ -177,17 +164,23 @@ def _gap(column: Column, found: Compared) -> str:
     return f"{100 * abs(1 - best / second):.2g}%" if second else number(abs(best - second))
 
 
-def _reference(table: Table, configuration: Configuration) -> Dense:
-    return table.dense[configuration.reference]
+def _ratio(one: Contest) -> float:
+    return one.contenders[0].ratio or 0.0
 
 
-def _text(name: str, configuration: Configuration) -> str:
-    return json.dumps(configuration.settings.get(name), sort_keys=True, default=str)
+def _dense(table: Table, configuration: Configuration, column: Column) -> str:
+    return table.dense[configuration.reference].cell(column).text
 
 
 def _context(name: str, configuration: Configuration) -> str:
     return f"{name.rpartition('.')[2].replace('_', ' ')} {setting_text(name, configuration.settings.get(name))}"
 
 
-def _listed(names: list[str]) -> str:
+def _several(names: list[str]) -> str:
+    """All of a few names, else the first ones and how many there are more."""
+    more = len(names) - SHOWN
+    return _listed(names if more <= 0 else [*names[:SHOWN], f"{more} other{'' if more == 1 else 's'}"])
+
+
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,4 +1,4 @@
-"""Tables: seeds together, dense models apart, marks, whatever was measured; and the sentences, whoever wins."""
+"""Tables: seeds together, dense models apart, marks, whatever was measured."""
 
 from dataclasses import replace
 from statistics import stdev
@@ -9,7 +9,7 @@ from prunekit.compress.reporting.findings import Trial
 from prunekit.compress.reporting.protocols import Protocols
 from prunekit.compress.reporting.published import beside
 from prunekit.compress.reporting.rows import rows_of
-from prunekit.compress.reporting.verdict import bounds, compare_best, conclusion, findings_in_detail
+from prunekit.compress.reporting.verdict import bounds, conclusion
 
 
 def by_name(table):
@@ -97,47 +97,6 @@ def test_values_that_are_no_numbers_are_shown_and_never_best(make_findings):
     column = table.column("perplexity.perplexity")
     assert by_name(table)["PP"].cell(column).text == "inf"
     assert conclusion(table).startswith("FLAP at 40% moves perplexity from 24.00 to 36.00")
-
-
-# Sentences
-
-
-@pytest.mark.parametrize(
-    ("pp", "flap", "words"),
-    [
-        (1.0, 1.25, "PP has the lowest perplexity (33.6"),
-        (1.25, 1.0, "FLAP has the lowest perplexity (33.6"),
-        (1.0, 1.001, "tie for the best perplexity: the 95% interval of their difference"),
-    ],
-)
-def test_the_conclusion_says_who_wins(make_findings, run_data, pp, flap, words):
-    findings = make_findings(["pp", "flap"], [0.4])
-    trials = [
-        replace(t, data=run_data(u, 0.4, harm=h))
-        for t, u, h in zip(findings.trials, ["pp", "flap"], [pp, flap], strict=True)
-    ]
-    said = conclusion(tabulate(replace(findings, trials=tuple(trials))))
-    assert said.startswith("At 40% pruning, ") and words in said and said.endswith("; the dense model has 24.00.")
-    assert said.count(". ") == 0  # one sentence
-
-
-def test_seeds_that_spread_wider_than_the_gap_are_a_tie(make_findings):
-    table = tabulate(make_findings(["pp", "flap"], [0.4], seeds=(0, 1)))
-    column = table.column("perplexity.perplexity")
-    assert not compare_best(column, table.configurations).tied
-    for configuration, values in zip(table.configurations, [(30.0, 36.0), (31.0, 37.0)], strict=True):
-        for trial, value in zip(configuration.trials, values, strict=True):
-            trial.outcome("perplexity")["pruned"]["perplexity"] = value
-            trial.outcome("perplexity")["details"] = {}
-    assert compare_best(column, table.configurations).tied
-
-
-def test_details_have_a_sentence_for_every_ratio_and_measure(make_findings):
-    said = findings_in_detail(tabulate(make_findings()))
-    assert len(said) == 4 and said[0].startswith("20%: PP has the lowest perplexity (28.80), ")
-    assert said[2].startswith(
-        "20%: PP (59.0%) and Wanda-sp (58.8%) tie for the best zero-shot: they differ by less than"
-    )
 
 
 # Published values

@@ -1,8 +1,10 @@
 """``prunekit report``: the folder of a report."""
 
 import csv
+import errno
 import io
 import json
+from pathlib import Path
 
 import pytest
 from prunekit.compress.cli import app
@@ -50,6 +52,42 @@ def test_only_reports_are_replaced_and_failures_leave_nothing(run_folder, tmp_pa
     with pytest.raises(ZeroDivisionError):
         command.report(run_folder, tmp_path / "new" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.run"]
+
+
+@pytest.mark.parametrize("kind", ["write_text", "write_bytes"])
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(kind, run_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, kind, full)
+    done = CliRunner().invoke(app, ["report", str(run_folder), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2 and done.exception.__class__ is SystemExit
+    said = " ".join(done.output.split())
+    assert "cannot be written: No space left on device; make room there, or name another place with --out" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["my.run"]
+
+
+def test_overwriting_is_advised_only_where_it_helps(run_folder, tmp_path):
+    (tmp_path / "file").touch()
+    for taken in ("file", "my.run"):
+        with pytest.raises(SpecError, match=r"is no report .*left alone, with --overwrite too; choose another"):
+            command.report(run_folder, tmp_path / taken)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SpecError, match="or replace it with --overwrite"):
+        command.report(run_folder, tmp_path / "empty")
+
+
+def test_an_unfinished_study_says_how_far_it_is(make_findings, tmp_path, monkeypatch, capsys):
+    waiting = ({"prune.use": "flap", "prune.ratio": 0.9, "seed": 0}, "waiting", None, None, None)
+    failed = (waiting[0], "failed", None, None, "no room")
+    findings = make_findings(["pp"], extra=[waiting, failed])
+    monkeypatch.setattr(command, "read", lambda source: findings)
+    monkeypatch.setattr(command, "draw", lambda table: [])
+    command.report(tmp_path / "study.sqlite", tmp_path / "out")
+    said = "2 of 4 trials are done, 1 failed, 1 is waiting."
+    assert said in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert said in page[page.index("</h1>") :][:200]
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "."])

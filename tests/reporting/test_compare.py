@@ -154,9 +154,61 @@ def test_windows_of_few_are_warned_about(run_data):
 def test_folders_that_hold_no_single_run_are_refused(folder, tmp_path, run_data):
     with pytest.raises(SpecError, match="no results folder"):
         compare(folder("a"), tmp_path)
+    (tmp_path / "study.sqlite").touch()
+    with pytest.raises(SpecError, match=r"study.sqlite is a file, .*two folders .*prunekit run; prunekit report shows"):
+        compare(tmp_path / "a", tmp_path / "study.sqlite")
     demo = tmp_path / "demo"
     demo.mkdir()
     (demo / "results.json").write_text(json.dumps({"format": 1, "runs": [run_data()]}))
     with pytest.raises(SpecError, match=r"holds 1 runs.*prunekit report"):
         compare(tmp_path / "a", demo)
     assert CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "nowhere")]).exit_code == 2
+
+
+def other_limit(data):
+    data["metrics"][0]["protocol"] |= {"limit": 20, "windows": 20, "tokens": 2559, "ids_sha256": "b" * 64}
+
+
+def other_length(data):
+    data["metrics"][2]["protocol"] |= {"length": 128, "torch": "2.14.0"}
+
+
+def test_what_was_measured_otherwise_gets_no_relation(folder, shown):
+    def change(data):
+        other_limit(data)
+        other_length(data)
+
+    compare(folder("a"), folder("b", "wanda_sp", change), samples=200)
+    text = shown()
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "perplexity 24.00 33.60 34.75 -" in lines
+    assert "perplexity: A and B do not compare: limit - against 20" in lines
+    assert "cost: A and B do not compare: length 256 against 128" in lines
+    assert "cost: parameters 1,000 700 700 same" in lines  # of the model, not of a text
+    assert "zero shot: boolq 0.700 0.650 0.650 same" in lines
+
+
+def test_machine_times_and_other_tasks_do_not_forbid_a_relation(outcome):
+    tasks = {"boolq": {"documents": 10}, "piqa": {"documents": 20}}
+    fewer = {"boolq": {"documents": 10}, "piqa": {"documents": 5}}
+    a = [
+        outcome("zero_shot", None, {"boolq": 0.5, "piqa": 0.5, "mean": 0.5}, {"tasks": tasks}),
+        outcome("latency", None, {"prefill_ratio": 0.5, "decode_ratio": 0.5}, {"threads": 1, "decode_steps": 4}),
+    ]  # fmt: skip
+    b = [
+        outcome("zero_shot", None, {"boolq": 0.6, "piqa": 0.6, "mean": 0.6}, {"tasks": fewer}),
+        outcome("latency", None, {"prefill_ratio": 0.6, "decode_ratio": 0.6}, {"threads": 2, "decode_steps": 8}),
+    ]  # fmt: skip
+    rows = {row[0]: row[-1] for row in differences.results({"metrics": a}, {"metrics": b})}
+    assert rows == {
+        "zero shot: boolq": "x 1.2", "zero shot: piqa": "-", "zero shot: mean": "-",
+        "latency: prefill ratio": "x 1.2", "latency: decode ratio": "-",
+    }  # fmt: skip
+
+
+def test_the_same_tokens_compare_whatever_their_limit_or_seed_was(run_data):
+    a, b = run_data(), run_data("flap")
+    b["metrics"][0]["protocol"]["limit"] = 500
+    for data, seed in ((a, 0), (b, 1)):
+        data["metrics"][2]["protocol"]["text"] = f"random ids, seed {seed}"
+    assert differences.unlike(a, b) == []

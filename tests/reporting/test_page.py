@@ -117,6 +117,7 @@ def test_numbers_lead_to_their_protocol_without_a_script(page):
     targets = set(re.findall(r'popovertarget="([^"]+)"', page))
     assert targets and all(f'<div popover class="protocol" id="{target}"' in page for target in targets)
     assert page.count("strangers own: score") and "a plugin" in page
+    assert "<dt>Skipped layers</dt><dd>0</dd>" in page  # what the pipeline says, not what happens to keep all units
 
 
 def browse(page: str, tmp_path, *options: str) -> tuple[str, str]:
@@ -156,3 +157,17 @@ def test_the_browser_would_report_an_error_or_a_request(page, tmp_path):
     slip = '<img src="https://example.org/x.png"><script>undefinedName.call();</script>'
     _, console = browse(page.replace("</main>", slip + "</main>"), tmp_path)
     assert "example.org" in console and "undefinedName" in console
+
+
+def test_notes_and_values_of_protocols_are_told_once(make_findings):
+    findings = make_findings(["pp", "flap"], [0.4], seeds=(0, 1))
+    for trial, seconds, sites in zip(findings.trials, (0.61, 0.62, 0.63, 0.64), (14, 7, 8, 14), strict=True):
+        saved = trial.number == 3
+        note = f"prr: no time saved: a batch takes {seconds} s pruned and 0.5 s dense, so there is no PRR"
+        trial.data["notes"] = ["another" if saved else note]
+        trial.outcome("overlap")["protocol"]["sites"] = sites
+    made = html(tabulate(findings), [])
+    assert made.count("no time saved, so there is no PRR") == 1
+    assert "(PP; FLAP (1 of 2 trials))" in made and "(FLAP (1 of 2 trials))" in made
+    section = made[made.index('<section id="protocol">') : made.index('<section id="every">')]
+    assert "<dt>sites</dt><dd>14 / 7 / 8</dd>" in section

@@ -2,13 +2,16 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from prunekit.compress.reporting.aggregate import tabulate
-from prunekit.compress.reporting.figures import COLOURS, HATCHES, MARKERS, VARIABLES
+from prunekit.compress.reporting.figures import COLOURS, HATCHES, MARKERS, VARIABLES, percent
+from prunekit.compress.reporting.plot_costs import FLOP_PARTS, LOOKS, TIME_PARTS
 from prunekit.compress.reporting.plot_layers import chance_level
-from prunekit.compress.reporting.plot_quality import Series, pareto
+from prunekit.compress.reporting.plot_quality import Series, label_beyond, pareto
 from prunekit.compress.reporting.plots import draw
 
 PERPLEXITY_PLOTS = ("latency-prefill_ratio", "cost-flops_ratio", "by-ratio")
@@ -82,7 +85,43 @@ def test_drawings_take_the_pages_colours_and_own_ids(plots):
 def test_the_front_is_named(plots):
     caption = plots["perplexity-perplexity-cost-flops_ratio"].caption
     assert "Pareto front, which nothing beats in both: FLAP, 40%; PP, 40%; FLAP, 20%; PP, 20%; dense." in caption
-    assert "at 123%" in plots["perplexity-perplexity-cost-flops_ratio"].svg  # full-batch probing, beyond the edge
+    assert "at 1" not in plots["perplexity-perplexity-cost-flops_ratio"].svg  # 123% and 139% are on the axis
+
+
+def test_what_is_beyond_the_edge_is_named_without_overprinting(plots):
+    svg = plots["perplexity-perplexity-latency-prefill_ratio"].svg  # full-batch probing: 233% and 249%
+    assert "at 233%" in svg and "at 249%" in svg
+    axes = Figure().subplots()
+    axes.set(xlim=(0.5, 1.6), ylim=(20, 30))
+    label_beyond(axes, [(2.0, 25.2), (1.7, 25.0), (3.0, 29.0), (1.8, 25.4), (1.9, 25.5)])
+    assert [text.get_text() for text in axes.texts] == ["at 170% to 200%", "at 300%"]
+
+
+def test_ticks_say_the_decimals_that_they_have():
+    assert [percent(value) for value in (0, -0.0, 0.35, 0.375, 0.4, 0.1 + 0.2, 1)] == [
+        "0%", "0%", "35%", "37.5%", "40%", "30%", "100%"
+    ]  # fmt: skip
+
+
+def test_a_part_looks_the_same_in_every_figure(plots):
+    assert LOOKS["attention"] == LOOKS["attention_projections"]
+    for parts in (TIME_PARTS, FLOP_PARTS):
+        looks = [LOOKS[part] for part in parts]
+        assert len(set(looks)) == len(looks)
+        colours = [colour for colour, _ in looks]
+        assert all(one != other for one, other in pairwise(colours))
+    # Print leaves hatches out by their ids: no pattern is drawn without one.
+    inline = plots["where-time"].inline
+    hatched = re.findall(r'<g id="([^"]+)">\s*<path [^>]*style="fill: url', inline)
+    assert hatched and all("-hatch-" in name for name in hatched)
+    assert len(hatched) == inline.count("fill: url(")
+
+
+def test_configurations_that_keep_as_many_share_a_row(make_findings):
+    findings = make_findings(["random", "pp", "flap"], [0.2, 0.4])
+    kept = next(plot for plot in draw(tabulate(only(findings, "similarity"))) if plot.name == "kept-units")
+    assert "random, 20% and 2 more" in kept.svg and "random, 40% and 2 more" in kept.svg
+    assert "PP, 20%" not in kept.svg and "random, 20%; PP, 20%; FLAP, 20% - random, 40%;" in kept.caption
 
 
 def test_series_differ_by_more_than_colour(plots, drawn):

@@ -1,0 +1,115 @@
+"""Values from the literature: what an entry says, and whether it speaks of anything that the study measures."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...registry import near
+from ..building import Place
+from ..spec import PipelineSpec
+from .axes import Axes, Complain, Draft, axes_of, check_settings, matches
+from .planned import StoredTrial, spelt
+
+
+class Published(BaseModel):
+    """A value from the literature that belongs to some of the trials."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    where: dict[str, Any] = Field(
+        description="axis values, or fields of the pipeline, of the trials that it belongs to; {} is all of them"
+    )
+    metric: str = Field(description="EVALUATOR.VALUE, such as perplexity.perplexity")
+    value: float = Field(description="the published number")
+    source: str = Field(description="where it was published, such as PP, Table 1")
+    dense: bool = Field(False, description="whether it is the unpruned model's")
+
+
+def check_published(
+    published: Sequence[Published],
+    drafts: Sequence[Draft],
+    specs: Mapping[int, PipelineSpec],
+    untold: Collection[str],
+    complain: Complain,
+) -> None:
+    """An entry that belongs to no trial, or to no evaluator of its trials, is a slip of the pen.
+
+    Nothing is said about the axes in ``untold``.
+    """
+    from ..pipeline import labelled
+
+    axes = axes_of(drafts)
+    resolved = _resolved(published, drafts, specs)
+    for index, entry in enumerate(published):
+        place: Place = ("published", index)
+        if not drafts or not _known_settings(entry.where, (*place, "where"), axes, resolved, untold, complain):
+            continue
+        trials = [number for number, draft in enumerate(drafts) if _speaks_of(entry, draft, resolved.get(number, {}))]
+        if not trials and not untold and len(specs) == len(drafts):
+            complain((*place, "where"), "no trial has all of these values")
+        labels = {label: None for number in trials if number in specs for label, _ in labelled(specs[number].evaluate)}
+        label, _, value = entry.metric.rpartition(".")
+        if not (label and value):
+            complain(
+                (*place, "metric"), f"write EVALUATOR.VALUE, such as perplexity.perplexity (found {entry.metric!r})"
+            )
+        elif labels and label not in labels:
+            complain(
+                (*place, "metric"),
+                f"no evaluator of its trials is called {label!r}{near(label, labels)}; there are {', '.join(labels)}",
+            )
+
+
+def _resolved(
+    published: Iterable[Published], drafts: Sequence[Draft], specs: Mapping[int, PipelineSpec]
+) -> dict[int, dict[str, Any]]:
+    """By place of the trial, its pipeline's settings as reports name them; none where axes say all that is asked."""
+    from ..reporting.findings import resolved_settings
+
+    asked = {name for entry in published for name in entry.where}
+    if all(asked <= set(draft.settings) for draft in drafts):
+        return {}
+    return {number: resolved_settings(spec.to_yaml()) for number, spec in specs.items()}
+
+
+def unmeasured(published: Sequence[Published], trials: Iterable[StoredTrial]) -> Iterator[str]:
+    """A message for every entry whose value an evaluator that has run does not have."""
+    names: dict[str, dict[str, None]] = {}
+    for trial in trials:
+        for outcome in (trial.data or {}).get("metrics", ()):
+            names.setdefault(outcome["label"], {}).update(dict.fromkeys(outcome["pruned"]))
+    for index, entry in enumerate(published):
+        label, _, value = entry.metric.rpartition(".")
+        if label in names and value not in names[label]:
+            there = ", ".join(names[label])
+            yield f"published.{index}.metric: {label} has no value {value}{near(value, names[label])}; it has {there}"
+
+
+def _known_settings(
+    where: Mapping[str, Any],
+    place: Place,
+    axes: Axes,
+    resolved: Mapping[int, Mapping[str, Any]],
+    untold: Collection[str],
+    complain: Complain,
+) -> bool:
+    """Whether every name is an axis that has the value, or a field of the pipelines; complains if not."""
+    fields: dict[str, set[str]] = {}
+    for settings in resolved.values():
+        for name in where.keys() & settings.keys():
+            fields.setdefault(name, set()).add(spelt(settings[name]))
+
+    def known(name: str, value: Any) -> bool:  # an axis of listed trials alone has the base's value in the others
+        return name in fields and (name not in axes or spelt(value) in fields[name])
+
+    others = {name: value for name, value in where.items() if not known(name, value)}
+    return check_settings(others, place, axes, complain, untold)
+
+
+def _speaks_of(entry: Published, draft: Draft, resolved: Mapping[str, Any]) -> bool:
+    """Whether the trial has the values; what is none of its settings is looked for in its resolved pipeline."""
+    settings = draft.settings
+    return matches(entry.where, settings if set(entry.where) <= set(settings) else {**resolved, **settings})

@@ -1,0 +1,128 @@
+"""What zero_shot finds wrong with its options before a model is loaded, and what that costs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+from lm_eval.tasks import TaskManager
+from prunekit.compress import Pipeline, pipeline
+from prunekit.evaluators import harness_tasks, zero_shot
+from prunekit.evaluators.zero_shot import ZeroShot
+from prunekit.registry import SpecError
+
+TASK = """
+task: {name}
+tag: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: nowhere.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Only a few of lm-eval's thousands of tasks are indexed; holds what was asked of the index."""
+    asked = []
+    paths = [
+        str(Path(lm_eval.__file__).parent / "tasks" / part) for part in ("hellaswag", "winogrande", "arc", "gsm8k")
+    ]
+
+    def index(folders, own):
+        asked.append(folders)
+        return TaskManager(include_path=[*paths, *map(str, folders)], include_defaults=False)
+
+    monkeypatch.setattr(harness_tasks, "_everything", index)
+    return asked
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "one.yaml").write_text(TASK.format(name="one"))
+    (tmp_path / "two.yaml").write_text("include: one.yaml\ntask: two\nmetric_list: [{metric: exact_match}]\n")
+    return tmp_path
+
+
+WRONG = [
+    ({"tasks": "true_continuaton"}, r"no task or group 'true_continuaton'; did you mean 'true_continuation'\?"),
+    ({"tasks": ["true_continuation", "hellaswg"]}, r"did you mean 'hellaswag'\?"),
+    ({"metric": "acc_norn"}, r"true_continuation has no metric 'acc_norn'; it has acc\."),
+    ({"tasks": "winogrande", "metric": "acc_norm"}, r"winogrande has no metric 'acc_norm'.* it has acc\."),
+    ({"tasks": "ai2_arc", "metric": "f1"}, r"task arc_\w+ has no metric 'f1'; it has acc, acc_norm\."),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_what_no_model_can_run(few_tasks, options, message, capsys, caplog):
+    with pytest.raises(SpecError, match=message):
+        ZeroShot(**options).check_options()
+    assert capsys.readouterr() == ("", "") and not caplog.records
+
+
+def test_what_may_work(few_tasks, folder):
+    for options in [
+        {"tasks": ["hellaswag", "ai2_arc"], "metric": "acc_norm"},
+        {"tasks": ["hellaswag", "winogrande"], "metric": "llm_pruner"},
+        {"tasks": "gsm8k", "metric": "exact_match,flexible-extract"},
+        {"tasks": "gsm8k", "metric": "whatever"},  # what answers are scored by shows only once they are there
+    ]:
+        ZeroShot(**options).check_options()
+
+
+def test_tasks_of_a_folder(few_tasks, folder):
+    def check(tasks, **options):
+        ZeroShot(tasks=tasks, task_folder=folder, **options).check_options()
+
+    check(["one", "true_continuation"])
+    check("one", metric="acc_norm")
+    check("two", metric="exact_match")  # its own list in the place of the included one
+    with pytest.raises(SpecError, match=r"task two has no metric 'acc'; it has exact_match\."):
+        check(["one", "two"])
+    with pytest.raises(SpecError, match=r"task two has no metric 'acc'"):
+        check("mine")  # the tag of both
+    assert not few_tasks
+    (folder / "group.yaml").write_text("group: both\ntask: [one, two]\n")
+    with pytest.raises(SpecError, match=r"task two has no metric 'acc'"):
+        check("both")
+    (folder / "one.yaml").unlink()
+    with pytest.raises(SpecError, match=r"two\.yaml includes .*one\.yaml, which cannot be read \(FileNotFoundError"):
+        check("two", metric="exact_match")
+    ZeroShot(task_folder=folder).check_options()  # another's missing file is not in its way
+    (folder / "one.yaml").write_text("include: two.yaml\ntask: one\n")
+    with pytest.raises(SpecError, match=r"includes itself, by way of .*two\.yaml"):
+        check("one")
+
+
+def test_functions_as_metrics_are_left_to_loading(folder):
+    (folder / "two.yaml").write_text("include: one.yaml\ntask: two\nmetric_list: [{metric: !function mine.score}]\n")
+    ZeroShot(tasks="two", task_folder=folder, metric="score").check_options()
+    (folder / "two.yaml").write_text("include: one.yaml\ntask: two\nprocess_results: !function mine.results\n")
+    ZeroShot(tasks="two", task_folder=folder, metric="score").check_options()
+
+
+def test_no_usable_lm_eval(monkeypatch):
+    monkeypatch.setattr(zero_shot, "version", lambda name: "0.4.9")
+    with pytest.raises(SpecError, match=r"cannot use lm-eval 0\.4\.9: pip install 'lm-eval>=0\.4\.12'"):
+        ZeroShot().check_options()
+
+
+def test_local_tasks_are_checked_without_lm_eval(folder):
+    code = (
+        "import sys; from prunekit.evaluators.zero_shot import ZeroShot; ZeroShot().check_options();"
+        f"ZeroShot(tasks='one', task_folder={str(folder)!r}).check_options(); print('lm_eval' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
+    )
+    assert done.stdout == "False\n"
+
+
+def test_a_run_checks_before_it_loads_the_model(monkeypatch):
+    monkeypatch.setattr(pipeline, "load", lambda source: pytest.fail("loaded the model first"))
+    spec = {"prune": {"use": "magnitude", "ratio": 0.1}, "evaluate": [{"name": "zero_shot", "metric": "f1"}]}
+    with pytest.raises(SpecError, match="has no metric 'f1'"):
+        Pipeline(spec).measure()
