@@ -17,7 +17,7 @@ from .pruning import find_sites, prune
 from .text import read_documents
 
 Known = dict[tuple[type[Evaluator], str], Measurement]
-"""Measurements by the evaluator's class and options."""
+"""Measurements by the evaluator's :attr:`~prunekit.registry.Component.identity`."""
 
 
 class Measuring:
@@ -47,8 +47,7 @@ class Measuring:
         Raises :class:`PluginError` where the evaluator returns anything but numbers, and the evaluator's own errors.
         """
         evaluator = self._evaluator(evaluator) if isinstance(evaluator, str) else evaluator
-        # The options as text: a plugin's option may be a list, which has no hash.
-        key = (type(evaluator), evaluator.model_dump_json(serialize_as_any=True))
+        key = evaluator.identity
         if key not in self._known[dense]:
             self._begin()
             with self._running.dense() if dense else nullcontext():

@@ -6,14 +6,16 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from ..registry import ChannelHistory
+from ..registry import ChannelHistory, Statistic
 from ..registry.windows import digest
 from .calibration import Batch, Progress, calibrate
 from .cut import SiteCut
 from .engine import Engine
 
-Histories = dict[tuple[str, str], ChannelHistory]
-"""By path of the consumer and by the statistic, options included."""
+Place = tuple[str, "tuple[type[Statistic], str] | None"]
+"""Path of a consumer, and the statistic kept of it, options included."""
+
+Histories = dict[Place, ChannelHistory]
 
 
 class SharedStatistics:
@@ -48,9 +50,9 @@ class SharedStatistics:
                 cut.history.mean, cut.history.tokens = None, 0.0  # as if gathered for this strategy alone
 
 
-def _place(cut: SiteCut) -> tuple[str, str]:
+def _place(cut: SiteCut) -> Place:
     statistic = cut.scorer.statistic
-    return cut.site.consumer, "none" if statistic is None else repr((type(statistic), statistic.model_dump_json()))
+    return cut.site.consumer, None if statistic is None else statistic.identity
 
 
 def fingerprint(batches: list[Batch]) -> str:

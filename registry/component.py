@@ -34,6 +34,11 @@ class Component(BaseModel):
         """The component to use at ``site``: itself, unless the method treats sites differently."""
         return self
 
+    @property
+    def identity(self) -> tuple[type[Self], str]:
+        """Class and options, equal for components that do the same; hashable whatever a plugin's options are."""
+        return type(self), self.model_dump_json(serialize_as_any=True)
+
     @classmethod
     def summary(cls) -> str:
         """First line of the class's own docstring, shown by ``prunekit list``."""

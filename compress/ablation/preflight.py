@@ -44,8 +44,7 @@ def _checks(spec: PipelineSpec, here: bool) -> Iterator[Check]:
         yield ("model", "name"), ("place", source), lambda: place_of(source)
         yield ("prune",), ("layers", source, strategy), lambda: _reach(spec)
     for index, evaluator in enumerate(spec.evaluate):
-        options = evaluator.model_dump_json(serialize_as_any=True)  # as text: a plugin's option may have no hash
-        yield ("evaluate", index), ("options", type(evaluator), options), evaluator.check_options
+        yield ("evaluate", index), ("options", evaluator.identity), evaluator.check_options
 
 
 def _message(check: Callable[[], object]) -> str | None:
