@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...registry import near
 from ..building import Place
+from ..resolved import resolved_settings
 from ..spec import PipelineSpec
 from .axes import Axes, Complain, Draft, axes_of, check_settings, matches
 from .planned import StoredTrial, spelt
@@ -67,8 +68,6 @@ def _resolved(
     published: Iterable[Published], drafts: Sequence[Draft], specs: Mapping[int, PipelineSpec]
 ) -> dict[int, dict[str, Any]]:
     """By place of the trial, its pipeline's settings as reports name them; none where axes say all that is asked."""
-    from ..reporting.findings import resolved_settings
-
     asked = {name for entry in published for name in entry.where}
     if all(asked <= set(draft.settings) for draft in drafts):
         return {}

@@ -9,8 +9,9 @@ from functools import cached_property
 from statistics import fmean, median, stdev
 from typing import Any
 
+from ..resolved import resolved_settings
 from .columns import Column
-from .findings import Findings, Trial, finite, resolved_settings
+from .findings import Findings, Trial, finite
 
 NOTHING_SAVED = "no time saved"
 """How PRR's note begins where it has no value."""

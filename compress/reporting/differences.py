@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..report import number
-from .findings import finite, flatten, resolved_settings
+from ..resolved import flatten, resolved_settings
+from .findings import finite
 from .protocols import fact
 
 IGNORED = ("output.", "plugins")

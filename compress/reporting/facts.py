@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..report import number
-from .findings import Findings, Trial, resolved_settings, setting_text
+from ..resolved import resolved_settings
+from .findings import Findings, Trial, setting_text
 from .protocols import fact, merged
 
 

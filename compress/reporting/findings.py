@@ -6,11 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ...registry import SpecError
 from ..results import FORMAT
@@ -210,31 +207,3 @@ def axis_title(name: str) -> str:
     special = {"prune.use": "strategy", "prune.ratio": "ratio"}
     parts = [part for part in name.removeprefix("prune.").split(".") if not part.isdigit() and part != "evaluate"]
     return special.get(name, " ".join(parts).replace("_", " ") or name)
-
-
-def flatten(data: Any, place: str = "") -> dict[str, Any]:
-    """Dotted key -> value; lists of named components by their names, other lists as they are."""
-    if isinstance(data, Mapping):
-        items = [(str(key), value) for key, value in data.items()]
-    elif isinstance(data, list) and data and all(isinstance(item, Mapping) and "name" in item for item in data):
-        names = [str(item["name"]) for item in data]
-        items = []
-        for index, item in enumerate(data):
-            number = f" {names[: index + 1].count(names[index])}" if names.count(names[index]) > 1 else ""
-            items.append((names[index] + number, item))
-    else:
-        return {place: data}
-    found: dict[str, Any] = {}
-    for key, value in items:
-        found.update(flatten(value, f"{place}.{key}" if place else key))
-    return found
-
-
-@lru_cache(maxsize=4096)
-def resolved_settings(resolved: str | None) -> dict[str, Any]:
-    """A resolved pipeline's settings by dotted key; empty where there is none."""
-    try:
-        data = yaml.safe_load(resolved) if resolved else None
-    except yaml.YAMLError:
-        data = None
-    return flatten(data) if isinstance(data, dict) else {}

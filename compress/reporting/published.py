@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..resolved import resolved_settings
 from .aggregate import Table
 from .columns import Column, all_columns, find
 from .configurations import Configuration, key
-from .findings import finite, resolved_settings, setting_text
+from .findings import finite, setting_text
 
 STATEMENT = (
     "Published values come from other code, and often from another model, text or window than was measured here; "

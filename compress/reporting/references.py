@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..resolved import resolved_settings
 from .columns import KNOWN
 from .configurations import key as key_of
-from .findings import Trial, resolved_settings
+from .findings import Trial
 
 Facts = dict[str, dict[str, str]]
 """Evaluator's label -> what its protocol says, key -> value as text."""
