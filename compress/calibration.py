@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from ..registry import DataError, NonFiniteError
 from ..registry.devices import device_of
 from .decision import FINITE_REMEDY
-from .engine import Engine
+from .cut import SiteCut
+from .engine import Engine, Learn
 
 Progress = Callable[[Iterable, str, int], Iterable]
 
@@ -99,8 +100,18 @@ def calibrate(engine: Engine, batches: list[Batch], progress: Progress) -> None:
     _check_finite(engine)
 
 
+def calibrate_sites(
+    engine: Engine, batches: list[Batch], progress: Progress, cuts: Sequence[SiteCut], learn: Learn, label: str
+) -> None:
+    """Have ``learn`` look at what enters the consumers of ``cuts``; passes stop at the end of the last one's layer."""
+    last = max(cut.site.layer for cut in cuts)
+    with engine.running("calibrate"), engine.learning(cuts, learn):
+        for batch in progress(batches, label, len(batches)):
+            _forward_to(engine, batch, last)
+
+
 def calibrate_sequentially(
-    engine: Engine, batches: list[Batch], decide_layer: Callable[[int], None], progress: Progress
+    engine: Engine, batches: list[Batch], learn: Learn, decide_layer: Callable[[int], None], progress: Progress
 ) -> None:
     """Calibrate layer after layer, each on the outputs of the layers that ``decide_layer`` has already cut.
 
@@ -117,17 +128,22 @@ def calibrate_sequentially(
             if done is not None and layer != done:
                 _check_finite(engine)
                 decide_layer(done)
-            done, engine.calibrated_layers = layer, {layer}
-            handle = engine.layer(layer).register_forward_hook(_stop)
-            try:
-                _forward(engine, batch)
-            except _EnoughSeen:
-                pass
-            finally:
-                handle.remove()
-        engine.calibrated_layers = None
+            done = layer
+            with engine.learning([cut for cut in engine.cuts if cut.site.layer == layer], learn):
+                _forward_to(engine, batch, layer)
     _check_finite(engine)
     decide_layer(done)
+
+
+def _forward_to(engine: Engine, batch: Batch, layer: int) -> None:
+    """One pass that stops at the end of a layer."""
+    handle = engine.layer(layer).register_forward_hook(_stop)
+    try:
+        _forward(engine, batch)
+    except _EnoughSeen:
+        pass
+    finally:
+        handle.remove()
 
 
 def _stop(layer: torch.nn.Module, args: tuple, output: Any) -> None:

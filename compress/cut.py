@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from ..registry import ChannelHistory, HistoryMerger, MaskApplier, Producer, Scorer, Site, Strategy
 from ..registry.devices import device_of, is_offloaded, weights_present
 from .attention import KV_INDEX
+from .compensation import SiteCompensation
 from .stages import Stages
+
+Made = TypeVar("Made")
 
 
 @dataclass(eq=False)
@@ -29,13 +32,11 @@ class SiteCut:
     attributes: list[tuple[nn.Module, str, int]]
     """Modules, names and units' worth of the sizes that the block's forward reads."""
     history: ChannelHistory
+    compensation: SiteCompensation
     stages: Stages
     activation: nn.Module | Callable[[Tensor], Tensor] | None = None
     observe: Callable[[SiteCut, Tensor], None] | None = None
     """Sees what enters the consumer, (B, T, c) or (B*T, c)."""
-    compensated: bool = False
-    """Whether the dropped channels' mean contribution is added to the consumer's output."""
-
     wants_mean: bool = False
     """Whether calibration tracks the mean even where nothing of this strategy reads it."""
     count: int = 0
@@ -46,6 +47,8 @@ class SiteCut:
     """(k,) int64 ascending while the cut is open."""
     computed: Tensor | None = None
     """The units of the last cut that was open; a forward pass that closes it leaves them here to be read."""
+    probe_mean: Tensor | None = None
+    """(C,) float32: the channels' mean in a probe of this batch, where compensation asks for it."""
     probing: bool = False
     residual: Tensor | None = None
     """Input of the site's norm, from the norm's call until the decision."""
@@ -53,7 +56,8 @@ class SiteCut:
     """What the scorer computed of the consumer's weight."""
     pending: tuple[Tensor, Tensor] | None = None
     """Columns (c,) and what history becomes there (T, c) once the batch has gone through."""
-    _weights: dict[nn.Module, tuple[tuple, tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
+    _made: dict[tuple[nn.Module, str], tuple[tuple, Any]] = field(default_factory=dict)
+    _made_of: Tensor | None = None
     _sizes: list[int] = field(default_factory=list)
     _prepared_of: tuple = ()
     _mean_output: tuple[tuple, Tensor] | None = None
@@ -72,9 +76,9 @@ class SiteCut:
             consumer=consumer,
             attributes=[(model.get_submodule(a.path), a.attribute, a.per_unit) for a in site.shape_attributes],
             history=ChannelHistory(site.channels, device_of(consumer)),
+            compensation=SiteCompensation(site, strategy.compensate.at(site)),
             stages=stages,
             activation=model.get_submodule(site.activation) if site.activation else None,
-            compensated=strategy.compensate == "mean",
             count=site.units,
         )
 
@@ -90,12 +94,17 @@ class SiteCut:
             with torch.no_grad(), weights_present(self.consumer):
                 self.prepared, self._prepared_of = self.scorer.prepare(self.consumer.weight.detach().float()), state
 
-    def open(self, kept: Tensor) -> None:
+    def open(self, kept: Tensor, probe_mean: Tensor | None = None) -> None:
         """Compute with ``kept`` (k,) int64 from now on; what was gathered for the same set is reused."""
+        if probe_mean is not self.probe_mean:
+            self._made.pop((self.consumer, "bias"), None)
+        self.probe_mean = probe_mean
         if self.kept is kept:
             return
-        self.close()
-        self.kept = self.computed = kept
+        self.rest()
+        if self._made_of is not kept:
+            self._made.clear()
+        self.kept = self.computed = self._made_of = kept
         if not self.applier.resizes:
             return
         units = self._computed_units()
@@ -107,7 +116,12 @@ class SiteCut:
 
     def close(self) -> None:
         """Compute with everything again; nothing of the cut is left on the model."""
-        self._weights.clear()
+        self.probe_mean = self._made_of = None
+        self._made.clear()
+        self.rest()
+
+    def rest(self) -> None:
+        """Compute with everything for a while: what was gathered waits for the same set to be opened again."""
         if self.kept is None:
             return
         self.kept = None
@@ -120,9 +134,12 @@ class SiteCut:
     @property
     def held_bytes(self) -> dict[str, int]:
         """Bytes of this site's statistics and of the weights gathered for the kept units."""
-        made = ((t, linear) for linear, (_, pair) in self._weights.items() for t in pair)
-        gathered = (t for t, linear in made if t is not None and t is not linear.weight and t is not linear.bias)
-        return {"statistics": self.history.bytes, "gathered": sum(t.numel() * t.element_size() for t in gathered)}
+        gathered = 0
+        for (linear, _), (_, made) in self._made.items():
+            tensors = made if isinstance(made, tuple) else (made,)
+            own = (t for t in tensors if t is not None and t is not linear.weight and t is not linear.bias)
+            gathered += sum(t.numel() * t.element_size() for t in own)
+        return {"statistics": self.history.bytes + self.compensation.bytes, "gathered": gathered}
 
     def entering_consumer(self, x: Tensor) -> None:
         if self.observe is not None:
@@ -134,42 +151,44 @@ class SiteCut:
             return linear.weight, linear.bias
 
         def gather() -> tuple[Tensor, Tensor | None]:
-            return self.applier.producer(linear.weight, linear.bias, producer.rows(self._computed_units()))
+            with self.stages("gather"):
+                return self.applier.producer(linear.weight, linear.bias, producer.rows(self._computed_units()))
 
-        return self._gathered(linear, gather)
+        return self._kept_while_open(linear, "weights", gather)
 
     def consumer_weights(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that the consumer computes with."""
+        """Weight and bias that the consumer computes with, what was dropped given back in both."""
         if self.kept is None:
             return linear.weight, linear.bias
+        columns = self.site.columns(self._computed_units())
 
-        def gather() -> tuple[Tensor, Tensor | None]:
-            columns = self.site.columns(self._computed_units())
-            weight = self.applier.consumer(linear.weight, columns)
+        def cut_weight() -> Tensor:
+            with self.stages("gather"):
+                weight = self.applier.consumer(linear.weight, columns)
             if not len(self.kept):
-                weight = torch.zeros_like(weight)
-            return weight, self._compensated_bias(linear, weight, columns)
+                return torch.zeros_like(weight)
+            if not self.compensation.has_slope:
+                return weight
+            with self.stages("compensate"):
+                return self.compensation.weight(linear.weight, weight, columns)
 
-        return self._gathered(linear, gather)
+        weight = self._kept_while_open(linear, "weight", cut_weight)
+        if not self.compensation.wanted:
+            return weight, linear.bias
+        return weight, self._kept_while_open(linear, "bias", lambda: self._mean_keeping_bias(linear, weight, columns))
 
-    def _gathered(
-        self, linear: nn.Linear, gather: Callable[[], tuple[Tensor, Tensor | None]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """What ``gather`` gives, kept while the cut is open and the weights stay what they are.
+    def _kept_while_open(self, linear: nn.Linear, what: str, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives, kept while the cut is open and the weights stay what they are.
 
         Not kept where gradients go through the gathering itself, nor of offloaded weights: they are to leave
         memory when the layer's forward ends, and so is the copy.
         """
-        if is_offloaded(linear):
-            with self.stages("gather"):
-                return gather()
-        if torch.is_grad_enabled() and linear.weight.requires_grad:
-            return gather()
+        if is_offloaded(linear) or (torch.is_grad_enabled() and linear.weight.requires_grad):
+            return make()
         state = _state_of(linear)
-        known = self._weights.get(linear)
+        known = self._made.get((linear, what))
         if known is None or known[0] != state:
-            with self.stages("gather"):
-                self._weights[linear] = known = state, gather()
+            self._made[linear, what] = known = state, make()
         return known[1]
 
     def _computed_units(self) -> Tensor:
@@ -178,17 +197,15 @@ class SiteCut:
         return self.kept if len(self.kept) else self.kept.new_zeros(1)
 
     @torch.no_grad()
-    def _compensated_bias(self, linear: nn.Linear, weight: Tensor, columns: Tensor) -> Tensor | None:
-        """``bias + W[:, cut] @ mean[cut]``: FLAP's baseline bias compensation, in float32; (O,)."""
-        if not self.compensated:
-            return linear.bias
-        mean = self.history.mean
-        state = _state_of(linear)
-        if self._mean_output is None or self._mean_output[0] != state:
-            self._mean_output = state, linear.weight.float() @ mean
-        remaining = mean if weight.shape[1] == self.site.channels else mean[columns]
-        lost = self._mean_output[1] - weight.float() @ remaining
-        return (lost if linear.bias is None else lost + linear.bias).to(linear.weight.dtype)
+    def _mean_keeping_bias(self, linear: nn.Linear, weight: Tensor, columns: Tensor) -> Tensor:
+        """The consumer's bias with which its mean output is what it was before the cut, (O,)."""
+        with self.stages("compensate"):
+            compensation, calibrated = self.compensation, self.history.mean
+            mean = compensation.compensator.mean(calibrated, self.probe_mean)
+            state = None if compensation.compensator.uses_probe else _state_of(linear)
+            if self._mean_output is None or self._mean_output[0] is None or self._mean_output[0] != state:
+                self._mean_output = state, linear.weight.float() @ mean
+            return compensation.bias(linear, weight, columns, mean, self._mean_output[1])
 
 
 def _state_of(linear: nn.Linear) -> tuple:

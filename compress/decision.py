@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..registry import DataError, NonFiniteError, SiteScores, SpecError, Strategy
+from ..registry import DataError, NonFiniteError, SiteScores, SpecError, Strategy, position_sums
 from .cut import SiteCut
-from .probing import probe_states
+from .probing import pick_tokens, probe_states
 from .stages import Stages
 
 REFERENCE_PAD_EPSILON = 1e-3
@@ -19,11 +19,13 @@ FINITE_REMEDY = "Run the model unpruned on this text, and try bfloat16 or float3
 
 
 class Decision(NamedTuple):
-    """Kept units (k,), and the rows (b,) and positions (t,) they were decided by; all int64 ascending."""
+    """Kept units (k,), and the probe's rows (b,) and positions (t,) or (b, t); all int64 ascending."""
 
     kept: Tensor
     rows: Tensor
     positions: Tensor
+    probe_mean: Tensor | None = None
+    """(C,) float32: the channels' mean in the probe, where compensation asks for it."""
 
 
 class Decider:
@@ -54,7 +56,7 @@ class Decider:
         statistic = cut.scorer.statistic
         if statistic is not None:
             statistic.observe(cut.history, x, valid)
-        if (cut.compensated or cut.wants_mean) and (statistic is None or not statistic.tracks_mean):
+        if (cut.compensation.wanted or cut.wants_mean) and (statistic is None or not statistic.tracks_mean):
             cut.history.observe_mean(x, valid)
 
     def learn(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
@@ -119,33 +121,57 @@ class Decider:
         channels = self._channel_scores(cut, statistic)
         return SiteScores(cut.site, channels, self._unit_scores(cut, channels))
 
+    def usual(self, cut: SiteCut) -> Tensor:
+        """The units (k,) that a site would keep by its calibrated history alone."""
+        return keep_highest(self.scores(cut).units, cut.count)
+
     @torch.no_grad()
     def decide(
         self, cut: SiteCut, hidden: Tensor, residual: Tensor, valid: Tensor | None, arguments: dict[str, Any]
     ) -> Decision:
-        """Probe a batch and decide; hidden and residual (B, T, D), valid (B, T) or None."""
-        strategy = self.strategy
-        self._check_length(cut, hidden.shape[1])
-        selector, merger = strategy.selector.at(cut.site), cut.merger
+        """Probe a batch and decide; hidden and residual (B, T, D), valid (B, T) or None.
+
+        A site whose cut was made once keeps its units: there the probe serves compensation alone.
+        """
+        strategy, merger = self.strategy, cut.merger
+        selector, uses_mean = strategy.selector.at(cut.site), cut.compensation.compensator.uses_probe
         states = residual if selector.looks_at == "residual" else hidden
         counted = valid if strategy.pad_handling == "exclude" else None
         with self.stages("select"):
             rows, positions = selector.select(states, counted, self.generator)
-        probe = history = None
-        if merger.uses_probe:
-            self.probe_valid = None if valid is None else valid.index_select(0, rows).index_select(1, positions)
+        measured = mean = None
+        if uses_mean or (merger is not None and merger.uses_probe):
+            self.probe_valid = None if valid is None else pick_tokens(valid, rows, positions)
             try:
                 with self.stages("probe"):
                     x = probe_states(cut, hidden, rows, positions, arguments, strategy.probe_mask)
-                    probe = self._measure(cut, x.view(len(rows), len(positions), -1), self.probe_valid)
+                    x = x.view(len(rows), positions.shape[-1], -1)
+                    if merger is not None and merger.uses_probe:
+                        measured = self._measure(cut, *_by_position(x, self.probe_valid, positions))
+                    mean = self._mean_of(cut, x, self.probe_valid) if uses_mean else None
             finally:
                 self.probe_valid = None
+        if merger is None:
+            return Decision(cut.fixed, rows, positions, mean)
+        self._check_length(cut, hidden.shape[1])
         with self.stages("score"):
+            history = None
             if merger.uses_history:
-                history = cut.history.table.index_select(0, positions).clamp(min=0)
-            statistic = merger.merge(probe, history).sum(0)
+                history = cut.history.table.index_select(0, positions.reshape(-1)).clamp(min=0)
+            statistic = merger.merge(measured, history).sum(0)
             units = self._unit_scores(cut, self._channel_scores(cut, statistic))
-            return Decision(keep_highest(units, cut.count), rows, positions)
+            return Decision(keep_highest(units, cut.count), rows, positions, mean)
+
+    def _mean_of(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> Tensor:
+        """The channels' mean over the probe's real tokens; x (b, t, C) -> (C,) float32."""
+        total, counts = position_sums(x, valid)
+        mean = total.sum(0) / counts.sum().clamp(min=1)
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(mean).all()):
+            raise NonFiniteError(
+                f"{cut.site.label}: NaN or infinity in what the probe of this batch saw enter {cut.site.consumer}. "
+                f"{FINITE_REMEDY}"
+            )
+        return mean
 
     def compared_scores(self, cut: SiteCut) -> SiteScores:
         """:meth:`scores` on the CPU, where an allocator may compare those of sites on different devices."""
@@ -174,6 +200,13 @@ class Decider:
                 f"a batch of {length} positions is longer than the history, which calibration filled for "
                 f"{cut.history.positions}; calibrate with sequences of at least {length} tokens, or cut the batch"
             )
+
+
+def _by_position(x: Tensor, valid: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The probe as the statistic is to see it: where every row has positions of its own, each token stands alone."""
+    if positions.dim() == 1:
+        return x, valid
+    return x.view(1, -1, x.shape[-1]), None if valid is None else valid.view(1, -1)
 
 
 def _check_shape(cut: SiteCut, method: str, scores: Tensor, expected: int) -> None:

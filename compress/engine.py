@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ from .probing import CACHE_ARGUMENT
 from .stages import Stages
 
 Mode = Literal["dense", "calibrate", "prune"]
+
+Learn = Callable[[SiteCut, Tensor, "Tensor | None"], None]
+"""Takes what enters a consumer, (B, T, C), and the batch's real tokens (B, T) or None."""
 
 _tokens = itertools.count()
 
@@ -48,8 +51,10 @@ class Engine:
         self.decoder = model.get_submodule(layers.rpartition(".")[0])
         """The module that owns the layers: one call of it is one batch."""
         self.batch = -1
-        self.calibrated_layers: set[int] | None = None
-        """Layers whose histories calibration fills; None for all."""
+        self.calibrated: Collection[SiteCut] | None = None
+        """Sites that calibration looks at; None for all."""
+        self.learn: Learn = self.decider.calibrate
+        """What calibration does with what enters a site's consumer."""
         self._counted = False
         self._token = f"prunekit-{next(_tokens)}"
         self._cache: Any = None
@@ -79,7 +84,7 @@ class Engine:
         self._handles.append(self.decoder.register_forward_hook(self._leave_model, always_call=True))
         for index in sorted({cut.site.layer for cut in self.cuts}):
             self._handles.append(layers[index].register_forward_pre_hook(self._enter_layer(index), **before))
-        if not self.strategy.dynamic:
+        if self.strategy.selector is None:
             return
         if self.strategy.pad_handling == "reference":
             outputs = [self.model.get_submodule(path) for path in self._attention_outputs]
@@ -138,6 +143,16 @@ class Engine:
             yield
         finally:
             self._switch(previous)
+
+    @contextmanager
+    def learning(self, cuts: Collection[SiteCut], learn: Learn) -> Iterator[None]:
+        """Within it calibration looks at these sites alone, and does ``learn`` with what enters their consumers."""
+        before = self.calibrated, self.learn
+        self.calibrated, self.learn = cuts, learn
+        try:
+            yield
+        finally:
+            self.calibrated, self.learn = before
 
     def _switch(self, mode: Mode) -> None:
         if self._removed:
@@ -204,7 +219,7 @@ class Engine:
                 return
             key = (cut.site.layer, cut.site.kind)
             if self._cache is not None and key in self._decided():
-                cut.open(self._decided()[key])
+                cut.open(*self._decided()[key])
                 return
             arguments = named_arguments(module, args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -214,9 +229,9 @@ class Engine:
                 self.batch += 1
                 self._counted = True
             decision = self.decider.decide(cut, hidden, residual, self._valid_on(device), arguments)
-            cut.open(decision.kept)
+            cut.open(decision.kept, decision.probe_mean)
             if self._cache is not None:
-                self._decided()[key] = decision.kept
+                self._decided()[key] = decision.kept, decision.probe_mean
             self.record(cut, self.batch, decision)
 
         return hook
@@ -224,7 +239,7 @@ class Engine:
     def _leave_site(self, cut: SiteCut):
         def hook(consumer: nn.Module, args: tuple, output: Any) -> None:
             # Without a cache nothing will ask for this cut again: its gathered weights can go.
-            if self.mode == "prune" and self._cache is None and not cut.probing:
+            if self.mode == "prune" and self._cache is None and not cut.probing and cut.fixed is None:
                 cut.close()
 
         return hook
@@ -232,9 +247,9 @@ class Engine:
     def _observe(self, cut: SiteCut, x: Tensor) -> None:
         """History learns from what enters a consumer: everything in calibration, kept channels afterwards."""
         if self.mode == "calibrate":
-            if self.calibrated_layers is not None and cut.site.layer not in self.calibrated_layers:
+            if self.calibrated is not None and cut not in self.calibrated:
                 return
-            learn = self.decider.calibrate
+            learn = self.learn
         elif self.mode == "prune" and self.decider.learns and cut.kept is not None and not self._filled:
             learn = self.decider.learn  # not in decode steps: their tokens stand elsewhere than their columns say
         else:
@@ -253,9 +268,10 @@ class Engine:
             self.decider.commit(self.cuts)
 
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.mode == "prune" and self.strategy.dynamic and self._cache is None:
+        if self.mode == "prune" and self._cache is None:
             for cut in self.cuts:
-                cut.close()
+                if cut.fixed is None:
+                    cut.close()
         self.decider.forget(self.cuts)
         self._cache = self._valid = None
         self._filled = 0
@@ -271,7 +287,8 @@ class Engine:
         """Add a decision to the trace, where one is kept; ``batch`` is None for decisions made once."""
         if self.trace is not None:
             where = {"batch": batch, "layer": cut.site.layer, "kind": cut.site.kind}
-            self.trace.append(where | {name: value.tolist() for name, value in decision._asdict().items()})
+            seen = {name: getattr(decision, name).tolist() for name in ("kept", "rows", "positions")}
+            self.trace.append(where | seen)
 
 
 def _keep_residual(cut: SiteCut):

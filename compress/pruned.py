@@ -104,7 +104,7 @@ class Pruned:
             return total
         for cut in self._engine.cuts:
             total -= (cut.site.units - cut.count) * cut.site.unit_parameters
-            if cut.compensated and cut.consumer.bias is None and not cut.whole:
+            if cut.compensation.wanted and cut.consumer.bias is None and not cut.whole:
                 total += cut.site.outputs
         return total
 

@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..registry import AttentionUnit, Catalog, DataError, ModelError, Site, SiteScores, SpecError, Strategy
 from ..registry.tokens import check_token_ids
 from .building import build_strategy
 from .calibration import Progress, calibrate, calibrate_sequentially, calibration_list, evaluating, no_progress
+from .covariance import check_layers, gather_covariances, settle
 from .cut import SiteCut
-from .decision import Decision, keep_highest
+from .decision import Decision
 from .engine import Engine
 from .pruned import Pruned
 from .shared_statistics import SharedStatistics
@@ -50,7 +51,8 @@ def prune(
     batches = None
     if chosen.needs_calibration:
         if calibration is None:
-            raise DataError(f"strategy {chosen.name} looks at activations: give it calibration batches")
+            who = f"strategy {chosen.name}" if chosen.decides_by_activations else f"compensator {chosen.compensate.name}"
+            raise DataError(f"{who} looks at activations: give it calibration batches")
         batches = calibration_list(calibration)
         for number, batch in enumerate(batches):
             vocabulary = model.get_input_embeddings().num_embeddings
@@ -134,12 +136,21 @@ def _decide(
         _allocate(engine, ratio)
         cuts = engine.cuts
 
+        def learn(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
+            engine.decider.calibrate(cut, x, valid)
+            if strategy.compensate.needs_covariance and not cut.whole:
+                cut.compensation.learn(x, valid)
+
         def decide_layer(layer: int) -> None:
             for cut in cuts:
                 if cut.site.layer == layer:
                     _fix(engine, cut)
+                    if cut.compensation.moments is not None:
+                        settle(engine, cut)
 
-        calibrate_sequentially(engine, batches, decide_layer, progress)
+        if strategy.compensate.needs_covariance:
+            check_layers(engine.cuts)
+        calibrate_sequentially(engine, batches, learn, decide_layer, progress)
         return
     if batches is not None and statistics is not None:
         statistics.calibrate(engine, batches, progress)
@@ -149,6 +160,8 @@ def _decide(
     if not strategy.dynamic:
         for cut in engine.cuts:
             _fix(engine, cut)
+    if batches is not None and strategy.compensate.needs_covariance:
+        gather_covariances(engine, batches, progress)
 
 
 def _allocate(engine: Engine, ratio: float | None) -> None:
@@ -169,7 +182,7 @@ def _allocate(engine: Engine, ratio: float | None) -> None:
 
 def _fix(engine: Engine, cut: SiteCut) -> None:
     """Decide once for a site, by its calibrated scores."""
-    kept = keep_highest(engine.decider.scores(cut).units, cut.count)
+    kept = engine.decider.usual(cut)
     nothing = torch.empty(0, dtype=torch.int64)
     engine.record(cut, None, Decision(kept, nothing, nothing))
     if not cut.whole:

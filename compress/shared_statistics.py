@@ -46,7 +46,7 @@ class SharedStatistics:
         for cut in engine.cuts:
             cut.history = known[_place(cut)].clone()
             statistic = cut.scorer.statistic
-            if not (cut.compensated or (statistic is not None and statistic.tracks_mean)):
+            if not (cut.compensation.wanted or (statistic is not None and statistic.tracks_mean)):
                 cut.history.mean, cut.history.tokens = None, 0.0  # as if gathered for this strategy alone
 
 

@@ -1,8 +1,18 @@
 """Everything a plugin author imports: roles, sites, statistics, hooks, the catalog and the errors."""
 
 from .catalog import Catalog, Entry, near
+from .compensation import Compensator, NoCompensation, Slope
 from .component import Component
-from .errors import DataError, ModelError, NonFiniteError, PluginError, PrunekitError, SpecError, StoreError
+from .errors import (
+    DataError,
+    ModelError,
+    NonFiniteError,
+    PluginError,
+    PrunekitError,
+    SingularError,
+    SpecError,
+    StoreError,
+)
 from .evaluation import STAGES, Evaluator, Measurement, Stage, Subject
 from .hookspecs import ROLES, hookimpl
 from .roles import (
@@ -14,7 +24,8 @@ from .roles import (
     SiteScores,
     SparsityAllocator,
 )
-from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind
+from .moments import ChannelMoments
+from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, complement
 from .statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row, position_sums
 from .strategy import Strategy
 from .text import TextSource
@@ -26,6 +37,8 @@ __all__ = [
     "AttentionUnit",
     "Catalog",
     "ChannelHistory",
+    "ChannelMoments",
+    "Compensator",
     "Component",
     "DataError",
     "Entry",
@@ -36,6 +49,7 @@ __all__ = [
     "MeanSquare",
     "Measurement",
     "ModelError",
+    "NoCompensation",
     "NonFiniteError",
     "PluginError",
     "ProbeSelector",
@@ -44,9 +58,11 @@ __all__ = [
     "Rows",
     "Scorer",
     "ShapeAttribute",
+    "SingularError",
     "Site",
     "SiteKind",
     "SiteScores",
+    "Slope",
     "SparsityAllocator",
     "SpecError",
     "Stage",
@@ -55,6 +71,7 @@ __all__ = [
     "Strategy",
     "Subject",
     "TextSource",
+    "complement",
     "hookimpl",
     "merge_mean",
     "near",

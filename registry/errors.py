@@ -27,3 +27,7 @@ class StoreError(PrunekitError):
 
 class NonFiniteError(PrunekitError):
     """NaN or infinity where a pruning decision would have been taken."""
+
+
+class SingularError(PrunekitError):
+    """A covariance that cannot be solved for the slope of a compensation."""

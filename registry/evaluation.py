@@ -17,9 +17,9 @@ from .text import TextSource
 Stage = Callable[[str], AbstractContextManager]
 """Is told the name of a step of the deciding (one of :data:`STAGES`) and gives a context that lasts as long."""
 
-STAGES = ("select", "probe", "score", "gather", "history")
+STAGES = ("select", "probe", "score", "gather", "compensate", "history")
 """Steps that a pruned forward pass has besides the model's own: choosing what to probe, running ahead on it, scoring,
-copying the kept weights together, and learning from what the batch showed."""
+copying the kept weights together, giving back what was dropped, and learning from what the batch showed."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pluggy
 
+from .compensation import Compensator
 from .component import Component
 from .evaluation import Evaluator
 from .roles import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
@@ -21,6 +22,7 @@ ROLES: dict[str, type[Component]] = {
     "history_mergers": HistoryMerger,
     "mask_appliers": MaskApplier,
     "allocators": SparsityAllocator,
+    "compensators": Compensator,
     "architectures": Architecture,
     "evaluators": Evaluator,
 }
@@ -53,6 +55,10 @@ class Hooks:
     @hookspec
     def allocators(self) -> list[type[SparsityAllocator]]:
         """How many units every site keeps."""
+
+    @hookspec
+    def compensators(self) -> list[type[Compensator]]:
+        """How what was dropped is given back through what stays."""
 
     @hookspec
     def architectures(self) -> list[type[Architecture]]:

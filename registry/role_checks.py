@@ -154,7 +154,9 @@ def check_selection(selector: ProbeSelector) -> None:
             expect(isinstance(chosen, tuple) and len(chosen) == 2, selector, "must return (rows, positions)")
             for what, indices, count in (("rows", chosen[0], batch), ("positions", chosen[1], length)):
                 where = f"of a batch of {batch} x {length}"
-                expect_tensor(indices, selector, what, (indices.numel(),), torch.int64)
+                by_row = what == "positions" and isinstance(indices, Tensor) and indices.dim() == 2
+                shape = (len(chosen[0]), indices.shape[1]) if by_row else (indices.numel(),)
+                expect_tensor(indices, selector, what, shape, torch.int64)
                 inside = indices.numel() > 0 and int(indices.min()) >= 0 and int(indices.max()) < count
                 expect(inside, selector, f"picks {what} {indices.tolist()} {where}")
                 ascending = bool((indices.diff() > 0).all())

@@ -55,6 +55,8 @@ class ProbeSelector(Component):
     def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows (b,) and positions (t,) of the probe, int64, ascending; states (B, T, D), valid (B, T) or None.
 
+        Positions (b, t) give every row its own; the probe's statistic is then taken token by token.
+
         ``generator`` is a CPU generator seeded by the strategy, for selectors that draw.
         """
 

@@ -90,3 +90,9 @@ class Site:
     def columns(self, units: Tensor) -> Tensor:
         """Consumer columns (channels) of ``units``; (k,) int64 -> (k * unit_size,) int64."""
         return Rows(0, self.unit_size).of(units)
+
+
+def complement(chosen: Tensor, count: int) -> Tensor:
+    """The others of ``count`` indices, ascending; (k,) int64 -> (count - k,) int64. Its shape needs no look at values."""
+    taken = torch.zeros(count, dtype=torch.uint8, device=chosen.device).index_fill_(0, chosen, 1)
+    return taken.argsort(stable=True)[: count - len(chosen)]

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from .compensation import Compensator, NoCompensation
 from .component import Component
 from .roles import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 from .sites import AttentionUnit
@@ -14,8 +15,9 @@ from .sites import AttentionUnit
 class Strategy(Component):
     """What to score by, how much to cut where, how to cut, and (with a selector) how to probe every batch.
 
-    With a ``selector`` the decision is made anew for every batch; without one it is made once, from the
-    calibration statistics. Any field can be overridden from YAML or Python.
+    With a ``selector`` and a ``merger`` the decision is made anew for every batch; without them it is made once,
+    from the calibration statistics. A ``selector`` alone probes every batch for compensation only. Any field can be
+    overridden from YAML or Python.
     """
 
     # The ratio's exact place depends on the allocator, so the model cannot declare it required.
@@ -36,8 +38,8 @@ class Strategy(Component):
     applier: SerializeAsAny[MaskApplier]
     selector: SerializeAsAny[ProbeSelector] | None = Field(None, description="which part of a batch to probe")
     merger: SerializeAsAny[HistoryMerger] | None = Field(None, description="how the probe and history are merged")
-    compensate: Literal["none", "mean"] = Field(
-        "none", description="mean: add the dropped channels' calibrated mean contribution back as a bias"
+    compensate: SerializeAsAny[Compensator] = Field(
+        NoCompensation(), description="how what the dropped channels contributed is given back"
     )
     sequential: bool = Field(
         False, description="calibrate every layer on the outputs of the layers already cut (static strategies; slower)"
@@ -63,26 +65,41 @@ class Strategy(Component):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Strategy:
-        if (self.selector is None) != (self.merger is None):
-            raise ValueError("a probe needs both a selector and a merger (or neither, to decide once)")
+        if self.merger is not None and self.selector is None:
+            raise ValueError("deciding per batch needs both a selector and a merger (or neither, to decide once)")
+        if self.selector is not None and self.merger is None and not self.compensate.uses_probe:
+            raise ValueError(
+                "a selector needs a merger, to decide per batch, or a compensator that looks at the probe, such as "
+                "probe_mean; set both to null to decide once"
+            )
+        if self.compensate.uses_probe and self.selector is None:
+            raise ValueError(
+                f"compensator {self.compensate.name} looks at a probe of every batch, and this strategy has none; give "
+                "it a selector (selector: spread), or use compensate: mean"
+            )
         if self.dynamic and self.scorer.statistic is None:
             raise ValueError(
                 f"scorer {self.scorer.name} looks at no activations, so a probe has nothing to tell it; "
                 "set selector and merger to null to decide once, or choose another scorer"
             )
         if self.dynamic and self.sequential:
-            raise ValueError("sequential calibration is for strategies that decide once (no selector)")
+            raise ValueError("sequential calibration is for strategies that decide once (no merger)")
         return self
 
     @property
     def dynamic(self) -> bool:
         """Whether the decision is made anew for every batch."""
-        return self.selector is not None
+        return self.merger is not None
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the strategy must see calibration batches before it can decide."""
-        if self.compensate != "none" or (self.allocator.needs_scores and self.scorer.statistic is not None):
+        return self.compensate.keeps_mean or self.decides_by_activations
+
+    @property
+    def decides_by_activations(self) -> bool:
+        """Whether calibration batches say what is kept."""
+        if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
         if self.dynamic:
             return self.merger.uses_history

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import SerializeAsAny
 
-from ...registry import MaskApplier, Scorer, SparsityAllocator, Strategy, hookimpl
+from ...registry import Compensator, MaskApplier, Scorer, SparsityAllocator, Strategy, hookimpl
 from ..application import Slice
+from ..compensation.mean import Mean
 from .adaptive import GlobalAdaptive
 from .reference import FlapShipped, PPFlapShipped
 from .scorer import FluctuationScorer
@@ -22,9 +23,7 @@ class Flap(Strategy):
     scorer: SerializeAsAny[Scorer] = FluctuationScorer(square_attention=True)
     allocator: SerializeAsAny[SparsityAllocator] = GlobalAdaptive()
     applier: SerializeAsAny[MaskApplier] = Slice()
-    compensate: Literal["none", "mean"] = Field(
-        "mean", description="mean: add the dropped channels' calibrated mean contribution back as a bias"
-    )
+    compensate: SerializeAsAny[Compensator] = Mean()
 
 
 @hookimpl

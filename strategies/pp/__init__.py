@@ -11,7 +11,7 @@ from ..allocation import Uniform
 from ..application import Slice
 from .mergers import FixedRatio, HistoryOnly, ImportanceScaled, ProbeOnly
 from .scorer import PPsp
-from .selectors import HiddenNorm, RandomProbe, ResidualNorm, WholeBatch
+from .selectors import HiddenNorm, RandomProbe, ResidualNorm, SpreadProbe, WholeBatch
 
 
 class PP(Strategy):
@@ -48,7 +48,7 @@ def scorers() -> list[type[Scorer]]:
 
 @hookimpl
 def probe_selectors() -> list[type[ProbeSelector]]:
-    return [ResidualNorm, HiddenNorm, RandomProbe, WholeBatch]
+    return [ResidualNorm, HiddenNorm, RandomProbe, SpreadProbe, WholeBatch]
 
 
 @hookimpl

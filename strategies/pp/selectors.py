@@ -72,6 +72,23 @@ class RandomProbe(SizedSelector):
         return rows.to(states.device), _draw(position_has, number_of_positions, generator).to(states.device)
 
 
+class SpreadProbe(ProbeSelector):
+    """A few positions of every row, each row's own, drawn at random for every decision."""
+
+    name: Literal["spread"] = "spread"
+    positions: float = Field(0.05, gt=0, le=1, description="share of every row's positions to probe, at least two")
+
+    def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """All rows (B,), and positions (B, t) row by row: real tokens first, as long as a row has any."""
+        batch, length = states.shape[:2]
+        count = min(max(math.ceil(self.positions * length), 2), length)
+        keys = torch.rand(batch, length, generator=generator)
+        if valid is not None:
+            keys += valid.cpu()
+        positions = keys.topk(count, dim=1).indices.sort(dim=1).values
+        return torch.arange(batch, device=states.device), positions.to(states.device)
+
+
 class WholeBatch(ProbeSelector):
     """Every row and every position: full-batch probing."""
 

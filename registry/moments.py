@@ -1,0 +1,56 @@
+"""Mean and covariance of what enters a site's consumer: what compensation learns from calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096
+"""Tokens taken in at once: bounds the float32 copy of a half-precision batch."""
+
+
+@dataclass
+class ChannelMoments:
+    """Running mean (C,) and covariance (C, C) over all real tokens, in float32.
+
+    The parallel update of Chan, Golub and LeVeque: deviations are taken from each chunk's own mean, so that nothing
+    cancels where a channel's mean is large beside its spread.
+    """
+
+    channels: int
+    device: torch.device
+    tokens: int = 0
+    mean: Tensor | None = None
+    products: Tensor | None = None
+    """(C, C): sums of products of deviations from the mean."""
+
+    def observe(self, x: Tensor, valid: Tensor | None) -> None:
+        """Take in the tokens of x (B, T, C); valid (B, T) bool, or None where all are real."""
+        tokens = x.reshape(-1, self.channels) if valid is None else x[valid]
+        for chunk in tokens.split(CHUNK):
+            if len(chunk):
+                self._take(chunk.float())
+
+    def _take(self, chunk: Tensor) -> None:
+        if self.products is None:
+            self.mean = torch.zeros(self.channels, dtype=torch.float32, device=self.device)
+            self.products = torch.zeros(self.channels, self.channels, dtype=torch.float32, device=self.device)
+        count, own = len(chunk), chunk.mean(0)
+        centred = chunk - own
+        self.products.addmm_(centred.T, centred)
+        step, total = own - self.mean, self.tokens + count
+        self.products.addr_(step, step, alpha=self.tokens * count / total)
+        self.mean += step * (count / total)
+        self.tokens = total
+
+    def take_covariance(self) -> Tensor:
+        """(C, C) float32, in the memory of the sums, which are gone afterwards: a large site has no room for both."""
+        products, self.products = self.products, None
+        return products.div_(self.tokens)
+
+    @staticmethod
+    def bytes_of(channels: int) -> int:
+        """Memory of one site's covariance."""
+        return 4 * channels * channels

@@ -1,0 +1,91 @@
+"""Kept channels that absorb what the dropped ones would have added, as far as they predict it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...registry import Slope, SpecError
+from .mean import ProbedMean
+from .pivot import pivot, regression_on
+
+GIB = 1024**3
+
+
+class Regression(ProbedMean):
+    """A compensator that predicts dropped channels from kept ones by the calibration covariance."""
+
+    needs_covariance: ClassVar[bool] = True
+
+    ridge: float = Field(0.01, gt=0, description="added to every variance, as a share of the channels' mean variance")
+    singular: Literal["error", "mean"] = Field(
+        "error", description="a covariance that cannot be solved: refuse it, or give back the mean alone there"
+    )
+    memory_gib: float | None = Field(
+        None, gt=0, description="memory that covariances and solving may take; null: most of what is free"
+    )
+
+    @property
+    def memory(self) -> int | None:
+        return None if self.memory_gib is None else int(self.memory_gib * GIB)
+
+    @property
+    def falls_back(self) -> bool:
+        return self.singular == "mean"
+
+    def ridged(self, covariance: Tensor) -> Tensor:
+        """The covariance (C, C) with the ridge on its diagonal, in place."""
+        variance = covariance.diagonal()
+        variance += self.ridge * variance.mean()
+        return covariance
+
+
+class Pivoted(NamedTuple):
+    """A covariance pivoted on the channels ``in_base`` (C,) bool."""
+
+    matrix: Tensor
+    in_base: Tensor
+
+
+class LeastSquares(Regression):
+    """Kept channels absorb the least-squares prediction of the dropped ones; a bias keeps the mean."""
+
+    paper: ClassVar[str] = "closed-form updates of OBC (NeurIPS 2022) and SlimGPT (NeurIPS 2024), for one whole cut"
+    name: Literal["least_squares"] = "least_squares"
+    per_batch: Literal["pivot", "solve", "usual"] = Field(
+        "pivot",
+        description="where cuts are made per batch: pivot corrects the solution of the usual cut for the channels that "
+        "differ, solve starts afresh (equal results); usual leaves the correction out",
+    )
+
+    def solve(self, covariance: Tensor, kept: Tensor, dropped: Tensor) -> Slope:
+        return (_regression(self.ridged(covariance), kept, dropped),)
+
+    def prepare(self, covariance: Tensor, usual: Tensor | None) -> Pivoted | Tensor:
+        ridged = self.ridged(covariance)
+        if self.per_batch == "solve":
+            return ridged
+        if usual is None and self.per_batch == "usual":
+            raise SpecError("compensator least_squares: per_batch usual needs a merger that uses history; use pivot")
+        base = torch.arange(len(ridged), device=ridged.device) if usual is None else usual
+        in_base = torch.zeros(len(ridged), dtype=torch.bool, device=ridged.device).index_fill_(0, base, True)
+        return Pivoted(pivot(ridged, base), in_base)
+
+    def slope(self, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
+        if self.per_batch == "solve":
+            return (_regression(prepared, kept, dropped),)
+        return (regression_on(kept, dropped, prepared.matrix, prepared.in_base, self.per_batch == "pivot"),)
+
+    def working_bytes(self, channels: int, dropped: int) -> int:
+        kept = channels - dropped
+        return 4 * (3 * kept * kept + 4 * kept * dropped + channels * channels)
+
+
+def _regression(covariance: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
+    """The regression of dropped on kept channels by Cholesky's factor; (C, C), (k,), (d,) -> (d, k)."""
+    columns = covariance[:, kept]
+    factor = torch.linalg.cholesky(columns[kept])
+    return torch.cholesky_solve(columns[dropped].T, factor).T

@@ -1,0 +1,69 @@
+"""Least squares by a covariance of low rank: cheap enough to be solved anew for every batch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...registry import Slope
+from .least_squares import Regression
+
+SUBSPACE_ITERATIONS = 4
+OVERSAMPLING = 8
+
+
+class Factors(NamedTuple):
+    """A covariance as ``loadings @ loadings.T`` plus a diagonal: (C, r) and (C,), the ridge included."""
+
+    loadings: Tensor
+    specific: Tensor
+
+
+class LowRankLeastSquares(Regression):
+    """Least squares through a few factors that the channels have in common; a bias keeps the mean."""
+
+    paper: ClassVar[str] = "factor model of the covariance, solved by Woodbury's identity"
+    name: Literal["low_rank_least_squares"] = "low_rank_least_squares"
+    rank: int = Field(64, ge=1, description="number of common factors")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the search for the leading factors")
+
+    def solve(self, covariance: Tensor, kept: Tensor, dropped: Tensor) -> Slope:
+        return self.slope(self.prepare(covariance, None), kept, dropped)
+
+    def prepare(self, covariance: Tensor, usual: Tensor | None) -> Factors:
+        rank = min(self.rank, len(covariance))
+        ridge = self.ridge * covariance.diagonal().mean()
+        vectors, values = leading_eigenpairs(covariance, rank, self.seed)
+        loadings = vectors * values.clamp(min=0).sqrt()
+        left = (covariance.diagonal() - loadings.square().sum(1)).clamp(min=0)
+        if not bool(ridge > 0):
+            raise torch.linalg.LinAlgError("all channels are constant")
+        return Factors(loadings, left + ridge)
+
+    def slope(self, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
+        """``F_d (1 + F_k' S_k^-1 F_k)^-1 F_k' S_k^-1``, as two matrices (d, r) and (r, k)."""
+        loadings = prepared.loadings[kept]
+        weighted = loadings / prepared.specific[kept, None]
+        inner = loadings.T @ weighted
+        inner.diagonal().add_(1)
+        return prepared.loadings[dropped], torch.cholesky_solve(weighted.T, torch.linalg.cholesky(inner))
+
+    def working_bytes(self, channels: int, dropped: int) -> int:
+        return 4 * 6 * channels * (self.rank + OVERSAMPLING)
+
+    def held_bytes(self, channels: int) -> int:
+        return 4 * channels * (self.rank + 1)
+
+
+def leading_eigenpairs(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The leading eigenvectors (C, r) and eigenvalues (r,) of a symmetric positive matrix, by subspace iteration."""
+    generator = torch.Generator().manual_seed(seed)
+    width = min(rank + OVERSAMPLING, len(matrix))
+    basis = torch.randn(len(matrix), width, generator=generator).to(matrix)
+    for _ in range(SUBSPACE_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, inner = torch.linalg.eigh(basis.T @ (matrix @ basis))
+    return basis @ inner[:, -rank:], values[-rank:]
