@@ -134,7 +134,7 @@ class Decider:
         A site whose cut was made once keeps its units: there the probe serves compensation alone.
         """
         strategy, merger = self.strategy, cut.merger
-        selector, uses_mean = strategy.selector.at(cut.site), cut.compensation.compensator.uses_probe
+        selector, uses_mean = strategy.probes_with.at(cut.site), cut.compensation.compensator.uses_probe
         states = residual if selector.looks_at == "residual" else hidden
         counted = valid if strategy.pad_handling == "exclude" else None
         with self.stages("select"):

@@ -84,7 +84,7 @@ class Engine:
         self._handles.append(self.decoder.register_forward_hook(self._leave_model, always_call=True))
         for index in sorted({cut.site.layer for cut in self.cuts}):
             self._handles.append(layers[index].register_forward_pre_hook(self._enter_layer(index), **before))
-        if self.strategy.selector is None:
+        if self.strategy.probes_with is None:
             return
         if self.strategy.pad_handling == "reference":
             outputs = [self.model.get_submodule(path) for path in self._attention_outputs]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from .component import Component
+from .roles import ProbeSelector
 
 Slope = tuple[Tensor, ...]
 """Matrices whose product (d, k) predicts the dropped channels from the kept ones; none of them: no slope."""
@@ -31,8 +32,13 @@ class Compensator(Component):
 
     @property
     def uses_probe(self) -> bool:
-        """Whether :meth:`mean` looks at a probe of every batch; cuts made once are then probed too."""
+        """Whether :meth:`mean` looks at a probe of every batch; where cuts are made once there is then one too."""
         return False
+
+    @property
+    def probes_with(self) -> ProbeSelector | None:
+        """What to probe by where the strategy itself probes nothing."""
+        return None
 
     @property
     def memory(self) -> int | None:

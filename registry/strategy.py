@@ -72,7 +72,7 @@ class Strategy(Component):
                 "a selector needs a merger, to decide per batch, or a compensator that looks at the probe, such as "
                 "probe_mean; set both to null to decide once"
             )
-        if self.compensate.uses_probe and self.selector is None:
+        if self.compensate.uses_probe and self.probes_with is None:
             raise ValueError(
                 f"compensator {self.compensate.name} looks at a probe of every batch, and this strategy has none; give "
                 "it a selector (selector: spread), or use compensate: mean"
@@ -85,6 +85,13 @@ class Strategy(Component):
         if self.dynamic and self.sequential:
             raise ValueError("sequential calibration is for strategies that decide once (no merger)")
         return self
+
+    @property
+    def probes_with(self) -> ProbeSelector | None:
+        """The selector of every batch's probe: the strategy's, else what its compensation needs one for; None: none."""
+        if self.selector is None and self.compensate.uses_probe:
+            return self.compensate.probes_with
+        return self.selector
 
     @property
     def dynamic(self) -> bool:

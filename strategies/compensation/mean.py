@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
-from ...registry import Compensator
+from ...registry import Compensator, ProbeSelector
+from ..pp.selectors import SpreadProbe
 
 
 class Mean(Compensator):
@@ -21,6 +22,14 @@ class ProbedMean(Compensator):
     """A compensator whose mean is partly what a probe of the batch shows."""
 
     probe: float = Field(0.0, ge=0, le=1, description="the probe's share in the mean; the rest is calibration's")
+
+    selector: SerializeAsAny[ProbeSelector] = Field(
+        SpreadProbe(), description="what to probe where the strategy probes nothing"
+    )
+
+    @property
+    def probes_with(self) -> ProbeSelector | None:
+        return self.selector
 
     @property
     def uses_probe(self) -> bool:
