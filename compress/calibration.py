@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..registry import DataError, NonFiniteError
 from ..registry.devices import device_of
-from .decision import FINITE_REMEDY
+from ..registry.errors import FINITE_REMEDY
 from .cut import SiteCut
 from .engine import Engine, Learn
 

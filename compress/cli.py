@@ -171,6 +171,24 @@ def report(
 
 @app.command()
 @guarded
+def pivot(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE", help="Ablations' stores; several are axis store.")],
+    rows: Annotated[str, typer.Option("--rows", metavar="AXIS", help="The axis whose values are rows.")],
+    columns: Annotated[str, typer.Option("--columns", metavar="AXIS", help="The axis whose values are columns.")],
+    by: Annotated[str | None, typer.Option(metavar="AXIS", help="A table for each value, and one over all.")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="LABEL.VALUE", help="Such as prr.prr; else quality.")] = None,
+    relative: Annotated[str, typer.Option(metavar="AXIS=VALUE,...|dense", help="Compare with these.")] = "dense",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write tables and heat maps there too.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing cross tables.")] = False,
+) -> None:
+    """Cross two axes of a study, averaged over all others trial by trial."""
+    from .reporting import pivot_command
+
+    pivot_command.pivot(stores, rows, columns, by, metric, relative, out, overwrite)
+
+
+@app.command()
+@guarded
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="A results folder.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another results folder.")],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import ChannelMoments, Compensator, NonFiniteError, SingularError, Site, Slope, complement
+from ..registry.errors import FINITE_REMEDY
 
 Solved = TypeVar("Solved")
 
@@ -66,13 +67,18 @@ class SiteCompensation:
         self.tokens = moments.tokens
         covariance = moments.take_covariance()
         if not bool(torch.isfinite(covariance.diagonal()).all()):
+            if self.compensator.falls_back:
+                self.fell_back = True
+                return
             raise NonFiniteError(
-                f"{self.site.label}: the covariance of what enters {self.site.consumer} is NaN or infinite; "
-                "run the model unpruned on this text, and try bfloat16 or float32 if it is float16"
+                f"{self.site.label}: the covariance of what enters {self.site.consumer} is NaN or infinite, so the "
+                f"activations here are, or their squares; {self._mean_alone}. {FINITE_REMEDY}"
             )
         if kept is not None:
             dropped = complement(kept, self.site.channels)
-            self.fixed = () if not len(kept) else self._solved(lambda: self.compensator.solve(covariance, kept, dropped))
+            self.fixed = (
+                () if not len(kept) else self._solved(lambda: self.compensator.solve(covariance, kept, dropped))
+            )
         else:
             self.prepared = self._solved(lambda: self.compensator.prepare(covariance, usual))
 
@@ -93,6 +99,15 @@ class SiteCompensation:
             return cut.float().index_add(1, kept, added).to(cut.dtype)
         return (cut.float() + added).to(cut.dtype)
 
+    def check_folded(self, whole: Tensor, kept: Tensor) -> None:
+        """Raise :class:`NonFiniteError` where the weight (O, C) with the slope of kept (k,) overflows its dtype."""
+        if self.has_slope and not bool(torch.isfinite(self.weight(whole, whole[:, kept], kept)).all()):
+            raise NonFiniteError(
+                f"{self.site.label}: the weight of {self.site.consumer} overflows {str(whole.dtype)[6:]} with what "
+                f"compensator {self.compensator.name} folds into it; load the model in bfloat16 or float32, or raise "
+                "the ridge"
+            )
+
     def _slope(self, kept: Tensor, dropped: Tensor) -> Slope:
         if self.fixed is not None:
             return self.fixed
@@ -105,12 +120,19 @@ class SiteCompensation:
             if self.compensator.falls_back:
                 self.fell_back = True
                 return None
-            name = self.compensator.name
             raise SingularError(
-                f"{self.site.label}: compensator {name} cannot solve the covariance of what enters "
+                f"{self.site.label}: compensator {self.compensator.name} cannot solve the covariance of what enters "
                 f"{self.site.consumer} ({' '.join(str(error).split())}); calibrate with more text, raise its ridge, or "
-                f"give back the mean alone at such sites (compensate: {{name: {name}, singular: mean}})"
+                f"{self._mean_alone}"
             ) from error
+
+    @property
+    def _mean_alone(self) -> str:
+        """The remedy that is left where a covariance is of no use."""
+        name = self.compensator.name
+        if "singular" in type(self.compensator).model_fields:
+            return f"give back the mean alone at such sites (compensate: {{name: {name}, singular: mean}})"
+        return "give back the mean alone (compensate: mean)"
 
     @torch.no_grad()
     def bias(self, linear: nn.Linear, weight: Tensor, kept: Tensor, mean: Tensor, whole: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import get_max_memory
 
 from ..registry import ChannelMoments, Compensator, ModelError
-from ..registry.devices import device_of
+from ..registry.devices import device_of, weights_present
 from .calibration import Batch, Progress, calibrate_sites
 from .cut import SiteCut
 from .engine import Engine
@@ -18,16 +18,25 @@ SHARE = 0.8
 """Of the free memory that covariances may take, where the user sets no limit: batches need the rest."""
 
 
-def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress) -> None:
+def gather_covariances(
+    engine: Engine, batches: list[Batch], progress: Progress, known: MutableMapping[str, ChannelMoments]
+) -> None:
     """Gather every cut site's covariance on the unpruned model, and settle what its compensation needs of it.
 
+    ``known`` holds the moments of consumers that these batches have shown already, and takes what is gathered.
     Raises :class:`ModelError` before anything is gathered where a site does not fit in memory.
     """
-    groups = grouped([cut for cut in engine.cuts if not cut.whole], engine.strategy.dynamic)
+    cuts = [cut for cut in engine.cuts if not cut.whole]
+    for cut in cuts:
+        if cut.site.consumer in known:
+            cut.compensation.moments = known[cut.site.consumer].clone()
+            settle(engine, cut)
+    groups = grouped([cut for cut in cuts if cut.site.consumer not in known], engine.strategy.dynamic)
     for number, group in enumerate(groups, 1):
         label = "covariances" if len(groups) == 1 else f"covariances, part {number} of {len(groups)}"
         calibrate_sites(engine, batches, progress, group, lambda cut, x, valid: cut.compensation.learn(x, valid), label)
         for cut in group:
+            known[cut.site.consumer] = cut.compensation.moments
             settle(engine, cut)
 
 
@@ -39,6 +48,9 @@ def settle(engine: Engine, cut: SiteCut) -> None:
     elif cut.history.table is not None:
         usual = cut.site.columns(engine.decider.usual(cut))
     cut.compensation.settle(kept, usual)
+    if cut.fixed is not None and cut.consumer.weight.dtype == torch.float16:
+        with weights_present(cut.consumer):
+            cut.compensation.check_folded(cut.consumer.weight, kept)
 
 
 @dataclass
@@ -47,17 +59,33 @@ class _Room:
 
     budget: int
     staying: int = 0
+    """What was made of the sites of earlier groups."""
+    made: int = 0
+    """What will have been made of the sites of this group."""
     group: int = 0
+    """Covariances of this group, or what is made of them, whichever is more."""
+    working: int = 0
+    """The most that solving one site of this group takes."""
+
+    def close(self) -> None:
+        """The group is solved: its covariances are gone."""
+        self.staying += self.made
+        self.made = self.group = self.working = 0
 
 
-def grouped(cuts: Sequence[SiteCut], per_batch: bool) -> list[list[SiteCut]]:
+Rooms = dict[torch.device, _Room]
+
+
+def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None) -> list[list[SiteCut]]:
     """Sites, in order, in groups whose covariances fit in memory together with what solving one of them takes.
 
-    What is prepared of each site stays where cuts are made ``per_batch``, else its slope. Raises
-    :class:`ModelError` where a site does not fit by itself.
+    What is prepared of each site stays where cuts are made ``per_batch``, else its slope; ``rooms`` carries that over
+    from earlier calls. Raises :class:`ModelError` where a site does not fit by itself.
     """
     groups: list[list[SiteCut]] = []
-    rooms: dict[torch.device, _Room] = {}
+    rooms = {} if rooms is None else rooms
+    for room in rooms.values():
+        room.close()
     for cut in cuts:
         device = device_of(cut.consumer)
         compensator, channels = cut.compensation.compensator, cut.site.channels
@@ -65,42 +93,51 @@ def grouped(cuts: Sequence[SiteCut], per_batch: bool) -> list[list[SiteCut]]:
             rooms[device] = _Room(_budget(compensator, device))
         room, covariance = rooms[device], ChannelMoments.bytes_of(channels)
         dropped = (cut.site.units - cut.count) * cut.site.unit_size
-        working = compensator.working_bytes(channels, dropped)
-        if covariance + working + room.staying > room.budget:
-            raise ModelError(_too_large(cut, covariance, working, room, device))
-        if not groups or room.group + covariance + working + room.staying > room.budget:
+        working = compensator.working_bytes(channels, dropped, per_batch)
+        # Of a cut made once the slope stays; it has its full size unless the compensator knows of fewer factors.
+        made = compensator.held_bytes(channels) if per_batch else 4 * dropped * (channels - dropped)
+        size = max(covariance, made)
+        if size + working + room.made + room.staying > room.budget:
+            raise ModelError(_too_large(cut, size, working, room, device))
+        if not groups or room.staying + room.group + size + max(room.working, working) > room.budget:
             groups.append([])
             for other in rooms.values():
-                other.group = 0
+                other.close()
         groups[-1].append(cut)
-        room.group += covariance
-        # Of a cut made once the slope stays; it has its full size unless the compensator knows of fewer factors.
-        room.staying += compensator.held_bytes(channels) if per_batch else 4 * dropped * (channels - dropped)
+        room.group += size
+        room.made += made
+        room.working = max(room.working, working)
     return groups
 
 
 def check_layers(cuts: Sequence[SiteCut]) -> None:
     """Raise :class:`ModelError` where the covariances of one layer's sites do not fit in memory together."""
+    rooms: Rooms = {}
     for layer in sorted({cut.site.layer for cut in cuts}):
         mine = [cut for cut in cuts if cut.site.layer == layer and not cut.whole]
-        if len(grouped(mine, per_batch=False)) > 1:
+        if len(grouped(mine, False, rooms)) > 1:
             raise ModelError(
                 f"layer {layer}: sequential calibration gathers the covariances of both its sites at once, and memory "
-                "holds only one of them; free some or allow more (memory_gib), or calibrate in one pass (sequential: false)"
+                "holds only one of them; free some or allow more (memory_gib), or calibrate in one pass (sequential: "
+                "false); nothing was taken"
             )
 
 
 def _budget(compensator: Compensator, device: torch.device) -> int:
     if compensator.memory is not None:
         return compensator.memory
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier passes left over is free too, but counted as taken
     free = get_max_memory()
-    return int(SHARE * free.get(device.index or 0 if device.type != "cpu" else "cpu", 0))
+    key = device.type if device.type in ("cpu", "mps") else device.index or 0
+    # A device that is not listed shares the memory of one that is.
+    return int(SHARE * free.get(key, max(free.values(), default=0)))
 
 
 def _too_large(cut: SiteCut, covariance: int, working: int, room: _Room, device: torch.device) -> str:
-    name = cut.compensation.compensator.name
-    staying = f" beside {_gib(room.staying)} held for the sites before it" if room.staying else ""
-    whose = "may be used" if cut.compensation.compensator.memory is not None else f"are to be had on {device}"
+    name, held = cut.compensation.compensator.name, room.made + room.staying
+    staying = f" beside {_gib(held)} held for the sites before it" if held else ""
+    whose = "may be used" if cut.compensation.compensator.memory is not None else f"may be taken on {device}"
     return (
         f"{cut.site.label}: compensator {name} needs {_gib(covariance)} for the covariance of {cut.site.channels:,} "
         f"channels and {_gib(working)} to solve it{staying}, and {_gib(room.budget)} {whose}; nothing was taken. Free "

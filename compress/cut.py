@@ -201,7 +201,9 @@ class SiteCut:
         """The consumer's bias with which its mean output is what it was before the cut, (O,)."""
         with self.stages("compensate"):
             compensation, calibrated = self.compensation, self.history.mean
-            mean = compensation.compensator.mean(calibrated, self.probe_mean)
+            # Sequential calibration probes nothing; what it runs on is what the calibrated mean is of.
+            unprobed = compensation.compensator.uses_probe and self.probe_mean is None
+            mean = calibrated if unprobed else compensation.compensator.mean(calibrated, self.probe_mean)
             state = None if compensation.compensator.uses_probe else _state_of(linear)
             if self._mean_output is None or self._mean_output[0] is None or self._mean_output[0] != state:
                 self._mean_output = state, linear.weight.float() @ mean

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ..registry import DataError, NonFiniteError, SiteScores, SpecError, Strategy, position_sums
+from ..registry.errors import FINITE_REMEDY
 from .cut import SiteCut
 from .probing import pick_tokens, probe_states
 from .stages import Stages
 
 REFERENCE_PAD_EPSILON = 1e-3
 """What the PP reference adds to its counts of real tokens in batches that have padding."""
-
-FINITE_REMEDY = "Run the model unpruned on this text, and try bfloat16 or float32 if it is float16"
 
 
 class Decision(NamedTuple):

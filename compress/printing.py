@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.segment import Segments
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ..registry import Catalog
@@ -58,7 +59,7 @@ def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
     out.print()
 
 
-def show_wide_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int, elsewhere: str) -> None:
+def show_wide_table(head: Sequence[str], rows: Sequence[Sequence[str | Text]], left: int, elsewhere: str) -> None:
     """A table whose words and numbers stay in one piece: as wide as it is in a pipe or a file.
 
     On a terminal the columns that do not fit are left out from the right, and a line says how many there are and
@@ -94,7 +95,7 @@ def _table(
         side = "left" if index < left else "right"
         shown.add_column(escape(name), justify=side, overflow="fold", no_wrap=whole)
     for row in rows:
-        shown.add_row(*(escape(cell) for cell in row))
+        shown.add_row(*(cell if isinstance(cell, Text) else escape(cell) for cell in row))
     return shown
 
 

@@ -42,7 +42,7 @@ def _device_map(model: Any) -> str | None:
 
 
 def about_cut(pruned: Pruned) -> dict[str, Any]:
-    """Kept units of every layer, skipped ones included, and the ratio asked for and achieved."""
+    """Kept units of every layer, skipped ones included, the ratio asked for and achieved, and the compensation."""
     _, sites = find_sites(pruned.model, pruned.catalog, pruned.strategy.attention_unit)
     layers: dict[int, dict[str, Any]] = {}
     shares, lost, whole = [], 0, 0
@@ -58,16 +58,17 @@ def about_cut(pruned: Pruned) -> dict[str, Any]:
             "units_cut": round(sum(shares) / len(shares), 6),
             "prunable_parameters_cut": round(lost / whole, 6),
         },
+        "compensation": pruned.about_compensation(),
         "attention_unit": pruned.strategy.attention_unit,
         "layers": [layers[index] for index in sorted(layers)],
     }
 
 
 def notes_on_cut(pruned: Pruned) -> list[str]:
-    """One note where much more or less is cut than was asked, or a rounded share of few units is none."""
+    """One where much more or less is cut than asked, or a share of few units is none; and the pruning's own."""
     asked, allocator = pruned.strategy.ratio, pruned.strategy.allocator
     if not asked:
-        return []
+        return [*pruned.notes]
     achieved = about_cut(pruned)["ratio"]["units_cut"]
     said = [f"{share(asked)} of the units were asked, {share(achieved)} are cut"] if abs(achieved - asked) > FAR else []
     # Where scores divide the ratio up, a site that keeps everything is their decision, and no rounding.
@@ -75,7 +76,7 @@ def notes_on_cut(pruned: Pruned) -> list[str]:
     for kind, units in dict.fromkeys((site.kind, site.units) for site in whole):
         layers = sum((site.kind, site.units) == (kind, units) for site in whole)
         said.append(f"{kind}: {units} units cannot lose {share(asked)}, so none is dropped in {layers} layers")
-    return ["; ".join(said)] if said else []
+    return [*(["; ".join(said)] if said else []), *pruned.notes]
 
 
 def plugins_used(spec: PipelineSpec) -> dict[str, list[str]]:

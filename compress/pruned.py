@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..registry import Catalog, Site, SiteKind, Stage, Strategy
+from .compensation_notes import about_compensation, notes_on
 from .engine import Engine
 
 
@@ -51,6 +52,15 @@ class Pruned:
     def counts(self) -> dict[tuple[int, SiteKind], int]:
         """Kept units by layer and kind, constant over batches."""
         return {(cut.site.layer, cut.site.kind): cut.count for cut in self._engine.cuts}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of this pruning, in sentences: a covariance of too few tokens, sites that fell back."""
+        return notes_on([cut.compensation for cut in self._engine.cuts])
+
+    def about_compensation(self) -> dict[str, Any] | None:
+        """The compensator with its options, tokens of its covariances, labels of sites that fell back; None: none."""
+        return about_compensation(self.strategy.compensate, [cut.compensation for cut in self._engine.cuts])
 
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:

@@ -17,7 +17,7 @@ from .cut import SiteCut
 from .decision import Decision
 from .engine import Engine
 from .pruned import Pruned
-from .shared_statistics import SharedStatistics
+from .shared_statistics import SharedStatistics, SomeMoments
 
 
 def prune(
@@ -161,7 +161,8 @@ def _decide(
         for cut in engine.cuts:
             _fix(engine, cut)
     if batches is not None and strategy.compensate.needs_covariance:
-        gather_covariances(engine, batches, progress)
+        known = SomeMoments(0) if statistics is None else statistics.moments(batches)
+        gather_covariances(engine, batches, progress, known)
 
 
 def _allocate(engine: Engine, ratio: float | None) -> None:

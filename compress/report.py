@@ -86,6 +86,7 @@ def markdown(data: dict[str, Any]) -> str:
         f"- **model**: {model['name']}, {model['parameters']:,} parameters, {model['dtype']} on {model['device']}, "
         f"{model['attention']} attention, fingerprint {_fact(model['fingerprint'])}",
         f"- **calibration**: {sentence(calibration) if calibration else 'none needed'}",
+        *_compensation(data.get("compensation")),
         f"- **versions**: {sentence(data['versions'])}; run {data['started']}, {data['seconds']['total']:.0f} s",
         "",
     ]
@@ -100,6 +101,16 @@ def markdown(data: dict[str, Any]) -> str:
     lines += ["## Kept units", "", *table(("layer", *(unit.get(kind, kind) for kind in kinds)), rows), ""]
     lines += ["`resolved.yaml` beside this file reruns to the same numbers.", ""]
     return "\n".join(lines)
+
+
+def _compensation(about: dict[str, Any] | None) -> list[str]:
+    """The line that says how the dropped channels' contribution was given back, where it was."""
+    if about is None:
+        return []
+    options = dict(about["compensator"])
+    fell_back = f"; the mean alone at {', '.join(about['fell_back'])}" if about["fell_back"] else ""
+    gathered = "" if about["tokens"] is None else f"; covariance of {about['tokens']:,} tokens"
+    return [f"- **compensation**: {options.pop('name')} ({sentence(options) or 'no options'}){gathered}{fell_back}"]
 
 
 def sentence(facts: dict[str, Any]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 
 from torch import Tensor
 
-from ..registry import ChannelHistory, Statistic
+from ..registry import ChannelHistory, ChannelMoments, Statistic
 from ..registry.windows import digest
 from .calibration import Batch, Progress, calibrate
 from .cut import SiteCut
@@ -23,13 +23,15 @@ class SharedStatistics:
 
     What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the
     text, the statistic and how padding counts. At most ``texts`` are remembered, the oldest going first;
-    a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Never shared: statistics
-    of sequential calibration, which depend on what was cut before.
+    a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared of small sites
+    alone. Never shared: statistics of sequential calibration, which depend on what was cut before.
     """
 
-    def __init__(self, texts: int = 4):
+    def __init__(self, texts: int = 4, covariance_bytes: int = 2**28):
         self.texts = texts
         self._of: OrderedDict[tuple[str, str], Histories] = OrderedDict()
+        self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
+        self._covariance_bytes = covariance_bytes
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
         """Give every site its history, gathering what is not there yet in one pass over ``batches``."""
@@ -48,6 +50,31 @@ class SharedStatistics:
             statistic = cut.scorer.statistic
             if not (cut.compensation.wanted or (statistic is not None and statistic.tracks_mean)):
                 cut.history.mean, cut.history.tokens = None, 0.0  # as if gathered for this strategy alone
+
+    def moments(self, batches: list[Batch]) -> SomeMoments:
+        """Means and covariances of consumers' inputs on the dense model, by the consumer's path.
+
+        They are many times larger than the other statistics, so each text's are kept up to ``covariance_bytes`` only.
+        """
+        key = fingerprint(batches)
+        known = self._moments.setdefault(key, SomeMoments(self._covariance_bytes))
+        self._moments.move_to_end(key)
+        while len(self._moments) > self.texts:
+            self._moments.popitem(last=False)
+        return known
+
+
+class SomeMoments(UserDict[str, ChannelMoments]):
+    """Moments of sites by their consumer, copies of as many as fit in ``limit`` bytes; the rest are forgotten."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+
+    def __setitem__(self, consumer: str, moments: ChannelMoments) -> None:
+        held = sum(ChannelMoments.bytes_of(known.channels) for known in self.data.values())
+        if held + ChannelMoments.bytes_of(moments.channels) <= self.limit:
+            self.data[consumer] = moments.clone()
 
 
 def _place(cut: SiteCut) -> Place:

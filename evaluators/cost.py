@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,25 +11,29 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..registry import Evaluator, Measurement, Site, Subject, TextSource, hookimpl
+from .flop_formulas import formulas
 from .inputs import batch_text, clamped, one_batch, setting
 from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, Key, charged
+from .passes import prefill, settle
 
-PROBE = "probe"
-PARTS = (PROJECTIONS, SCORES, MLP, HEAD, PROBE, OTHER)
+PROBE, COMPENSATION = "probe", "compensation"
+PARTS = (PROJECTIONS, SCORES, MLP, HEAD, PROBE, COMPENSATION, OTHER)
+PART_OF_STAGE = {"probe": PROBE, "compensate": COMPENSATION}
 
 
 class Cost(Evaluator):
     """Operations per token of a prefill, part by part, and the parameters of the units that stay, beside dense.
 
-    Both run on the same batch. Counted are matrix products and attention (the whole square: nothing is
-    halved for causality), the output layer at every position, and whatever a strategy computes with
+    Both run on the same batch. Counted are matrix products, linear systems and attention (the whole square: nothing
+    is halved for causality), the output layer at every position, and whatever a strategy computes with
     them. Element-wise work, scores, sorting and copies of weights are not counted. The parts add up to ``flops``:
     the attention's projections, its scores (all of the attention that is no linear layer), the MLP, the output
-    layer, the probe, and the rest.
+    layer, the probe, the compensation, and the rest. A short pass comes first, uncounted: what is done once for a
+    cut that is made once, such as folding its compensation into the weights, is in no prefill's count.
 
-    ``floor`` is what a model would cost whose weights were sliced to the same counts beforehand, without a probe. It
-    is not counted but computed, from the dense model's parts and the sites' shapes; ``over_floor`` is how many times
-    as much the pruned model costs.
+    ``floor`` is what a model would cost whose weights were sliced to the same counts beforehand, without probe and
+    compensation. It is not counted but computed, from the dense model's parts and the sites' shapes; ``over_floor``
+    is how many times as much the pruned model costs.
 
     Parameters are no count of memory: a strategy that probes keeps all of them and reads all of them to decide.
     Running a batch moves the history of strategies that probe; the pipeline resets it before each evaluator.
@@ -72,9 +75,11 @@ class Cost(Evaluator):
             "parameters_ratio": parameters / dense_parameters,
         }
         protocol = {
-            "flops": "per token of a prefill; matrix products and full-square attention, output layer at every "
-            "position, probe included; element-wise work and copies not counted",
-            "floor": "per token, computed: the dense parts without the cut units' weights and scores, no probe",
+            "flops": "per token of a prefill; matrix products, linear systems and full-square attention, output layer "
+            "at every position, probe and compensation included; element-wise work and copies not counted",
+            "compensation": "what every batch takes; what is folded into the weights once is not counted",
+            "floor": "per token, computed: the dense parts without the cut units' weights and scores, no probe and no "
+            "compensation",
             "parameters": "parameters of the units that stay; a dynamic strategy's probe and its memory still use all",
             "text": batch_text(self.text, self.seed),
             "batch_size": self.batch_size,
@@ -89,14 +94,18 @@ class Cost(Evaluator):
 def operations(subject: Subject, ids: Tensor) -> dict[Key, int]:
     """Floating point operations of one forward pass without a cache, by part and layer; ids (B, T).
 
-    What is counted during a strategy's probe is the probe's, in its other steps ``other``'s.
+    What is counted during a strategy's probe is the probe's, while it compensates the compensation's, in its other
+    steps ``other``'s. What changing between pruned and dense costs is left out, by an uncounted pass before; channel
+    histories are put back after it, so that what is counted is a first batch.
     """
+    settle(subject.model, ids)
+    subject.reset()
     with (
         torch.no_grad(),
-        FlopCounterMode(display=False, custom_mapping=_uncounted()) as counter,
-        charged(subject, counter.get_total_flops, lambda stage: PROBE if stage == "probe" else OTHER) as spent,
+        FlopCounterMode(display=False, custom_mapping=formulas()) as counter,
+        charged(subject, counter.get_total_flops, lambda stage: PART_OF_STAGE.get(stage, OTHER)) as spent,
     ):
-        subject.model(input_ids=ids, use_cache=False)
+        prefill(subject.model, ids)
     return dict(spent)
 
 
@@ -112,7 +121,7 @@ def sliced_operations(
     dense: Mapping[Key, int],
     tokens: int,
 ) -> int:
-    """Operations of ``model`` physically sliced to as many units as ``kept`` has of each site, without a probe.
+    """Operations of ``model`` physically sliced to as many units as ``kept`` has of each site, and nothing besides.
 
     ``dense`` are the unsliced model's on ``tokens`` tokens. A unit takes its rows and columns with it, two operations
     for each weight and token, and its share of its layer's attention scores.
@@ -135,17 +144,6 @@ def _weights_of_unit(model: Any, site: Site) -> int:
         for producer in site.producers
     )
     return sum(count * width for count, width in rows) + site.unit_size * site.outputs
-
-
-def _uncounted() -> dict[Any, Any]:
-    """Formulas for the attention kernels that torch's own counter passes over, and would count as nothing."""
-    names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable")
-    return {getattr(torch.ops.aten, name): _attention_flops for name in names if hasattr(torch.ops.aten, name)}
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """Two matrix products for every query head; shapes (B, H, Tq, d), (B, Hkv, Tk, d), (B, Hkv, Tk, dv)."""
-    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 @hookimpl

@@ -40,8 +40,8 @@ class Latency(Evaluator):
 
     After ``warmup`` untimed rounds of each, pruned and dense alternate ``pairs`` times on the same tokens (a machine
     that slows down meanwhile slows both). In a round a short untimed pass comes first, so that what the change between
-    pruned and dense costs is not counted: a cut that is made once is gathered anew then, one that is made per batch is
-    gathered in the timed prefill. That one computes logits at every position and keeps no cache. For
+    pruned and dense costs is not counted: a cut that is made once is gathered and compensated anew then, one that is
+    made per batch in the timed prefill. That one computes logits at every position and keeps no cache. For
     decoding, a second prefill fills a cache, untimed, and ``decode_steps`` steps of one token for each sequence
     follow; strategies that decide per batch decide in that prefill and keep to it. The tokens are given, not
     sampled, so that pruned and dense compute on the same ones.
@@ -101,7 +101,8 @@ class Latency(Evaluator):
         }
         return {
             "prefill": "seconds per batch, logits at every position, no cache",
-            "gather": "of weights: a cut made once gathers before the clock starts; one made per batch in its prefill",
+            "gather": "of weights, and compensation: for a cut made once before the clock starts; for one made per "
+            "batch in its prefill",
             "prefill_samples": self.pairs,
             **(decoding if self.decode_steps else {}),
             "seconds": "median of the samples",

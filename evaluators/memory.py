@@ -19,15 +19,16 @@ class Memory(Evaluator):
     """Bytes of weights, statistics and gathered copies, and the peaks of a prefill and of decoding, beside dense.
 
     ``weights`` are the model's parameters and buffers: all of them, since the weights that are cut stay to be
-    put back. ``statistics`` are the channel histories with the copies that :attr:`Subject.reset` restores, and
-    ``gathered`` the copies of kept weights that are there between passes, the largest seen: a cut that is made once
-    keeps them, one that is made per batch lets each go in a pass without a cache, and keeps them while it decodes.
+    put back. ``statistics`` are the channel histories with the copies that :attr:`Subject.reset` restores, and what
+    compensation holds: a covariance or its pivot where cuts are made per batch, else the slope. ``gathered`` are the
+    copies of kept weights that are there between passes, the largest seen: a cut that is made once keeps them, one
+    that is made per batch lets each go in a pass without a cache, and keeps them while it decodes.
 
     ``prefill_peak`` and ``decode_peak`` are the most bytes allocated at once beyond weights and statistics:
-    activations, logits, key/value cache, probe, and gathered copies, whether they were made before or meanwhile. So
-    ``weights + statistics + prefill_peak`` is what a prefill takes in all, and ``gathered`` is no further summand. The
-    prefill computes logits at every position and keeps no cache; the decode peak begins with the first
-    step, when the prefill's cache is there and its logits have gone.
+    activations, logits, key/value cache, probe, what solving for a batch takes, and gathered copies, whether they
+    were made before or meanwhile. So ``weights + statistics + prefill_peak`` is what a prefill takes in all, and
+    ``gathered`` is no further summand. The prefill computes logits at every position and keeps no cache; the decode
+    peak begins with the first step, when the prefill's cache is there and its logits have gone.
 
     Allocations by torch are seen, not memory that a library takes past it. One evaluator measures one shape.
     """
@@ -59,7 +60,8 @@ class Memory(Evaluator):
             values |= {f"{prefix}{key}": value for key, value in found.items()}
         protocol = {
             "weights": "bytes of parameters and buffers, those cut included, those offloaded to disk not",
-            "statistics": "bytes of channel histories and of the copies they are put back from",
+            "statistics": "bytes of channel histories, of the copies they are put back from, and of what "
+            "compensation holds",
             "gathered": "most bytes of copied weights that are there between passes; the peaks include them",
             "prefill_peak": "most bytes at once beyond weights and statistics; logits at every position, no cache",
             "decode_peak": "the same during the decode steps, key/value cache included" if self.decode_steps else None,

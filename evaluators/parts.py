@@ -1,4 +1,4 @@
-"""Who is charged for what a forward pass spends, operations or seconds: the model's parts and the steps of deciding."""
+"""Who is charged for what a forward pass spends, operations or seconds: the model's parts and a strategy's steps."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 
 def settle(model: Any, ids: Tensor) -> None:
-    """A short pass on the beginning of ids (B, T): a cut that is made once is gathered in it."""
+    """A short pass on the beginning of ids (B, T): a cut that is made once is gathered, and its compensation
+    folded in, in it."""
     prefill(model, ids[:1, :SETTLE])
 
 

@@ -15,6 +15,7 @@ from .errors import (
 )
 from .evaluation import STAGES, Evaluator, Measurement, Stage, Subject
 from .hookspecs import ROLES, hookimpl
+from .moments import ChannelMoments
 from .roles import (
     Architecture,
     HistoryMerger,
@@ -24,7 +25,6 @@ from .roles import (
     SiteScores,
     SparsityAllocator,
 )
-from .moments import ChannelMoments
 from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, complement
 from .statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row, position_sums
 from .strategy import Strategy

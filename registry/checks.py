@@ -16,6 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from .catalog import complaint
+from .compensation import Compensator
+from .compensator_checks import COMPENSATOR_CHECKS
 from .component import Component
 from .errors import PluginError
 from .evaluation import Evaluator, Subject, checked
@@ -166,5 +168,6 @@ COMMON: list[Check] = [
 ]
 ALL_ROLE_CHECKS: dict[type[Component], list[Check]] = {
     **ROLE_CHECKS,
+    Compensator: COMPENSATOR_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
 }

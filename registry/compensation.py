@@ -50,6 +50,11 @@ class Compensator(Component):
         """Whether a site whose covariance cannot be solved gets the mean alone, and a note, instead of an error."""
         return False
 
+    @property
+    def regularized_by(self) -> str:
+        """What makes a covariance of fewer tokens than channels solvable, in words, for a note; empty: nothing does."""
+        return ""
+
     def mean(self, calibrated: Tensor, probe: Tensor | None) -> Tensor:
         """The mean to reckon with for this batch; calibrated (C,), the probe's (C,) where it is used -> (C,)."""
         return calibrated
@@ -74,8 +79,8 @@ class Compensator(Component):
         """The slope for this batch's cut, from what was prepared and stays as it is; see :meth:`solve`."""
         return ()
 
-    def working_bytes(self, channels: int, dropped: int) -> int:
-        """Bytes that solving one site takes besides its covariance."""
+    def working_bytes(self, channels: int, dropped: int, per_batch: bool = False) -> int:
+        """Bytes that solving one site, or preparing it where cuts are made per batch, takes besides its covariance."""
         return 0
 
     def held_bytes(self, channels: int) -> int:

@@ -31,3 +31,7 @@ class NonFiniteError(PrunekitError):
 
 class SingularError(PrunekitError):
     """A covariance that cannot be solved for the slope of a compensation."""
+
+
+FINITE_REMEDY = "Run the model unpruned on this text, and try bfloat16 or float32 if it is float16"
+"""What to do where activations are not finite."""

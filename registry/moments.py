@@ -45,6 +45,11 @@ class ChannelMoments:
         self.mean += step * (count / total)
         self.tokens = total
 
+    def clone(self) -> ChannelMoments:
+        """Moments of their own that have seen the same."""
+        mean, products = (None if t is None else t.clone() for t in (self.mean, self.products))
+        return ChannelMoments(self.channels, self.device, self.tokens, mean, products)
+
     def take_covariance(self) -> Tensor:
         """(C, C) float32, in the memory of the sums, which are gone afterwards: a large site has no room for both."""
         products, self.products = self.products, None

@@ -93,6 +93,6 @@ class Site:
 
 
 def complement(chosen: Tensor, count: int) -> Tensor:
-    """The others of ``count`` indices, ascending; (k,) int64 -> (count - k,) int64. Its shape needs no look at values."""
+    """The others of ``count`` indices, ascending; (k,) int64 -> (count - k,) int64; no value is looked at for that."""
     taken = torch.zeros(count, dtype=torch.uint8, device=chosen.device).index_fill_(0, chosen, 1)
     return taken.argsort(stable=True)[: count - len(chosen)]

@@ -229,8 +229,9 @@ def test_two_values_that_do_not_go_together_are_named_together(message):
         "base: {prune: {use: pp, ratio: 0.4}}\nvary: {prune.scorer: [ppsp, magnitude], prune.merger: "
         "[probe_only, null], prune.selector: [whole_batch, null]}"
     )
-    assert "vary.prune.merger.1: null with prune.selector whole_batch: prune: a probe needs both" in found
-    assert "leave the combination out with exclude (trials 3, 7)" in found
+    assert "merger.0: probe_only with prune.selector null: prune: deciding per batch needs both a selector" in found
+    assert "vary.prune.merger.1: null with prune.selector whole_batch: prune: a selector needs a merger" in found
+    assert found.index("exclude (trials 2, 6)") < found.index("exclude (trials 3, 7)")
     assert "magnitude with prune.merger probe_only and prune.selector whole_batch: prune: scorer magnitude" in found
 
 

@@ -11,10 +11,11 @@ from prunekit.registry import ROLES, Catalog, PluginError, Scorer
 BUILT_IN = {
     "strategies": {"pp", "full_batch_probing", "flap", "wanda_sp", "magnitude", "random"},
     "scorers": {"ppsp", "wanda_sp", "fluctuation", "magnitude", "random"},
-    "probe_selectors": {"residual_norm", "hidden_norm", "random", "whole_batch"},
+    "probe_selectors": {"residual_norm", "hidden_norm", "random", "spread", "whole_batch"},
     "history_mergers": {"importance_scaled", "fixed_ratio", "probe_only", "history_only"},
     "mask_appliers": {"slice", "zero"},
     "allocators": {"uniform", "explicit", "global_adaptive", "flap_shipped", "pp_flap_shipped"},
+    "compensators": {"none", "mean", "probe_mean", "least_squares", "low_rank_least_squares"},
     "architectures": {"llama", "opt"},
     "evaluators": {
         *("perplexity", "zero_shot", "cost", "latency", "memory", "prr", "similarity", "overlap"),

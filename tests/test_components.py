@@ -17,10 +17,11 @@ from prunekit.registry import (
 from prunekit.registry.checks import built, check_evaluation, check_sites, checks_of
 from prunekit.registry.role_checks import some_site
 from prunekit.strategies.allocation import Explicit, Uniform
+from prunekit.strategies.compensation import LeastSquares, LowRankLeastSquares
 from prunekit.strategies.flap.reference import PPFlapShipped
 from prunekit.strategies.flap.scorer import RECURRENCES, FluctuationScorer
 from prunekit.strategies.pp.mergers import FixedRatio, ImportanceScaled
-from prunekit.strategies.pp.selectors import ResidualNorm
+from prunekit.strategies.pp.selectors import ResidualNorm, SpreadProbe
 from prunekit.strategies.wanda_sp import WandaSpScorer
 
 OURS = [entry.component for entry in Catalog.discover(block="").entries if entry.provider.startswith("prunekit ")]
@@ -32,8 +33,12 @@ VARIANTS = [
     FixedRatio(probe=0.3, as_shipped=True),
     FluctuationScorer(square_attention=True, weighted=False),
     ImportanceScaled(momentum=1.0),
+    LeastSquares(per_batch="solve", probe=1.0, ridge=1e-4),
+    LeastSquares(per_batch="usual", singular="mean", memory_gib=0.5),
+    LowRankLeastSquares(rank=3, seed=7),
     ResidualNorm(positions=1.0, rows=1.0),
     ResidualNorm(positions=0.01, rows=0.01),
+    SpreadProbe(positions=1.0),
     Uniform(mlp_multiple=8),
     WandaSpScorer(square_attention=True),
     *(FluctuationScorer(recurrence=name) for name in RECURRENCES),

@@ -97,10 +97,12 @@ def test_pruned_and_dense_are_counted_on_the_same_batch(subject):
     assert found.values["flops_ratio"] == pruned / dense < 1
     assert found.values["dense_parameters"] - found.values["parameters"] == saved
     assert found.values["parameters_ratio"] == pytest.approx(1 - saved / found.values["dense_parameters"])
-    first, second = subject.shown
+    settling, first, settling_dense, second = subject.shown
     assert first.equal(second) and first.shape == (B, T)
+    assert settling.equal(settling_dense) and settling.equal(first[:1, :8])
     assert found.protocol["batch_size"] == B and found.protocol["length"] == T
-    assert found.protocol["text"] == "random ids, seed 0" and "probe included" in found.protocol["flops"]
+    assert found.protocol["text"] == "random ids, seed 0"
+    assert "probe and compensation included" in found.protocol["flops"]
 
 
 def test_flops_per_token_do_not_depend_on_the_number_of_sequences(subject):
@@ -111,7 +113,7 @@ def test_flops_per_token_do_not_depend_on_the_number_of_sequences(subject):
 def test_random_tokens_follow_the_seed(subject):
     for seed in (0, 0, 1):
         Cost(batch_size=B, length=T, seed=seed).evaluate(subject)
-    first, again, other = subject.shown[0], subject.shown[2], subject.shown[4]
+    first, again, other = subject.shown[1], subject.shown[5], subject.shown[9]
     assert first.equal(again) and not first.equal(other)
     assert int(first.min()) >= 0 and int(first.max()) < 97
 
@@ -120,7 +122,7 @@ def test_real_tokens_can_be_asked_for(subject):
     text = TextSource(bundled="reference-evaluation")
     found = Cost(batch_size=2, length=20, text=text).evaluate(subject)
     ids = [1] + [3 + ord(character) % 90 for character in ("some text " * 6)[:39]]
-    assert subject.shown[0].reshape(-1).tolist() == ids
+    assert subject.shown[1].reshape(-1).tolist() == ids
     assert found.protocol["text"] == "bundled reference-evaluation"
     with pytest.raises(DataError, match=r"has 61 tokens, and a batch of 4 x 20 takes 80"):
         Cost(batch_size=4, length=20, text=text).evaluate(subject)

@@ -75,7 +75,7 @@ def test_negative_control(make_model, batches, kind, monkeypatch):
             kept = torch.tensor(sorted([*kept.tolist()[:-1], others[-1]]))
         return kept
 
-    monkeypatch.setattr("prunekit.compress.pruning.keep_highest", one_wrong)
+    monkeypatch.setattr(decision, "keep_highest", one_wrong)
     wrong, _ = logits(model, ids, None, **options)
     assert done
     assert (wrong - right).abs().max() > 1e-2

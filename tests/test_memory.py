@@ -69,6 +69,27 @@ def test_a_dynamic_cut_holds_its_copies_while_it_decodes(measure):
     assert without.values["prefill_peak"] < measure("wanda_sp").values["prefill_peak"]
 
 
+@pytest.mark.parametrize(
+    ("use", "compensate", "of_site"),
+    [
+        ("pp", {"name": "least_squares", "per_batch": "solve"}, lambda c, k: FLOAT * c * c),
+        # and which channels the pivot was made on, a byte each
+        ("pp", {"name": "least_squares", "per_batch": "pivot"}, lambda c, k: FLOAT * c * c + c),
+        ("pp", {"name": "low_rank_least_squares", "rank": 12}, lambda c, k: FLOAT * c * (12 + 1)),
+        ("wanda_sp", {"name": "least_squares"}, lambda c, k: FLOAT * (c - k) * k),
+        ("wanda_sp", {"name": "low_rank_least_squares", "rank": 12}, lambda c, k: FLOAT * 12 * c),
+    ],
+)
+def test_what_compensation_holds_is_part_of_the_statistics(measure, use, compensate, of_site):
+    found, mean = (measure(use, prune_with={"compensate": each}, decode_steps=0) for each in (compensate, "mean"))
+    sizes = (128, 32 * found.counts[1, "attention"]), (192, found.counts[1, "mlp"])
+    assert found.values["statistics"] - mean.values["statistics"] == 2 * sum(of_site(*size) for size in sizes)
+    # The slope is folded into weights that are copied anyway.
+    assert found.values["gathered"] == mean.values["gathered"]
+    if use == "pp":
+        assert found.values["prefill_peak"] >= mean.values["prefill_peak"]
+
+
 @pytest.mark.parametrize(("family", "applier"), [("opt", "slice"), ("llama-gqa", "zero")])
 def test_the_models_own_tensors_are_no_copies(measure, family, applier):
     """OPT's consumers keep their biases, and a zeroing cut computes with the producers' own weights."""

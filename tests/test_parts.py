@@ -41,7 +41,7 @@ def cost(make_model, batches):
 @pytest.mark.parametrize("use", ["wanda_sp", "flap", "pp"])
 def test_a_sliced_model_costs_its_floor_and_its_probe(cost, use, family, unit, attention):
     found = cost(use, family, attention, attention_unit=unit)
-    assert found["flops"] == found["floor"] + found["probe"]
+    assert found["flops"] == found["floor"] + found["probe"] and found["compensation"] == 0
     assert found["flops"] == sum(found[part] for part in PARTS)
     assert found["dense_flops"] == sum(found[f"dense_{part}"] for part in PARTS)
     assert found["floor"] < 0.85 * found["dense_flops"]
@@ -73,8 +73,10 @@ def test_a_zeroing_cut_is_far_above_its_floor(cost):
     assert found["over_floor"] > 1.3
 
 
-def test_compensation_does_not_move_the_floor(cost):
-    assert cost("wanda_sp", compensate="mean")["over_floor"] == 1
+@pytest.mark.parametrize("compensate", ["mean", "least_squares"])
+def test_compensation_does_not_move_the_floor(cost, compensate):
+    found, plain = cost("wanda_sp", compensate=compensate), cost("wanda_sp", compensate="none")
+    assert found["over_floor"] == 1 and found["floor"] == plain["floor"] == found["flops"]
 
 
 def test_without_sites_there_is_no_split(make_model):

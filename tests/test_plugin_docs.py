@@ -4,17 +4,30 @@ import re
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import ROLES, Catalog, ChannelHistory, Measurement, PluginError, Subject
+from prunekit.registry import ROLES, Catalog, ChannelHistory, Measurement, PluginError, Scorer, Subject
 from prunekit.registry.checks import check_component, check_evaluation, check_sites
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "plugins.md").read_text()
 EXAMPLE = DOCS / "examples" / "plugin" / "prunekit_max_weight.py"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+class EveryOther(Scorer):
+    """Channels with even numbers before those with odd ones."""
+
+    name: Literal["every_other"] = "every_other"
+
+    def prepare(self, weight):
+        return 1.0 - torch.arange(weight.shape[1]) % 2
+
+    def score(self, prepared, statistic):
+        return prepared
 
 
 @pytest.fixture
@@ -58,11 +71,12 @@ def test_examples_pass_the_checks(load, source):
         check_component(entry.component)
 
 
-@pytest.mark.parametrize("role", ["scorers", "probe_selectors", "history_mergers", "allocators"])
+@pytest.mark.parametrize("role", ["scorers", "probe_selectors", "history_mergers", "allocators", "compensators"])
 def test_examples_prune(load, make_model, batches, role):
     catalog, entries = load(example_of(role))
     (name,) = [entry.name for entry in entries if entry.role == role]
-    option = {"probe_selectors": "selector", "history_mergers": "merger"}.get(role, role[:-1])
+    others = {"probe_selectors": "selector", "history_mergers": "merger", "compensators": "compensate"}
+    option = others.get(role, role[:-1])
     model = make_model("llama-gqa")
     with prune(model, "pp", ratio=0.5, calibration=batches, catalog=catalog, **{option: name}) as pruned:
         assert getattr(pruned.strategy, option).name == name
@@ -103,6 +117,25 @@ def test_the_applier_example_equals_slicing(load, make_model, batches):
         with prune(model, "wanda_sp", ratio=0.5, calibration=batches, catalog=catalog, applier=applier):
             logits.append(model(**batches[0]).logits)
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_compensator_example_gives_back(load, make_model, batches):
+    """Where dropped channels are multiples of kept ones, a neighbour restores the dense output; the mean does not."""
+    catalog, (entry,) = load(example_of("compensators"))
+    errors = {}
+    for name in ("none", "mean", entry.name):
+        model = make_model("llama-gqa")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.gate_proj.weight[1::2] = layer.mlp.gate_proj.weight[::2]
+                layer.mlp.up_proj.weight[1::2] = -0.5 * layer.mlp.up_proj.weight[::2]
+            dense = model(**batches[0]).logits
+        option = {"name": name, "ridge": 1e-6} if name == entry.name else name
+        allocator = {"name": "explicit", "attention": [0, 0, 0], "mlp": [0.5, 0.5, 0.5]}
+        options = dict(allocator=allocator, compensate=option, calibration=batches, catalog=catalog)
+        with prune(model, "wanda_sp", scorer=EveryOther(), **options), torch.no_grad():
+            errors[name] = float((model(**batches[0]).logits - dense).abs().max())
+    assert errors[entry.name] < 1e-3 < 0.1 < min(errors["none"], errors["mean"])
 
 
 def test_the_architecture_example_fits_its_model(load, batches):

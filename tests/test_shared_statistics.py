@@ -157,3 +157,36 @@ def test_no_mean_is_handed_on_where_none_is_asked_for(model, batches):
         with prune(model, use, ratio=0.4, calibration=batches, statistics=shared, **options) as pruned:
             histories = [cut.history for cut in pruned._engine.cuts]
             assert [history.mean is not None for history in histories] == [has_mean] * 6
+
+
+def test_covariances_of_a_text_are_gathered_once(make_model, batches):
+    model, statistics = make_model("llama-gqa"), SharedStatistics()
+    options = dict(ratio=0.4, calibration=batches, compensate="least_squares")
+    ids = batches[0]["input_ids"]
+
+    def run(strategy, shared):
+        passes = []
+        progress = lambda items, label, total: passes.append(label) or items  # noqa: E731
+        with prune(model, strategy, statistics=shared, progress=progress, **options), torch.no_grad():
+            return model(ids, use_cache=False).logits, passes
+
+    alone, passes = run("wanda_sp", None)
+    assert passes == ["calibrating", "covariances"]
+    first, passes = run("wanda_sp", statistics)
+    assert passes == ["calibrating", "covariances"]
+    again, passes = run("wanda_sp", statistics)
+    assert passes == []
+    assert torch.equal(alone, first) and torch.equal(first, again)
+    other, passes = run("pp", statistics)
+    assert passes == [] and torch.equal(other, run("pp", None)[0])
+
+
+def test_covariances_beyond_the_limit_are_gathered_anew(make_model, batches):
+    model, statistics = make_model("llama-gqa"), SharedStatistics(covariance_bytes=4 * 128 * 128)
+    passes = []
+    progress = lambda items, label, total: passes.append(label) or items  # noqa: E731
+    for _ in range(2):
+        options = dict(ratio=0.4, calibration=batches, compensate="least_squares")
+        with prune(model, "wanda_sp", statistics=statistics, progress=progress, **options):
+            pass
+    assert passes == ["calibrating", "covariances", "covariances"]

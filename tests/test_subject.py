@@ -106,3 +106,48 @@ def test_held_bytes(measuring, ids):
     assert probing.held_bytes()["statistics"] == 2 * statistics  # and what they were when calibrated
     logits(probing.model, ids)
     assert probing.held_bytes()["gathered"] == 0  # nothing of a batch is kept
+
+
+@pytest.mark.parametrize(
+    ("use", "compensate", "steps"),
+    [
+        # Attention's producers are gathered before its consumer; what is given back comes after that.
+        ("wanda_sp", "mean", ["gather"] * 4 + ["compensate"]),
+        ("wanda_sp", "least_squares", ["gather"] * 4 + ["compensate"] * 2),
+        ("wanda_sp", "probe_mean", ["select", "probe"] + ["gather"] * 4 + ["compensate"]),
+        ("pp", "mean", ["select", "probe", "score"] + ["gather"] * 3 + ["history", "gather", "compensate"]),
+        (
+            "pp",
+            "least_squares",
+            ["select", "probe", "score"] + ["gather"] * 3 + ["history", "gather"] + ["compensate"] * 2,
+        ),
+    ],
+)
+def test_giving_back_is_a_step_of_its_own(measuring, ids, use, compensate, steps):
+    subject, seen = measuring(use, compensate=compensate).subject(), []
+
+    @contextmanager
+    def stage(name):
+        seen.append(name)
+        yield
+
+    with subject.watch(stage):
+        logits(subject.model, ids)
+    assert seen[: len(steps)] == steps
+    assert seen.count("compensate") == 6 * steps.count("compensate") and set(seen) <= set(STAGES)
+
+
+def test_held_bytes_of_compensation(measuring, ids):
+    plain, cuts = measuring("wanda_sp").subject(), measuring("wanda_sp").pruned._engine.cuts
+    channels = [cut.site.channels for cut in cuts]
+    before = plain.held_bytes()["statistics"] + 4 * sum(channels)  # and the mean
+    held = {}
+    for use, compensate in (("wanda_sp", "mean"), ("wanda_sp", "least_squares"), ("pp", "least_squares")):
+        subject = measuring(use, compensate=compensate).subject()
+        held[use, compensate] = subject.held_bytes()["statistics"]
+        logits(subject.model, ids)
+        assert subject.held_bytes()["statistics"] == held[use, compensate]
+    assert held["wanda_sp", "mean"] == before
+    # A slope for half of the channels; the pivoted covariance and which channels it is pivoted on.
+    assert held["wanda_sp", "least_squares"] == before + sum(4 * (c // 2) ** 2 for c in channels)
+    assert held["pp", "least_squares"] == 2 * before + sum(4 * c * c + c for c in channels)

@@ -95,7 +95,9 @@ KNOWN: dict[str, tuple[Column, ...]] = {
         Column("", "mean", "zero-shot", "mean accuracy over the tasks", "higher", "accuracy", quality=True),
     ),
     "cost": (
-        Column("", "flops_ratio", "FLOPs", "operations per token of a prefill, relative to dense", "lower", "share"),
+        Column("", "flops_ratio", "FLOPs",
+               "operations per token of a prefill, those of probe and compensation included, relative to dense",
+               "lower", "share"),
         Column("", "parameters_ratio", "parameters", "parameters that stay, relative to dense", "lower", "share",
                rank=1),
     ),

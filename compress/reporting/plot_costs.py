@@ -15,11 +15,12 @@ from .figures import COLOURS, HATCHES, INK, PAPER, WIDTH, Plot, drawing, finishe
 from .findings import finite
 
 TIME_PARTS = ("attention", "mlp", "head", "other", *STAGES)
-FLOP_PARTS = ("attention_projections", "attention_scores", "mlp", "head", "probe", "other")
+FLOP_PARTS = ("attention_projections", "attention_scores", "mlp", "head", "probe", "compensation", "other")
 PART_TITLES = {"mlp": "MLP", "head": "output layer"}
 LOOKS = {
     "attention": (0, 0), "attention_projections": (0, 0), "attention_scores": (5, 1), "mlp": (1, 0), "head": (2, 2),
     "other": (7, 0), "probe": (3, 0), "select": (4, 0), "score": (6, 0), "gather": (4, 1), "history": (6, 2),
+    "compensate": (5, 0), "compensation": (5, 0),
 }  # fmt: skip
 """Part -> its colour and hatch, the same in every figure; parts of one colour are never beside each other."""
 HATCH = "hatch"
@@ -50,9 +51,9 @@ def _time(table: Table) -> Plot | None:
                 )
             bars.append((table.name(configuration), {part: value / whole for part, value in pruned.items()}))
     caption = (
-        "Seconds of one prefill by part, relative to the dense model's in the same run. Select, probe, score, gather "
-        "and history are what deciding anew for a batch takes; measured apart from the ratios in the table, with "
-        "timers around every part."
+        "Seconds of one prefill by part, relative to the dense model's in the same run. Select, probe, score, gather, "
+        "compensate and history are what deciding and compensating anew for a batch takes; measured apart from the "
+        "ratios in the table, with timers around every part."
     )
     return _stacked(bars, TIME_PARTS, "time", "Where the time goes", caption, "share of dense's seconds")
 
@@ -91,7 +92,7 @@ def _operations(table: Table) -> Plot | None:
         floors.append(finite(outcome["pruned"].get("floor_ratio")))
     caption = (
         "Operations per token of a prefill by part, relative to dense"
-        + ("; the thick tick is the floor: the same counts physically sliced, without a probe." if any(floors) else ".")
+        + ("; the thick tick is the floor: the same counts sliced, no probe, no compensation." if any(floors) else ".")
     )  # fmt: skip
     title = "Where the operations go"
     return _stacked(bars, FLOP_PARTS, "operations", title, caption, "share of dense's operations", floors)

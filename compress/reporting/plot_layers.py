@@ -43,7 +43,7 @@ def _kept(table: Table) -> Plot | None:
     names = [_together([table.name(c) for c in group]) for group in groups]
     with drawing(2 * WIDTH + 0.4, 0.9 + 0.27 * len(rows)) as figure:
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-        colours = _colormap()
+        colours = colormap()
         for panel, kind in zip(panels, kinds, strict=True):
             shares = [[share if share is not None else float("nan") for share in c.kept(kind)] for c in rows]
             shares = [row + [float("nan")] * (layers - len(row)) for row in shares]
@@ -85,12 +85,18 @@ def _write(panel: Any, shares: list[list[float]], colours: Colormap) -> None:
     for y, row in enumerate(shares):
         for x, share in enumerate(row):
             if share == share:
-                red, green, blue, _ = colours(share)
-                ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+                ink = ink_on(colours(share))
                 panel.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
 
 
-def _colormap() -> Colormap:
+def ink_on(colour: tuple[float, float, float, float]) -> str:
+    """Black or white, whichever is read on a colour (red, green, blue, opacity from 0 to 1)."""
+    red, green, blue, _ = colour
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+
+
+def colormap() -> Colormap:
+    """The colours of all heat maps."""
     import matplotlib
 
     return matplotlib.colormaps["cividis"]

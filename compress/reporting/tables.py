@@ -88,7 +88,7 @@ def table_csv(table: Table) -> str:
         settings = [configuration.settings.get(axis) for axis in axes]
         values = [value for cell in cells for value in (cell.mean, cell.sd)]
         lines.append(["pruned", *settings, len(configuration.trials), configuration.planned, *values])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def trials_csv(table: Table) -> str:
@@ -102,7 +102,7 @@ def trials_csv(table: Table) -> str:
         values = [value for column in columns for value in (column.value(trial), column.dense(trial))]
         settings = [trial.settings.get(axis) for axis in axes]
         lines.append([trial.number, *settings, trial.status, trial.error, trial.seconds, *values])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def latex(table: Table) -> str:
@@ -149,7 +149,8 @@ def _single_blank(lines: Sequence[str]) -> list[str]:
     return [line for before, line in zip(["", *lines], lines, strict=False) if line or before]
 
 
-def _csv(lines: list[list[Any]]) -> str:
+def csv_text(lines: list[list[Any]]) -> str:
+    """Lines as CSV; texts that a spreadsheet would take for formulas are quoted."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for line in lines:

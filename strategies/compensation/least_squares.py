@@ -36,6 +36,10 @@ class Regression(ProbedMean):
     def falls_back(self) -> bool:
         return self.singular == "mean"
 
+    @property
+    def regularized_by(self) -> str:
+        return f"a ridge of {self.ridge:g} times the mean variance"
+
     def ridged(self, covariance: Tensor) -> Tensor:
         """The covariance (C, C) with the ridge on its diagonal, in place."""
         variance = covariance.diagonal()
@@ -79,9 +83,12 @@ class LeastSquares(Regression):
             return (_regression(prepared, kept, dropped),)
         return (regression_on(kept, dropped, prepared.matrix, prepared.in_base, self.per_batch == "pivot"),)
 
-    def working_bytes(self, channels: int, dropped: int) -> int:
+    def working_bytes(self, channels: int, dropped: int, per_batch: bool = False) -> int:
         kept = channels - dropped
-        return 4 * (3 * kept * kept + 4 * kept * dropped + channels * channels)
+        if not per_batch or self.per_batch == "solve":
+            return 4 * (channels * kept + max(2 * kept * kept, kept * kept + 3 * dropped * kept))
+        corner = max(kept * kept, dropped * (channels + dropped), 3 * dropped * dropped)
+        return 4 * (channels * channels + kept * kept + 2 * kept * dropped + corner)
 
 
 def _regression(covariance: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:

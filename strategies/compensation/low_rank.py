@@ -51,7 +51,7 @@ class LowRankLeastSquares(Regression):
         inner.diagonal().add_(1)
         return prepared.loadings[dropped], torch.cholesky_solve(weighted.T, torch.linalg.cholesky(inner))
 
-    def working_bytes(self, channels: int, dropped: int) -> int:
+    def working_bytes(self, channels: int, dropped: int, per_batch: bool = False) -> int:
         return 4 * 6 * channels * (self.rank + OVERSAMPLING)
 
     def held_bytes(self, channels: int) -> int:

@@ -1,0 +1,94 @@
+"""The benchmark scripts run, at toy size, through the very code that measures the real ones."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "compensation_width.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), "--threads", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=one_core, timeout=300)
+
+
+def rows(section: str) -> list[list[str]]:
+    """The cells of a section's tables, heads and rules left out."""
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rules = [at for at, row in enumerate(cells) if set(row[0]) == {"-"}]
+    return [row for at, row in enumerate(cells) if at not in rules and at + 1 not in rules]
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory) -> dict[str, str]:
+    """The toy page, cut at its headings of the second level, by their first letters."""
+    out = tmp_path_factory.mktemp("benchmark") / "page.md"
+    done = run("--toy", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"^## ", out.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {part[0]: part for part in parts}
+
+
+def test_a_static_cut_is_measured_at_both_widths(sections):
+    assert [row[:3] for row in rows(sections["A"])] == [["MLP", "96", "38"], ["heads", "128", "48"]]
+    assert sections["A"].count("within 8 GiB") == 2
+    assert "512 random tokens" in sections["A"]
+
+
+def test_float32_is_as_good_as_float64(sections):
+    found = rows(sections["B"])
+    assert [row[0] for row in found] == ["96", "128"]
+    for _, covariance, uncentred, slope, output, left, bare in found:
+        assert 0 < float(covariance) < 1e-6
+        assert float(covariance) < float(uncentred)
+        assert 0 < float(slope) < 1e-4
+        assert 0 < float(output) < 1e-4
+        assert 0 < float(left) < float(bare) < 1.5
+
+
+def test_every_method_is_measured_per_batch(sections):
+    names = [row[0] for row in rows(sections["C"])]
+    pivots = [f"pivot {share} swapped" for share in ("0%", "5%", "10%", "20%")]
+    assert names == ["solve", *pivots, "usual", "low rank 8"] * 4
+    assert re.findall(r"^### (\w+, \d+%): C = (\d+)", sections["C"], flags=re.MULTILINE) == [
+        ("MLP, 40%", "96"),
+        ("MLP, 20%", "96"),
+        ("heads, 40%", "128"),
+        ("heads, 20%", "128"),
+    ]
+    assert len(re.findall(r"^- (?:MLP|heads), \d+%: ", sections["C"], flags=re.MULTILINE)) == 4
+
+
+def test_operations_of_pivots_grow_with_what_is_swapped(sections):
+    for case in re.split(r"^### ", sections["C"], flags=re.MULTILINE)[1:5]:
+        shares = {row[0]: float(row[5].rstrip("%")) for row in rows(case)}
+        assert 0 < shares["pivot 0% swapped"] < shares["pivot 20% swapped"]
+        assert 0 < shares["low rank 8"] < shares["solve"]
+
+
+def test_swapped_units_are_counted(sections):
+    found = rows(sections["D"])
+    assert [row[:2] for row in found] == [["40%", "heads"], ["40%", "MLP"], ["20%", "heads"], ["20%", "MLP"]]
+    for _, _, mean, most in found:
+        assert 0 <= float(mean.rstrip("%")) <= float(most.rstrip("%")) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--parts", "A,Z"), "found 'Z'"),
+        (("--outputs", "100"), "multiple of 64; found 100"),
+        (("--tokens", "1000"), "give a multiple of 4096"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(arguments, said):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

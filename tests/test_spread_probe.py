@@ -1,0 +1,165 @@
+"""Probes whose rows have positions of their own: what they pick, and that each row sees what it would see alone."""
+
+import pytest
+import torch
+from prunekit.compress import decision, probing, prune
+from prunekit.compress.probing import pick_tokens, probe_states
+from prunekit.strategies.pp.selectors import SpreadProbe
+
+BATCH, LENGTH = 4, 24
+PLACES = torch.arange(LENGTH)
+LENGTHS = torch.tensor([24, 2, 11, 1])[:, None]
+MASKS = {"full": None, "right": PLACES < LENGTHS, "left": PLACES >= LENGTH - LENGTHS}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def select(share, valid=None, shape=(BATCH, LENGTH), seed=0):
+    return SpreadProbe(positions=share).select(torch.zeros(*shape, 8), valid, generator(seed))
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.001, 2), (0.05, 2), (0.125, 3), (0.13, 4), (1.0, 24)])
+def test_every_row_has_as_many_positions_of_its_own(share, count):
+    rows, positions = select(share)
+    assert rows.tolist() == [0, 1, 2, 3] and positions.shape == (BATCH, count)
+    assert (positions.diff(dim=1) > 0).all() and positions.min() >= 0 and positions.max() < LENGTH
+    assert torch.equal(positions, select(share)[1])
+    if share < 1:
+        assert len({tuple(row) for row in positions.tolist()}) == BATCH
+        assert not torch.equal(positions, select(share, seed=1)[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 2), (1, 24)])
+def test_short_and_lonely_rows(shape):
+    rows, positions = select(0.05, shape=shape)
+    assert positions.shape == (shape[0], min(2, shape[1])) and rows.shape == (shape[0],)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_real_tokens_come_before_padding(side):
+    valid = MASKS[side].clone()
+    valid[3] = False
+    seen = torch.zeros(BATCH, LENGTH)
+    for seed in range(60):
+        _, positions = select(0.3, valid, seed=seed)
+        real = pick_tokens(valid, torch.arange(BATCH), positions).sum(1)
+        assert real.tolist() == [8, 2, 8, 0] and (positions.diff(dim=1) > 0).all()
+        seen.scatter_add_(1, positions, torch.ones(positions.shape))
+    assert (seen[valid] > 0).all(), "every real token is drawn at some time"
+
+
+def test_tokens_are_picked_row_by_row():
+    t = torch.arange(3 * 5 * 2).view(3, 5, 2)
+    rows, positions = torch.tensor([0, 2]), torch.tensor([[1, 4], [0, 3]])
+    assert torch.equal(pick_tokens(t, rows, positions), torch.stack([t[0, [1, 4]], t[2, [0, 3]]]))
+    assert torch.equal(pick_tokens(t, rows, positions[0]), t[rows][:, [1, 4]])
+    # One row for all, as rotary embeddings are, serves a single row only: others are expanded before.
+    assert torch.equal(pick_tokens(t[:1], rows[:1], positions[:1]), t[:1, [1, 4]])
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["selected", "first"])
+@pytest.mark.parametrize(("batch", "masks"), [(1, 1), (3, 1), (3, 3)])
+def test_arguments_are_cut_to_every_rows_positions(batch, masks, first):
+    rows, positions = torch.arange(batch), torch.tensor([[0, 5], [2, 3], [1, 4]])[:batch]
+    mask = torch.randn(masks, 1, 6, 6, generator=generator())
+    rotary = tuple(torch.randn(1, 6, 8, generator=generator(seed)) for seed in (1, 2))
+    arguments = {
+        "hidden_states": torch.zeros(batch, 6, 8),
+        "past_key_values": object(),
+        "position_embeddings": rotary,
+        "position_ids": torch.arange(6)[None],
+        "attention_mask": mask,
+        "scale": 3,
+    }
+    which = "first" if first else "selected"
+    chosen = probing._chosen_arguments(arguments, torch.zeros(batch, 6, 8), rows, positions, which)
+    assert set(chosen) == {"position_embeddings", "position_ids", "attention_mask", "scale"} and chosen["scale"] == 3
+    assert torch.equal(chosen["position_ids"], positions)
+    seen = [torch.arange(2)] * batch if first else list(positions)
+    for row in range(batch):
+        wanted = mask[row if masks > 1 else 0, 0][seen[row]][:, seen[row]]
+        given = chosen["attention_mask"]
+        assert torch.equal(given[row if given.shape[0] > 1 else 0, 0], wanted)
+        for whole, part in zip(rotary, chosen["position_embeddings"], strict=True):
+            assert torch.equal(part[row], whole[0, positions[row]])
+    flat = {**arguments, "attention_mask": torch.randn(masks, 6, generator=generator())}
+    found = probing._chosen_arguments(flat, torch.zeros(batch, 6, 8), rows, positions, "selected")["attention_mask"]
+    assert torch.equal(found, flat["attention_mask"].expand(batch, 6).gather(1, positions))
+
+
+def run(model, ids, valid, batches, **options):
+    """Logits of a batch that PP prunes by half, and the units kept."""
+    with prune(model, "pp", ratio=0.5, calibration=batches, trace=True, **options) as pruned, torch.no_grad():
+        mask = None if valid is None else valid.long()
+        return model(ids, attention_mask=mask, use_cache=False).logits, [r["kept"] for r in pruned.trace]
+
+
+@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize(("family", "attention"), [("llama-gqa", "sdpa"), ("llama-gqa", "eager"), ("opt", "sdpa")])
+def test_each_row_sees_what_it_would_see_alone(make_model, batches, monkeypatch, family, attention, padding):
+    compared = []
+
+    def checked(cut, hidden, rows, positions, arguments, mask):
+        together = probe_states(cut, hidden, rows, positions, arguments, mask)
+        assert positions.shape == (BATCH, 8) and not torch.equal(positions[0], positions[1])
+        for row, (states, own) in enumerate(zip(together.view(BATCH, 8, -1), positions, strict=True)):
+            alone = probe_states(cut, hidden, rows[row : row + 1], own, arguments, mask).view(8, -1)
+            real = torch.ones(8, dtype=torch.bool) if valid is None else valid[row, own]
+            torch.testing.assert_close(states[real], alone[real], rtol=1e-4, atol=1e-5)
+            compared.append(int(real.sum()))
+        return together
+
+    valid, model = MASKS[padding], make_model(family, attention=attention)
+    monkeypatch.setattr(decision, "probe_states", checked)
+    run(model, batches[0]["input_ids"], valid, batches, selector=SpreadProbe(positions=0.3))
+    assert sum(compared) == 6 * (4 * 8 if valid is None else 8 + 2 + 8 + 1)
+
+
+@pytest.mark.parametrize("padding", ["full", "right", "left"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_same_positions_in_every_row_are_the_plain_probe(make_model, batches, monkeypatch, attention, padding):
+    """All positions of all rows, row by row and for the whole batch: equal states, statistics, means and decisions."""
+    valid, ids, seen = MASKS[padding], batches[0]["input_ids"], []
+    measure, mean_of = decision.Decider._measure, decision.Decider._mean_of
+
+    def summed(self, cut, x, mask, *columns):
+        found = measure(self, cut, x, mask, *columns)
+        if mask is None or x.shape[0] == 1:  # with padding a position's mean is over its real tokens, not a sum
+            seen[-1].append(found.sum(0) * x.shape[0])
+        return found
+
+    def averaged(self, *args):
+        seen[-1].append(mean_of(self, *args))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(decision.Decider, "_measure", summed)
+    monkeypatch.setattr(decision.Decider, "_mean_of", averaged)
+    options = dict(merger="probe_only", compensate={"name": "probe_mean", "probe": 1.0})
+    results = []
+    for selector in ("whole_batch", SpreadProbe(positions=1.0)):
+        seen.append([])
+        results.append(
+            run(make_model("llama-gqa", attention=attention), ids, valid, batches, selector=selector, **options)
+        )
+    if valid is None:
+        (plain, kept), (spread, same) = results
+        assert kept == same
+        torch.testing.assert_close(plain, spread, rtol=1e-4, atol=1e-4)
+        for one, other in zip(*seen, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    else:
+        # Decisions may differ, so only the first site has seen the same: its mean counts every real token alike.
+        torch.testing.assert_close(seen[0][0], seen[1][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_stands_under_the_padding_does_not_matter(make_model, batches, family, side):
+    model, valid, ids = make_model(family), MASKS[side], batches[0]["input_ids"]
+    other = torch.where(valid, ids, (ids * 7 + 5) % 97)
+    options = dict(selector=SpreadProbe(positions=0.3), compensate="probe_mean")
+    (first, kept), (second, same) = (run(model, text, valid, batches, **options) for text in (ids, other))
+    assert kept == same and not torch.equal(ids, other)
+    torch.testing.assert_close(first[valid], second[valid], rtol=1e-4, atol=1e-5)
