@@ -9,6 +9,9 @@ from typing import Any
 from ..registry import Compensator, Site
 from .compensation import SiteCompensation
 
+ENOUGH = 2
+"""Tokens for each channel; with fewer, least squares has done no better than the mean alone (docs/compensation.md)."""
+
 
 def about_compensation(compensator: Compensator, sites: Sequence[SiteCompensation]) -> dict[str, Any] | None:
     """The compensator with its options, the tokens of the covariances, and the sites that fell back; None: none."""
@@ -24,7 +27,7 @@ def about_compensation(compensator: Compensator, sites: Sequence[SiteCompensatio
 
 def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
     """One note where covariances rest on too few tokens, and one where sites fell back to the mean alone."""
-    short = [here for here in sites if here.tokens is not None and here.tokens < here.site.channels]
+    short = [here for here in sites if here.tokens is not None and here.tokens < ENOUGH * here.site.channels]
     fallen = [here for here in sites if here.fell_back]
     notes = []
     if short:
@@ -33,8 +36,8 @@ def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
             f"what is given back there rests on {compensator.regularized_by}; " if compensator.regularized_by else ""
         )
         notes.append(
-            f"compensator {compensator.name}: the covariance was gathered from {tokens:,} tokens, fewer than the "
-            f"channels at {_places(short, with_channels=True)}; {resting}calibrate with more text"
+            f"compensator {compensator.name}: the covariance was gathered from {tokens:,} tokens, fewer than {ENOUGH} "
+            f"for each channel at {_places(short, with_channels=True)}; {resting}calibrate with more text"
         )
     if fallen:
         notes.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +13,16 @@ from ..registry.devices import device_of, weights_present
 from .calibration import Batch, Progress, calibrate_sites
 from .cut import SiteCut
 from .engine import Engine
+from .shared_statistics import SomeMoments
 
 SHARE = 0.8
 """Of the free memory that covariances may take, where the user sets no limit: batches need the rest."""
 
 
-def gather_covariances(
-    engine: Engine, batches: list[Batch], progress: Progress, known: MutableMapping[str, ChannelMoments]
-) -> None:
+def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress, known: SomeMoments) -> None:
     """Gather every cut site's covariance on the unpruned model, and settle what its compensation needs of it.
 
-    ``known`` holds the moments of consumers that these batches have shown already, and takes what is gathered.
+    ``known`` holds moments of consumers that these batches have shown already, and takes copies of what is gathered.
     Raises :class:`ModelError` before anything is gathered where a site does not fit in memory.
     """
     cuts = [cut for cut in engine.cuts if not cut.whole]

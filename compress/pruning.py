@@ -51,7 +51,8 @@ def prune(
     batches = None
     if chosen.needs_calibration:
         if calibration is None:
-            who = f"strategy {chosen.name}" if chosen.decides_by_activations else f"compensator {chosen.compensate.name}"
+            decides = chosen.decides_by_activations
+            who = f"strategy {chosen.name}" if decides else f"compensator {chosen.compensate.name}"
             raise DataError(f"{who} looks at activations: give it calibration batches")
         batches = calibration_list(calibration)
         for number, batch in enumerate(batches):

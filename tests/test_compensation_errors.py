@@ -33,29 +33,28 @@ def test_fewer_tokens_than_channels_are_one_note(make_model, batches, use):
     model = make_model("llama-gqa")
     with prune(model, use, ratio=0.4, calibration=batches[:1], compensate="least_squares") as pruned:
         assert pruned.notes == (
-            "compensator least_squares: the covariance was gathered from 96 tokens, fewer than the channels at layers "
-            "0 to 2 attention (128 channels) and layers 0 to 2 mlp (192 channels); what is given back there rests on "
+            "compensator least_squares: the covariance was gathered from 96 tokens, fewer than 2 for each channel at "
+            "layers 0 to 2 attention (128 channels) and layers 0 to 2 mlp (192 channels); what is given back there rests on "
             "a ridge of 0.01 times the mean variance; calibrate with more text",
         )
 
 
 def test_only_sites_that_lack_tokens_are_named(make_model, batches):
     options = dict(ratio=0.4, calibration=batches[:1], compensate={"name": "least_squares", "ridge": 0.05})
-    with prune(make_model("llama-gqa", intermediate_size=64), "wanda_sp", skip_layers=[1], **options) as pruned:
+    with prune(make_model("llama-gqa", intermediate_size=48), "wanda_sp", skip_layers=[1], **options) as pruned:
         (note,) = pruned.notes
     assert "layers 0, 2 attention (128 channels);" in note and "mlp" not in note and "ridge of 0.05" in note
 
 
 def test_padding_counts_for_nothing(make_model, batches):
     mask = torch.ones(4, 24, dtype=torch.long)
-    mask[:, 12:] = 0
     calibration = [{**batch, "attention_mask": mask} for batch in batches]
     with prune(make_model("llama-gqa"), "flap", ratio=0.4, calibration=calibration, compensate=SOLVING[0]) as pruned:
-        assert "from 192 tokens" not in "".join(pruned.notes)  # as many as the widest site has channels
-        assert pruned.about_compensation()["tokens"] == 192
-    mask[:, 11:] = 0
+        assert pruned.notes == ()  # two for each channel of the widest site
+        assert pruned.about_compensation()["tokens"] == 384
+    mask[:, 23:] = 0
     with prune(make_model("llama-gqa"), "flap", ratio=0.4, calibration=calibration, compensate=SOLVING[0]) as pruned:
-        assert "from 176 tokens, fewer than the channels at layers 0 to 2 mlp (192 channels)" in pruned.notes[0]
+        assert "from 368 tokens, fewer than 2 for each channel at layers 0 to 2 mlp (192 channels)" in pruned.notes[0]
 
 
 @pytest.mark.parametrize("compensate", ["none", "mean", "probe_mean"])
@@ -247,7 +246,7 @@ def test_results_and_report_say_how_it_was_compensated(tmp_path):
     about = data["compensation"]
     assert about["compensator"]["name"] == "least_squares" and about["compensator"]["ridge"] == 0.1
     assert about["tokens"] == 64 and about["fell_back"] == []
-    assert [note for note in data["notes"] if "from 64 tokens, fewer than the channels" in note]
+    assert [note for note in data["notes"] if "from 64 tokens, fewer than 2 for each channel" in note]
     report = (results.folder / "report.md").read_text()
     assert "- **compensation**: least_squares (" in report and "; covariance of 64 tokens" in report
     assert "a ridge of 0.1 times the mean variance" in report

@@ -108,7 +108,7 @@ class Grid:
         bases = [] if relative else [finite(column.dense(trial)) for trial in done]
         if all(value is None for value in values):
             raise SpecError(f"--metric: {column.key} is no number in any finished trial; choose another")
-        if False and all(base is None for base in bases):
+        if bases and all(base is None for base in bases):
             raise SpecError(
                 f"--metric: {column.key} has no value for the dense model; name a reference with --relative AXIS=VALUE"
             )
