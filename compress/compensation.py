@@ -74,6 +74,7 @@ class SiteCompensation:
                 f"{self.site.label}: the covariance of what enters {self.site.consumer} is NaN or infinite, so the "
                 f"activations here are, or their squares; {self._mean_alone}. {FINITE_REMEDY}"
             )
+        self.compensator = self.compensator.fitted(covariance, self.tokens)
         if kept is not None:
             dropped = complement(kept, self.site.channels)
             self.fixed = (

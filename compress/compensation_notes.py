@@ -21,6 +21,7 @@ def about_compensation(compensator: Compensator, sites: Sequence[SiteCompensatio
     return {
         "compensator": compensator.model_dump(mode="json", serialize_as_any=True),
         "tokens": min(tokens, default=None),
+        "ridge": _ridge([here for here in sites if here.tokens is not None]),
         "fell_back": [here.site.label for here in sites if here.fell_back],
     }
 
@@ -32,9 +33,8 @@ def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
     notes = []
     if short:
         tokens, compensator = min(here.tokens for here in short), short[0].compensator
-        resting = (
-            f"what is given back there rests on {compensator.regularized_by}; " if compensator.regularized_by else ""
-        )
+        ridge = _ridge(short)
+        resting = f"what is given back there rests on a ridge of {ridge} times the mean variance; " if ridge else ""
         notes.append(
             f"compensator {compensator.name}: the covariance was gathered from {tokens:,} tokens, fewer than {ENOUGH} "
             f"for each channel at {_places(short, with_channels=True)}; {resting}calibrate with more text"
@@ -45,6 +45,16 @@ def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
             "the mean alone is given back"
         )
     return tuple(notes)
+
+
+def _ridge(sites: Iterable[SiteCompensation]) -> str | None:
+    """The ridges of all sites as one number, or "0.02 to 0.31"."""
+    shares = [here.compensator.ridge_share for here in sites]
+    known = [share for share in shares if share is not None]
+    if not known:
+        return None
+    least, largest = (f"{share:.3g}" for share in (min(known), max(known)))
+    return least if least == largest else f"{least} to {largest}"
 
 
 def _places(sites: Iterable[SiteCompensation], with_channels: bool = False) -> str:

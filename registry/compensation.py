@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+from typing_extensions import Self
 
 from .component import Component
 from .roles import ProbeSelector
@@ -51,9 +52,13 @@ class Compensator(Component):
         return False
 
     @property
-    def regularized_by(self) -> str:
-        """What makes a covariance of fewer tokens than channels solvable, in words, for a note; empty: nothing does."""
-        return ""
+    def ridge_share(self) -> float | None:
+        """What is added to every variance before solving, as a share of their mean, for notes; None: nothing known."""
+        return None
+
+    def fitted(self, covariance: Tensor, tokens: int) -> Self:
+        """The component to use with a covariance (C, C) of so many tokens: itself, unless options depend on it."""
+        return self
 
     def mean(self, calibrated: Tensor, probe: Tensor | None) -> Tensor:
         """The mean to reckon with for this batch; calibrated (C,), the probe's (C,) where it is used -> (C,)."""

@@ -31,11 +31,12 @@ def never_varies(model, layer=1):
 @pytest.mark.parametrize("use", STATIC_AND_PER_BATCH)
 def test_fewer_tokens_than_channels_are_one_note(make_model, batches, use):
     model = make_model("llama-gqa")
-    with prune(model, use, ratio=0.4, calibration=batches[:1], compensate="least_squares") as pruned:
+    compensate = {"name": "least_squares", "ridge": 0.01}
+    with prune(model, use, ratio=0.4, calibration=batches[:1], compensate=compensate) as pruned:
         assert pruned.notes == (
             "compensator least_squares: the covariance was gathered from 96 tokens, fewer than 2 for each channel at "
-            "layers 0 to 2 attention (128 channels) and layers 0 to 2 mlp (192 channels); what is given back there rests on "
-            "a ridge of 0.01 times the mean variance; calibrate with more text",
+            "layers 0 to 2 attention (128 channels) and layers 0 to 2 mlp (192 channels); what is given back there "
+            "rests on a ridge of 0.01 times the mean variance; calibrate with more text",
         )
 
 

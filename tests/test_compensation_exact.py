@@ -194,7 +194,7 @@ def reference(x, consumer, kept, ridge):
 @pytest.mark.parametrize("compensate, ridge", [
     ("mean", None),
     ({"name": "least_squares", "ridge": 1.0}, 1.0),
-    ("least_squares", 0.01),
+    ({"name": "least_squares", "ridge": 0.01}, 0.01),
     ({"name": "low_rank_least_squares", "rank": 192, "ridge": 0.1}, 0.1),
 ])  # fmt: skip
 @pytest.mark.parametrize("family, options", [("opt", {}), ("llama-gqa", {}), ("llama-mha", BIASED)])

@@ -7,12 +7,19 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from ...registry import Slope, SpecError
 from .mean import ProbedMean
 from .pivot import pivot, regression_on
 
 GIB = 1024**3
+RIDGE = 0.01
+"""Where the number of tokens is not known."""
+DEPENDENCE = 3
+"""Tokens of a text depend on one another: three count as one sample of a covariance (docs/compensation.md)."""
+LEAST_SHRINKAGE = 1e-4
+"""Float32 cannot solve a covariance without any."""
 
 
 class Regression(ProbedMean):
@@ -20,7 +27,12 @@ class Regression(ProbedMean):
 
     needs_covariance: ClassVar[bool] = True
 
-    ridge: float = Field(0.01, gt=0, description="added to every variance, as a share of the channels' mean variance")
+    ridge: float | None = Field(
+        None,
+        gt=0,
+        description="added to every variance, as a share of the channels' mean variance; null: at every site as much "
+        "as its calibration tokens ask for (oracle approximating shrinkage)",
+    )
     singular: Literal["error", "mean"] = Field(
         "error", description="a covariance that cannot be solved: refuse it, or give back the mean alone there"
     )
@@ -37,14 +49,37 @@ class Regression(ProbedMean):
         return self.singular == "mean"
 
     @property
-    def regularized_by(self) -> str:
-        return f"a ridge of {self.ridge:g} times the mean variance"
+    def ridge_share(self) -> float | None:
+        return self.ridge
+
+    def fitted(self, covariance: Tensor, tokens: int) -> Self:
+        if self.ridge is not None:
+            return self
+        return self.model_copy(update={"ridge": shrinkage_ridge(covariance, tokens / DEPENDENCE)})
+
+    def ridge_of(self, covariance: Tensor) -> Tensor:
+        """The variance to add, for a covariance (C, C) that the component is fitted to."""
+        return (RIDGE if self.ridge is None else self.ridge) * covariance.diagonal().mean()
 
     def ridged(self, covariance: Tensor) -> Tensor:
         """The covariance (C, C) with the ridge on its diagonal, in place."""
-        variance = covariance.diagonal()
-        variance += self.ridge * variance.mean()
+        covariance.diagonal().add_(self.ridge_of(covariance))
         return covariance
+
+
+def shrinkage_ridge(covariance: Tensor, samples: float) -> float:
+    """The ridge, as a share of the mean variance, that best shrinks the covariance (C, C) of so many samples.
+
+    Oracle approximating shrinkage towards a multiple of the identity (Chen, Wiesel, Eldar and Hero, Shrinkage
+    algorithms for MMSE covariance estimation, IEEE Transactions on Signal Processing 58, 2010).
+    """
+    channels = len(covariance)
+    squares = float(covariance.norm()) ** 2
+    trace = float(covariance.diagonal().sum(dtype=torch.float64)) ** 2
+    spread = (samples + 1 - 2 / channels) * (squares - trace / channels)
+    weight = ((1 - 2 / channels) * squares + trace) / spread if spread > 0 else 1.0
+    weight = min(max(weight, LEAST_SHRINKAGE), 1 - LEAST_SHRINKAGE)
+    return weight / (1 - weight)
 
 
 class Pivoted(NamedTuple):

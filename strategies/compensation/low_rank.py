@@ -35,7 +35,7 @@ class LowRankLeastSquares(Regression):
 
     def prepare(self, covariance: Tensor, usual: Tensor | None) -> Factors:
         rank = min(self.rank, len(covariance))
-        ridge = self.ridge * covariance.diagonal().mean()
+        ridge = self.ridge_of(covariance)
         vectors, values = leading_eigenpairs(covariance, rank, self.seed)
         loadings = vectors * values.clamp(min=0).sqrt()
         left = (covariance.diagonal() - loadings.square().sum(1)).clamp(min=0)
