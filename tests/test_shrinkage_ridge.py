@@ -64,7 +64,7 @@ def test_a_run_takes_the_ridge_of_its_tokens_and_says_so(make_model, batches, us
             here = [cut.compensation for cut in pruned._engine.cuts]
             assert all(c.compensator.ridge_share and len({c.compensator.ridge_share for c in here}) > 1 for c in here)
             ridge = pruned.about_compensation()["ridge"]
-            assert f"a ridge of {ridge} times the mean variance" in pruned.notes[0]
+            assert "a ridge of " in pruned.notes[0] and f" to {ridge.split()[-1]} times the mean" in pruned.notes[0]
             assert pruned.strategy.compensate.ridge is None
             least.append(float(ridge.split(" to ")[0]))
     assert least[0] > 2 * least[1], "three times the text wants a smaller ridge"
