@@ -9,7 +9,7 @@ import pytest
 from prunekit.registry import ROLES, Catalog, PluginError, Scorer
 
 BUILT_IN = {
-    "strategies": {"pp", "full_batch_probing", "flap", "wanda_sp", "magnitude", "random"},
+    "strategies": {"pp", "full_batch_probing", "flap", "wanda_sp", "magnitude", "random", "reconstruct"},
     "scorers": {"ppsp", "wanda_sp", "fluctuation", "magnitude", "random"},
     "probe_selectors": {"residual_norm", "hidden_norm", "random", "spread", "whole_batch"},
     "history_mergers": {"importance_scaled", "fixed_ratio", "probe_only", "history_only"},
