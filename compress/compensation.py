@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import ChannelMoments, Compensator, NonFiniteError, SingularError, Site, Slope, complement
+from ..registry.devices import unautocast
 from ..registry.errors import FINITE_REMEDY
 
 Solved = TypeVar("Solved")
@@ -55,7 +56,8 @@ class SiteCompensation:
         """Take a calibration batch x (B, T, C) into the moments."""
         if self.moments is None:
             self.moments = ChannelMoments(self.site.channels, x.device)
-        self.moments.observe(x, valid)
+        with unautocast(x):
+            self.moments.observe(x, valid)
 
     def settle(self, kept: Tensor | None, usual: Tensor | None) -> None:
         """Make of the moments what cuts need, and let the covariance go.
@@ -74,14 +76,15 @@ class SiteCompensation:
                 f"{self.site.label}: the covariance of what enters {self.site.consumer} is NaN or infinite, so the "
                 f"activations here are, or their squares; {self._mean_alone}. {FINITE_REMEDY}"
             )
-        self.compensator = self.compensator.fitted(covariance, self.tokens)
-        if kept is not None:
-            dropped = complement(kept, self.site.channels)
-            self.fixed = (
-                () if not len(kept) else self._solved(lambda: self.compensator.solve(covariance, kept, dropped))
-            )
-        else:
-            self.prepared = self._solved(lambda: self.compensator.prepare(covariance, usual))
+        with unautocast(covariance):
+            self.compensator = self.compensator.fitted(covariance, self.tokens)
+            if kept is None:
+                self.prepared = self._solved(lambda: self.compensator.prepare(covariance, usual))
+            elif len(kept):
+                dropped = complement(kept, self.site.channels)
+                self.fixed = self._solved(lambda: self.compensator.solve(covariance, kept, dropped))
+            else:
+                self.fixed = ()
 
     def weight(self, whole: Tensor, cut: Tensor, kept: Tensor) -> Tensor:
         """The consumer's weight with the slope folded in: ``W_kept + W_cut @ slope``, in the dtype of W.
@@ -91,11 +94,11 @@ class SiteCompensation:
         dropped = complement(kept, self.site.channels)
         with torch.no_grad():
             slope = self._slope(kept, dropped)
-            if not slope:
-                return cut
-            added = whole.index_select(1, dropped).float()
-            for factor in slope:
-                added = added @ factor
+        if not slope:
+            return cut
+        added = whole.index_select(1, dropped).float()
+        for factor in slope:
+            added = added @ factor
         if cut.shape[1] != len(kept):
             return cut.float().index_add(1, kept, added).to(cut.dtype)
         return (cut.float() + added).to(cut.dtype)
@@ -135,7 +138,6 @@ class SiteCompensation:
             return f"give back the mean alone at such sites (compensate: {{name: {name}, singular: mean}})"
         return "give back the mean alone (compensate: mean)"
 
-    @torch.no_grad()
     def bias(self, linear: nn.Linear, weight: Tensor, kept: Tensor, mean: Tensor, whole: Tensor) -> Tensor:
         """``bias + W @ mean - W' @ mean[kept]`` (O,): with it the mean output is what it was before the cut.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import ChannelHistory, HistoryMerger, MaskApplier, Producer, Scorer, Site, Strategy
-from ..registry.devices import device_of, is_offloaded, weights_present
+from ..registry.devices import device_of, is_offloaded, unautocast, weights_present
 from .attention import KV_INDEX
 from .compensation import SiteCompensation
 from .stages import Stages
@@ -183,20 +183,20 @@ class SiteCut:
         Not kept where gradients go through the gathering itself, nor of offloaded weights: they are to leave
         memory when the layer's forward ends, and so is the copy.
         """
-        if is_offloaded(linear) or (torch.is_grad_enabled() and linear.weight.requires_grad):
-            return make()
-        state = _state_of(linear)
-        known = self._made.get((linear, what))
-        if known is None or known[0] != state:
-            self._made[linear, what] = known = state, make()
-        return known[1]
+        with unautocast(linear.weight):
+            if is_offloaded(linear) or _differentiates(linear):
+                return make()
+            state = _state_of(linear)
+            known = self._made.get((linear, what))
+            if known is None or known[0] != state:
+                self._made[linear, what] = known = state, make()
+            return known[1]
 
     def _computed_units(self) -> Tensor:
         """The kept units; where none is left unit 0 stands in, with a consumer weight of zero, because
         no attention implementation takes zero heads."""
         return self.kept if len(self.kept) else self.kept.new_zeros(1)
 
-    @torch.no_grad()
     def _mean_keeping_bias(self, linear: nn.Linear, weight: Tensor, columns: Tensor) -> Tensor:
         """The consumer's bias with which its mean output is what it was before the cut, (O,)."""
         with self.stages("compensate"):
@@ -204,10 +204,17 @@ class SiteCut:
             # Sequential calibration probes nothing; what it runs on is what the calibrated mean is of.
             unprobed = compensation.compensator.uses_probe and self.probe_mean is None
             mean = calibrated if unprobed else compensation.compensator.mean(calibrated, self.probe_mean)
-            state = None if compensation.compensator.uses_probe else _state_of(linear)
-            if self._mean_output is None or self._mean_output[0] is None or self._mean_output[0] != state:
+            if compensation.compensator.uses_probe or _differentiates(linear):
+                return compensation.bias(linear, weight, columns, mean, linear.weight.float() @ mean)
+            state = _state_of(linear)
+            if self._mean_output is None or self._mean_output[0] != state:
                 self._mean_output = state, linear.weight.float() @ mean
             return compensation.bias(linear, weight, columns, mean, self._mean_output[1])
+
+
+def _differentiates(linear: nn.Linear) -> bool:
+    """Whether gradients go through the layer's weight or bias, and so through what is made of them."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in linear.parameters(recurse=False))
 
 
 def _state_of(linear: nn.Linear) -> tuple:

@@ -102,12 +102,14 @@ class Decider:
         for cut in cuts:
             cut.pending = None
 
-    def _measure(self, cut: SiteCut, x: Tensor, valid: Tensor | None, columns: Tensor | None = None) -> Tensor:
+    def _measure(
+        self, cut: SiteCut, x: Tensor, valid: Tensor | None, columns: Tensor | None = None, exclude: bool = False
+    ) -> Tensor:
         mean = cut.history.mean
         if mean is not None and columns is not None:
             mean = mean[columns]
         statistic = cut.scorer.statistic
-        if valid is None or self.strategy.pad_handling == "exclude":
+        if valid is None or exclude or self.strategy.pad_handling == "exclude":
             return statistic.measure(x, valid, mean)
         # The reference has zeroed what it leaves out of the sums, and divides by the real tokens.
         return statistic.measure(x, None, mean) * (x.shape[0] / (valid.sum(0) + REFERENCE_PAD_EPSILON))[:, None]
@@ -146,7 +148,7 @@ class Decider:
                     x = probe_states(cut, hidden, rows, positions, arguments, strategy.probe_mask)
                     x = x.view(len(rows), positions.shape[-1], -1)
                     if merger is not None and merger.uses_probe:
-                        measured = self._measure(cut, *_by_position(x, self.probe_valid, positions))
+                        measured = self._measure_probe(cut, x, self.probe_valid, positions)
                     mean = self._mean_of(cut, x, self.probe_valid) if uses_mean else None
             finally:
                 self.probe_valid = None
@@ -157,9 +159,21 @@ class Decider:
             history = None
             if merger.uses_history:
                 history = cut.history.table.index_select(0, positions.reshape(-1)).clamp(min=0)
-            statistic = merger.merge(measured, history).sum(0)
+            merged = merger.merge(measured, history)
+            if valid is not None and positions.dim() == 2:
+                # Where every row has positions of its own, one that holds padding stands for nothing.
+                merged = merged.masked_fill(~pick_tokens(valid, rows, positions).reshape(-1, 1), 0)
+            statistic = merged.sum(0)
             units = self._unit_scores(cut, self._channel_scores(cut, statistic))
             return Decision(keep_highest(units, cut.count), rows, positions, mean)
+
+    def _measure_probe(self, cut: SiteCut, x: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
+        """The statistic of a probe x (b, t, C) position by position, (t, C); of one whose rows have positions (b, t)
+        of their own token by token, (b*t, C): the reference knows no such probe, so its padding is left out."""
+        if positions.dim() == 1:
+            return self._measure(cut, x, valid)
+        valid = None if valid is None else valid.reshape(1, -1)
+        return self._measure(cut, x.reshape(1, -1, x.shape[-1]), valid, exclude=True)
 
     def _mean_of(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> Tensor:
         """The channels' mean over the probe's real tokens; x (b, t, C) -> (C,) float32."""
@@ -199,13 +213,6 @@ class Decider:
                 f"a batch of {length} positions is longer than the history, which calibration filled for "
                 f"{cut.history.positions}; calibrate with sequences of at least {length} tokens, or cut the batch"
             )
-
-
-def _by_position(x: Tensor, valid: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The probe as the statistic is to see it: where every row has positions of its own, each token stands alone."""
-    if positions.dim() == 1:
-        return x, valid
-    return x.view(1, -1, x.shape[-1]), None if valid is None else valid.view(1, -1)
 
 
 def _check_shape(cut: SiteCut, method: str, scores: Tensor, expected: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +48,11 @@ def device_of(module: nn.Module) -> torch.device:
             "holds no values, and no hook of accelerate brings them; load the model with from_pretrained"
         )
     return torch.device(found)
+
+
+def unautocast(tensor: Tensor) -> AbstractContextManager:
+    """Within it products of tensors on this one's device keep their dtype, although the caller's autocast lowers it."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 @contextmanager

@@ -102,7 +102,9 @@ def test_flops_are_floor_and_probe_and_compensation(measure):
         found = measure(use, compensate)
         assert charged(found) > 0 and charged(found, "probe") > 0
         assert charged(found, "flops") == sum(charged(found, part) for part in ("floor", "probe", "compensation"))
-        assert charged(found, "other") == charged(found, "dense_compensation") == 0
+        assert charged(found, "dense_compensation") == 0
+        # Some versions of transformers count their rotary embedding among what is no part of its own.
+        assert charged(found, "other") == charged(found, "dense_other")
 
 
 @pytest.mark.parametrize("compensate", ["mean", "least_squares", "low_rank_least_squares"])

@@ -1,9 +1,12 @@
 """Probes whose rows have positions of their own: what they pick, and that each row sees what it would see alone."""
 
+from typing import Literal
+
 import pytest
 import torch
 from prunekit.compress import decision, probing, prune
 from prunekit.compress.probing import pick_tokens, probe_states
+from prunekit.registry import HistoryMerger
 from prunekit.strategies.pp.selectors import SpreadProbe
 
 BATCH, LENGTH = 4, 24
@@ -124,8 +127,8 @@ def test_the_same_positions_in_every_row_are_the_plain_probe(make_model, batches
     valid, ids, seen = MASKS[padding], batches[0]["input_ids"], []
     measure, mean_of = decision.Decider._measure, decision.Decider._mean_of
 
-    def summed(self, cut, x, mask, *columns):
-        found = measure(self, cut, x, mask, *columns)
+    def summed(self, cut, x, mask, *columns, **options):
+        found = measure(self, cut, x, mask, *columns, **options)
         if mask is None or x.shape[0] == 1:  # with padding a position's mean is over its real tokens, not a sum
             seen[-1].append(found.sum(0) * x.shape[0])
         return found
@@ -163,3 +166,53 @@ def test_what_stands_under_the_padding_does_not_matter(make_model, batches, fami
     (first, kept), (second, same) = (run(model, text, valid, batches, **options) for text in (ids, other))
     assert kept == same and not torch.equal(ids, other)
     torch.testing.assert_close(first[valid], second[valid], rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_those_of_the_chosen_rows():
+    """A selector may pick some of the rows, each with positions of its own."""
+    mask = torch.rand(3, 1, 6, 6, generator=generator())
+    rows, seen = torch.tensor([0, 2]), torch.tensor([[1, 4, 5], [0, 2, 3]])
+    found = probing._chosen_mask(mask, 3, rows, seen)
+    assert found.shape == (2, 1, 3, 3)
+    for chosen, row, places in zip(found, rows, seen, strict=True):
+        assert torch.equal(chosen, mask[row][:, places][:, :, places])
+    flat = torch.rand(3, 6, generator=generator())
+    assert torch.equal(probing._chosen_mask(flat, 3, rows, seen), torch.stack([flat[0, seen[0]], flat[2, seen[1]]]))
+
+
+class Remembered(HistoryMerger):
+    """Keeps what it is given."""
+
+    name: Literal["remembered"] = "remembered"
+
+    def merge(self, probe, history):
+        GIVEN.append((probe, history))
+        return probe + history
+
+
+GIVEN = []
+
+
+@pytest.mark.parametrize("padding", MASKS)
+def test_every_token_meets_the_history_of_its_own_position(make_model, batches, padding, monkeypatch):
+    """And padding adds neither to the statistic nor from history."""
+    valid, ids, scored = MASKS[padding], batches[0]["input_ids"], []
+    scores = decision.Decider._channel_scores
+
+    def channel_scores(self, cut, statistic):
+        scored.append((cut, statistic))
+        return scores(self, cut, statistic)
+
+    GIVEN.clear()
+    model = make_model("opt")
+    options = dict(ratio=0.4, calibration=batches, selector=SpreadProbe(positions=0.3), merger=Remembered())
+    with prune(model, "pp", trace=True, pad_handling="exclude", **options) as pruned, torch.no_grad():
+        monkeypatch.setattr(decision.Decider, "_channel_scores", channel_scores)
+        model(ids, attention_mask=None if valid is None else valid.long(), use_cache=False)
+        positions = torch.tensor([record["positions"] for record in pruned.trace])
+    assert len(GIVEN) == len(scored) == len(positions) == 6
+    for (probe, history), (cut, statistic), places in zip(GIVEN, scored, positions, strict=True):
+        assert torch.equal(history, cut.history.table[places.flatten()])
+        real = torch.ones_like(places) if valid is None else valid.long().gather(1, places)
+        assert (probe[real.flatten() == 0] == 0).all()
+        torch.testing.assert_close(statistic, ((probe + history) * real.reshape(-1, 1)).sum(0))
