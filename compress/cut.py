@@ -180,11 +180,11 @@ class SiteCut:
     def _kept_while_open(self, linear: nn.Linear, what: str, make: Callable[[], Made]) -> Made:
         """What ``make`` gives, kept while the cut is open and the weights stay what they are.
 
-        Not kept where gradients go through the gathering itself, nor of offloaded weights: they are to leave
-        memory when the layer's forward ends, and so is the copy.
+        Not kept where gradients go through the gathering itself, nor copies of offloaded weights: they are to leave
+        memory when the layer's forward ends, and so is the copy. A bias is small enough to stay.
         """
         with unautocast(linear.weight):
-            if is_offloaded(linear) or _differentiates(linear):
+            if _differentiates(linear) or (is_offloaded(linear) and what != "bias"):
                 return make()
             state = _state_of(linear)
             known = self._made.get((linear, what))
