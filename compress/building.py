@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from ..registry import ROLES, Catalog, Component, PluginError, SpecError, Strategy, near
+from ..registry import ROLES, Catalog, Compensator, Component, PluginError, SpecError, Strategy, near
 
 Model = TypeVar("Model", bound=BaseModel)
 Place = tuple[str | int, ...]
@@ -43,7 +43,7 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
 
     A component is given as an object, by its name, or as a mapping of ``name`` and options; without a
     name, or with the name of the component the strategy already uses, the mapping changes only the
-    options it lists. ``None`` removes the selector and merger. Raises :class:`SpecError` naming every
+    options it lists. ``None`` removes the selector, merger and compensation. Raises :class:`SpecError` naming every
     mistake at once.
     """
     for key in ("use", "name"):
@@ -97,7 +97,7 @@ class Reader:
         for key, value in raw.items():
             here = (*place, key)
             if key not in visible(cls):
-                self.mistake(here, f"unknown key{near(key, visible(cls)) or self._owner(cls, key, base)}")
+                self.mistake(here, f"unknown key{self._instead(cls, key, base)}")
                 continue
             default = default_of(cls, key) if base is None else getattr(base, key)
             values[key] = self._value(cls.model_fields[key].annotation, value, here, default)
@@ -154,8 +154,8 @@ class Reader:
     def _value(self, annotation: Any, raw: Any, place: Place, default: Any) -> Any:
         """``raw`` with components and nested models built, as the field's annotation asks for them."""
         cls, optional, many = kind_of(annotation)
-        if cls is None or (raw is None and optional):
-            return raw
+        if cls is None or (raw is None and (optional or issubclass(cls, Compensator))):
+            return raw  # a strategy reads no compensator as the component none
         if many:
             if not isinstance(raw, (list, tuple)):
                 self.mistake(place, f"expected a list (found {raw!r})")
@@ -182,13 +182,28 @@ class Reader:
                 (*place, "ratio"), f"allocator {allocator.name} takes no ratio (found {ratio!r}); leave it out"
             )
 
-    def _owner(self, cls: type[BaseModel], key: Any, base: BaseModel | None) -> str:
-        """A hint where ``key`` belongs to one of the model's components, or else the keys there are."""
+    def _instead(self, cls: type[BaseModel], key: Any, base: BaseModel | None) -> str:
+        """Where ``key`` belongs, in use or in another component; else the key that is near, or the keys there are."""
         for field in cls.model_fields:
             part = default_of(cls, field) if base is None else getattr(base, field)
             if isinstance(part, Component) and key in visible(type(part)):
                 return f"; it is an option of {field} {part.name}: write {field}: {{{key}: ...}}"
-        return f"; there are {', '.join(visible(cls)) or 'none'}"
+        roles = {field: role_in(info.annotation) for field, info in cls.model_fields.items()}
+        found = {field: self._owner(role, key) for field, role in roles.items() if role}
+        owners = [f"of {name}: write {field}: {{name: {name}, {key}: ...}}" for field, name in found.items() if name]
+        if owners and issubclass(cls, Strategy):
+            return f"; it is an option {', or '.join(owners[:2])}"
+        role = role_of(cls)
+        if visible(cls) or role is None:
+            return near(key, visible(cls)) or f"; there are {', '.join(visible(cls)) or 'none'}"
+        owner = self._owner(role, key)
+        such = f", such as {{name: {owner}, {key}: ...}}" if owner else f" (prunekit list {role})"
+        name = cls.model_fields["name"].default
+        return f"; {ROLES[role].__name__} {name} has no options, so name the one that is meant{such}"
+
+    def _owner(self, role: str, key: Any) -> str | None:
+        """The first of a role's components that has the option ``key``."""
+        return next((entry.name for entry in self.catalog.of_role(role) if key in visible(entry.component)), None)
 
 
 def seed_parts(strategy: Strategy) -> Strategy:
@@ -223,6 +238,12 @@ def default_of(cls: type[BaseModel], field: str) -> Any:
 def role_of(cls: type) -> str | None:
     """The role whose component ``cls`` is."""
     return next((role for role, base in ROLES.items() if issubclass(cls, base)), None)
+
+
+def role_in(annotation: Any) -> str | None:
+    """The role that an annotation asks a component of, if it does."""
+    cls = kind_of(annotation)[0]
+    return None if cls is None else role_of(cls)
 
 
 def kind_of(annotation: Any) -> tuple[type[BaseModel] | None, bool, bool]:

@@ -8,13 +8,14 @@ from typing import Any
 
 from ..registry import Compensator, Site
 from .compensation import SiteCompensation
+from .report import extent
 
 ENOUGH = 2
-"""Tokens for each channel; with fewer, least squares has done no better than the mean alone (docs/compensation.md)."""
+"""Tokens for each channel; with fewer, least squares has gained little over the mean alone (docs/compensation.md)."""
 
 
 def about_compensation(compensator: Compensator, sites: Sequence[SiteCompensation]) -> dict[str, Any] | None:
-    """The compensator with its options, the tokens of the covariances, and the sites that fell back; None: none."""
+    """The compensator with its options, tokens and ridges of the covariances, sites that fell back; None: none."""
     if not compensator.keeps_mean:
         return None
     tokens = [here.tokens for here in sites if here.tokens is not None]
@@ -34,10 +35,10 @@ def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
     if short:
         tokens, compensator = min(here.tokens for here in short), short[0].compensator
         ridge = _ridge(short)
-        resting = f"what is given back there rests on a ridge of {ridge} times the mean variance; " if ridge else ""
+        resting = ridge and f"what is given back there rests on a ridge of {extent(ridge)} times the mean variance; "
         notes.append(
             f"compensator {compensator.name}: the covariance was gathered from {tokens:,} tokens, fewer than {ENOUGH} "
-            f"for each channel at {_places(short, with_channels=True)}; {resting}calibrate with more text"
+            f"for each channel at {_places(short, with_channels=True)}; {resting or ''}calibrate with more text"
         )
     if fallen:
         notes.append(
@@ -47,14 +48,11 @@ def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _ridge(sites: Iterable[SiteCompensation]) -> str | None:
-    """The ridges of all sites as one number, or "0.02 to 0.31"."""
+def _ridge(sites: Iterable[SiteCompensation]) -> dict[str, float] | None:
+    """The least and the largest ridge of all sites, as shares of the mean variance; None: none known."""
     shares = [here.compensator.ridge_share for here in sites]
     known = [share for share in shares if share is not None]
-    if not known:
-        return None
-    least, largest = (f"{share:.3g}" for share in (min(known), max(known)))
-    return least if least == largest else f"{least} to {largest}"
+    return {"least": min(known), "largest": max(known)} if known else None
 
 
 def _places(sites: Iterable[SiteCompensation], with_channels: bool = False) -> str:

@@ -135,14 +135,16 @@ def _budget(compensator: Compensator, device: torch.device) -> int:
 
 def _too_large(cut: SiteCut, covariance: int, working: int, room: _Room, device: torch.device) -> str:
     name, held = cut.compensation.compensator.name, room.made + room.staying
-    staying = f" beside {_gib(held)} held for the sites before it" if held else ""
-    whose = "may be used" if cut.compensation.compensator.memory is not None else f"may be taken on {device}"
+    staying = f" beside {_size(held)} held for the sites before it" if held else ""
+    limited = cut.compensation.compensator.memory is not None
+    whose = "may be used" if limited else f"may be taken on {device}"
+    remedy = "Allow more (memory_gib)" if limited else "Free memory or allow more of it (memory_gib)"
     return (
-        f"{cut.site.label}: compensator {name} needs {_gib(covariance)} for the covariance of {cut.site.channels:,} "
-        f"channels and {_gib(working)} to solve it{staying}, and {_gib(room.budget)} {whose}; nothing was taken. Free "
-        "memory or allow more of it (memory_gib), or use compensate: mean"
+        f"{cut.site.label}: compensator {name} needs {_size(covariance)} for the covariance of {cut.site.channels:,} "
+        f"channels and {_size(working)} to solve it{staying}, and {_size(room.budget)} {whose}; nothing was taken. "
+        f"{remedy}, or use compensate: mean"
     )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.3g} MiB"

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..registry import ROLES, Catalog, Component, Entry, SpecError, near
 from . import printing
-from .building import kind_of, role_of, visible
+from .building import kind_of, role_in, visible
 
 SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
@@ -71,8 +71,7 @@ def _say(text: str, indent: int) -> None:
 def about(info: FieldInfo) -> str:
     """An option's description, its range, and where its choices are listed."""
     bounds = [f"{sign} {getattr(limit, key)}" for limit in info.metadata for key, sign in SIGNS if hasattr(limit, key)]
-    cls = kind_of(info.annotation)[0]
-    role = None if cls is None else role_of(cls)
+    role = role_in(info.annotation)
     choices = None if role is None else f"choices: prunekit list {role}"
     return "; ".join(part for part in (info.description, " and ".join(bounds), choices) if part)
 

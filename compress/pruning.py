@@ -129,11 +129,6 @@ def _decide(
     """Calibrate, set every site's count, and let strategies that decide once decide."""
     strategy = engine.strategy
     if strategy.sequential and batches is not None:
-        if strategy.allocator.needs_scores:
-            raise SpecError(
-                f"sequential calibration cuts layer after layer, but allocator {strategy.allocator.name} needs the "
-                "scores of all layers at once; use allocator uniform or explicit"
-            )
         _allocate(engine, ratio)
         cuts = engine.cuts
 

@@ -107,10 +107,20 @@ def _compensation(about: dict[str, Any] | None) -> list[str]:
     """The line that says how the dropped channels' contribution was given back, where it was."""
     if about is None:
         return []
-    options = dict(about["compensator"])
+    options, ridge = dict(about["compensator"]), about["ridge"]
+    if options.get("probe") == 0:
+        options.pop("selector", None)  # nothing is probed
+    if ridge:
+        options["ridge"] = f"{extent(ridge)} times the mean variance"
     fell_back = f"; the mean alone at {', '.join(about['fell_back'])}" if about["fell_back"] else ""
     gathered = "" if about["tokens"] is None else f"; covariance of {about['tokens']:,} tokens"
     return [f"- **compensation**: {options.pop('name')} ({sentence(options) or 'no options'}){gathered}{fell_back}"]
+
+
+def extent(ends: dict[str, float]) -> str:
+    """The ``least`` and ``largest`` as one number, or "0.02 to 0.31"."""
+    least, largest = (f"{ends[key]:.3g}" for key in ("least", "largest"))
+    return least if least == largest else f"{least} to {largest}"
 
 
 def sentence(facts: dict[str, Any]) -> str:

@@ -58,6 +58,9 @@ def _mark(definition: dict[str, Any], role: str) -> None:
     properties = definition["properties"]
     required = [key for key in definition.get("required", []) if key != "name"]
     if role == "strategies":
+        compensate = properties["compensate"]  # null is the component none
+        about = {key: compensate.pop(key) for key in ("default", "description") if key in compensate}
+        properties["compensate"] = {**about, "anyOf": [compensate, {"type": "null"}]}
         definition["properties"] = {"use": properties.pop("name"), **properties}
         required.insert(0, "use")
     elif role == "evaluators" or required:

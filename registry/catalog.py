@@ -169,9 +169,9 @@ def load_plugin_file(path: Path) -> ModuleType:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` where a known name is close, else nothing."""
+    """``" (did you mean 'x'?)"`` where a known name is close, else nothing."""
     matches = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def _normal(name: str) -> str:

@@ -22,8 +22,8 @@ class Compensator(Component):
 
     The consumer computes with ``W_kept + W_cut @ slope``, and with a bias that keeps its mean output what it was
     before the cut: ``bias + W @ mean - (W_kept + W_cut @ slope) @ mean[kept]``. A component says what ``slope`` and
-    ``mean`` are; both are float32. A cut made once is folded into the weights and costs nothing at run time; where
-    cuts are made per batch, so is this.
+    ``mean`` are; both are float32. A cut made once is folded into the weights once, and a batch then costs no
+    more than the bias; where cuts are made per batch, so is this.
     """
 
     keeps_mean: ClassVar[bool] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -39,7 +39,7 @@ class Strategy(Component):
     selector: SerializeAsAny[ProbeSelector] | None = Field(None, description="which part of a batch to probe")
     merger: SerializeAsAny[HistoryMerger] | None = Field(None, description="how the probe and history are merged")
     compensate: SerializeAsAny[Compensator] = Field(
-        NoCompensation(), description="how what the dropped channels contributed is given back"
+        NoCompensation(), description="how what the dropped channels contributed is given back; null: not at all"
     )
     sequential: bool = Field(
         False, description="calibrate every layer on the outputs of the layers already cut (static strategies; slower)"
@@ -63,6 +63,11 @@ class Strategy(Component):
             raise ValueError(f"the ratio is the share that is cut, 0 <= ratio < 1; found {ratio}")
         return ratio
 
+    @field_validator("compensate", mode="before")
+    @classmethod
+    def _null_is_none(cls, compensate: Any) -> Any:
+        return NoCompensation() if compensate is None else compensate
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Strategy:
         if self.merger is not None and self.selector is None:
@@ -83,7 +88,15 @@ class Strategy(Component):
                 "set selector and merger to null to decide once, or choose another scorer"
             )
         if self.dynamic and self.sequential:
-            raise ValueError("sequential calibration is for strategies that decide once (no merger)")
+            raise ValueError(
+                "sequential calibration is for strategies that decide once (no merger): set selector and merger to "
+                "null, or sequential to false"
+            )
+        if self.sequential and self.needs_calibration and self.allocator.needs_scores:
+            raise ValueError(
+                f"sequential calibration cuts layer after layer, but allocator {self.allocator.name} needs the "
+                "scores of all layers at once; use allocator uniform or explicit"
+            )
         return self
 
     @property

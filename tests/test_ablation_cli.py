@@ -118,7 +118,7 @@ def test_a_published_value_that_nothing_measures_is_told(command, tmp_path):
     (tmp_path / "moods.yaml").write_text(STUDY + entry)
     result = command()
     assert result.exit_code == 0, result.output
-    assert "warning: published.0.metric: moody has no value siez; did you mean 'size'?" in result.stderr
+    assert "warning: published.0.metric: moody has no value siez (did you mean 'size'?" in result.stderr
 
 
 def test_an_interruption_keeps_what_is_finished_and_says_how_to_go_on(command, sizes, tmp_path):
@@ -142,8 +142,8 @@ def test_a_changed_file_stops_until_update_is_said(command, sizes, tmp_path):
 
 
 def test_mistakes_stop_it_before_anything_is_made(command, tmp_path):
-    refused(command("--set", "vary.prune.rato=[1]"), "there is no field 'prune.rato'; did you mean 'prune.ratio'?")
-    refused(command("--engine", "rai"), "--engine: there is no 'rai'; did you mean 'ray'?")
+    refused(command("--set", "vary.prune.rato=[1]"), "there is no field 'prune.rato' (did you mean 'prune.ratio'?")
+    refused(command("--engine", "rai"), "--engine: there is no 'rai' (did you mean 'ray'?")
     refused(command("--workers", "2"), "--workers is for --engine ray")
     refused(command("--address", "auto"), "--address is for --engine ray")
     refused(command("--out", tmp_path), "is a folder")

@@ -81,7 +81,7 @@ def test_a_value_that_its_evaluator_does_not_have_is_told():
     data = {"metrics": [{"label": "perplexity", "pruned": {"perplexity": 1.0, "loss": 2.0}}]}
     said = list(unmeasured(entries, [StoredTrial(1, "", {}, "done", data, "", None, 1.0, {})]))
     assert said == [
-        "published.0.metric: perplexity has no value perplexty; did you mean 'perplexity'?; it has perplexity, loss"
+        "published.0.metric: perplexity has no value perplexty (did you mean 'perplexity'?); it has perplexity, loss"
     ]
 
 

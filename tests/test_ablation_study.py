@@ -185,26 +185,26 @@ def test_all_mistakes_at_once_with_their_lines(message):
     found = message(MISTAKES)
     expected = [
         "21 mistakes",
-        "line 1: titel: unknown key; did you mean 'title'?",
+        "line 1: titel: unknown key (did you mean 'title'?",
         "line 3: base.calibration.sequences: should be greater than or equal to 1 (found 0)",
         "line 6: vary.prune.use.1: flap: prune.selector.name: name the ProbeSelector",
         "go on an axis of a free name, such as method: {a:",
-        "line 6: vary.prune.use.2: no Strategy is called 'ppp'; did you mean 'pp'?",
+        "line 6: vary.prune.use.2: no Strategy is called 'ppp' (did you mean 'pp'?",
         "line 7: vary.prune.ratio.1: 40: the ratio is the share that is cut",
         "line 7: vary.prune.ratio.2: 50: the ratio is the share that is cut",
-        "line 8: vary.prune.ratoi: there is no field 'prune.ratoi'; did you mean 'prune.ratio'?",
-        "line 9: vary.rows: there is no field 'rows'; did you mean 'prune.selector.rows'?",
+        "line 8: vary.prune.ratoi: there is no field 'prune.ratoi' (did you mean 'prune.ratio'?",
+        "line 9: vary.rows: there is no field 'rows' (did you mean 'prune.selector.rows'?",
         "line 10: vary.prune.merger: has no values, so the grid is empty",
         "line 11: vary.output.dir: cannot be varied",
         "line 12: vary.evaluate.4.window.0: 2: evaluate is a list of 2, there is no place 4",
-        "line 14: vary.text.a: calibration.bundled: no bundled text is called 'refrence-calibration'; did you mean",
+        "line 14: vary.text.a: calibration.bundled: no bundled text is called 'refrence-calibration' (did you mean",
         "line 15: vary.text.b: expected the fields that the label sets",
         "line 16: vary.calibration.seed: expected a list of values (found 3); write [3]",
         "line 17: exclude.0.prune.use: prune.use has no value magnitude; there are pp, flap, ppp",
-        "line 17: exclude.1.prune.rato: no axis is called 'prune.rato'; did you mean 'prune.ratio'?",
+        "line 17: exclude.1.prune.rato: no axis is called 'prune.rato' (did you mean 'prune.ratio'?",
         "line 17: exclude.2: would leave out the whole grid",
         "line 18: trials.0.x: there is no field 'x'",
-        "line 20: published.0.where.prune.use: prune.use has no value p; did you mean 'pp'?",
+        "line 20: published.0.where.prune.use: prune.use has no value p (did you mean 'pp'?",
         "line 21: published.1.value: should be a valid number",
         "line 22: published.2.source: is required",
     ]
@@ -256,7 +256,7 @@ def test_two_values_that_do_not_go_together_are_named_together(message):
         (FULL + f"vary: {{seed: {list(range(200))}, calibration.seed: {list(range(200))}}}", ["40,000 trials"]),
         (
             FULL + "vary: {seed: [1]}\npublished: [{where: {}, metric: costs.flops, value: 1, source: a}]",
-            ["published.0.metric: no evaluator of its trials is called 'costs'; did you mean 'cost'?"],
+            ["published.0.metric: no evaluator of its trials is called 'costs' (did you mean 'cost'?"],
         ),
         (
             FULL + "vary: {seed: [1]}\npublished: [{where: {}, metric: x, value: 1, source: a}]",
@@ -277,7 +277,7 @@ def test_files_that_cannot_be_used(message, text, words):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("vary.prune.rato=[0.1]", "--set vary.prune.rato: there is no field 'prune.rato'; did you mean"),
+        ("vary.prune.rato=[0.1]", "--set vary.prune.rato: there is no field 'prune.rato' (did you mean"),
         ("calibraton.seed=1", "there is no 'calibraton.seed'"),
         ("vary.seed=[", "not valid YAML"),
         ("seed=3", "--set base.seed: every trial sets seed; change its axis instead"),
@@ -292,5 +292,5 @@ def test_settings_that_cannot_work(message, setting, words):
 def test_mistakes_in_a_base_of_its_own_name_that_file(write, message, tmp_path):
     write("prune: {use: pp}\n\ncalibration: {sequenes: 3}\n", "pp.yaml")
     found = message("base: pp.yaml\nvary: {prune.ratio: [0.1, 3]}")
-    assert f"{tmp_path / 'pp.yaml'} line 3: base.calibration.sequenes: unknown key; did you mean 'sequences'?" in found
+    assert f"{tmp_path / 'pp.yaml'} line 3: base.calibration.sequenes: unknown key (did you mean 'sequences'?" in found
     assert "line 2: vary.prune.ratio.1: 3: the ratio" in found

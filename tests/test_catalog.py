@@ -289,6 +289,6 @@ def test_an_unknown_component(site):
     with pytest.raises(PluginError) as caught:
         catalog.get("scorers", "wandasp")
     message = str(caught.value)
-    assert "no Scorer is called 'wandasp'; did you mean 'wanda_sp'?" in message
+    assert "no Scorer is called 'wandasp' (did you mean 'wanda_sp'?" in message
     assert all(name in message for name in BUILT_IN["scorers"])
     assert "plugin broken of broken-dist" in message  # it may be the one that was meant

@@ -9,7 +9,7 @@ from prunekit.compress.ablation.study import Study
 from prunekit.compress.spec import PipelineSpec
 from prunekit.registry import Catalog, ChannelMoments
 from prunekit.strategies.compensation import compensators
-from prunekit.strategies.compensation.least_squares import LeastSquares
+from prunekit.strategies.compensation.least_squares import DEPENDENCE, LEAST_SHRINKAGE, LeastSquares
 from prunekit.strategies.compensation.low_rank import LowRankLeastSquares
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -73,11 +73,40 @@ def test_the_operations_in_tokens_are_those_of_the_table():
     assert f"`solve` adds {round(solved, -2):,.0f} more, `pivot` {round(pivoted, -2):,.0f} if" in " ".join(PAGE.split())
 
 
-def test_the_study_of_the_pages_table_measures_its_rows():
-    rows = re.findall(r"^\| ([\d,]+) \| [\d.]+ \|", PAGE, re.MULTILINE)
+def test_the_study_of_the_pages_table_measures_its_rows_and_columns():
+    rows = re.findall(r"^\| ([\d,]+) \| [\d.]+ \| (.+) \|$", PAGE, re.MULTILINE)
     study = Study.load(DOCS / "examples" / "ablations" / "covariance-text.yaml")
     tokens = {trial.spec.calibration.sequences * trial.spec.calibration.length for trial in study.trials}
-    assert [f"{count:,}" for count in sorted(tokens)] == rows
+    assert [f"{count:,}" for count in sorted(tokens)] == [row for row, _ in rows]
+    arms = len(study.axes["prune.compensate"])
+    for _, cells in rows:
+        found = cells.split(" | ")
+        assert len(found) == arms * len(study.axes["calibration.bundled"])
+        for text in (found[:arms], found[arms:]):  # the best of each text is bold
+            values = [float(cell.strip("*")) for cell in text]
+            assert [cell.startswith("**") for cell in text] == [value == min(values) for value in values]
+
+
+def test_the_chosen_ridge_is_the_one_explained():
+    words = " ".join(PAGE.split())
+    assert DEPENDENCE == 3 and "n is a third of the tokens" in words and "every third did, the default" in words
+    assert f"between {LEAST_SHRINKAGE:.4f} and {1 - LEAST_SHRINKAGE:.4f}" in words
+
+
+def test_studies_of_a_fixed_ridge_name_it():
+    """What they have gathered must not change with the default."""
+    results = DOCS / "results" / "compensation"
+    for own, other in ("compensation", "stories"), ("compensation-variants", "stories-variants"):
+        vary = [
+            yaml.safe_load(path.read_text())["vary"]
+            for path in (DOCS / "studies" / f"{own}.yaml", results / f"{other}.yaml")
+        ]
+        assert {key: axis for key, axis in vary[0].items() if key != "text"} == {
+            key: axis for key, axis in vary[1].items() if key != "text"
+        }
+        arms = vary[0].get("arm") or vary[0]["compensation"]
+        loose = [label for label, arm in arms.items() if "least_squares" in str(arm) and "ridge" not in str(arm)]
+        assert loose == [label for label in arms if label.endswith("ridge auto") or label.startswith("reconstruct")]
 
 
 def test_links_lead_somewhere():

@@ -112,17 +112,17 @@ def test_all_mistakes_at_once_with_their_lines(write, tmp_path):
     text = message(PipelineSpec.load, write(BAD))
     expected = [
         "12 mistakes",
-        "line 1: modle: unknown key; did you mean 'model'?",
+        "line 1: modle: unknown key (did you mean 'model'?",
         "line 2: model.dtype: ",
-        "line 4: calibration.bundled: no bundled text is called 'reference-calibratoin'; did you mean",
+        "line 4: calibration.bundled: no bundled text is called 'reference-calibratoin' (did you mean",
         "line 5: calibration.sequences: should be greater than or equal to 1 (found 0)",
         "line 8: prune.ratio: ",
-        "line 9: prune.scorer: no Scorer is called 'wanda-sp'; did you mean 'wanda_sp'?",
+        "line 9: prune.scorer: no Scorer is called 'wanda-sp' (did you mean 'wanda_sp'?",
         "line 10: prune.merger.probe: should be less than or equal to 1 (found 3)",
-        "line 12: evaluate.0: no Evaluator is called 'perplexty'; did you mean 'perplexity'?",
-        "line 13: evaluate.1.lenght: unknown key; did you mean 'length'?",
+        "line 12: evaluate.0: no Evaluator is called 'perplexty' (did you mean 'perplexity'?",
+        "line 13: evaluate.1.lenght: unknown key (did you mean 'length'?",
         f"line 14: evaluate.2.text.file: there is no file {tmp_path / 'nope.txt'}",
-        "line 15: output.trce: unknown key; did you mean 'trace'?",
+        "line 15: output.trce: unknown key (did you mean 'trace'?",
         "line 16: seed: ",
     ]
     for line in expected:
@@ -221,7 +221,7 @@ def test_settings_change_the_file(write):
         ("evaluate.first=cost", "evaluate is a list of 2"),
         ("prune.ratio.x=1", "prune.ratio is 0.4, which has no 'x'"),
         ("prune.ratio=1.2", "--set prune.ratio: the ratio is the share that is cut"),
-        ("prune.scorr=x", "--set prune.scorr: unknown key; did you mean 'scorer'?"),
+        ("prune.scorr=x", "--set prune.scorr: unknown key (did you mean 'scorer'?"),
     ],
 )
 def test_settings_that_cannot_work(write, setting, words):

@@ -162,7 +162,7 @@ def test_metrics_of_the_published_tables():
 
 
 WRONG = [
-    ({"tasks": ("true_continuaton",)}, r"no task or group 'true_continuaton'; did you mean 'true_continuation'\?"),
+    ({"tasks": ("true_continuaton",)}, r"no task or group 'true_continuaton' \(did you mean 'true_continuation'\?"),
     ({"tasks": ("hellaswg",)}, r"did you mean 'hellaswag'\?"),
     ({"metric": "acc_norn"}, r"true_continuation has no metric 'acc_norn'; it has acc\."),
     ({"max_length": 513}, "513 tokens are more than the model's context of 512"),

@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 WRONG = [
-    ({"tasks": "true_continuaton"}, r"no task or group 'true_continuaton'; did you mean 'true_continuation'\?"),
+    ({"tasks": "true_continuaton"}, r"no task or group 'true_continuaton' \(did you mean 'true_continuation'\?"),
     ({"tasks": ["true_continuation", "hellaswg"]}, r"did you mean 'hellaswag'\?"),
     ({"metric": "acc_norn"}, r"true_continuation has no metric 'acc_norn'; it has acc\."),
     ({"tasks": "winogrande", "metric": "acc_norm"}, r"winogrande has no metric 'acc_norm'.* it has acc\."),

@@ -55,7 +55,7 @@ def _near(field: str, known: frozenset[str]) -> str:
     if not found:
         return "; prunekit show NAME lists the options of a component"
     name = found[0].replace("evaluate.", "evaluate.0.", 1)
-    return f"; did you mean {name!r}?"
+    return f" (did you mean {name!r}?)"
 
 
 def _below(cls: type[BaseModel], key: str, name: str, catalog: Catalog, depth: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .axis_kinds import COMPARED, RATIO, USE, is_method, is_protocol, is_repetition
 from .columns import Column, find, main_columns
 from .configurations import Configuration, Dense, gathered, key
 from .findings import Findings, named_text, setting_text
@@ -17,8 +18,6 @@ BOUNDS = ("full_batch_probing",)
 
 MOST_BEST = 2
 """Configurations that may share a mark; more of the same value are no distinction."""
-
-USE, RATIO = "prune.use", "prune.ratio"
 
 PRUNING = ("prune.", "calibration.")
 """How the settings begin that no dense model has."""
@@ -53,8 +52,13 @@ class Table:
 
     @property
     def compared(self) -> str | None:
-        """The axis that says what is compared, where strategies are; its others are circumstances."""
-        return next((name for name in (USE, "strategy") if name in self.axes), None)
+        """The axis of strategies, where they vary."""
+        return next((name for name in COMPARED if name in self.axes), None)
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """The axes that say how a model is pruned; their combinations compete."""
+        return [name for name in self.axes if is_method(name, self.findings)]
 
     def name(self, configuration: Configuration, without: Sequence[str] = ()) -> str:
         """The configuration's varying settings in a row."""
@@ -67,15 +71,15 @@ class Table:
         flops = configuration.mean(self.column("cost.flops_ratio"))
         return configuration.strategy not in BOUNDS if flops is None else flops < 1
 
-    @property
+    @cached_property
     def circumstances(self) -> list[str]:
         """The axes in which what compares must agree, besides the ratio.
 
-        How it is measured always is one; the others are where strategies are compared.
+        Those that are no method; where there is no method, what is left competes, but for how it is measured.
         """
-        if self.compared:
-            return [name for name in self.axes if name not in (self.compared, RATIO)]
-        return [name for name in self.axes if name.split(".")[0] == "evaluate"]
+        if self.methods:
+            return [name for name in self.axes if name not in (RATIO, *self.methods)]
+        return [name for name in self.axes if is_protocol(name, self.findings)]
 
     def dense_name(self, reference: int) -> str:
         """``dense``, with what tells it from other dense measurements."""
@@ -114,7 +118,7 @@ def tabulate(findings: Findings) -> Table:
     """Gather trials into configurations."""
     names = list(dict.fromkeys(name for trial in findings.trials for name in trial.settings))
     names = [*(name for name in findings.axes if name in names), *(name for name in names if name not in findings.axes)]
-    repeated = [name for name in names if name.endswith("seed") and name not in (USE, RATIO)]
+    repeated = [name for name in names if is_repetition(name)]
     configurations = gathered(findings, names, repeated)
     # Like an axis: where trials fail or wait, what was planned still says what varies.
     planned = {name: {key(t.settings[name]) for t in findings.trials if name in t.settings} for name in names}
@@ -128,13 +132,15 @@ def tabulate(findings: Findings) -> Table:
     for configuration in () if axes else configurations:  # nothing else would say what a row is
         asked = {} if configuration.ratio is None else {RATIO: configuration.ratio}
         configuration.settings = {USE: configuration.strategy, **asked, **configuration.settings}
-    dense = _compare_with_dense(configurations, axes)
+    dense = _compare_with_dense(findings, configurations, axes)
     configurations.sort(key=lambda c: (c.reference, c.ratio or 0.0))
     seeds = [name for name in repeated if len(planned[name]) > 1]
     return Table(findings, columns, axes, configurations, dense, seeds)
 
 
-def _compare_with_dense(configurations: Sequence[Configuration], axes: Sequence[str]) -> list[Dense]:
+def _compare_with_dense(
+    findings: Findings, configurations: Sequence[Configuration], axes: Sequence[str]
+) -> list[Dense]:
     """The dense measurements; tells every configuration which of them is its own."""
     groups = references([c.trials for c in configurations], [c.settings for c in configurations])
     members = [[configurations[index] for index in group.members] for group in groups]
@@ -142,7 +148,11 @@ def _compare_with_dense(configurations: Sequence[Configuration], axes: Sequence[
     for index, group in enumerate(members):
         settings = {name: group[0].settings[name] for name in axes if _tells_apart(name, index, members)}
         # How it is pruned is none of a dense model's, unless nothing else tells two apart.
-        own = {name: value for name, value in settings.items() if name != "strategy" and not name.startswith(PRUNING)}
+        own = {
+            name: value
+            for name, value in settings.items()
+            if not is_method(name, findings) and not name.startswith(PRUNING)
+        }
         for member in group:
             member.reference = index
         dense.append(Dense(own or settings, [trial for member in group for trial in member.trials]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 from ..report import TIE, share
-from .aggregate import BOUNDS, RATIO, Table
+from .aggregate import BOUNDS, Table
 from .columns import Column
 from .configurations import Configuration, key
 from .evidence import Evidence, evidence_of, shared_seeds, standard_error
-from .findings import finite, setting_text
+from .findings import finite, named_text
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Contest:
     left_out: list[Configuration]
     """Those that lack a value for a planned seed, where others lack none."""
     unmeasured: list[str]
-    """Strategies of which no trial is finished."""
+    """What was to compete, and of which no trial is finished."""
     complete: bool
     """Whether the contenders have a value for every planned seed."""
 
@@ -61,7 +62,7 @@ class Compared:
 
 
 def contests(table: Table, column: Column) -> list[Contest]:
-    """Contenders that differ in strategy (or, where that is fixed, in anything) but in no other circumstance."""
+    """Contenders that differ in how they are pruned (or, where that is fixed, in anything) but in no circumstance."""
     blocks = table.blocks()
     measured = [[c for c in block if finite(c.mean(column)) is not None] for block in blocks]
     saving = any(table.saves(c) for block in measured for c in block)
@@ -126,14 +127,17 @@ def _doubt(column: Column, best: Configuration, other: Configuration) -> tuple[s
 
 
 def _unmeasured(table: Table, block: list[Configuration]) -> list[str]:
-    """Strategies that were to compete here, and of which no trial is finished."""
-    if not table.compared:
-        return []
-    where, names = [name for name in table.axes if name in (RATIO, *table.circumstances)], []
-    here, known = block[0].settings, {key(c.settings.get(table.compared)) for c in block}
+    """What was to compete here, and of which no trial is finished; strategies that are bounds are never missed."""
+    where, names = [name for name in table.axes if name not in table.methods], []
+    here, known = block[0].settings, {_method(table, c.settings) for c in block}
     for trial in table.findings.trials:
-        value = trial.settings.get(table.compared)
+        values = {name: trial.settings[name] for name in table.methods if trial.settings.get(name) is not None}
         same = all(key(trial.settings.get(name)) == key(here.get(name)) for name in where)
-        if trial.status != "done" and same and value not in (None, *BOUNDS) and key(value) not in known:
-            names.append(setting_text(table.compared, value))
+        bound = any(isinstance(value, str) and value in BOUNDS for value in values.values())
+        if trial.status != "done" and same and values and not bound and _method(table, trial.settings) not in known:
+            names.append(", ".join(named_text(name, value) for name, value in values.items()))
     return list(dict.fromkeys(names))
+
+
+def _method(table: Table, settings: dict[str, Any]) -> str:
+    return key([settings.get(name) for name in table.methods])

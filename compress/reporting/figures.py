@@ -121,3 +121,8 @@ def finished(figure: Figure, name: str, title: str, caption: str, wide: bool = F
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
     return Plot(name, title, caption, svg.getvalue(), png.getvalue(), wide)
+
+
+def safe_name(name: str) -> str:
+    """A file name of what a figure shows."""
+    return "".join(c if c.isalnum() or c == "-" else "_" for c in name.replace(".", "-"))

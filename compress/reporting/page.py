@@ -13,14 +13,14 @@ from markupsafe import Markup
 from ... import __version__
 from .aggregate import Table
 from .columns import Column, all_columns
-from .configurations import NOTHING_SAVED
 from .facts import facts, identities, versions
 from .figures import Plot
 from .findings import Findings, axis_title
+from .notes import notes
 from .protocols import Protocols
 from .published import STATEMENT, beside
 from .rows import rows_of
-from .tables import PUBLISHED_HEAD, explanation
+from .tables import PUBLISHED_HEAD, crossing, explanation
 from .verdict import bounds, conclusion, findings_in_detail
 
 PRINTED = 9
@@ -46,6 +46,7 @@ def html(table: Table, plots: Sequence[Plot]) -> str:
         conclusion=conclusion(table),
         detail=findings_in_detail(table),
         bounds=bounds(table),
+        crossing=crossing(table, plots),
         facts=facts(findings),
         main=main,
         every=every,
@@ -56,7 +57,7 @@ def html(table: Table, plots: Sequence[Plot]) -> str:
         plots=[(plot, Markup(plot.inline)) for plot in plots],
         failed=findings.failed,
         waiting=findings.waiting,
-        notes=_notes(table),
+        notes=notes(table),
         protocols=protocols.all,
         measured=protocols.by_label,
         text=findings.text,
@@ -100,34 +101,6 @@ def _table(table: Table, columns: Sequence[Column], protocols: Protocols) -> dic
         "dense": [row for row in rows if row.dense],
         "rows": [row for row in rows if not row.dense],
     }
-
-
-def _notes(table: Table) -> list[tuple[str, str]]:
-    """Every note with the configurations that it is about, and of how many of their trials where not of all."""
-    found: dict[str, dict[int, int]] = {}
-    for index, configuration in enumerate(table.configurations):
-        for trial in configuration.trials:
-            for note in dict.fromkeys(map(_without_seconds, trial.data.get("notes") or ())):
-                about = found.setdefault(note, {})
-                about[index] = about.get(index, 0) + 1
-    return [(note, _about(table, about)) for note, about in found.items()]
-
-
-def _about(table: Table, counts: dict[int, int]) -> str:
-    """Configurations by their index, with the number of trials."""
-    said, whole = [], len(table.configurations) > 1
-    for index, count in counts.items():
-        configuration = table.configurations[index]
-        part = "" if count == len(configuration.trials) else f" ({count} of {len(configuration.trials)} trials)"
-        said.append(table.name(configuration) + part)
-        whole = whole and not part
-    return "all configurations" if whole and len(said) == len(table.configurations) else "; ".join(said)
-
-
-def _without_seconds(note: str) -> str:
-    """A note that no time was saved without its seconds, which are each trial's own; others as they are."""
-    place, found, _ = note.partition(NOTHING_SAVED)
-    return f"{place}{found}, so there is no PRR" if found else note
 
 
 def _file(name: str) -> str:

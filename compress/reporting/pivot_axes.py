@@ -11,6 +11,7 @@ import yaml
 
 from ...registry import SpecError, near
 from ..resolved import resolved_settings
+from .axis_kinds import is_circumstance
 from .columns import Column, all_columns, evaluators_of, find, main_columns
 from .configurations import key
 from .findings import Findings, Trial, axis_title, finite, setting_text
@@ -164,19 +165,6 @@ def _known(trial: Trial, axes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _circumstance(name: str, study: Findings) -> bool:
-    """Whether an axis says on what is measured; not how it is pruned, nor which repetition it is.
-
-    Of an axis of a free name the study's file says which fields it sets.
-    """
+    """Whether an axis that the study knows says on what is measured."""
     known = {STORE, *study.axes, *(setting for trial in study.trials for setting in trial.settings)}
-    if name.endswith("seed") or name.startswith("prune.") or name not in known:
-        return False
-    try:
-        vary = (yaml.safe_load(study.text or "") or {}).get("vary") or {}
-        settings = vary.get(name)
-    except (yaml.YAMLError, AttributeError):
-        settings = None
-    if not isinstance(settings, dict):
-        return name not in ("strategy", "ratio")
-    fields = [field for label in settings.values() for field in label or {}]
-    return not fields or not all(f"{field}.".startswith("prune.") for field in fields)
+    return name in known and is_circumstance(name, study)

@@ -14,7 +14,7 @@ from ..report import share
 from .aggregate import RATIO, USE, Table
 from .columns import Column
 from .configurations import Configuration
-from .figures import COLOURS, FILLS, INK, LINES, MARKERS, MUTED, Plot, drawing, finished, percent
+from .figures import COLOURS, FILLS, INK, LINES, MARKERS, MUTED, Plot, drawing, finished, percent, safe_name
 from .findings import finite, named_text, setting_text
 
 LOG_FROM = 20
@@ -172,7 +172,7 @@ def _scatter(table: Table, quality: Column, cost: Column) -> Plot | None:
             + (" Points of which seeds have no value are not on it." if len(able) <= len(points) else "")
             + (" Points at the right edge lie beyond it, at the value beside them." if far else "")
         )
-        return finished(figure, _file(f"{quality.key}-{cost.key}"), title, caption)
+        return finished(figure, safe_name(f"{quality.key}-{cost.key}"), title, caption)
 
 
 def _label_front(axes: Axes, front: list[tuple[Configuration, float, float]], higher: bool) -> None:
@@ -236,7 +236,7 @@ def _by_ratio(table: Table, quality: Column) -> Plot | None:
         title = f"{_start(quality.title)} by pruning ratio"
         bars = "; bars are standard deviations over seeds" if table.repeated else ""
         caption = f"How {quality.title} degrades ({quality.better} is better), from the dense model at 0%{bars}."
-        return finished(figure, _file(f"{quality.key}-by-ratio"), title, caption)
+        return finished(figure, safe_name(f"{quality.key}-by-ratio"), title, caption)
 
 
 def _label_quality(axes: Axes, table: Table, quality: Column) -> None:
@@ -262,8 +262,3 @@ def _legend(figure: Any, handles: list[Line2D]) -> None:
 
 def _start(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _file(name: str) -> str:
-    """A file name of what a figure shows."""
-    return "".join(c if c.isalnum() or c == "-" else "_" for c in name.replace(".", "-"))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..report import table as markdown_table
 from .aggregate import RATIO, Table
 from .columns import Column, all_columns
 from .facts import facts
+from .figures import safe_name
 from .findings import axis_title, finite
 from .plots import Plot
 from .protocols import Protocols
@@ -46,6 +49,27 @@ def explanation(table: Table) -> list[str]:
     return said
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """Where a study is shown that no plot of quality shows."""
+
+    said: str
+    command: str
+
+
+def crossing(table: Table, plots: Sequence[Plot]) -> Crossing | None:
+    """The command that crosses two axes of a study of one ratio of whose quality nothing is drawn."""
+    axes = [name for name in (*table.methods, *table.circumstances) if name != RATIO]
+    drawn = any(plot.name.startswith(safe_name(column.key)) for plot in plots for column in table.quality)
+    if drawn or not table.quality or len(axes) < 2 or len({c.ratio for c in table.configurations}) > 1:
+        return None
+    names = [shlex.quote(part) for part in (table.findings.source.name, *axes[:2])]
+    command = "prunekit pivot {} --rows {} --columns {}".format(*names)
+    return Crossing(
+        "There is one ratio only, so quality is not drawn. As a cross table, with --out also drawn:", command
+    )
+
+
 def markdown(table: Table, plots: Sequence[Plot]) -> str:
     """report.md."""
     findings, protocols = table.findings, Protocols()
@@ -55,6 +79,8 @@ def markdown(table: Table, plots: Sequence[Plot]) -> str:
     lines += [*(f"- {said}" for said in (*detail, *filter(None, [bounds(table)])) if len(detail) > 1), ""]
     cells = [[text for text, _ in row.settings] + [_bold(cell.text, cell.best) for cell in row.cells] for row in rows]
     lines += [*markdown_table(head(table, table.columns), cells), "", *explanation(table), ""]
+    cross = crossing(table, plots)
+    lines += [f"{cross.said} `{cross.command}`", ""] if cross else []
     published = beside(table)
     if published:
         cells = [(b.where, b.metric, b.theirs, b.ours, b.difference, b.source) for b in published]

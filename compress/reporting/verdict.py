@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..report import number, share
 from .aggregate import RATIO, USE, Table
+from .baseline import baseline
 from .columns import Column
 from .configurations import Cell, Configuration, key
 from .contest import Compared, Contest, compare_best, contests, leading, ordered
@@ -59,13 +60,21 @@ def bounds(table: Table) -> str | None:
     beyond = [c for c in table.configurations if not table.saves(c)]
     if not beyond:
         return None
-    # Named by what is compared alone, where it holds for all ratios and circumstances.
-    others = [RATIO, *table.circumstances]
-    saving = {table.name(c, others) for c in table.configurations if table.saves(c)}
-    short = [table.name(c, others) for c in beyond]
-    names = list(dict.fromkeys(table.name(c) if s in saving else s for c, s in zip(beyond, short, strict=True)))
+    # Named by the strategy alone where that holds for all of it, or by the method for all ratios and circumstances.
+    shorter = [[name for name in table.axes if name != table.compared]] if table.compared else []
+    shorter.append([RATIO, *table.circumstances])
+    names = list(dict.fromkeys(_shortest(table, c, shorter) for c in beyond))
     verb = "computes" if len(names) == 1 else "compute"
     return f"{_listed(names)} {verb} more than the dense model: a bound to compare with, no contender here."
+
+
+def _shortest(table: Table, configuration: Configuration, without: Sequence[Sequence[str]]) -> str:
+    """The configuration's name without the first axes that leave one that nothing bears which saves."""
+    for axes in without:
+        name = table.name(configuration, axes)
+        if name not in {table.name(c, axes) for c in table.configurations if table.saves(c)}:
+            return name
+    return table.name(configuration)
 
 
 def _clause(table: Table, column: Column, one: Contest) -> str:
@@ -84,14 +93,29 @@ def _order(table: Table, column: Column, one: Contest, shared: list[str]) -> str
     if found.ties:
         tied = [found.best, *(tie.configuration for tie in found.ties)]
         names = [f"{table.name(c, shared)} ({c.cell(column).text})" for c in tied]
-        return f"{_several(names)} tie for the best {column.title}: {found.tied}"
+        text = f"{_several(names)} tie for the best {column.title}: {found.tied}"
+        return text + _reference(table, column, one, found, shared)
     best = "lowest" if column.better == "lower" else "highest"
     worse = "below" if column.better == "lower" else "above"
     intervals = ", ".join(f"{sure.text} over {sure.source}" for sure in found.evidence)
     sure = "; ".join(filter(None, [f"95% interval {intervals}" if intervals else "", found.caution]))
-    other = table.name(found.second, shared)
-    text = f"{name} has the {best} {column.title} ({value}), {_gap(column, found)} {worse} the next, {other}"
-    return f"{text} ({sure})" if sure else text
+    gap, other = _gap(column, found.best, found.second), table.name(found.second, shared)
+    text = f"{name} has the {best} {column.title} ({value}), {gap} {worse} the next, {other}"
+    return (f"{text} ({sure})" if sure else text) + _reference(table, column, one, found, shared)
+
+
+def _reference(table: Table, column: Column, one: Contest, found: Compared, shared: list[str]) -> str:
+    """How far the best is from what does not compensate, where compensation is compared and that is not yet named."""
+    other = baseline(column, one.contenders)
+    ties = [tie.configuration for tie in found.ties]
+    named = [found.best, *(ties[: SHOWN - 1] or [found.second])]
+    if other is None or any(other is one for one in named):
+        return ""
+    name = f"{table.name(other, shared)} ({other.cell(column).text}), which does not compensate"
+    if any(other is tie for tie in ties):
+        return f"; one of them is {name}"
+    worse = "below" if column.better == "lower" else "above"
+    return f"; the {'first' if ties else 'best'} is {_gap(column, found.best, other)} {worse} {name}"
 
 
 def _no_order(table: Table, column: Column, one: Contest, shared: list[str]) -> str:
@@ -107,9 +131,9 @@ def _left_out(table: Table, column: Column, one: Contest, shared: list[str]) -> 
     if len(lacking) == 1:
         said += f"; {' has '.join(lacking[0])} and is left out"
     elif lacking:
-        said += f"; {_listed([f'{name} ({what})' for name, what in lacking])} are left out"
+        said += f"; {_several([f'{name} ({what})' for name, what in lacking])} are left out"
     if one.unmeasured:
-        said += f"; {_listed(one.unmeasured)} {'is' if len(one.unmeasured) == 1 else 'are'} not measured"
+        said += f"; {_several(one.unmeasured)} {'is' if len(one.unmeasured) == 1 else 'are'} not measured"
     return said
 
 
@@ -151,14 +175,14 @@ def _shared(table: Table, one: Contest) -> tuple[list[str], str]:
     """The axes in which all agree, and those that are circumstances in words."""
     every = [*one.contenders, *one.left_out]
     shared = [name for name in table.axes if len({key(c.settings.get(name)) for c in every}) == 1]
-    if table.compared in shared and one.unmeasured:
-        shared.remove(table.compared)
+    if one.unmeasured:
+        shared = [name for name in shared if name not in table.methods]
     context = [name for name in shared if name not in (table.compared, RATIO)]
     return shared, ", ".join(_context(name, every[0]) for name in context)
 
 
-def _gap(column: Column, found: Compared) -> str:
-    best, second = found.best.mean(column), found.second.mean(column)
+def _gap(column: Column, first: Configuration, other: Configuration) -> str:
+    best, second = first.mean(column), other.mean(column)
     if column.style == "accuracy":
         return f"{100 * abs(best - second):.1f} points"
     return f"{100 * abs(1 - best / second):.2g}%" if second else number(abs(best - second))

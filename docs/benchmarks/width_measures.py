@@ -20,7 +20,7 @@ from prunekit.registry.moments import CHUNK
 from prunekit.strategies.compensation import LeastSquares
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from width_sizes import HEADS, Sizes
+from width_sizes import HEADS, RIDGE, Sizes
 
 VOCABULARY = 1000
 
@@ -114,7 +114,7 @@ def static_cut(sizes: Sizes, kind: str, ratio: float) -> dict[str, Any]:
         yield
         folded.append(time.perf_counter() - began if name == "compensate" else 0)
 
-    compensate, covariance = LeastSquares(memory_gib=8), ChannelMoments.bytes_of(sizes.width(kind))
+    compensate, covariance = LeastSquares(ridge=RIDGE, memory_gib=8), ChannelMoments.bytes_of(sizes.width(kind))
     model.model(input_ids=batches[0], use_cache=False)  # what the first pass alone takes is no part of any of them
     with memory.watched():
         pruned = cut_one(model, "wanda_sp", kind, ratio, calibration=batches, compensate=compensate, progress=timed)
@@ -192,7 +192,7 @@ def accuracy(sizes: Sizes, kind: str, ratio: float) -> dict[str, Any]:
     kept = torch.randperm(channels, generator=source.generator)[: channels - int(ratio * channels)].sort().values
     dropped = complement(kept, channels)
     weight = torch.randn(sizes.outputs, channels, generator=source.generator) / channels**0.5
-    compensator = LeastSquares()
+    compensator = LeastSquares(ridge=RIDGE)
     slopes = [compensator.solve(matrix, kept, dropped)[0] for matrix in (gathered, exact)]
     del gathered, exact
     found["slope"] = _error(*slopes)

@@ -6,7 +6,7 @@ from typing import Any
 
 from prunekit.compress.provenance import versions
 from prunekit.compress.report import table
-from width_sizes import Sizes
+from width_sizes import RIDGE, Sizes
 
 NAMES = {"mlp": "MLP", "attention": "heads"}
 CHEAP, DEAR = 0.1, 0.5
@@ -42,7 +42,7 @@ def _protocol(sizes: Sizes, machine: str, command: str, seconds: float) -> list[
             "model",
             f"one LLaMA layer with random weights: hidden {sizes.outputs:,}, 32 heads, intermediate {sizes.channels:,}",
         ),
-        ("ridge", "0.01 of the mean variance"),
+        ("ridge", f"{RIDGE} of the mean variance"),
         ("operations", "two for each multiply-add; matrix products, linear systems and attention, as evaluator `cost`"),
         ("took", f"{seconds / 60:.1f} minutes"),
     ]

@@ -17,7 +17,7 @@ from prunekit.registry.windows import cut_windows, token_stream
 from prunekit.strategies.compensation import LeastSquares, LowRankLeastSquares
 from torch import Tensor
 from width_measures import Activations, build, cut_one, operations_of, seconds_of, site_of, tokens_of
-from width_sizes import Sizes
+from width_sizes import RIDGE, Sizes
 
 SWAPPED = (0.0, 0.05, 0.1, 0.2)
 GATHERED = 4096
@@ -79,14 +79,14 @@ def _methods(site: Site, count: int, weight: Tensor, sizes: Sizes) -> list[dict[
         for label, kept in cases.items():
             found.append(_measured(label, compensator, prepared, site, weight, kept, sizes.repeats))
 
-    measure(LeastSquares(per_batch="solve"), {"solve": same})
+    measure(LeastSquares(ridge=RIDGE, per_batch="solve"), {"solve": same})
     measure(
-        LeastSquares(),
+        LeastSquares(ridge=RIDGE),
         {f"pivot {share:.0%} swapped": kept for share, kept in swapped.items()},
     )
-    measure(LeastSquares(per_batch="usual"), {"usual": swapped[0.1]})
+    measure(LeastSquares(ridge=RIDGE, per_batch="usual"), {"usual": swapped[0.1]})
     for rank in sizes.ranks:
-        measure(LowRankLeastSquares(rank=rank), {f"low rank {rank}": same})
+        measure(LowRankLeastSquares(ridge=RIDGE, rank=rank), {f"low rank {rank}": same})
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEADS = 32
+RIDGE = 0.01
+"""Of every regression, as a share of the mean variance: chosen from tokens it would not be the same everywhere."""
 
 
 @dataclass(frozen=True)

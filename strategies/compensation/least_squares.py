@@ -30,6 +30,7 @@ class Regression(ProbedMean):
     ridge: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="added to every variance, as a share of the channels' mean variance; null: at every site as much "
         "as its calibration tokens ask for (oracle approximating shrinkage)",
     )
@@ -37,7 +38,10 @@ class Regression(ProbedMean):
         "error", description="a covariance that cannot be solved: refuse it, or give back the mean alone there"
     )
     memory_gib: float | None = Field(
-        None, gt=0, description="memory that covariances and solving may take; null: most of what is free"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="memory that covariances and solving may take; null: most of what is free",
     )
 
     @property

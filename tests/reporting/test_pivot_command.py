@@ -111,14 +111,14 @@ def test_several_stores_get_an_axis(store):
     [
         (
             ("--by", "txt"),
-            ("--by: there is no axis 'txt'; did you mean 'text'?", "the axes are prune.use, prune.ratio"),
+            ("--by: there is no axis 'txt' (did you mean 'text'?", "the axes are prune.use, prune.ratio"),
         ),
         (("--by", "prune.use"), ("--rows and --by are the same axis, prune.use",)),
-        (("--metric", "perplexity.perplexty"), ("nothing measured 'perplexity.perplexty'; did you mean 'perplexity.",)),
+        (("--metric", "perplexity.perplexty"), ("nothing measured 'perplexity.perplexty' (did you mean 'perplexity.",)),
         (("--metric", "prr.prr"), ("prr.prr has no value for the dense model; name a reference with --relative",)),
-        (("--relative", "text=fa"), ("--relative: text has no value 'fa'; did you mean 'far'?; it has far, near",)),
+        (("--relative", "text=fa"), ("--relative: text has no value 'fa' (did you mean 'far'?); it has far, near",)),
         (("--relative", "text"), ("'text' is neither dense nor AXIS=VALUE",)),
-        (("--relative", "txt=far"), ("--relative: there is no axis 'txt'; did you mean 'text'?",)),
+        (("--relative", "txt=far"), ("--relative: there is no axis 'txt' (did you mean 'text'?",)),
         (("--relative", "text=far,text=near"), ("--relative: text is named twice",)),
         (("--relative", "prune.use=flap,ratio=40%,text=near,seed=1"), ("(1 planned, none is finished)",)),
     ],
