@@ -181,7 +181,7 @@ def pivot(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write tables and heat maps there too.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing cross tables.")] = False,
 ) -> None:
-    """Cross two axes of a study, averaged over all others trial by trial."""
+    """Cross two axes of a study, averaged trial by trial over the rest."""
     from .reporting import pivot_command
 
     pivot_command.pivot(stores, rows, columns, by, metric, relative, out, overwrite)

@@ -144,8 +144,9 @@ def test_weights_may_change_while_pruned(make_model, batches, strategy):
             model(ids, use_cache=False)
         for _ in range(2):
             model(ids, use_cache=False).logits.sum().backward()
-        kept = weight.grad.abs().sum(0) > 0
-        assert int(kept.sum()) == pruned.counts[1, "mlp"]
+        reached = int((weight.grad.abs().sum(0) > 0).sum())
+        # Where a bias gives back what was dropped, it depends on the dropped columns too.
+        assert reached == (192 if strategy == "flap" else pruned.counts[1, "mlp"])
 
 
 def test_calibration_in_inference_and_training_mode(make_model, batches):

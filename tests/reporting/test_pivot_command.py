@@ -69,7 +69,7 @@ def test_the_tables_are_printed_and_written(store, tmp_path):
     names = {"pivot", "pivot-text-far", "pivot-text-near"}
     assert {path.name for path in out.iterdir()} == {"pivot.md", "pivot.csv", "plots"}
     assert {path.name for path in (out / "plots").iterdir()} == {f"{n}.{end}" for n in names for end in ("svg", "png")}
-    rows = list(csv.DictReader((out / "pivot.csv").open()))
+    rows = list(csv.DictReader((out / "pivot.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["text"] for row in rows] == 4 * ["far"] + 4 * ["near"] + 4 * ["all"]
     last = rows[-1]
     assert (last["prune.use"], last["prune.ratio"], last["trials"], last["planned"], last["failed"]) == (
