@@ -93,7 +93,7 @@ def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None
         room, covariance = rooms[device], ChannelMoments.bytes_of(channels)
         dropped = (cut.site.units - cut.count) * cut.site.unit_size
         working = compensator.working_bytes(channels, dropped, per_batch)
-        # Of a cut made once the slope stays; it has its full size unless the compensator knows of fewer factors.
+        # Of a cut made once the slope stays, reckoned at its full size (d, k), which thin factors do not reach.
         made = compensator.held_bytes(channels) if per_batch else 4 * dropped * (channels - dropped)
         size = max(covariance, made)
         if size + working + room.made + room.staying > room.budget:

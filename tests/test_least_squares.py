@@ -123,7 +123,7 @@ def test_pivot_solve_and_a_cut_made_once_agree(usual):
 
 
 def test_the_usual_cut_must_be_known():
-    with pytest.raises(SpecError, match="per_batch usual needs a merger that uses history; use pivot"):
+    with pytest.raises(SpecError, match="per_batch usual needs calibrated scores; use pivot"):
         LeastSquares(per_batch="usual").prepare(covariance_of(), None)
 
 

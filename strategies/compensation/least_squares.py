@@ -112,7 +112,7 @@ class LeastSquares(Regression):
         if self.per_batch == "solve":
             return ridged
         if usual is None and self.per_batch == "usual":
-            raise SpecError("compensator least_squares: per_batch usual needs a merger that uses history; use pivot")
+            raise SpecError("compensator least_squares: per_batch usual needs calibrated scores; use pivot")
         base = torch.arange(len(ridged), device=ridged.device) if usual is None else usual
         in_base = torch.zeros(len(ridged), dtype=torch.bool, device=ridged.device).index_fill_(0, base, True)
         return Pivoted(pivot(ridged, base), in_base)
