@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ..registry import ROLES, Catalog, Compensator, Component, PluginError, SpecError, Strategy, near
+from .runtime import Runtime
 
 Model = TypeVar("Model", bound=BaseModel)
 Place = tuple[str | int, ...]
@@ -61,6 +62,14 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
         label = f"strategy {strategy.name}"
         built = reader.model(type(strategy), options, (), base=strategy)
     reader.finish(label)
+    return built
+
+
+def build_runtime(runtime: Runtime | Mapping[str, Any] | None) -> Runtime:
+    """A :class:`Runtime` from options; raises :class:`SpecError` naming every mistake at once."""
+    reader = Reader(Catalog())
+    built = reader.model(Runtime, {} if runtime is None else runtime, ("runtime",))
+    reader.finish("runtime")
     return built
 
 

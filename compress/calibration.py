@@ -13,7 +13,8 @@ from ..registry import DataError, NonFiniteError
 from ..registry.devices import device_of
 from ..registry.errors import FINITE_REMEDY
 from .cut import SiteCut
-from .engine import Engine, Learn
+from .engine import Engine
+from .forward_pass import Learn
 
 Progress = Callable[[Iterable, str, int], Iterable]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from ..registry import DataError, NonFiniteError, SiteScores, SpecError, Strategy, position_sums
 from ..registry.errors import FINITE_REMEDY
 from .cut import SiteCut
-from .probing import pick_tokens, probe_states
-from .stages import Stages
+from .finite import FiniteChecks
+from .probing import SiteInput, pick_tokens, probe_states
+from .stages import NOBODY, Stages
 
 REFERENCE_PAD_EPSILON = 1e-3
 """What the PP reference adds to its counts of real tokens in batches that have padding."""
@@ -33,6 +34,7 @@ class Decider:
     def __init__(self, strategy: Strategy, stages: Stages | None = None):
         self.strategy = strategy
         self.stages = stages or Stages()
+        self.finite = FiniteChecks()
         self.probe_valid: Tensor | None = None
         """Real tokens (b, t) of the probe that is running, where the batch has padding."""
         self.generator = torch.Generator()
@@ -63,11 +65,12 @@ class Decider:
 
         The update waits in ``cut.pending`` until :meth:`commit`, so that a batch that fails half way teaches nothing.
         """
-        with self.stages("history"):
-            self._learn(cut, x, valid)
+        if len(cut.kept):
+            with self.stages("history"):
+                self._learn(cut, x, valid)
 
     def _learn(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
-        columns = cut.site.columns(cut.kept)
+        columns = cut.weights.columns
         if x.shape[-1] != len(columns):
             x = x.index_select(2, columns)
         observed = self._measure(cut, x, valid, columns)
@@ -77,28 +80,29 @@ class Decider:
             # A position where every row is padding has shown nothing.
             updated = torch.where(valid.any(0)[:, None], updated, table.index_select(1, columns))
         cut.pending = columns, updated
+        site = cut.site
+        self.finite.add(
+            updated,
+            lambda: (
+                f"{site.label}: NaN or infinity in what entered {site.consumer} in this batch; history keeps what "
+                f"it knew before. {FINITE_REMEDY}"
+            ),
+        )
 
     def commit(self, cuts: list[SiteCut]) -> None:
         """Take over what sites have learnt from a batch; raises :class:`NonFiniteError` and forgets it all if NaN."""
         learnt = [(cut, *cut.pending) for cut in cuts if cut.pending is not None]
-        self.forget(cuts)
-        if learnt:
-            with self.stages("history"):
-                self._take_over(learnt)
-
-    def _take_over(self, learnt: list[tuple[SiteCut, Tensor, Tensor]]) -> None:
-        finite = torch.stack([torch.isfinite(updated).all().cpu() for _, _, updated in learnt])
-        if not bool(finite.all()):
-            site = learnt[int(finite.int().argmin())][0].site
-            raise NonFiniteError(
-                f"{site.label}: NaN or infinity in what entered {site.consumer} in this batch; history keeps what it "
-                f"knew before. {FINITE_REMEDY}"
-            )
-        for cut, columns, updated in learnt:
-            cut.history.table[: updated.shape[0]].index_copy_(1, columns, updated)
+        try:
+            with self.stages("history") if learnt else NOBODY:
+                self.finite.settle()
+                for cut, columns, updated in learnt:
+                    cut.history.table[: updated.shape[0]].index_copy_(1, columns, updated)
+        finally:
+            self.forget(cuts)
 
     def forget(self, cuts: list[SiteCut]) -> None:
-        """Drop what waits to be learnt."""
+        """Drop what waits to be learnt and to be checked."""
+        self.finite.forget()
         for cut in cuts:
             cut.pending = None
 
@@ -120,6 +124,8 @@ class Decider:
         """Scores of a site by its calibrated history, or by its weights alone."""
         statistic = None if cut.scorer.statistic is None else cut.history.table.clamp(min=0).sum(0)
         channels = self._channel_scores(cut, statistic)
+        if not bool(torch.isfinite(channels).all()):
+            raise NonFiniteError(_not_finite(cut))
         return SiteScores(cut.site, channels, self._unit_scores(cut, channels))
 
     def usual(self, cut: SiteCut) -> Tensor:
@@ -127,25 +133,22 @@ class Decider:
         return keep_highest(self.scores(cut).units, cut.count)
 
     @torch.no_grad()
-    def decide(
-        self, cut: SiteCut, hidden: Tensor, residual: Tensor, valid: Tensor | None, arguments: dict[str, Any]
-    ) -> Decision:
-        """Probe a batch and decide; hidden and residual (B, T, D), valid (B, T) or None.
+    def decide(self, cut: SiteCut, given: SiteInput) -> Decision:
+        """Probe a batch and decide.
 
         A site whose cut was made once keeps its units: there the probe serves compensation alone.
         """
-        strategy, merger = self.strategy, cut.merger
+        strategy, merger, valid = self.strategy, cut.merger, given.valid
         selector, uses_mean = strategy.probes_with.at(cut.site), cut.compensation.compensator.uses_probe
-        states = residual if selector.looks_at == "residual" else hidden
         counted = valid if strategy.pad_handling == "exclude" else None
         with self.stages("select"):
-            rows, positions = selector.select(states, counted, self.generator)
+            rows, positions = selector.select(given.states(cut, selector.looks_at), counted, self.generator)
         measured = mean = None
         if uses_mean or (merger is not None and merger.uses_probe):
             self.probe_valid = None if valid is None else pick_tokens(valid, rows, positions)
             try:
                 with self.stages("probe"):
-                    x = probe_states(cut, hidden, rows, positions, arguments, strategy.probe_mask)
+                    x = probe_states(cut, given, rows, positions, strategy.probe_mask)
                     x = x.view(len(rows), positions.shape[-1], -1)
                     if merger is not None and merger.uses_probe:
                         measured = self._measure_probe(cut, x, self.probe_valid, positions)
@@ -154,17 +157,19 @@ class Decider:
                 self.probe_valid = None
         if merger is None:
             return Decision(cut.fixed, rows, positions, mean)
-        self._check_length(cut, hidden.shape[1])
+        self._check_length(cut, given.residual.shape[1])
         with self.stages("score"):
             history = None
             if merger.uses_history:
-                history = cut.history.table.index_select(0, positions.reshape(-1)).clamp(min=0)
+                history = cut.history.table.index_select(0, positions.reshape(-1)).clamp_(min=0)
             merged = merger.merge(measured, history)
             if valid is not None and positions.dim() == 2:
                 # Where every row has positions of its own, one that holds padding stands for nothing.
                 merged = merged.masked_fill(~pick_tokens(valid, rows, positions).reshape(-1, 1), 0)
             statistic = merged.sum(0)
-            units = self._unit_scores(cut, self._channel_scores(cut, statistic))
+            scores = self._channel_scores(cut, statistic)
+            self.finite.add(scores, lambda: _not_finite(cut))
+            units = self._unit_scores(cut, scores)
             return Decision(keep_highest(units, cut.count), rows, positions, mean)
 
     def _measure_probe(self, cut: SiteCut, x: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
@@ -179,11 +184,13 @@ class Decider:
         """The channels' mean over the probe's real tokens; x (b, t, C) -> (C,) float32."""
         total, counts = position_sums(x, valid)
         mean = total.sum(0) / counts.sum().clamp(min=1)
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(mean).all()):
-            raise NonFiniteError(
+        self.finite.add(
+            mean,
+            lambda: (
                 f"{cut.site.label}: NaN or infinity in what the probe of this batch saw enter {cut.site.consumer}. "
                 f"{FINITE_REMEDY}"
-            )
+            ),
+        )
         return mean
 
     def compared_scores(self, cut: SiteCut) -> SiteScores:
@@ -195,11 +202,6 @@ class Decider:
         cut.prepare()
         scores = cut.scorer.score(cut.prepared, statistic)
         _check_shape(cut, "score", scores, cut.site.channels)
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(scores).all()):
-            raise NonFiniteError(
-                f"{cut.site.label}: the scores of {cut.site.consumer} are NaN or infinite, so nothing can be decided; "
-                f"the activations here, or the weights before, are not finite. {FINITE_REMEDY}"
-            )
         return scores
 
     def _unit_scores(self, cut: SiteCut, channels: Tensor) -> Tensor:
@@ -213,6 +215,13 @@ class Decider:
                 f"a batch of {length} positions is longer than the history, which calibration filled for "
                 f"{cut.history.positions}; calibrate with sequences of at least {length} tokens, or cut the batch"
             )
+
+
+def _not_finite(cut: SiteCut) -> str:
+    return (
+        f"{cut.site.label}: the scores of {cut.site.consumer} are NaN or infinite, so nothing can be decided; the "
+        f"activations here, or the weights before, are not finite. {FINITE_REMEDY}"
+    )
 
 
 def _check_shape(cut: SiteCut, method: str, scores: Tensor, expected: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..registry import ModelError, Producer
 
@@ -21,13 +20,9 @@ class SiteLinear(nn.Linear):
     """Which producer this is; ``None`` for the consumer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        cut = self.site_cut
         if self.site_producer is None:
-            if cut.probing:
-                return x  # the block's own forward then returns what enters the consumer
-            cut.entering_consumer(x)
-            return functional.linear(x, *cut.consumer_weights(self))
-        return functional.linear(x, *cut.producer_weights(self, self.site_producer))
+            return self.site_cut.consume(self, x)
+        return self.site_cut.produce(self, self.site_producer, x)
 
 
 def adopt(linear: nn.Module, path: str, cut: SiteCut, producer: Producer | None) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+from .reuse import Probed
 
 if TYPE_CHECKING:
     from .cut import SiteCut
@@ -13,34 +16,55 @@ if TYPE_CHECKING:
 CACHE_ARGUMENT = "past_key_values"
 
 
+@dataclass
+class SiteInput:
+    """What a site's block reads, or is going to read."""
+
+    residual: Tensor
+    """(B, T, D): the residual stream, before the site's norm."""
+    hidden: Tensor | None
+    """(B, T, D): the same normed; None where nobody has normed it yet."""
+    valid: Tensor | None
+    """(B, T) bool: real tokens; None where all are."""
+    arguments: dict[str, Any]
+    """What else an attention's forward is called with."""
+    reuse: bool = False
+    """Whether what the producers make of the probe is to be kept for the batch."""
+
+    def states(self, cut: SiteCut, looks_at: Literal["residual", "hidden"]) -> Tensor:
+        """(B, T, D): what a selector ranks by."""
+        if looks_at == "residual":
+            return self.residual
+        return cut.norm.forward(self.residual) if self.hidden is None else self.hidden
+
+    def chosen(self, cut: SiteCut, rows: Tensor, positions: Tensor) -> Tensor:
+        """(b, t, D): the normed states of the probe's tokens."""
+        if self.hidden is None:
+            return cut.norm.forward(pick_tokens(self.residual, rows, positions))
+        return pick_tokens(self.hidden, rows, positions)
+
+
 @torch.no_grad()
 def probe_states(
-    cut: SiteCut,
-    hidden: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    arguments: dict[str, Any],
-    mask: Literal["selected", "first"],
+    cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor, mask: Literal["selected", "first"]
 ) -> Tensor:
-    """What would enter the consumer for the probe's tokens, all units kept.
+    """What would enter the consumer for the probe's tokens, all units kept; (b, t, C).
 
-    ``hidden`` (B, T, D) is the normed input of the block; returns (b, t, C). No attention, rotary or
-    activation code is repeated here: the block runs its own forward with its consumer handing back
-    what it reads. Positions are (t,), or (b, t) where every row has its own. ``mask`` says which positions'
+    No attention, rotary or activation code is repeated here: the block runs its own forward with its consumer handing
+    back what it reads. Positions are (t,), or (b, t) where every row has its own. ``mask`` says which positions'
     attention mask the probe gets.
     """
-    chosen = pick_tokens(hidden, rows, positions)
-    if cut.fixed is None:
-        cut.close()
-    else:
-        cut.rest()
+    chosen = given.chosen(cut, rows, positions)
+    cut.rest()
     cut.probing = True
+    cut.probed = Probed(given.hidden, rows, positions) if given.reuse and positions.dim() == 1 else None
     try:
         if cut.activation is not None:
             return cut.activation(cut.entry.forward(chosen))
         if cut.site.kind == "mlp":
             return cut.entry.forward(chosen)
-        return cut.entry.forward(chosen, **_chosen_arguments(arguments, hidden, rows, positions, mask))[0]
+        arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, mask)
+        return cut.entry.forward(chosen, **arguments)[0]
     finally:
         cut.probing = False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -41,7 +40,7 @@ class Pruned:
         Keys: ``batch`` (None for a strategy that decides once), ``layer``, ``kind``, ``rows`` and
         ``positions`` of the probe, ``kept`` units, ascending.
         """
-        return self._engine.trace
+        return self._engine.running_pass.trace
 
     @property
     def sites(self) -> list[Site]:
@@ -100,12 +99,11 @@ class Pruned:
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes held besides the model now: ``statistics`` of all sites, and ``gathered`` copies of kept weights."""
-        total: Counter[str] = Counter(statistics=0, gathered=0)
-        for cut in self._engine.cuts:
-            total.update(cut.held_bytes)
-        for history in self._calibrated or ():
-            total["statistics"] += history.bytes
-        return dict(total)
+        statistics = sum(cut.statistics_bytes for cut in self._engine.cuts)
+        statistics += sum(history.bytes for history in self._calibrated or ())
+        copies = [*self._engine.gatherer.buffers, *(t for cut in self._engine.cuts for t in cut.weights.gathered())]
+        pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in copies}
+        return {"statistics": statistics, "gathered": sum(pieces.values())}
 
     def active_parameters(self) -> int:
         """Parameters of the model without those of the units that go; a probe still computes with all of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ..registry import AttentionUnit, Catalog, DataError, ModelError, Site, SiteScores, SpecError, Strategy
 from ..registry.tokens import check_token_ids
-from .building import build_strategy
+from .ahead import check_same_attention
+from .building import build_runtime, build_strategy
 from .calibration import Progress, calibrate, calibrate_sequentially, calibration_list, evaluating, no_progress
 from .covariance import check_layers, gather_covariances, settle
 from .cut import SiteCut
 from .decision import Decision
 from .engine import Engine
 from .pruned import Pruned
+from .runtime import Runtime
 from .shared_statistics import SharedStatistics, SomeMoments
 
 
@@ -29,6 +31,7 @@ def prune(
     catalog: Catalog | None = None,
     progress: Progress = no_progress,
     statistics: SharedStatistics | None = None,
+    runtime: Runtime | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune a loaded causal language model in place; undo with :meth:`Pruned.remove` or ``with``.
@@ -38,6 +41,7 @@ def prune(
     ``calibration`` is an iterable of ``{"input_ids", "attention_mask"}`` tensors (B, T) int64, or of ids alone;
     strategies that look at activations need it. Statistics are float32, whatever the model's dtype; what
     ``statistics`` already holds of them for this very text is not gathered again (one such object for one model).
+    ``runtime`` is a :class:`~prunekit.compress.Runtime`, or a mapping of its options: how to compute, not what.
 
     Raises :class:`SpecError` (options that cannot work), :class:`ModelError` (a model that no adapter knows),
     :class:`DataError` (calibration missing or unusable), :class:`NonFiniteError` (NaN or infinity met); the model
@@ -48,6 +52,8 @@ def prune(
     layers, sites = find_sites(model, catalog, chosen.attention_unit)
     attention_outputs = [site.consumer for site in sites if site.kind == "attention"]
     sites, ratio = sites_within(chosen, sites, layers=1 + max(site.layer for site in sites))
+    if chosen.decides_ahead:
+        check_same_attention(model)
     batches = None
     if chosen.needs_calibration:
         if calibration is None:
@@ -58,7 +64,7 @@ def prune(
         for number, batch in enumerate(batches):
             vocabulary = model.get_input_embeddings().num_embeddings
             check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
-    engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs)
+    engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs, build_runtime(runtime))
     try:
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             _decide(engine, ratio, batches, progress, statistics)
@@ -181,8 +187,8 @@ def _fix(engine: Engine, cut: SiteCut) -> None:
     """Decide once for a site, by its calibrated scores."""
     kept = engine.decider.usual(cut)
     nothing = torch.empty(0, dtype=torch.int64)
-    engine.record(cut, None, Decision(kept, nothing, nothing))
+    engine.running_pass.record(cut, None, Decision(kept, nothing, nothing))
     if not cut.whole:
         cut.fixed = kept
         if engine.strategy.sequential:
-            cut.open(kept)
+            cut.open(kept, stays=True)

@@ -33,7 +33,8 @@ class Cost(Evaluator):
 
     ``floor`` is what a model would cost whose weights were sliced to the same counts beforehand, without probe and
     compensation. It is not counted but computed, from the dense model's parts and the sites' shapes; ``over_floor``
-    is how many times as much the pruned model costs.
+    is how many times as much the pruned model costs. What the probe has computed of its tokens need not be computed
+    again with the batch: ``reused`` is what that saves, where the runtime makes use of it (on a CPU).
 
     Parameters are no count of memory: a strategy that probes keeps all of them and reads all of them to decide.
     Running a batch moves the history of strategies that probe; the pipeline resets it before each evaluator.
@@ -67,8 +68,11 @@ class Cost(Evaluator):
                 "floor_ratio": floor / dense_total,
                 "over_floor": total / floor if floor else None,
             }
-            for prefix, counted in (("", pruned), ("dense_", dense)):
-                values |= {f"{prefix}{part}": amount / tokens for part, amount in by_part(counted).items()}
+            parts, dense_parts = by_part(pruned), by_part(dense)
+            for prefix, counted in (("", parts), ("dense_", dense_parts)):
+                values |= {f"{prefix}{part}": amount / tokens for part, amount in counted.items()}
+            beside = parts[PROBE] + parts[COMPENSATION] + parts[OTHER] - dense_parts[OTHER]
+            values["reused"] = max(0, floor - (total - beside)) / tokens
         values |= {
             "parameters": parameters,
             "dense_parameters": dense_parameters,
@@ -78,6 +82,7 @@ class Cost(Evaluator):
             "flops": "per token of a prefill; matrix products, linear systems and full-square attention, output layer "
             "at every position, probe and compensation included; element-wise work and copies not counted",
             "compensation": "what every batch takes; what is folded into the weights once is not counted",
+            "reused": "per token: what the batch is spared because the probe has computed it of its own tokens",
             "floor": "per token, computed: the dense parts without the cut units' weights and scores, no probe and no "
             "compensation",
             "parameters": "parameters of the units that stay; a dynamic strategy's probe and its memory still use all",

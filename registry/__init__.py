@@ -16,6 +16,7 @@ from .errors import (
 from .evaluation import STAGES, Evaluator, Measurement, Stage, Subject
 from .hookspecs import ROLES, hookimpl
 from .moments import ChannelMoments
+from .reductions import position_means, position_sums, token_norms
 from .roles import (
     Architecture,
     HistoryMerger,
@@ -26,7 +27,7 @@ from .roles import (
     SparsityAllocator,
 )
 from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, complement
-from .statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row, position_sums
+from .statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row
 from .strategy import Strategy
 from .text import TextSource
 
@@ -76,5 +77,7 @@ __all__ = [
     "merge_mean",
     "near",
     "per_row",
+    "position_means",
     "position_sums",
+    "token_norms",
 ]

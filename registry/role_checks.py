@@ -207,6 +207,10 @@ def check_application(applier: MaskApplier) -> None:
     same = torch.allclose(columns @ (rows @ x + row_bias), expected, rtol=1e-4, atol=1e-5)
     expect(same, applier, "computes something else than the kept channels' contribution")
     expect(applier.producer(weight, None, kept)[1] is None, applier, "makes a bias where the producer has none")
+    if applier.gathers:
+        copied = torch.equal(rows, weight[kept]) and torch.equal(row_bias, bias[kept])
+        copied = copied and torch.equal(columns, consumer[:, kept])
+        expect(copied, applier, "says that it gathers, and does something else; its methods would never be called")
     expect_unchanged(applier, "weight", draw(24, 16), weight)
     expect_unchanged(applier, "weight", draw(20, 24, seed=2), consumer)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from .component import Component
@@ -51,6 +52,12 @@ class ProbeSelector(Component):
     looks_at: ClassVar[Literal["residual", "hidden"]] = "residual"
     """The residual stream before the block's norm, or the normed hidden states."""
 
+    ahead: bool = Field(
+        False,
+        description="decide for every block while the one before it runs, from the residual stream that that one reads "
+        "(PP's probing in parallel); a CUDA device does both at once",
+    )
+
     @abstractmethod
     def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows (b,) and positions (t,) of the probe, int64, ascending; states (B, T, D), valid (B, T) or None.
@@ -89,6 +96,9 @@ class MaskApplier(Component):
 
     resizes: ClassVar[bool] = True
     """Whether the cut site is really smaller: the model's size attributes are then told."""
+    gathers: ClassVar[bool] = False
+    """Whether both methods copy the kept rows or columns together and do nothing else: they then only say what is
+    meant, and the copying is done in whichever way is fastest on the device."""
 
     @abstractmethod
     def producer(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:

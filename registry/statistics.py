@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .component import Component
+from .reductions import position_means, position_sums
 
 
 @dataclass
@@ -95,7 +96,7 @@ class MeanSquare(Statistic):
         merge_mean(history, sums, counts)
 
     def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
-        return per_row(*position_sums(x, valid, square=True))
+        return position_means(x, valid, square=True)
 
 
 class Fluctuation(Statistic):
@@ -126,30 +127,7 @@ class Fluctuation(Statistic):
             counted = x.float() if valid is None else x.float().masked_fill(~valid[..., None], 0)
             tokens = x.shape[0] * x.shape[1] if valid is None else valid.sum().clamp(min=1)
             mean = counted.sum((0, 1)) / tokens
-        return per_row(*position_sums(x, valid, square=True, centre=mean))
-
-
-def position_sums(
-    x: Tensor, valid: Tensor | None, square: bool = False, centre: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sum over rows of x, or of (x - centre)^2; x (B, T, C) -> (T, C) float32 and the tokens counted (T,).
-
-    Row by row: the temporaries stay in the processor's cache, which on CPU is many times faster than
-    one reduction over the batch axis, and a half-precision batch never becomes a float32 copy of itself.
-    """
-    total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
-    for b in range(x.shape[0]):
-        row = x[b].float()
-        if centre is not None:
-            row = row - centre
-        if valid is not None:
-            row = row.masked_fill(~valid[b][:, None], 0)
-        if square:
-            total.addcmul_(row, row)
-        else:
-            total.add_(row)
-    rows = torch.full((x.shape[1],), float(x.shape[0]), dtype=torch.float32, device=x.device)
-    return total, rows if valid is None else valid.sum(0).float()
+        return position_means(x, valid, square=True, centre=mean)
 
 
 def per_row(sums: Tensor, counts: Tensor) -> Tensor:

@@ -107,6 +107,11 @@ class Strategy(Component):
         return self.selector
 
     @property
+    def decides_ahead(self) -> bool:
+        """Whether every block is probed while the one before it runs."""
+        return self.probes_with is not None and self.probes_with.ahead
+
+    @property
     def dynamic(self) -> bool:
         """Whether the decision is made anew for every batch."""
         return self.merger is not None

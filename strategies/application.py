@@ -13,6 +13,7 @@ from ..registry import MaskApplier, hookimpl
 class Slice(MaskApplier):
     """Compute with the kept rows and columns only: really smaller and faster."""
 
+    gathers: ClassVar[bool] = True
     name: Literal["slice"] = "slice"
 
     def producer(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:

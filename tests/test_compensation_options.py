@@ -132,7 +132,9 @@ def test_an_option_beside_the_component_that_has_it(load, section, said):
 
 def test_keys_of_no_component_are_answered_with_those_there_are(load):
     assert "unknown key; there are ratio, skip_layers, " in refused(load, "use: pp, qqq: 0.1")
-    assert refused(load, "use: pp, selector: {ridge: 1}").endswith("ridge: unknown key; there are positions, rows")
+    assert refused(load, "use: pp, selector: {ridge: 1}").endswith(
+        "ridge: unknown key; there are ahead, positions, rows"
+    )
 
 
 def test_a_near_name_and_the_names_there_are_make_one_sentence(load):

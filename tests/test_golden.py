@@ -40,7 +40,7 @@ PP_RUNS = {
     ),
 }
 # The FLAP baseline's threshold is itself a group of 128 attention channels (four heads of 32), and whether that group
-# stays depends on the last bit of a standard deviation, so on the processor. By model and label, the site that it is of.
+# stays depends on the last bit of a standard deviation, so on the processor. By model and label, the group's site.
 DECIDED_BY_ONE_ULP = {
     ("llama-mha-hd32", "flap_baseline@0.3"): (3, "attention"),
     ("llama-mha-hd32", "flap_baseline@0.4"): (5, "attention"),

@@ -89,8 +89,9 @@ def state(model):
             len(module._forward_hooks),
             len(module._forward_pre_hooks),
             [
-                (key, parameter.data_ptr(), parameter._version)
+                (key, id(parameter), parameter._version, parameter.stride(), parameter.data_ptr() % 64, tuple(row))
                 for key, parameter in module.named_parameters(recurse=False)
+                for row in parameter.detach().reshape(len(parameter), -1).tolist()
             ],
         )
         for name, module in model.named_modules()

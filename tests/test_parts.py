@@ -29,7 +29,15 @@ def cost(make_model, batches):
         with prune(model, use, **options) as pruned:
             values = Cost(batch_size=B, length=T).evaluate(subject_of(model, pruned)).values
             values["counts"] = dict(pruned.counts)
-        whole = (*PARTS, "flops", "floor", *(f"dense_{part}" for part in (*PARTS, "flops")))
+            rows = [
+                pruned.counts[site.layer, site.kind] * segment.per_unit
+                for site in pruned.sites
+                for producer in site.producers
+                for segment in producer.segments
+            ]
+            # Rows of producers that make the 12 tokens of the probe; they read 128 numbers.
+            values["spared"] = 2 * 12 * 128 * sum(rows) if use == "pp" else 0
+        whole = (*PARTS, "flops", "floor", "reused", *(f"dense_{part}" for part in (*PARTS, "flops")))
         return {key: round(value * B * T) if key in whole else value for key, value in values.items()}
 
     return measure
@@ -41,7 +49,8 @@ def cost(make_model, batches):
 @pytest.mark.parametrize("use", ["wanda_sp", "flap", "pp"])
 def test_a_sliced_model_costs_its_floor_and_its_probe(cost, use, family, unit, attention):
     found = cost(use, family, attention, attention_unit=unit)
-    assert found["flops"] == found["floor"] + found["probe"] and found["compensation"] == 0
+    assert found["flops"] == found["floor"] + found["probe"] - found["spared"] and found["compensation"] == 0
+    assert found["reused"] == found["spared"] < max(1, found["probe"])
     assert found["flops"] == sum(found[part] for part in PARTS)
     assert found["dense_flops"] == sum(found[f"dense_{part}"] for part in PARTS)
     assert found["floor"] < 0.85 * found["dense_flops"]
@@ -69,7 +78,7 @@ def test_parts_are_what_the_formulas_say(cost, unit):
 
 def test_a_zeroing_cut_is_far_above_its_floor(cost):
     found = cost("pp", applier="zero")
-    assert found["flops"] == found["dense_flops"] + found["probe"]
+    assert found["flops"] == found["dense_flops"] + found["probe"] and found["reused"] == 0
     assert found["over_floor"] > 1.3
 
 
@@ -77,6 +86,11 @@ def test_a_zeroing_cut_is_far_above_its_floor(cost):
 def test_compensation_does_not_move_the_floor(cost, compensate):
     found, plain = cost("wanda_sp", compensate=compensate), cost("wanda_sp", compensate="none")
     assert found["over_floor"] == 1 and found["floor"] == plain["floor"] == found["flops"]
+
+
+def test_a_runtime_that_reuses_nothing_costs_the_floor_and_the_whole_probe(cost):
+    found = cost("pp", runtime={"reuse_probe": False})
+    assert found["flops"] == found["floor"] + found["probe"] and found["reused"] == 0
 
 
 def test_without_sites_there_is_no_split(make_model):

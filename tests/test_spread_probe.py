@@ -104,11 +104,11 @@ def run(model, ids, valid, batches, **options):
 def test_each_row_sees_what_it_would_see_alone(make_model, batches, monkeypatch, family, attention, padding):
     compared = []
 
-    def checked(cut, hidden, rows, positions, arguments, mask):
-        together = probe_states(cut, hidden, rows, positions, arguments, mask)
+    def checked(cut, given, rows, positions, mask):
+        together = probe_states(cut, given, rows, positions, mask)
         assert positions.shape == (BATCH, 8) and not torch.equal(positions[0], positions[1])
         for row, (states, own) in enumerate(zip(together.view(BATCH, 8, -1), positions, strict=True)):
-            alone = probe_states(cut, hidden, rows[row : row + 1], own, arguments, mask).view(8, -1)
+            alone = probe_states(cut, given, rows[row : row + 1], own, mask).view(8, -1)
             real = torch.ones(8, dtype=torch.bool) if valid is None else valid[row, own]
             torch.testing.assert_close(states[real], alone[real], rtol=1e-4, atol=1e-5)
             compared.append(int(real.sum()))

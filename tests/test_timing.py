@@ -6,6 +6,7 @@ import pytest
 import torch
 from prunekit.compress import decision, prune
 from prunekit.compress.calibration import no_progress
+from prunekit.compress.gathering import Gatherer
 from prunekit.compress.loading import Loaded
 from prunekit.compress.measuring import Measuring
 from prunekit.evaluators import timing
@@ -13,7 +14,6 @@ from prunekit.evaluators.latency import PARTS, Latency
 from prunekit.evaluators.passes import cached_prefill, prefill
 from prunekit.evaluators.timing import Clock, EventClock, accelerators, clock_of
 from prunekit.registry import STAGES, SpecError
-from prunekit.strategies.application import Slice
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def broken_down(make_model, batches, now, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(Slice, "producer", costly(Slice.producer, 100))
+    monkeypatch.setattr(Gatherer, "rows", costly(Gatherer.rows, 100))
     monkeypatch.setattr(decision.Decider, "_learn", costly(decision.Decider._learn, 1000))
     monkeypatch.setattr(decision, "probe_states", costly(decision.probe_states, 10_000))
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...registry import ProbeSelector
+from ...registry import ProbeSelector, token_norms
 
 SHORT_PROBE = 10
 """Probes of at most this many positions always contain the first one, the attention sink."""
@@ -32,7 +32,7 @@ class NormSelector(SizedSelector):
 
     def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         number_of_rows, number_of_positions = self.sizes(states)
-        norms = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
+        norms = token_norms(states)
         if valid is not None:
             norms = norms.masked_fill(~valid, 0)
         positions = norms.norm(dim=0).topk(number_of_positions).indices.sort().values

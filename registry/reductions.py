@@ -1,0 +1,96 @@
+"""Reductions over a whole batch that a forward pass can afford: it is read once, and no float32 copy of it is made.
+
+Letters: B rows, T positions, C channels, D hidden size. What comes out is float32, whatever goes in.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+KERNELS_VARIABLE = "PRUNEKIT_KERNELS"
+"""``plain`` keeps reductions on CUDA devices from using Triton."""
+
+
+def position_sums(
+    x: Tensor, valid: Tensor | None, square: bool = False, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of x, or of (x - centre)^2; x (B, T, C) -> (T, C) float32 and the tokens counted (T,).
+
+    Padded tokens, where valid (B, T) is false, count in neither. ``centre`` is (C,).
+    """
+    rows = torch.full((x.shape[1],), float(x.shape[0]), dtype=torch.float32, device=x.device)
+    return _sums(x, valid, square, centre), rows if valid is None else valid.sum(0).float()
+
+
+def position_means(x: Tensor, valid: Tensor | None, square: bool = False, centre: Tensor | None = None) -> Tensor:
+    """:func:`position_sums` divided by the tokens counted; a position with none gives 0; (B, T, C) -> (T, C)."""
+    sums = _sums(x, valid, square, centre)
+    if valid is None:
+        return sums.div_(x.shape[0])
+    return sums.div_(valid.sum(0).clamp(min=1)[:, None])
+
+
+def _sums(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _at_once(x, valid, square, centre)
+    if x.device.type == "cpu":
+        return _row_by_row(x, valid, square, centre)
+    kernels = triton_kernels() if x.is_cuda else None
+    if kernels is not None:
+        return kernels.position_sums(x, valid, square, centre)
+    if square and valid is None and centre is None:
+        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+    return _at_once(x, valid, square, centre)
+
+
+def token_norms(states: Tensor) -> Tensor:
+    """L2 norm of every token's state; (B, T, D) -> (B, T) float32."""
+    if states.device.type != "cpu" or states.dtype == torch.float32 or torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
+    # Half precision is cast on the way, on a CPU into a copy: row by row that stays in the processor's cache.
+    return torch.stack([torch.linalg.vector_norm(row, dim=-1, dtype=torch.float32) for row in states])
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The kernels for CUDA devices; None where Triton is absent or switched off by :data:`KERNELS_VARIABLE`."""
+    if os.environ.get(KERNELS_VARIABLE) == "plain":
+        return None
+    try:
+        from . import triton_reductions
+    except ImportError:
+        return None
+    return triton_reductions
+
+
+def _row_by_row(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) -> Tensor:
+    """For CPUs: temporaries stay in the cache, many times faster there than one reduction over the batch axis."""
+    total = None
+    for b in range(x.shape[0]):
+        row = x[b].float()
+        if centre is not None:
+            row = row - centre
+        if valid is not None:
+            row = row.masked_fill(~valid[b][:, None], 0)
+        if total is None:
+            total = row * row if square else row.clone()
+        elif square:
+            total.addcmul_(row, row)
+        else:
+            total.add_(row)
+    return torch.zeros(x.shape[1:], device=x.device) if total is None else total
+
+
+def _at_once(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) -> Tensor:
+    """One expression over the batch, which a compiler makes one reduction of."""
+    x = x.float()
+    if centre is not None:
+        x = x - centre
+    if valid is not None:
+        x = x.masked_fill(~valid[..., None], 0)
+    return (x * x if square else x).sum(0)
