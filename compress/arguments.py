@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 
 import torch
 from torch import Tensor, nn
 
 
-@functools.cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+_KNOWN: dict[type[nn.Module], tuple[str, ...]] = {}
+
+
+def learn_names(*modules: nn.Module) -> None:
+    """Look up the parameters of the modules' forwards beforehand: :func:`named` can then be compiled through."""
+    for kind in map(type, modules):
+        if kind not in _KNOWN:
+            _KNOWN[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A call's arguments by name, those given by position too."""
-    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs} if args else kwargs
+    """A call's arguments by name, those given by position too; :func:`learn_names` has seen the module."""
+    return {**dict(zip(_KNOWN[type(module)], args, strict=False)), **kwargs} if args else kwargs
 
 
 def valid_tokens(attention_mask: Tensor | dict | None, batch: int, length: int) -> Tensor | None:

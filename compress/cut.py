@@ -130,7 +130,7 @@ class SiteCut:
 
     def prefetch(self, kept: Tensor, stays: bool) -> None:
         """Gather for a cut that is going to be opened with the same ``kept`` (k,) and ``stays``."""
-        self.weights.of(kept, stays)
+        self.weights.of(kept, stays, self.fixed is not None)
         for linear, producer in self.producers:
             self.weights.producer(linear, producer)
         if not self.compensation.wanted:
@@ -162,6 +162,8 @@ class SiteCut:
             if self.probing and self.probed is not None:
                 self.probed.outputs[linear] = made
             return made
+        if self.weights.fuses(linear, x):
+            return self.weights.fused_producer(linear, producer, x)
         weight, bias = self.weights.producer(linear, producer)
         if self.probed is not None and self.probed.covers(linear, x):
             made = self.probed.linear(linear, weight, bias, self.weights.rows(producer.segments))
@@ -174,6 +176,8 @@ class SiteCut:
             return x  # the block's own forward then returns what enters the consumer
         if self.observe is not None:
             self.observe(self, x)
+        if self.kept is not None and not self.compensation.wanted and self.weights.fuses(linear, x):
+            return self.weights.fused_consumer(linear, x)
         return functional.linear(x, *self.consumer_weights(linear))
 
     def consumer_weights(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:

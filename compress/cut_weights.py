@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..registry import ChannelHistory, MaskApplier, Producer, Rows, Site
 from ..registry.devices import is_offloaded, unautocast
+from ..registry.kernels import usable_on
 from .compensation import SiteCompensation
 from .gathering import Gatherer, Key
 from .stages import Stages
@@ -100,6 +101,29 @@ class CutWeights:
         if not self.compensation.wanted:
             return weight, linear.bias
         return weight, self._kept(linear, "bias", lambda: self._mean_keeping_bias(linear, weight, history))
+
+    # Reading what is kept inside the product, without gathering it.
+
+    def fuses(self, linear: nn.Linear, x: Tensor) -> bool:
+        """Whether the layer can, and is to, read kept rows and columns where they lie: not where a copy serves several
+        passes."""
+        wanted = self.gatherer.runtime.fused_gather and self.applier.gathers and not self.stays
+        if not wanted or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not len(self._of):
+            return False
+        return not is_offloaded(linear) and x.dtype == linear.weight.dtype and usable_on(linear.weight)
+
+    def fused_producer(self, linear: nn.Linear, producer: Producer, x: Tensor) -> Tensor:
+        """A producer's kept rows of x (..., D) -> (..., r)."""
+        from .fused_linear import linear_of_rows
+
+        rows = self.rows(producer.segments)
+        return linear_of_rows(x, linear.weight, rows, None if linear.bias is None else linear.bias.index_select(0, rows))
+
+    def fused_consumer(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """The consumer of x (..., c), nothing given back -> (..., O)."""
+        from .fused_linear import linear_of_columns
+
+        return linear_of_columns(x, linear.weight, self.columns, linear.bias)
 
     def _consumer_weight(self, linear: nn.Linear) -> Tensor:
         # What is kept beside a weight folded from it would only take room.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,15 +71,16 @@ class Decider:
                 self._learn(cut, x, valid)
 
     def _learn(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
-        columns = cut.weights.columns
+        columns, history, length = cut.weights.columns, cut.history, x.shape[1]
         if x.shape[-1] != len(columns):
             x = x.index_select(2, columns)
-        observed = self._measure(cut, x, valid, columns)
-        table = cut.history.table[: x.shape[1]]
-        updated = cut.merger.update(table.index_select(1, columns), observed)
+        observed, known = self._measure(cut, x, valid, columns), history.of_columns(length, columns)
+        counts = observed.new_full((length,), x.shape[0]) if valid is None else valid.sum(0).float()
+        observed, counts = history.storage.pooled(observed, counts)
+        updated = cut.merger.update(known, observed)
         if valid is not None and self.strategy.pad_handling == "exclude":
             # A position where every row is padding has shown nothing.
-            updated = torch.where(valid.any(0)[:, None], updated, table.index_select(1, columns))
+            updated = torch.where((counts > 0)[:, None], updated, known)
         cut.pending = columns, updated
         site = cut.site
         self.finite.add(
@@ -94,9 +96,12 @@ class Decider:
         learnt = [(cut, *cut.pending) for cut in cuts if cut.pending is not None]
         try:
             with self.stages("history") if learnt else NOBODY:
+                if not self.finite.waiting:  # a compiled pass looks at nothing itself
+                    for cut, _, updated in learnt:
+                        self.finite.add(updated, partial(_learnt_not_finite, cut))
                 self.finite.settle()
                 for cut, columns, updated in learnt:
-                    cut.history.table[: updated.shape[0]].index_copy_(1, columns, updated)
+                    cut.history.write(columns, updated)
         finally:
             self.forget(cuts)
 
@@ -122,7 +127,7 @@ class Decider:
 
     def scores(self, cut: SiteCut) -> SiteScores:
         """Scores of a site by its calibrated history, or by its weights alone."""
-        statistic = None if cut.scorer.statistic is None else cut.history.table.clamp(min=0).sum(0)
+        statistic = None if cut.scorer.statistic is None else cut.history.summed()
         channels = self._channel_scores(cut, statistic)
         if not bool(torch.isfinite(channels).all()):
             raise NonFiniteError(_not_finite(cut))
@@ -161,7 +166,7 @@ class Decider:
         with self.stages("score"):
             history = None
             if merger.uses_history:
-                history = cut.history.table.index_select(0, positions.reshape(-1)).clamp_(min=0)
+                history = cut.history.at(positions.reshape(-1))
             merged = merger.merge(measured, history)
             if valid is not None and positions.dim() == 2:
                 # Where every row has positions of its own, one that holds padding stands for nothing.
@@ -221,6 +226,14 @@ def _not_finite(cut: SiteCut) -> str:
     return (
         f"{cut.site.label}: the scores of {cut.site.consumer} are NaN or infinite, so nothing can be decided; the "
         f"activations here, or the weights before, are not finite. {FINITE_REMEDY}"
+    )
+
+
+def _learnt_not_finite(cut: SiteCut) -> str:
+    site = cut.site
+    return (
+        f"{site.label}: NaN or infinity in what entered {site.consumer} in this batch; history keeps what it knew "
+        f"before. {FINITE_REMEDY}"
     )
 
 

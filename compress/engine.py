@@ -9,7 +9,9 @@ from torch import nn
 
 from ..registry import ChannelHistory, Site, Strategy
 from . import leaf, reference_padding
+from .arguments import learn_names
 from .attention import enable_kv_index
+from .compiling import compile_decoder
 from .cut import SiteCut
 from .decision import Decider
 from .forward_pass import ForwardPass, Learn, Mode
@@ -61,6 +63,9 @@ class Engine:
             cut.observe = passing.observe
         if self.strategy.applier.resizes and any(cut.site.query_heads_per_kv for cut in self.cuts):
             self._undo.append(enable_kv_index(self.model))
+        if self.runtime.compile is not None:
+            self._undo.append(compile_decoder(self.decoder, self.runtime.compile, passing, self.stages))
+        learn_names(self.decoder, *layers, *(cut.entry for cut in self.cuts))
         before = dict(with_kwargs=True)
         self._handles.append(self.decoder.register_forward_pre_hook(passing.enter_model, **before))
         self._handles.append(self.decoder.register_forward_hook(passing.succeed))
@@ -151,6 +156,8 @@ class Engine:
         for cut in self.cuts:
             if mode == "prune" and cut.fixed is not None:
                 cut.open(cut.fixed, stays=True)
+                if self.runtime.compile is not None:  # a graph takes what was made before
+                    cut.prefetch(cut.fixed, stays=True)
             elif mode == "dense":
                 cut.close()
         if mode == "dense":

@@ -24,6 +24,11 @@ class FiniteChecks:
         if not torch.compiler.is_compiling():
             self._waiting.append((tensor.sum(), tensor, message))
 
+    @property
+    def waiting(self) -> bool:
+        """Whether anything is to be checked."""
+        return bool(self._waiting)
+
     def forget(self) -> None:
         """Drop what waits."""
         self._waiting.clear()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import Strategy
+from . import reuse
 from .ahead import following_sites
 from .arguments import named as named_arguments
 from .arguments import valid_tokens
@@ -16,7 +17,6 @@ from .cache_decisions import CacheDecisions
 from .cut import SiteCut
 from .decision import Decider, Decision
 from .probing import CACHE_ARGUMENT, SiteInput
-from .reuse import is_small
 from .runtime import Runtime
 from .side_stream import SideStreams
 
@@ -125,12 +125,11 @@ class ForwardPass:
         self._side.share(decision.kept, decision.probe_mean)
 
     def _reuses(self, cut: SiteCut, hidden: Tensor) -> bool:
-        """Whether what the probe computes serves the batch, too: on a CPU, where it is plain arithmetic."""
-        if not (self.runtime.reuse_probe and cut.applier.gathers and cut.fixed is None):
+        """Whether what the probe computes serves the batch, too."""
+        if not (self.runtime.reuse_probe and cut.applier.gathers and cut.fixed is None and hidden.is_contiguous()):
             return False
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or hidden.device.type != "cpu":
-            return False
-        return hidden.is_contiguous() and (not torch.compiler.is_compiling() or is_small(hidden))
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+        return plain and reuse.pays(hidden)
 
     def observe(self, cut: SiteCut, x: Tensor) -> None:
         """History learns from what enters a consumer: everything in calibration, kept channels afterwards."""
@@ -169,6 +168,9 @@ class ForwardPass:
         self._side.join()
         with torch.no_grad():
             self.decider.commit(self.cuts)
+        if self.runtime.compile is not None:  # the next pass of a CUDA graph writes where this one's results lie
+            for cut in self.cuts:
+                cut.computed = None if cut.computed is None else cut.computed.clone()
 
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         """The batch has ended, well or not."""

@@ -21,6 +21,7 @@ from .pruning import prune
 from .results import FORMAT, Results, RunFolder
 from .shared_statistics import SharedStatistics
 from .spec import Calibration, PipelineSpec
+from .statistics_file import StatisticsFile
 from .text import calibration_batches, read_documents
 from .text import fingerprint as text_fingerprint
 
@@ -75,6 +76,9 @@ class Pipeline:
         loaded = loaded or load(spec.model)
         check_lengths(spec, loaded)
         batches, about_calibration = self._calibration(loaded)
+        file = spec.calibration.statistics
+        if file is not None and batches is not None:
+            statistics = StatisticsFile(file)
         seconds = {"load": time.perf_counter() - began}
         with prune(
             loaded.model,
@@ -84,6 +88,7 @@ class Pipeline:
             catalog=spec.catalog,
             progress=progress,
             statistics=statistics,
+            runtime=spec.runtime,
         ) as pruned:
             seconds["prune"] = time.perf_counter() - began - seconds["load"]
             trace = None if pruned.trace is None else [{"evaluator": None, **record} for record in pruned.trace]
@@ -96,6 +101,8 @@ class Pipeline:
                     trace += [{"evaluator": label, **record} for record in pruned.trace[before:]]
             cut, cut_notes = about_cut(pruned), notes_on_cut(pruned)
         seconds["total"] = time.perf_counter() - began
+        if isinstance(statistics, StatisticsFile):
+            about_calibration["statistics"] = statistics.used
         data = {
             "format": FORMAT,
             "started": started,
@@ -105,6 +112,7 @@ class Pipeline:
             "model": about_model(loaded),
             "calibration": about_calibration,
             **cut,
+            "runtime": spec.runtime.model_dump(mode="json"),
             "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             "versions": versions(),
             "plugins": plugins_used(spec),

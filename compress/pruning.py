@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .engine import Engine
 from .pruned import Pruned
 from .runtime import Runtime
 from .shared_statistics import SharedStatistics, SomeMoments
+from .statistics_file import StatisticsFile
 
 
 def prune(
@@ -30,7 +32,7 @@ def prune(
     trace: bool = False,
     catalog: Catalog | None = None,
     progress: Progress = no_progress,
-    statistics: SharedStatistics | None = None,
+    statistics: SharedStatistics | StatisticsFile | str | Path | None = None,
     runtime: Runtime | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pruned:
@@ -40,7 +42,8 @@ def prune(
     ``options`` are the keys of a pipeline file's ``prune`` section (``ratio``, ``skip_layers``, ``scorer``, ...).
     ``calibration`` is an iterable of ``{"input_ids", "attention_mask"}`` tensors (B, T) int64, or of ids alone;
     strategies that look at activations need it. Statistics are float32, whatever the model's dtype; what
-    ``statistics`` already holds of them for this very text is not gathered again (one such object for one model).
+    ``statistics`` already holds of them for this very text is not gathered again: a file, which is written where there
+    is none, or an object that several prunings of one model share.
     ``runtime`` is a :class:`~prunekit.compress.Runtime`, or a mapping of its options: how to compute, not what.
 
     Raises :class:`SpecError` (options that cannot work), :class:`ModelError` (a model that no adapter knows),
@@ -52,6 +55,13 @@ def prune(
     layers, sites = find_sites(model, catalog, chosen.attention_unit)
     attention_outputs = [site.consumer for site in sites if site.kind == "attention"]
     sites, ratio = sites_within(chosen, sites, layers=1 + max(site.layer for site in sites))
+    if isinstance(statistics, (str, Path)):
+        statistics = StatisticsFile(Path(statistics))
+    if isinstance(statistics, StatisticsFile) and chosen.sequential and chosen.needs_calibration:
+        raise SpecError(
+            f"statistics: strategy {chosen.name} calibrates layer after layer, so its statistics depend on what was cut "
+            f"before and serve no other run; leave {statistics.path} out, or set sequential: false"
+        )
     if chosen.decides_ahead:
         check_same_attention(model)
     batches = None
@@ -64,10 +74,19 @@ def prune(
         for number, batch in enumerate(batches):
             vocabulary = model.get_input_embeddings().num_embeddings
             check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
-    engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs, build_runtime(runtime))
+    how = build_runtime(runtime)
+    if trace and how.compile is not None:
+        raise SpecError(
+            f"runtime.compile: {how.compile} and a trace exclude each other: a trace reads every decision, a compiled pass "
+            "runs through; leave one of them out"
+        )
+    engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs, how)
     try:
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             _decide(engine, ratio, batches, progress, statistics)
+            if chosen.dynamic:
+                for cut in engine.cuts:
+                    cut.history.store(chosen.history)
             engine.start()
             return Pruned(engine, catalog)
     except BaseException:
@@ -130,7 +149,7 @@ def _decide(
     ratio: float | None,
     batches: list | None,
     progress: Progress,
-    statistics: SharedStatistics | None,
+    statistics: SharedStatistics | StatisticsFile | None,
 ) -> None:
     """Calibrate, set every site's count, and let strategies that decide once decide."""
     strategy = engine.strategy

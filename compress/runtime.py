@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+"""torch's own names."""
 
 
 class Runtime(BaseModel):
     """What is done for speed where cuts are made per batch; all of it can be switched off.
 
-    It serves appliers that gather (``slice``). What a setting cannot be used for runs without it: gradients,
-    offloaded weights, compiled code.
+    It serves appliers that gather (``slice``). Where a setting cannot be used (gradients, offloaded weights, compiled
+    code, another kind of device) the model runs without it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,8 +29,8 @@ class Runtime(BaseModel):
     )
     reuse_probe: bool = Field(
         True,
-        description="on a CPU, take what q/k/v, gate/up or fc1 made of the probe's tokens as it is instead of "
-        "computing it again with the batch",
+        description="in small float32 batches on a CPU, take what q/k/v, gate/up or fc1 made of the probe's tokens as "
+        "it is instead of computing it again with the batch",
     )
     fused_gather: bool = Field(
         False,
@@ -37,6 +42,8 @@ class Runtime(BaseModel):
         description="on a CUDA device, learn history, and decide ahead where the selector asks for it, beside the "
         "model's own work",
     )
-    compile: bool = Field(
-        False, description="compile the decoder by torch.compile; passes with a key/value cache run as they are"
+    compile: CompileMode | None = Field(
+        None,
+        description="compile the decoder by torch.compile in this mode (reduce-overhead: with CUDA graphs); passes with "
+        "a key/value cache or gradients run as they are; null: do not",
     )

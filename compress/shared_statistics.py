@@ -39,17 +39,13 @@ class SharedStatistics:
         known = self._of.setdefault(key, {})
         self._of.move_to_end(key)
         if any(_place(cut) not in known for cut in engine.cuts):
-            for cut in engine.cuts:
-                cut.wants_mean = True  # so that strategies that compensate find it too
-            calibrate(engine, batches, progress)
+            calibrate_for_all(engine, batches, progress)
             known.update((_place(cut), cut.history) for cut in engine.cuts)
             while len(self._of) > self.texts:
                 self._of.popitem(last=False)
         for cut in engine.cuts:
             cut.history = known[_place(cut)].clone()
-            statistic = cut.scorer.statistic
-            if not (cut.compensation.wanted or (statistic is not None and statistic.tracks_mean)):
-                cut.history.mean, cut.history.tokens = None, 0.0  # as if gathered for this strategy alone
+            drop_unwanted(cut)
 
     def moments(self, batches: list[Batch]) -> SomeMoments:
         """Means and covariances of consumers' inputs on the dense model, by the consumer's path.
@@ -62,6 +58,20 @@ class SharedStatistics:
         while len(self._moments) > self.texts:
             self._moments.popitem(last=False)
         return known
+
+
+def calibrate_for_all(engine: Engine, batches: list[Batch], progress: Progress) -> None:
+    """Calibrate so that strategies that compensate find what they want too."""
+    for cut in engine.cuts:
+        cut.wants_mean = True
+    calibrate(engine, batches, progress)
+
+
+def drop_unwanted(cut: SiteCut) -> None:
+    """Leave a site what would have been gathered for its strategy alone."""
+    statistic = cut.scorer.statistic
+    if not (cut.compensation.wanted or (statistic is not None and statistic.tracks_mean)):
+        cut.history.mean, cut.history.tokens = None, 0.0
 
 
 class SomeMoments(UserDict[str, ChannelMoments]):

@@ -13,6 +13,7 @@ from ..registry import Catalog, Evaluator, SpecError, Strategy, TextSource, near
 from .building import Place, Reader, seed_parts, with_seed
 from .bundled import TEXTS
 from .loading import ModelSource
+from .runtime import Runtime
 from .yaml_file import apply_settings, read_yaml
 
 DEFAULT_EVALUATORS = ("perplexity", "cost")
@@ -30,6 +31,11 @@ class Calibration(TextSource):
     )
     batch_size: int = Field(8, ge=1, description="sequences run at once; the result does not depend on it")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the places that sequences are taken from")
+    statistics: Path | None = Field(
+        None,
+        description="a .safetensors file that the statistics are written to, or read from where it is there; one of "
+        "another model or text is refused",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +73,7 @@ class PipelineSpec(BaseModel):
         description=f"measurements, dense beside pruned; {' and '.join(DEFAULT_EVALUATORS)} by default",
         json_schema_extra={"minItems": 1},
     )
+    runtime: Runtime = Field(default_factory=Runtime, description="how a pruned model computes, not what")
     output: Output = Field(default_factory=Output, description="the results folder")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every part that names none of its own")
 

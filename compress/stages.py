@@ -19,6 +19,11 @@ class Stages:
     def __call__(self, name: str) -> AbstractContextManager:
         return NOBODY if self._watcher is None else self._watcher(name)
 
+    @property
+    def watched_now(self) -> bool:
+        """Whether anybody is told."""
+        return self._watcher is not None
+
     @contextmanager
     def watched(self, watcher: Stage) -> Iterator[None]:
         """Announce steps to ``watcher`` within; an outer one waits meanwhile."""

@@ -14,6 +14,7 @@ from .errors import (
     StoreError,
 )
 from .evaluation import STAGES, Evaluator, Measurement, Stage, Subject
+from .history_storage import HistoryStorage
 from .hookspecs import ROLES, hookimpl
 from .moments import ChannelMoments
 from .reductions import position_means, position_sums, token_norms
@@ -46,6 +47,7 @@ __all__ = [
     "Evaluator",
     "Fluctuation",
     "HistoryMerger",
+    "HistoryStorage",
     "MaskApplier",
     "MeanSquare",
     "Measurement",

@@ -5,15 +5,10 @@ Letters: B rows, T positions, C channels, D hidden size. What comes out is float
 
 from __future__ import annotations
 
-import functools
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-KERNELS_VARIABLE = "PRUNEKIT_KERNELS"
-"""``plain`` keeps reductions on CUDA devices from using Triton."""
+from . import kernels
 
 
 def position_sums(
@@ -38,11 +33,12 @@ def position_means(x: Tensor, valid: Tensor | None, square: bool = False, centre
 def _sums(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return _at_once(x, valid, square, centre)
+    if kernels.usable_on(x):
+        from . import triton_reductions
+
+        return triton_reductions.position_sums(x, valid, square, centre)
     if x.device.type == "cpu":
         return _row_by_row(x, valid, square, centre)
-    kernels = triton_kernels() if x.is_cuda else None
-    if kernels is not None:
-        return kernels.position_sums(x, valid, square, centre)
     if square and valid is None and centre is None:
         return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
     return _at_once(x, valid, square, centre)
@@ -54,18 +50,6 @@ def token_norms(states: Tensor) -> Tensor:
         return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
     # Half precision is cast on the way, on a CPU into a copy: row by row that stays in the processor's cache.
     return torch.stack([torch.linalg.vector_norm(row, dim=-1, dtype=torch.float32) for row in states])
-
-
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The kernels for CUDA devices; None where Triton is absent or switched off by :data:`KERNELS_VARIABLE`."""
-    if os.environ.get(KERNELS_VARIABLE) == "plain":
-        return None
-    try:
-        from . import triton_reductions
-    except ImportError:
-        return None
-    return triton_reductions
 
 
 def _row_by_row(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) -> Tensor:

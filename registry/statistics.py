@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from .component import Component
+from .history_storage import HistoryStorage
 from .reductions import position_means, position_sums
+
+PLAIN = HistoryStorage()
 
 
 @dataclass
@@ -22,7 +25,8 @@ class ChannelHistory:
     """What one site's consumer input has shown so far: the only mutable thing in prunekit's decisions.
 
     ``table`` (T, C) is the running statistic per position, ``rows`` (T,) how many rows reached each
-    position, ``mean`` (C,) and ``tokens`` the running mean over all tokens.
+    position, ``mean`` (C,) and ``tokens`` the running mean over all tokens. After :meth:`store` the table is as
+    ``storage`` says, and read and written by the methods below it.
     """
 
     channels: int
@@ -31,10 +35,13 @@ class ChannelHistory:
     rows: Tensor | None = None
     mean: Tensor | None = None
     tokens: float = 0.0
+    storage: HistoryStorage = PLAIN
+    stored_positions: int = 0
 
     @property
     def positions(self) -> int:
-        return 0 if self.table is None else self.table.shape[0]
+        """Positions that calibration has filled."""
+        return self.stored_positions or (0 if self.table is None else self.table.shape[0])
 
     def grow(self, positions: int) -> None:
         """Make room for ``positions`` positions; new ones start at zero."""
@@ -65,7 +72,37 @@ class ChannelHistory:
     def clone(self) -> ChannelHistory:
         """A history of its own that has seen the same."""
         tensors = (None if t is None else t.clone() for t in (self.table, self.rows, self.mean))
-        return ChannelHistory(self.channels, self.device, *tensors, self.tokens)
+        return ChannelHistory(self.channels, self.device, *tensors, self.tokens, self.storage, self.stored_positions)
+
+    # What decisions read and write, per batch.
+
+    def store(self, storage: HistoryStorage) -> None:
+        """Calibration is over: keep the table in this form from now on."""
+        if self.table is None or storage == self.storage:
+            return
+        self.storage, self.stored_positions = storage, self.positions
+        table, self.rows = storage.pooled(self.table, self.rows)
+        self.table = storage.encode(table)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The statistic at ``positions`` (t,) int64, never negative; (t, C) float32, a tensor of its own."""
+        return self.storage.decode(self.table.index_select(0, self.storage.row_of(positions))).clamp_(min=0)
+
+    def summed(self) -> Tensor:
+        """The statistic summed over all positions, (C,) float32."""
+        table = self.storage.decode(self.table).clamp(min=0)
+        if self.storage.pool == 1:
+            return table.sum(0)
+        rows = self.storage.row_of(torch.arange(self.positions, device=table.device))
+        return torch.bincount(rows, minlength=len(table)).float() @ table
+
+    def of_columns(self, positions: int, columns: Tensor) -> Tensor:
+        """Rows of the first ``positions`` positions, of ``columns`` (c,) int64 alone; (R, c) float32."""
+        return self.storage.decode(self.table[: self.storage.rows_for(positions)].index_select(1, columns))
+
+    def write(self, columns: Tensor, values: Tensor) -> None:
+        """Put values (R, c) where :meth:`of_columns` read them."""
+        self.table[: len(values)].index_copy_(1, columns, self.storage.encode(values))
 
 
 class Statistic(Component):

@@ -8,6 +8,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from .compensation import Compensator, NoCompensation
 from .component import Component
+from .history_storage import HistoryStorage
 from .roles import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 from .sites import AttentionUnit
 
@@ -40,6 +41,9 @@ class Strategy(Component):
     merger: SerializeAsAny[HistoryMerger] | None = Field(None, description="how the probe and history are merged")
     compensate: SerializeAsAny[Compensator] = Field(
         NoCompensation(), description="how what the dropped channels contributed is given back; null: not at all"
+    )
+    history: HistoryStorage = Field(
+        HistoryStorage(), description="where decisions are made per batch: how the channels' history is stored"
     )
     sequential: bool = Field(
         False, description="calibrate every layer on the outputs of the layers already cut (static strategies; slower)"
