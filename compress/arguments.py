@@ -7,7 +7,6 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-
 _KNOWN: dict[type[nn.Module], tuple[str, ...]] = {}
 
 

@@ -217,6 +217,45 @@ def demo(out: OutFolder = None, overwrite: Overwrite = False) -> None:
 
 @app.command()
 @guarded
+def bench(
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="llama-2-7b, llama-3-8b, opt-13b or cpu-small.")
+    ] = "cpu-small",
+    arms: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What is timed against each other.")
+    ] = "dense,ideal,pp,pp-frozen,pp-reference",
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE,...", help="float32, bfloat16, float16.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="ROWSxLENGTH,...", help="Such as 20x256,4x128.")] = None,
+    ratio: Annotated[str, typer.Option(metavar="RATIO,...", help="Share of the units to cut.")] = "0.4",
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the preset's by default.")] = None,
+    skip_layers: Annotated[
+        str | None, typer.Option(metavar="LAYER,...", help="Layers left untouched; '' for none.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; all cores by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes of every arm.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed ones before.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Processor seconds, not the wall clock's.")] = False,
+    settings: Settings = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and tokens.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write bench.json and bench.md there.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing benchmark.")] = False,
+) -> None:
+    """Time PP against the dense model and one sliced beforehand.
+
+    Random weights of a chosen shape; several dtypes, batches and ratios are measured in turn.
+    """
+    from . import printing
+    from .bench import command
+
+    printing.quiet()
+    asked = dict(preset=preset, arms=arms, dtype=dtype, batch=batch, ratio=ratio, layers=layers, skip=skip_layers)
+    asked |= dict(threads=threads, rounds=rounds, warmup=warmup, device=device, cpu_time=cpu_time, settings=settings or (), seed=seed)
+    command.bench(**asked, out=out, overwrite=overwrite)
+
+
+@app.command()
+@guarded
 def validate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline file or an ablation file (YAML).")],
     settings: Settings = None,

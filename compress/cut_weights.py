@@ -117,7 +117,9 @@ class CutWeights:
         from .fused_linear import linear_of_rows
 
         rows = self.rows(producer.segments)
-        return linear_of_rows(x, linear.weight, rows, None if linear.bias is None else linear.bias.index_select(0, rows))
+        return linear_of_rows(
+            x, linear.weight, rows, None if linear.bias is None else linear.bias.index_select(0, rows)
+        )
 
     def fused_consumer(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """The consumer of x (..., c), nothing given back -> (..., O)."""

@@ -37,7 +37,7 @@ def _linear(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out (M, N) = x (M, K) times the gathered weight; programs are grouped by rows so that what they read is cached."""
+    """out (M, N) = x (M, K) times the gathered weight; programs in groups of rows, for the cache."""
     program, blocks_m, blocks_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = program // (GROUP * blocks_n)
     rows_in_group = min(blocks_m - group * GROUP, GROUP)

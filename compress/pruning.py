@@ -59,8 +59,8 @@ def prune(
         statistics = StatisticsFile(Path(statistics))
     if isinstance(statistics, StatisticsFile) and chosen.sequential and chosen.needs_calibration:
         raise SpecError(
-            f"statistics: strategy {chosen.name} calibrates layer after layer, so its statistics depend on what was cut "
-            f"before and serve no other run; leave {statistics.path} out, or set sequential: false"
+            f"statistics: strategy {chosen.name} calibrates layer after layer, so its statistics depend on what was "
+            f"cut before and serve no other run; leave {statistics.path} out, or set sequential: false"
         )
     if chosen.decides_ahead:
         check_same_attention(model)
@@ -77,8 +77,8 @@ def prune(
     how = build_runtime(runtime)
     if trace and how.compile is not None:
         raise SpecError(
-            f"runtime.compile: {how.compile} and a trace exclude each other: a trace reads every decision, a compiled pass "
-            "runs through; leave one of them out"
+            f"runtime.compile: {how.compile} and a trace exclude each other: a trace reads every decision, a compiled "
+            "pass runs through; leave one of them out"
         )
     engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs, how)
     try:

@@ -44,6 +44,6 @@ class Runtime(BaseModel):
     )
     compile: CompileMode | None = Field(
         None,
-        description="compile the decoder by torch.compile in this mode (reduce-overhead: with CUDA graphs); passes with "
-        "a key/value cache or gradients run as they are; null: do not",
+        description="compile the decoder by torch.compile in this mode (reduce-overhead: with CUDA graphs); passes "
+        "with a key/value cache or gradients run as they are; null: do not",
     )

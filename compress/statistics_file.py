@@ -1,7 +1,7 @@
 """Calibration statistics in a file: gathered once, read by every later run on the same model and text.
 
-A safetensors file: for every site and statistic the table (T, C), the rows (T,) and the mean (C,) in float32, and in its
-metadata what they were gathered from. Covariances are not in it: they are many times larger.
+A safetensors file: for every site and statistic the table (T, C), the rows (T,) and the mean (C,) in float32, and in
+its metadata what they were gathered from. Covariances are not in it: they are many times larger.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ ORIGINS = {
 class StatisticsFile:
     """Statistics that are read from ``path``, or gathered and written there; what is missing is added.
 
-    Raises :class:`DataError`, and changes nothing, for a file of something else: another model, text or padding, another
-    format, or no statistics at all.
+    Raises :class:`DataError`, and changes nothing, for a file of something else: another model, text or padding,
+    another format, or no statistics at all.
     """
 
     path: Path
@@ -107,7 +107,8 @@ class StatisticsFile:
         if self.path.exists():
             with opened(self.path) as (file, stored):
                 metadata.update(stored)
-                tensors.update((name, file.get_tensor(name)) for name in file.keys())
+                names = file.keys()  # the file itself cannot be gone through
+                tensors.update((name, file.get_tensor(name)) for name in names)
         for cut in cuts:
             place, history = _place(cut), cut.history
             for name in PARTS:

@@ -1,0 +1,1 @@
+"""``prunekit bench``: how close pruning per batch comes to a model that was sliced beforehand."""

@@ -1,0 +1,152 @@
+"""``prunekit bench``."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...registry import SpecError, near
+from .. import printing
+from ..loading import usable_device
+from ..results import RunFolder, write_json
+from ..yaml_file import apply_settings
+from . import table
+from .arms import Setting, check_names
+from .measure import Measured, measure
+from .presets import PRESETS
+
+RESULT = "bench.json"
+FORMAT = 1
+
+
+def bench(
+    preset: str,
+    arms: str,
+    dtype: str | None,
+    batch: str | None,
+    ratio: str,
+    layers: int | None,
+    skip: str | None,
+    threads: int | None,
+    rounds: int,
+    warmup: int,
+    device: str,
+    cpu_time: bool,
+    settings: Sequence[str],
+    seed: int,
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    """Measure every combination of dtypes, shapes and ratios, print tables, and write them with ``out``.
+
+    Raises :class:`SpecError` naming the option and the value that cannot be.
+    """
+    folder = RunFolder(Path(out), overwrite, what="benchmark", marker=RESULT) if out else None
+    if folder:
+        folder.check()
+    names = list(dict.fromkeys(name.strip() for name in arms.split(",") if name.strip()))
+    check_names(names)
+    if "dense" not in names:
+        raise SpecError("--arms: the arm dense must be among them: every ratio is to it")
+    usable_device(device)
+    wanted = settings_of(preset, dtype, batch, ratio, layers, skip, device, strategy_options(settings), seed)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if cpu_time and (torch.get_num_threads() > 1 or device != "cpu"):
+        raise SpecError("--cpu-time counts what the processor did for one thread: give --threads 1, and --device cpu")
+    measured: list[Measured] = []
+    with printing.Bars() as bars:
+        for setting in wanted:
+            found = measure(setting, names, rounds, warmup, cpu_time, bars.track)
+            measured.append(found)
+            table.show(found)
+    if len(measured) > 1:
+        table.show_summary(measured)
+    printing.say(table.NOTE)
+    if folder:
+        with folder.open() as partial:
+            command = shlex.join(["prunekit", *sys.argv[1:]]).replace(str(out), "DIR")
+            data = [table.data(found) for found in measured]
+            write_json(partial / RESULT, {"format": FORMAT, "command": command, "settings": data})
+            (partial / "bench.md").write_text(table.markdown(measured, command), encoding="utf-8", newline="\n")
+        printing.say(f"benchmark: {folder.target}", whole=True)
+
+
+def settings_of(
+    preset: str,
+    dtype: str | None,
+    batch: str | None,
+    ratio: str,
+    layers: int | None,
+    skip: str | None,
+    device: str,
+    options: dict[str, Any],
+    seed: int,
+) -> list[Setting]:
+    """Every combination of what the options list; raises :class:`SpecError` for what cannot be."""
+    if preset not in PRESETS:
+        raise SpecError(
+            f"--preset: there is no preset {preset!r}{near(preset, PRESETS)}; there are {', '.join(PRESETS)}"
+        )
+    chosen = PRESETS[preset]
+    count = layers or chosen.layers
+    skipped = chosen.skipped if count >= chosen.layers else ()
+    if skip is not None:
+        skipped = tuple(_number("--skip-layers", part, int, 0) for part in skip.split(",") if part.strip())
+    dtypes = [part.strip() for part in (dtype or chosen.dtype).split(",")]
+    for name in dtypes:
+        if name not in ("float32", "bfloat16", "float16"):
+            raise SpecError(f"--dtype: there are float32, bfloat16 and float16, found {name!r}")
+    shapes = [_shape(part) for part in (batch or f"{chosen.batch}x{chosen.length}").split(",")]
+    ratios = [_number("--ratio", part, float, 0) for part in ratio.split(",")]
+    for value in ratios:
+        if not 0 < value < 1:
+            raise SpecError(f"--ratio: a ratio is the share that is cut, between 0 and 1; found {value:g}")
+    base = Setting(preset, chosen, count, "", 0, 0, 0.0, skipped, device, options, seed)
+    return [
+        replace(base, dtype=name, batch=rows, length=length, ratio=value)
+        for (rows, length), name, value in itertools.product(shapes, dtypes, ratios)
+    ]
+
+
+def strategy_options(settings: Sequence[str]) -> dict[str, Any]:
+    """Options of the strategy from settings like ``prune.history.pool=16``."""
+    data: dict[str, Any] = {}
+    apply_settings(data, settings)
+    for key in data:
+        if key != "prune":
+            raise SpecError(f"--set {key}: a benchmark runs PP alone, so that only prune.* can be set")
+    for key in ("use", "ratio", "skip_layers"):
+        if key in data.get("prune", {}):
+            raise SpecError(
+                f"--set prune.{key}: PP is what is measured; --ratio and --skip-layers have options of their own"
+            )
+    return data.get("prune", {})
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, length = text.strip().lower().partition("x")
+    try:
+        found = int(rows), int(length)
+    except ValueError:
+        found = (0, 0)
+    if min(found) < 1 or found[1] < 2:
+        raise SpecError(f"--batch: write sequences x tokens, such as 20x256; found {text!r}")
+    return found
+
+
+def _number(option: str, text: str, kind: type, least: float) -> Any:
+    try:
+        value = kind(text.strip())
+    except ValueError:
+        raise SpecError(f"{option}: expected a number, found {text.strip()!r}") from None
+    if value < least:
+        raise SpecError(f"{option}: {least:g} or more, found {value:g}")
+    return value

@@ -1,0 +1,52 @@
+"""Shapes to measure time on; the weights are random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model's shape, and the batch and dtype that it is measured with unless told otherwise."""
+
+    family: str
+    """llama or opt."""
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    layers: int
+    batch: int
+    length: int
+    dtype: str
+    skipped: tuple[int, ...] = ()
+    """Layers that the PP paper leaves untouched; of fewer layers than ``layers`` none are."""
+
+    def config(self, layers: int, length: int) -> Any:
+        """The configuration of a model of so many layers; its vocabulary is small, because no logits are computed."""
+        import transformers
+
+        shared = {"vocab_size": VOCABULARY, "num_hidden_layers": layers, "num_attention_heads": self.heads}
+        shared["max_position_embeddings"] = max(length, 2048)
+        if self.family == "opt":
+            sizes = {"hidden_size": self.hidden, "ffn_dim": self.intermediate, "word_embed_proj_dim": self.hidden}
+            return transformers.OPTConfig(**shared, **sizes, dropout=0.0)
+        sizes = {"hidden_size": self.hidden, "intermediate_size": self.intermediate}
+        return transformers.LlamaConfig(**shared, **sizes, num_key_value_heads=self.kv_heads)
+
+    @property
+    def words(self) -> str:
+        """The shape in a protocol's words."""
+        heads = f"{self.heads} heads" + (f" in {self.kv_heads} groups" if self.kv_heads != self.heads else "")
+        return f"hidden {self.hidden}, {heads}, MLP {self.intermediate}"
+
+
+VOCABULARY = 512
+
+PRESETS = {
+    "llama-2-7b": Preset("llama", 4096, 11008, 32, 32, 32, 20, 1024, "bfloat16", (0, 1, 2)),
+    "llama-3-8b": Preset("llama", 4096, 14336, 32, 8, 32, 20, 1024, "bfloat16", (0, 1, 2)),
+    "opt-13b": Preset("opt", 5120, 20480, 40, 40, 40, 20, 1024, "bfloat16", (0, 1, 2)),
+    "cpu-small": Preset("llama", 1024, 2816, 16, 16, 2, 20, 256, "float32"),
+}

@@ -1,0 +1,48 @@
+"""A model that is really smaller, without anything of ours in it: what no dynamic method can beat."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...registry import Site, SiteKind
+
+
+def twin(model: nn.Module) -> Any:
+    """A copy of ``model`` whose weights lie in the same memory until one of the two replaces them."""
+    shared = {id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
+@torch.no_grad()
+def sliced(model: nn.Module, sites: Sequence[Site], counts: Mapping[tuple[int, SiteKind], int]) -> Any:
+    """A twin of ``model`` that keeps the first ``counts`` units of each site, in linear layers of that size."""
+    small = twin(model)
+    for site in sites:
+        count = counts.get((site.layer, site.kind), site.units)
+        if count == site.units:
+            continue
+        units = torch.arange(count, device=next(model.parameters()).device)
+        for producer in site.producers:
+            linear, rows = small.get_submodule(producer.path), producer.rows(units)
+            bias = None if linear.bias is None else linear.bias[rows]
+            small.set_submodule(producer.path, _linear(linear.weight[rows], bias))
+        consumer = small.get_submodule(site.consumer)
+        columns = site.columns(units)
+        small.set_submodule(site.consumer, _linear(consumer.weight[:, columns].contiguous(), consumer.bias))
+        for attribute in site.shape_attributes:
+            setattr(small.get_submodule(attribute.path), attribute.attribute, count * attribute.per_unit)
+    return small
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear

@@ -1,0 +1,160 @@
+"""What a benchmark says: tables for a terminal and a page, and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from ...registry import STAGES
+from .. import printing
+from .arms import TITLES
+from .intervals import Ratio
+from .measure import DECIDING, Measured
+
+ARMS_HEAD = ("arm", "seconds", "/ dense", "/ ideal", "operations / dense", "peak memory")
+STEPS_HEAD = ("step of PP", "milliseconds", "of PP", "of dense")
+SUMMARY_HEAD = ("where", "PP / ideal", "PP / dense", "operations / dense", "decision overhead")
+
+ELSEWHERE = "--out DIR writes them all"
+
+NOTE = (
+    "Ratios are medians of paired rounds with their 95% interval; where the interval holds 1 the noise is larger than "
+    "the effect, and there is no ratio. Decision overhead: select, probe, score and history, relative to dense."
+)
+
+
+def arms_rows(found: Measured) -> list[list[str]]:
+    """A row for each arm."""
+    rows = []
+    for name, seconds in found.seconds.items():
+        rows.append(
+            [
+                TITLES[name],
+                f"{median(seconds):.4g}",
+                ratio_text(found, name, "dense"),
+                ratio_text(found, name, "ideal"),
+                _operations(found, name),
+                f"{found.peak[name] / 2**20:,.0f} MiB",
+            ]
+        )
+    return rows
+
+
+def steps_rows(found: Measured, arm: str = "pp") -> list[list[str]]:
+    """A row for each step of an arm's passes; the rest is the model's own work."""
+    steps = found.steps.get(arm)
+    if steps is None:
+        return []
+    whole = steps["pass"]
+    parts = {step: steps[step] for step in STAGES if steps[step]}
+    parts["the block itself"] = whole - sum(parts.values())
+    rows = [_step(name, seconds, whole, found.dense_seconds) for name, seconds in parts.items()]
+    deciding = sum(steps[step] for step in DECIDING)
+    return [*rows, _step("decision overhead", deciding, whole, found.dense_seconds)]
+
+
+def summary_rows(measured: Sequence[Measured]) -> list[list[str]]:
+    """A row for each setting."""
+    rows = []
+    for found in measured:
+        overhead = found.overhead()
+        rows.append(
+            [
+                found.setting.words,
+                ratio_text(found, "pp", "ideal"),
+                ratio_text(found, "pp", "dense"),
+                _operations(found, "pp"),
+                "" if overhead is None else f"{overhead:.1%}",
+            ]
+        )
+    return rows
+
+
+def ratio_text(found: Measured, arm: str, to: str) -> str:
+    """Such as ``0.641 (0.636 to 0.648)``; empty for an arm to itself, and for what was not measured."""
+    ratio: Ratio | None = None if arm == to else found.ratio(arm, to)
+    return "" if ratio is None else str(ratio)
+
+
+def heading(found: Measured) -> str:
+    """One line on what was measured."""
+    about = found.protocol
+    kept = ", ".join(f"{kind} {count}" for kind, count in found.kept.items())
+    layers = f"{about['layers']} layer{'s' if about['layers'] != 1 else ''}"
+    accelerator = about.get("accelerator") or about["processor"]
+    return (
+        f"{found.setting.words}: {layers} of {about['shape']}; kept {kept}; {about['threads']} threads, {accelerator}, "
+        f"torch {about['torch']}, {about['rounds']} rounds"
+    )
+
+
+def data(found: Measured) -> dict[str, Any]:
+    """One setting for JSON: everything measured, and ratios where there are any."""
+    to = [arm for arm in ("dense", "ideal") if arm in found.seconds]
+    return {
+        "protocol": found.protocol,
+        "arms": {
+            name: {
+                "title": TITLES[name],
+                "seconds": seconds,
+                "median_seconds": median(seconds),
+                "operations": found.flops.get(name),
+                "peak_bytes": found.peak[name],
+                "steps": found.steps.get(name),
+                **{f"to_{other}": found.ratio(name, other).data() for other in to if other != name},
+            }
+            for name, seconds in found.seconds.items()
+        },
+        "decision_overhead": found.overhead(),
+        "dense_seconds_beside_steps": found.dense_seconds,
+    }
+
+
+def markdown(measured: Sequence[Measured], command: str) -> str:
+    """A page with everything on it."""
+    lines = ["# Benchmark", "", f"`{command}`", "", NOTE, ""]
+    if len(measured) > 1:
+        lines += [*_markdown_table(SUMMARY_HEAD, summary_rows(measured)), ""]
+    for found in measured:
+        lines += [f"## {found.setting.words}", "", *_markdown_table(ARMS_HEAD, arms_rows(found)), ""]
+        if steps_rows(found):
+            lines += [*_markdown_table(STEPS_HEAD, steps_rows(found)), ""]
+        lines += ["Protocol:", "", *(f"- {key}: {_said(value)}" for key, value in found.protocol.items()), ""]
+    return "\n".join(lines)
+
+
+def show(found: Measured) -> None:
+    """One setting on a terminal."""
+    printing.say(heading(found))
+    printing.show_wide_table(ARMS_HEAD, arms_rows(found), 1, ELSEWHERE)
+    if steps_rows(found):
+        printing.show_wide_table(STEPS_HEAD, steps_rows(found), 1, ELSEWHERE)
+
+
+def show_summary(measured: Sequence[Measured]) -> None:
+    """All settings on a terminal, a row for each."""
+    printing.show_wide_table(SUMMARY_HEAD, summary_rows(measured), 1, ELSEWHERE)
+
+
+def _step(name: str, seconds: float, whole: float, dense: float) -> list[str]:
+    return [name, f"{1000 * seconds:.3g}", f"{seconds / whole:.1%}", f"{seconds / dense:.1%}"]
+
+
+def _operations(found: Measured, arm: str) -> str:
+    if arm not in found.flops or "dense" not in found.flops:
+        return ""
+    return f"{found.flops[arm] / found.flops['dense']:.3f}"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    line = "| " + " | ".join(head) + " |"
+    return [line, "|---" + "|---:" * (len(head) - 1) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
