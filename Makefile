@@ -5,11 +5,12 @@ VENV ?= .venv
 # More arguments for the command that runs, such as ARGS="-k catalog" or ARGS="--out elsewhere".
 ARGS ?=
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-kernels clean
 
 help:
 	@echo "make demo   prune the bundled model by every strategy and print the table"
 	@echo "make test   run all tests"
+	@echo "make test-kernels  install Triton (1 GB) and test the kernels for CUDA devices in its interpreter"
 	@echo "make clean  remove $(VENV) and what building left behind"
 	@echo "PYTHON=python3.12 chooses the interpreter, ARGS=... is passed on"
 
@@ -18,6 +19,10 @@ demo: $(VENV)/.demo-ready
 
 test: $(VENV)/.test-ready
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-kernels: $(VENV)/.test-ready
+	@"$(VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt triton
+	@TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/test_kernels.py $(ARGS)
 
 # Each stamp says "installed as these two files have it"; a checkout that did not change is not installed twice.
 $(VENV)/.demo-ready: pyproject.toml constraints.txt

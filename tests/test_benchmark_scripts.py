@@ -92,3 +92,38 @@ def test_what_cannot_be_measured_is_refused_at_once(arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT.parent / name), *arguments]
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=one_core, timeout=300)
+
+
+def test_history_storage(tmp_path):
+    out = tmp_path / "page.md"
+    small = ["--batches", "4", "--length", "24", "--rows", "4", "--sequences", "4"]
+    done = script("history_storage.py", *small, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    found = {row[0]: row[1:] for row in rows(out.read_text(encoding="utf-8"))[1:]}
+    assert found["float32"][:3] == ["100.0%", "0.00%", "0.00%"] and found["float32"][4] == "+0.00%"
+    assert float(found["float16 (roots)"][0].rstrip("%")) < 60 and float(found["pool 16"][0].rstrip("%")) < 20
+    assert all(float(row[3]) > 1 for row in found.values()) and len(found) == 7
+
+
+def test_calibration_overhead(tmp_path):
+    out = tmp_path / "page.md"
+    small = ["--layers", "1", "--rows", "2", "--length", "16", "--rounds", "6", "--threads", "1"]
+    done = script("calibration_overhead.py", *small, "--dtypes", "float32", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    found = rows(out.read_text(encoding="utf-8"))[1:]
+    assert [row[:2] for row in found] == [["float32", "pp"], ["float32", "flap"]]
+    for row in found:
+        assert float(row[2]) > 0 and 0.3 < float(row[4].split()[0]) < 10
+        assert row[5].endswith("MiB")
+
+
+def test_the_kernels_script_says_what_it_lacks():
+    done = script("gpu_kernels.py")
+    assert done.returncode == 1
+    assert "no CUDA device is here" in done.stderr or "pip install triton" in done.stderr

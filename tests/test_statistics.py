@@ -185,7 +185,7 @@ def test_a_copied_history_is_its_own():
 
 def live_bytes() -> int:
     """Bytes of all floating-point tensors that are alive; each storage counts once."""
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_floating_point()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

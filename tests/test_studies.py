@@ -11,7 +11,7 @@ from prunekit.compress.bundled import TEXTS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "studies"
-OWN = [FOLDER / "compare.yaml", *sorted(FOLDER.glob("compensation*.yaml"))]
+OWN = [FOLDER / "compare.yaml", *sorted(FOLDER.glob("compensation*.yaml")), *sorted(FOLDER.glob("speed-*.yaml"))]
 LARGE = sorted(set(FOLDER.glob("*.yaml")) - set(OWN))
 SMALL = sorted((FOLDER / "small").glob("*.yaml"))
 OFFLINE = [*SMALL, *OWN]

@@ -81,11 +81,10 @@ def heading(found: Measured) -> str:
     """One line on what was measured."""
     about = found.protocol
     kept = ", ".join(f"{kind} {count}" for kind, count in found.kept.items())
-    layers = f"{about['layers']} layer{'s' if about['layers'] != 1 else ''}"
-    accelerator = about.get("accelerator") or about["processor"]
+    layers, threads, rounds = (_count(about[what + "s"], what) for what in ("layer", "thread", "round"))
+    machine = about.get("accelerator") or f"{threads} of {about['processor']}"
     return (
-        f"{found.setting.words}: {layers} of {about['shape']}; kept {kept}; {about['threads']} threads, {accelerator}, "
-        f"torch {about['torch']}, {about['rounds']} rounds"
+        f"{found.setting.words}: {layers} of {about['shape']}; kept {kept}; {machine}, torch {about['torch']}, {rounds}"
     )
 
 
@@ -135,6 +134,10 @@ def show(found: Measured) -> None:
 def show_summary(measured: Sequence[Measured]) -> None:
     """All settings on a terminal, a row for each."""
     printing.show_wide_table(SUMMARY_HEAD, summary_rows(measured), 1, ELSEWHERE)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _step(name: str, seconds: float, whole: float, dense: float) -> list[str]:

@@ -1,0 +1,286 @@
+"""What is done for speed changes nothing but speed: the same units are kept, and logits agree up to rounding."""
+
+import pytest
+import torch
+from prunekit.compress import Pipeline, prune, reuse
+from prunekit.compress.gathering import is_column_major
+from prunekit.compress.loading import fingerprint
+from prunekit.compress.reuse import Probed
+from prunekit.compress.runtime import Runtime
+from prunekit.registry import SpecError
+from prunekit.strategies.application import Slice
+
+OFF = {"column_major": False, "shared_buffers": False, "reuse_probe": False, "overlap": False}
+PRODUCERS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+FAMILIES = ["llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "opt"]
+
+
+class Plain(Slice):
+    """Slices by its own methods."""
+
+    gathers = False
+
+
+def run(model, batches, mask=None, **options):
+    """Logits of four batches one after the other, what was kept in each, and the histories afterwards."""
+    options = {"ratio": 0.4, "calibration": batches, "trace": True, **options}
+    with prune(model, "pp", **options) as pruned, torch.no_grad():
+        logits = [model(b["input_ids"], attention_mask=mask, use_cache=False).logits for b in batches]
+        tables = [cut.history.table.clone() for cut in pruned._engine.cuts]
+    return logits, [(r["layer"], r["kind"], r["kept"]) for r in pruned.trace], tables
+
+
+def agree(one, other):
+    assert one[1] == other[1], "the same units must be kept"
+    for a, b in zip(one[0] + one[2], other[0] + other[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("without", ["column_major", "shared_buffers", "reuse_probe", "everything"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_agrees_with_none_of_it(make_model, batches, family, without):
+    model = make_model(family)
+    changed = OFF if without == "everything" else {without: False}
+    agree(run(model, batches), run(model, batches, runtime=changed))
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_with_padding_and_with_an_applier_that_does_it_itself(make_model, batches, unit, side):
+    model = make_model("llama-gqa")
+    mask = torch.ones(4, 24, dtype=torch.int64)
+    mask[1, :7] = 0
+    mask = mask.flip(1) if side == "right" else mask
+    options = dict(mask=mask, attention_unit=unit)
+    agree(run(model, batches, **options), run(model, batches, applier=Plain(), **options))
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_static_cuts_and_compensation_agree_too(make_model, batches, family):
+    model, ids = make_model(family), batches[0]["input_ids"]
+    for use, compensate in (("flap", "mean"), ("wanda_sp", "least_squares"), ("pp", "least_squares"), ("pp", "mean")):
+        found = []
+        for runtime in ({}, OFF):
+            options = dict(ratio=0.4, calibration=batches, compensate=compensate, runtime=runtime)
+            with prune(model, use, **options) as pruned, torch.no_grad():
+                found.append((model(ids, use_cache=False).logits, pruned.kept()))
+        assert found[0][1] == found[1][1]
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=2e-5)
+
+
+# Weights by columns
+
+
+def test_consumers_lie_by_columns_while_the_model_is_pruned_per_batch(make_model, batches):
+    model = make_model("llama-gqa")
+    names = ["self_attn.o_proj", "mlp.down_proj", "mlp.up_proj"]
+
+    def column_major(layer):
+        return [is_column_major(model.get_submodule(f"model.layers.{layer}.{name}").weight) for name in names]
+
+    alias = model.model.layers[1].mlp.down_proj.weight.data
+    before, values, digest = alias.clone(), model.model.layers[1].mlp.down_proj.weight, fingerprint(model)
+    strides, place = values.stride(), values.data_ptr() % 64
+    with prune(model, "pp", ratio=0.4, skip_layers=[0], calibration=batches):
+        assert column_major(0) == [False] * 3 and column_major(1) == column_major(2) == [True, True, False]
+        assert model.model.layers[1].mlp.down_proj.weight is values and torch.equal(values, before)
+        assert torch.equal(alias, before), "what shares the old memory must stay as it was"
+        assert fingerprint(model) == digest
+    assert column_major(1) == [False] * 3
+    assert values.stride() == strides and values.data_ptr() % 64 == place and torch.equal(values, before)
+    with prune(model, "wanda_sp", ratio=0.4, calibration=batches):
+        assert column_major(1) == [False] * 3, "a cut made once gathers once"
+    with prune(model, "pp", ratio=0.4, calibration=batches, runtime={"column_major": False}):
+        assert column_major(1) == [False] * 3
+
+
+def test_a_pruned_model_can_be_saved(make_model, batches, tmp_path):
+    import transformers
+
+    model = make_model("llama-gqa")
+    with prune(model, "pp", ratio=0.4, calibration=batches):
+        model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert fingerprint(again) == fingerprint(model)
+
+
+# Shared memory
+
+
+def pieces(pruned):
+    return {buffer.data_ptr() for buffer in pruned._engine.gatherer.buffers}
+
+
+def test_all_layers_gather_into_the_same_memory(make_model, batches):
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
+    with prune(model, "pp", ratio=0.5, calibration=batches) as pruned, torch.no_grad():
+        assert not pieces(pruned)
+        model(ids, use_cache=False)
+        first = pieces(pruned)
+        assert len(first) == 4 + 3  # q, k, v, o and gate, up, down, however many layers there are
+        model(ids[:2, :9], use_cache=False)
+        assert pieces(pruned) == first
+        cache = model(ids, use_cache=True).past_key_values
+        assert len(pieces(pruned)) == 3 * 7, "cuts that serve several passes have memory of their own"
+        own = pieces(pruned)
+        model(ids[:, :1], past_key_values=cache)
+        model(ids, use_cache=True)
+        assert pieces(pruned) == own, "the next generation takes the same"
+        model(ids, use_cache=False)
+        assert len(pieces(pruned)) == 7
+    assert not pieces(pruned)
+
+
+def test_memory_grows_to_the_largest_site(make_model, batches):
+    model = make_model("llama-gqa")
+    allocator = {"name": "explicit", "attention": [0.5, 0.25, 0.5], "mlp": [0.6, 0.4, 0.2]}
+    options = dict(ratio=None, allocator=allocator, calibration=batches)
+    with prune(model, "pp", **options) as pruned, torch.no_grad():
+        model(batches[0]["input_ids"], use_cache=False)
+        assert len(pieces(pruned)) == 7
+        width = pruned.counts[2, "mlp"]
+        assert max(buffer.numel() for buffer in pruned._engine.gatherer.buffers) == 128 * width
+    model = make_model("llama-gqa")
+    agree(run(model, batches, **options), run(model, batches, runtime=OFF, **options))
+
+
+def test_gradients_find_the_weights_that_the_forward_used(make_model, batches):
+    """Frozen weights, but something before them learns: the backward needs every layer's own weights again."""
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
+    grads = []
+    for runtime in ({}, OFF):
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with prune(model, "pp", ratio=0.4, calibration=batches, runtime=runtime):
+            model(inputs_embeds=embeddings, use_cache=False).logits.square().mean().backward()
+        grads.append(embeddings.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert grads[0].abs().max() > 1e-4
+
+
+def test_inference_mode_and_back(make_model, batches):
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
+    with prune(model, "pp", ratio=0.4, calibration=batches, merger={"momentum": 1.0}):
+        with torch.inference_mode():
+            first = model(ids, use_cache=False).logits.clone()
+        with torch.no_grad():
+            second = model(ids, use_cache=False).logits
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+# The probe's own products
+
+
+@pytest.fixture
+def reused(monkeypatch):
+    """Counts the producers that took over what the probe had made."""
+    count, linear = [], Probed.linear
+
+    def counting(self, *args):
+        count.append(args[0])
+        return linear(self, *args)
+
+    monkeypatch.setattr(Probed, "linear", counting)
+    return count
+
+
+def test_the_probes_products_are_taken_over_in_small_float32_batches(make_model, batches, reused, monkeypatch):
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
+
+    def producers(use="pp", call=lambda: model(ids, use_cache=False), **options):
+        reused.clear()
+        with prune(model, use, ratio=0.4, calibration=batches, **options), torch.no_grad():
+            call()
+        return len(reused)
+
+    assert producers() == 3 * 5
+    assert producers(runtime={"reuse_probe": False}) == producers(applier="zero") == producers(selector="spread") == 0
+    assert producers("reconstruct") == 0
+    assert producers(call=lambda: model(ids, use_cache=True)) == 3 * 5
+    with torch.enable_grad():
+        assert producers(call=lambda: torch.enable_grad()(lambda: model(ids, use_cache=False))()) == 0
+
+    def lowered():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(ids, use_cache=False)
+
+    assert producers(call=lowered) == 0
+    monkeypatch.setattr(reuse, "WORTH_UP_TO", 4 * 24 - 1)
+    assert producers() == 0
+
+
+def test_half_precision_computes_them_again(make_model, batches, reused):
+    model = make_model("llama-gqa").to(torch.bfloat16)
+    with prune(model, "pp", ratio=0.4, calibration=batches), torch.no_grad():
+        model(batches[0]["input_ids"], use_cache=False)
+    assert not reused
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_full_batch_probing_makes_every_product_once(make_model, batches, family, reused):
+    model = make_model(family)
+    found = run(model, batches, selector="whole_batch")
+    assert reused
+    agree(found, run(model, batches, selector="whole_batch", runtime=OFF))
+
+
+def test_what_is_taken_over_reaches_the_logits(make_model, batches, monkeypatch):
+    """The negative control: a probe whose products are off moves the logits."""
+    model = make_model("llama-gqa")
+    right = run(model, batches[:1])
+    linear = Probed.linear
+
+    def off(self, producer, *rest):
+        self.outputs[producer] = self.outputs[producer] + 0.5
+        return linear(self, producer, *rest)
+
+    monkeypatch.setattr(Probed, "linear", off)
+    wrong = run(model, batches[:1])
+    assert (wrong[0][0] - right[0][0]).abs().max() > 1e-2
+
+
+def test_a_producer_that_reads_something_else_computes_it_all(make_model, batches, reused):
+    """Where a block transforms what it was given before a producer reads it, the probe's product is not that one's."""
+    model = make_model("llama-gqa")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_pre_hook(lambda module, args: (args[0] * 1.5 + 0.1,))
+    agree(run(model, batches), run(model, batches, runtime=OFF))
+    assert {id(producer) for producer in reused} == {
+        id(module) for name, module in model.named_modules() if name.rpartition(".")[2] in PRODUCERS - {"up_proj"}
+    }
+
+
+# As an option
+
+
+def test_options_are_checked(make_model, batches):
+    model = make_model("llama-gqa")
+    for runtime, said in (
+        ({"colum_major": False}, r"runtime.colum_major: unknown key \(did you mean 'column_major'\?\)"),
+        ({"compile": "fast"}, r"runtime.compile: should be 'default'.* \(found 'fast'\)"),
+        ({"shared_buffers": "perhaps"}, r"runtime.shared_buffers: should be a valid boolean.* \(found 'perhaps'\)"),
+        (3, r"runtime: expected a mapping of column_major, .* \(found 3\)"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            prune(model, "pp", ratio=0.4, calibration=batches, runtime=runtime)
+    assert Runtime().model_dump() == {
+        "column_major": True,
+        "shared_buffers": True,
+        "reuse_probe": True,
+        "fused_gather": False,
+        "overlap": True,
+        "compile": None,
+    }
+
+
+def test_a_pipeline_file_sets_it_and_results_say_so():
+    content = {
+        "prune": {"use": "pp", "ratio": 0.4},
+        "calibration": {"sequences": 4, "length": 64},
+        "evaluate": [{"name": "perplexity", "window": 64, "limit": 4}],
+        "runtime": {"shared_buffers": False},
+    }
+    data = Pipeline(content).measure().data
+    assert data["runtime"] == {**Runtime().model_dump(), "shared_buffers": False}
+    default = Pipeline({key: value for key, value in content.items() if key != "runtime"}).measure().data
+    one, other = (found["metrics"][0]["pruned"]["perplexity"] for found in (data, default))
+    assert one == pytest.approx(other, rel=1e-5)

@@ -1,0 +1,194 @@
+"""Calibration statistics in a file: gathered once, read again, and refused where they are of something else."""
+
+import json
+import os
+
+import pytest
+import torch
+from prunekit.compress import Pipeline, prune
+from prunekit.compress.statistics_file import StatisticsFile
+from prunekit.registry import DataError, SpecError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def model(make_model):
+    """A small model that counts how often its decoder runs."""
+    found = make_model("llama-gqa")
+    found.passes = 0
+
+    def count(*_):
+        found.passes += 1
+
+    found.model.register_forward_pre_hook(count)
+    return found
+
+
+def outcome(model, calibration, use="pp", **options):
+    """What a pruning shows: decisions, logits of a batch, bytes held; and how many passes calibration took."""
+    model.passes = 0
+    ids = torch.randint(3, 97, (4, 24), generator=torch.Generator().manual_seed(3))
+    with prune(model, use, ratio=0.4, calibration=calibration, trace=True, **options) as pruned, torch.no_grad():
+        passes, logits = model.passes, model(ids, use_cache=False).logits
+        return (pruned.trace, pruned.counts, pruned.held_bytes(), logits.tolist()), passes
+
+
+RUNS = [
+    ("pp", {}),
+    ("pp", {"compensate": "mean"}),
+    ("flap", {}),
+    ("flap", {"compensate": "none"}),
+    ("wanda_sp", {"skip_layers": (1,)}),
+    ("pp", {"attention_unit": "query_head"}),
+    ("flap", {"scorer": {"recurrence": "flap_shipped"}}),
+    ("magnitude", {"compensate": "mean", "allocator": "uniform"}),
+    ("pp", {"history": {"pool": 4}}),
+]
+
+
+def test_one_file_serves_every_strategy(model, batches, tmp_path):
+    """And each decides as without it, whether it gathered its statistics, or found them."""
+    path, gathered = tmp_path / "statistics.safetensors", []
+    for _ in range(2):
+        for use, options in RUNS:
+            expected, _ = outcome(model, batches, use, **options)
+            file = StatisticsFile(path)
+            found, passes = outcome(model, batches, use, statistics=file, **options)
+            assert found == expected, (use, options)
+            assert file.used == ("written" if passes else "read")
+            gathered.append(passes)
+    # Mean squares, fluctuations, those of FLAP's own code, and the means of a scorer without a statistic.
+    assert gathered == [4, 0, 4, 0, 0, 0, 4, 4, 0] + [0] * 9
+    assert [entry.name for entry in tmp_path.iterdir()] == ["statistics.safetensors"]
+
+
+def test_sites_that_were_skipped_are_added(model, batches, tmp_path):
+    path = tmp_path / "s.safetensors"
+    assert outcome(model, batches, skip_layers=(0,), statistics=path)[1] == 4
+    before = set(load_file(path))
+    assert outcome(model, batches, statistics=str(path))[1] == 4
+    assert before < set(load_file(path))
+    assert outcome(model, batches, statistics=path)[1] == 0
+
+
+def test_what_is_in_it(model, batches, tmp_path):
+    path = tmp_path / "s.safetensors"
+    outcome(model, batches, statistics=path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert metadata["format"] == "prunekit statistics 1" and metadata["pad_handling"] == "exclude"
+    assert len(metadata["model"]) == len(metadata["text"]) == 64
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    table = next(t for name, t in tensors.items() if "layers.1.mlp.down_proj" in name and name.endswith(".table"))
+    assert table.shape == (24, 192)
+    assert float(next(v for k, v in metadata.items() if k.endswith(".tokens"))) == 4 * 4 * 24
+
+
+# What is refused
+
+
+def refused(model, batches, path, said, use="pp", error=DataError, **options):
+    before = path.read_bytes() if path.is_file() else None
+    model.passes = 0
+    with pytest.raises(error, match=said):
+        prune(model, use, ratio=0.4, calibration=batches, statistics=path, **options)
+    assert model.passes == 0, "it must be refused before anything is gathered"
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+def test_a_file_of_something_else_is_refused_with_the_reason(model, make_model, batches, tmp_path):
+    path = tmp_path / "s.safetensors"
+    outcome(model, batches, statistics=path)
+    other = make_model("llama-gqa", seed=1)
+    other.passes = 0
+    refused(other, batches, path, r"s\.safetensors: these statistics are of another model, .*\(model \w{12}\.\.\.")
+    half = make_model("llama-gqa").to(torch.bfloat16)
+    half.passes = 0
+    refused(half, batches, path, "another model, or the same one with other weights or another dtype")
+    refused(model, batches[:3], path, r"other calibration text: .*name another file, or delete this one")
+    masked = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches]
+    refused(model, masked, path, "other calibration text")
+    refused(model, batches, path, "another way to count padding", pad_handling="reference")
+    assert outcome(model, batches, statistics=path)[1] == 0, "and serves whom it is for as before"
+
+
+def test_what_is_no_statistics_file_is_refused(model, batches, tmp_path):
+    path = tmp_path / "s.safetensors"
+    path.write_text("hello")
+    refused(model, batches, path, r"s\.safetensors cannot be read as statistics .*delete this one")
+    save_file({"a": torch.zeros(1)}, path)
+    refused(
+        model, batches, path, r"holds no statistics of this version \(format None, expected 'prunekit statistics 1'\)"
+    )
+    save_file({"a": torch.zeros(1)}, path, {"format": "prunekit statistics 0"})
+    refused(model, batches, path, r"format 'prunekit statistics 0'")
+    refused(model, batches, tmp_path / "nowhere" / "s.safetensors", r"cannot be written: .*nowhere is no folder")
+    (tmp_path / "folder").mkdir()
+    refused(model, batches, tmp_path / "folder", "cannot be read|is a folder")
+
+
+@pytest.mark.parametrize("damage", ["nan", "shape", "dtype"])
+def test_damage_is_named(model, batches, tmp_path, damage):
+    path = tmp_path / "s.safetensors"
+    outcome(model, batches, statistics=path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    name = next(name for name in tensors if "layers.1.mlp" in name and name.endswith(".table"))
+    broken = {"nan": tensors[name] * torch.nan, "shape": tensors[name][:, :5].clone(), "dtype": tensors[name].double()}
+    save_file({**tensors, name: broken[damage]}, path, metadata)
+    refused(model, batches, path, r"layers\.1\.mlp\.down_proj.*table is damaged: .* 192 finite float32 channels belong")
+
+
+def test_sequential_calibration_has_none_to_share(model, batches, tmp_path):
+    path = tmp_path / "s.safetensors"
+    said = r"strategy reconstruct calibrates layer after layer, .*leave .*s\.safetensors out, or set sequential: false"
+    refused(model, batches, path, said, use="reconstruct", error=SpecError)
+    assert outcome(model, None, "magnitude", statistics=path)[1] == 0 and not path.exists()
+
+
+def test_an_interruption_leaves_no_file(model, batches, tmp_path, monkeypatch):
+    path = tmp_path / "s.safetensors"
+
+    def stop(items, label, total):
+        yield from items[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, "pp", ratio=0.4, calibration=batches, statistics=path, progress=stop)
+    assert not list(tmp_path.iterdir())
+    replace = os.replace
+
+    def fail(source, target):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(DataError, match=r"s\.safetensors: the statistics cannot be written: no space left"):
+        prune(model, "pp", ratio=0.4, calibration=batches, statistics=path)
+    monkeypatch.setattr(os, "replace", replace)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_file_names_it_from_its_own_folder(tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        "prune: {use: pp, ratio: 0.4}\n"
+        "calibration: {sequences: 4, length: 64, statistics: s.safetensors}\n"
+        "evaluate: [{name: perplexity, window: 64, limit: 4}]\n"
+    )
+    from prunekit.compress import PipelineSpec
+
+    found = []
+    for expected in ("written", "read"):
+        results = Pipeline(PipelineSpec.load(file)).run(tmp_path / expected)
+        data = json.loads((tmp_path / expected / "results.json").read_text())
+        assert data["calibration"]["statistics"] == expected
+        found.append(results.metrics["perplexity.perplexity"])
+    assert found[0] == found[1] and (tmp_path / "s.safetensors").is_file()
+    with pytest.raises(DataError, match="other calibration text"):
+        Pipeline(PipelineSpec.load(file, ["calibration.seed=1"])).run(tmp_path / "stale")
+    assert not (tmp_path / "stale").exists()
+    # Runs without a file say nothing of one.
+    plain = Pipeline(PipelineSpec.load(file, ["calibration.statistics=null"])).measure()
+    assert "statistics" not in plain.data["calibration"]
