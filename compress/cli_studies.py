@@ -103,6 +103,9 @@ def bench(
     warmup: Annotated[int, typer.Option(min=0, help="Untimed ones before.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Processor seconds, not the wall clock's.")] = False,
+    page_faults: Annotated[
+        bool, typer.Option("--page-faults", help="Time those of the system's malloc, too.")
+    ] = False,
     settings: Settings = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and tokens.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write bench.json and bench.md there.")] = None,
@@ -116,17 +119,9 @@ def bench(
     from .bench import command
 
     printing.quiet()
-    asked = dict(preset=preset, arms=arms, dtype=dtype, batch=batch, ratio=ratio, layers=layers, skip=skip_layers)
-    asked |= dict(
-        threads=threads,
-        rounds=rounds,
-        warmup=warmup,
-        device=device,
-        cpu_time=cpu_time,
-        settings=settings or (),
-        seed=seed,
-    )
-    command.bench(**asked, out=out, overwrite=overwrite)
+    what = dict(preset=preset, arms=arms, dtype=dtype, batch=batch, ratio=ratio, layers=layers, skip=skip_layers)
+    how = dict(threads=threads, rounds=rounds, warmup=warmup, device=device, cpu_time=cpu_time, seed=seed)
+    command.bench(**what, **how, page_faults=page_faults, settings=settings or (), out=out, overwrite=overwrite)
 
 
 COMMANDS = (ablate, report, pivot, compare, bench)

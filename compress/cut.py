@@ -131,10 +131,12 @@ class SiteCut:
     def prefetch(self, kept: Tensor, stays: bool) -> None:
         """Gather for a cut that is going to be opened with the same ``kept`` (k,) and ``stays``."""
         self.weights.of(kept, stays, self.fixed is not None)
+        self.weights.prefetching = True
         for linear, producer in self.producers:
             self.weights.producer(linear, producer)
         if not self.compensation.wanted:
             self.weights.consumer(self.consumer, self.history)
+        self.weights.prefetching = False
 
     def close(self) -> None:
         """Compute with everything again; nothing of the cut is left on the model, and its own memory is given back."""

@@ -34,6 +34,8 @@ class CutWeights:
     """Whether they serve several passes, so that what is gathered is not to be overwritten by other sites."""
     fixed: bool = False
     """Whether they were chosen once and for all."""
+    prefetching: bool = False
+    """Whether what is made now is for a cut that has not been opened yet."""
     probe_mean: Tensor | None = None
     """(C,) float32: the channels' mean in a probe of this batch, where compensation asks for it."""
     _of: Tensor | None = None
@@ -163,7 +165,7 @@ class CutWeights:
         return (self.site.label if self.stays else self.site.kind), path.rpartition(".")[2]
 
     def _kept(self, linear: nn.Linear, what: str, make: Callable[[], Made]) -> Made:
-        """What ``make`` gives, kept while the units and the weights stay what they are.
+        """What ``make`` gives, kept where it serves several passes, while the units and the weights stay what they are.
 
         Not kept where gradients go through the gathering itself, nor copies of offloaded weights: they are to leave
         memory when the layer's forward ends, and so is the copy. A bias is small enough to stay.
@@ -172,10 +174,12 @@ class CutWeights:
             known = self._made.get((linear, what)) if self.fixed else None
             return make() if known is None else known[1]
         with unautocast(linear.weight):
+            known = self._made.get((linear, what))
+            if known is None and not (self.stays or self.prefetching):
+                return make()
             if differentiates(linear) or (is_offloaded(linear) and what != "bias"):
                 return make()
             state = state_of(linear)
-            known = self._made.get((linear, what))
             if known is None or known[0] != state:
                 self._made[linear, what] = known = state, make()
             return known[1]

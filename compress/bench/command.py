@@ -20,6 +20,7 @@ from ..results import RunFolder, write_json
 from ..yaml_file import apply_settings
 from . import table
 from .arms import Setting, check_names
+from .malloc import keep_freed_memory
 from .measure import Measured, measure
 from .presets import PRESETS
 
@@ -40,6 +41,7 @@ def bench(
     warmup: int,
     device: str,
     cpu_time: bool,
+    page_faults: bool,
     settings: Sequence[str],
     seed: int,
     out: Path | None,
@@ -49,6 +51,7 @@ def bench(
 
     Raises :class:`SpecError` naming the option and the value that cannot be.
     """
+    kept = not page_faults and keep_freed_memory()
     folder = RunFolder(Path(out), overwrite, what="benchmark", marker=RESULT) if out else None
     if folder:
         folder.check()
@@ -65,6 +68,7 @@ def bench(
     with printing.Bars() as bars:
         for setting in wanted:
             found = measure(setting, names, rounds, warmup, cpu_time, bars.track)
+            found.protocol["malloc"] = "freed memory stays with the process" if kept else "the system's default"
             measured.append(found)
             table.show(found)
     if len(measured) > 1:

@@ -74,9 +74,9 @@ def page(chosen: argparse.Namespace, found: dict[str, dict[str, Any]], batches: 
         "",
         f"Model: {model}; {chosen.ratio:.0%} cut, first layer untouched, float32; calibrated on {chosen.sequences} "
         f"sequences of {chosen.calibration.name}, then {len(batches)} batches of {chosen.rows} x {chosen.length} of "
-        f"{' and '.join(path.name for path in chosen.text)}, history learning with momentum 0.99. Counted is the second "
-        "half of the batches, when history has moved; *changed* is the share of the kept units that float32 without "
-        "pooling does not keep.",
+        f"{' and '.join(path.name for path in chosen.text)}, history learning with momentum 0.99. Counted is the "
+        "second half of the batches, when history has moved; *changed* is the share of the kept units that float32 "
+        "without pooling does not keep.",
         "",
         "| stored as | memory | heads changed | channels changed | perplexity | relative |",
         "|---|---:|---:|---:|---:|---:|",
