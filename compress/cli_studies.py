@@ -93,7 +93,7 @@ def bench(
     ] = "dense,ideal,pp,pp-frozen,pp-reference",
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE,...", help="float32, bfloat16, float16.")] = None,
     batch: Annotated[str | None, typer.Option(metavar="ROWSxLENGTH,...", help="Such as 20x256,4x128.")] = None,
-    ratio: Annotated[str, typer.Option(metavar="RATIO,...", help="Share of the units to cut.")] = "0.4",
+    ratio: Annotated[str | None, typer.Option(metavar="RATIO,...", help="Share of the units to cut.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the preset's by default.")] = None,
     skip_layers: Annotated[
         str | None, typer.Option(metavar="LAYER,...", help="Layers left untouched; '' for none.")
@@ -103,9 +103,7 @@ def bench(
     warmup: Annotated[int, typer.Option(min=0, help="Untimed ones before.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Processor seconds, not the wall clock's.")] = False,
-    page_faults: Annotated[
-        bool, typer.Option("--page-faults", help="Time those of the system's malloc, too.")
-    ] = False,
+    page_faults: Annotated[bool, typer.Option("--page-faults", help="Time those of the system's malloc, too.")] = False,
     settings: Settings = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and tokens.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write bench.json and bench.md there.")] = None,
@@ -113,7 +111,8 @@ def bench(
 ) -> None:
     """Time PP against the dense model and one sliced beforehand.
 
-    Random weights of a chosen shape; several dtypes, batches and ratios are measured in turn.
+    Random weights of a chosen shape. Every combination of --dtype, --batch and --ratio is measured; without any of the
+    three, what the preset is usually measured with.
     """
     from . import printing
     from .bench import command

@@ -1,5 +1,6 @@
 """prunekit bench: honest ratios, arms that compute what they say, and every mistake one message."""
 
+import dataclasses
 import json
 import random
 
@@ -9,7 +10,7 @@ from prunekit.compress import prune
 from prunekit.compress.bench import arms, command, measure, table
 from prunekit.compress.bench.arms import Setting, build, close_all
 from prunekit.compress.bench.intervals import rank_of, ratio_of
-from prunekit.compress.bench.presets import PRESETS, Preset
+from prunekit.compress.bench.presets import PRESETS, Case, Preset
 from prunekit.compress.bench.reference_way import FullWeightPPsp, IndexedSlice
 from prunekit.compress.bench.slicing import sliced, twin
 from prunekit.compress.calibration import no_progress
@@ -18,8 +19,8 @@ from prunekit.registry import SpecError
 from typer.testing import CliRunner
 
 TINY = {
-    "llama": Preset("llama", 64, 192, 4, 2, 2, 3, 16, "float32"),
-    "opt": Preset("opt", 64, 192, 4, 4, 2, 3, 16, "float32"),
+    "llama": Preset("llama", 64, 192, 4, 2, 2, cases=(Case("float32", 3, 16),)),
+    "opt": Preset("opt", 64, 192, 4, 4, 2, cases=(Case("float32", 3, 16),)),
 }
 EVERY = list(arms.TITLES)
 
@@ -166,16 +167,44 @@ def test_tables_say_it(measured):
     json.dumps(table.data(measured))
 
 
+def test_compiled_arms_are_compared_with_their_like(measured):
+    two = {"dense": 2.0, "ideal": 1.0, "pp": 1.2, "dense-compiled": 1.6, "ideal-compiled": 0.8, "pp-compiled": 0.9}
+    seconds = {name: [value, value] for name, value in two.items()}
+    peak = dict.fromkeys(two, 1)
+    found = dataclasses.replace(measured, seconds=seconds, peak=peak)
+    rows = table.compiled_rows(found)
+    assert [[row[0], *(cell[:5] for cell in row[1:])] for row in rows] == [
+        ["dense, compiled", "0.800", "", "2.000"],
+        ["ideal, compiled", "0.800", "0.500", ""],
+        ["PP, compiled", "0.750", "0.562", "1.125"],
+    ]
+    usual, compiled = table.summary_rows([found])
+    assert [cell[:5] for cell in usual[1:3]] == ["1.200", "0.600"]
+    assert [cell[:5] for cell in compiled[1:3]] == ["1.125", "0.562"] and compiled[0].endswith("all compiled")
+    assert len(table.summary_rows([measured])) == 1 and table.compiled_rows(measured) == []
+    assert table.data(found)["arms"]["pp-compiled"]["to_ideal-compiled"]["ratio"] == pytest.approx(1.125)
+
+
 def test_layers_that_the_paper_skips_are_skipped_at_full_depth_only():
-    chosen = dict(dtype=None, batch=None, ratio="0.4", skip=None, device="cpu", options={}, seed=0)
+    chosen = dict(dtype=None, batch=None, ratio=None, skip=None, device="cpu", options={}, seed=0)
     (full,) = command.settings_of("llama-2-7b", layers=None, **chosen)
-    assert (full.layers, full.skipped, full.dtype, full.batch, full.length) == (32, (0, 1, 2), "bfloat16", 20, 1024)
+    assert (full.layers, full.skipped, full.dtype, full.ratio) == (32, (0, 1, 2), "bfloat16", 0.4)
+    assert (full.batch, full.length) == (20, 1024)
     (few,) = command.settings_of("llama-2-7b", layers=4, **chosen)
     assert few.skipped == ()
     (asked,) = command.settings_of("llama-2-7b", layers=8, **{**chosen, "skip": "0,1"})
     assert asked.skipped == (0, 1)
     several = command.settings_of("cpu-small", layers=1, **{**chosen, "dtype": "float32,bfloat16", "batch": "4x8,2x4"})
     assert [(s.dtype, s.batch) for s in several] == [("float32", 4), ("bfloat16", 4), ("float32", 2), ("bfloat16", 2)]
+
+
+def test_without_a_question_a_preset_is_measured_as_usual():
+    asked = dict(layers=None, skip=None, device="cpu", options={}, seed=0)
+    usual = command.settings_of("cpu-small", dtype=None, batch=None, ratio=None, **asked)
+    assert [Case(s.dtype, s.batch, s.length, s.ratio) for s in usual] == list(PRESETS["cpu-small"].cases)
+    assert {s.dtype for s in usual} == {"float32", "bfloat16"} and {s.batch for s in usual} == {20, 4}
+    (one,) = command.settings_of("cpu-small", dtype=None, batch=None, ratio="0.3", **asked)
+    assert (one.dtype, one.batch, one.length, one.ratio) == ("float32", 20, 256, 0.3)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

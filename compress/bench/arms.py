@@ -40,16 +40,17 @@ WAYS = {
     "pp-ahead": Way("PP deciding ahead", strategy={"selector": {"ahead": True}}),
     "pp-fused": Way("PP gathering inside the product (Triton)", runtime={"fused_gather": True}),
     "pp-sequential": Way("PP without overlap", runtime={"overlap": False}),
-    "pp-compiled": Way("PP compiled", runtime={"compile": "default"}),
+    "pp-compiled": Way("PP, compiled", runtime={"compile": "default"}),
 }
 
-COMPILED = {"dense-compiled": "dense", "ideal-compiled": "ideal"}
+COMPILED = {"dense-compiled": "dense", "ideal-compiled": "ideal", "pp-compiled": "pp"}
+"""Compiled arms, and what they are compiled of."""
 
 TITLES = {
     "dense": "dense",
     "ideal": "ideal (sliced beforehand)",
     **{name: way.title for name, way in WAYS.items()},
-    **{name: f"{arm}, compiled" for name, arm in COMPILED.items()},
+    **{name: f"{arm}, compiled" for name, arm in COMPILED.items() if name not in WAYS},
 }
 
 DEFAULT = ("dense", "ideal", "pp", "pp-frozen", "pp-reference")
@@ -123,7 +124,7 @@ def build(setting: Setting, names: Sequence[str]) -> list[Arm]:
     sites = find_sites(model, catalog, arms["pp"].pruned.strategy.attention_unit)[1]
     arms["ideal"] = Arm("ideal", sliced(model, sites, counts))
     for name, of in COMPILED.items():
-        if name in names:
+        if name in names and name not in arms:
             arms[name] = Arm(name, twin(arms[of].model))
             arms[name].decoder.compile()
     for name in [name for name in arms if name not in names]:

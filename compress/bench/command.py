@@ -22,7 +22,7 @@ from . import table
 from .arms import Setting, check_names
 from .malloc import keep_freed_memory
 from .measure import Measured, measure
-from .presets import PRESETS
+from .presets import PRESETS, Case
 
 RESULT = "bench.json"
 FORMAT = 1
@@ -33,7 +33,7 @@ def bench(
     arms: str,
     dtype: str | None,
     batch: str | None,
-    ratio: str,
+    ratio: str | None,
     layers: int | None,
     skip: str | None,
     threads: int | None,
@@ -87,14 +87,17 @@ def settings_of(
     preset: str,
     dtype: str | None,
     batch: str | None,
-    ratio: str,
+    ratio: str | None,
     layers: int | None,
     skip: str | None,
     device: str,
     options: dict[str, Any],
     seed: int,
 ) -> list[Setting]:
-    """Every combination of what the options list; raises :class:`SpecError` for what cannot be."""
+    """Every combination of what the options list, or what the preset is measured with where they list nothing.
+
+    Raises :class:`SpecError` for what cannot be.
+    """
     if preset not in PRESETS:
         raise SpecError(
             f"--preset: there is no preset {preset!r}{near(preset, PRESETS)}; there are {', '.join(PRESETS)}"
@@ -104,19 +107,10 @@ def settings_of(
     skipped = chosen.skipped if count >= chosen.layers else ()
     if skip is not None:
         skipped = tuple(_number("--skip-layers", part, int, 0) for part in skip.split(",") if part.strip())
-    dtypes = [part.strip() for part in (dtype or chosen.dtype).split(",")]
-    for name in dtypes:
-        if name not in ("float32", "bfloat16", "float16"):
-            raise SpecError(f"--dtype: there are float32, bfloat16 and float16, found {name!r}")
-    shapes = [_shape(part) for part in (batch or f"{chosen.batch}x{chosen.length}").split(",")]
-    ratios = [_number("--ratio", part, float, 0) for part in ratio.split(",")]
-    for value in ratios:
-        if not 0 < value < 1:
-            raise SpecError(f"--ratio: a ratio is the share that is cut, between 0 and 1; found {value:g}")
     base = Setting(preset, chosen, count, "", 0, 0, 0.0, skipped, device, options, seed)
     return [
-        replace(base, dtype=name, batch=rows, length=length, ratio=value)
-        for (rows, length), name, value in itertools.product(shapes, dtypes, ratios)
+        replace(base, dtype=case.dtype, batch=case.batch, length=case.length, ratio=case.ratio)
+        for case in _cases(chosen.cases, dtype, batch, ratio)
     ]
 
 
@@ -133,6 +127,23 @@ def strategy_options(settings: Sequence[str]) -> dict[str, Any]:
                 f"--set prune.{key}: PP is what is measured; --ratio and --skip-layers have options of their own"
             )
     return data.get("prune", {})
+
+
+def _cases(usual: Sequence[Case], dtype: str | None, batch: str | None, ratio: str | None) -> Sequence[Case]:
+    if dtype is batch is ratio is None:
+        return usual
+    first = usual[0]
+    dtypes = [part.strip() for part in (dtype or first.dtype).split(",")]
+    for name in dtypes:
+        if name not in ("float32", "bfloat16", "float16"):
+            raise SpecError(f"--dtype: there are float32, bfloat16 and float16, found {name!r}")
+    shapes = [_shape(part) for part in batch.split(",")] if batch else [(first.batch, first.length)]
+    ratios = [_number("--ratio", part, float, 0) for part in ratio.split(",")] if ratio else [first.ratio]
+    for value in ratios:
+        if not 0 < value < 1:
+            raise SpecError(f"--ratio: a ratio is the share that is cut, between 0 and 1; found {value:g}")
+    combined = itertools.product(shapes, dtypes, ratios)
+    return [Case(name, rows, length, value) for (rows, length), name, value in combined]
 
 
 def _shape(text: str) -> tuple[int, int]:

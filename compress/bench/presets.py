@@ -7,8 +7,18 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Case:
+    """What a shape is measured with."""
+
+    dtype: str = "bfloat16"
+    batch: int = 20
+    length: int = 1024
+    ratio: float = 0.4
+
+
+@dataclass(frozen=True)
 class Preset:
-    """A model's shape, and the batch and dtype that it is measured with unless told otherwise."""
+    """A model's shape, and what it is measured with unless told otherwise."""
 
     family: str
     """llama or opt."""
@@ -17,11 +27,10 @@ class Preset:
     heads: int
     kv_heads: int
     layers: int
-    batch: int
-    length: int
-    dtype: str
     skipped: tuple[int, ...] = ()
     """Layers that the PP paper leaves untouched; of fewer layers than ``layers`` none are."""
+    cases: tuple[Case, ...] = (Case(),)
+    """All of them are measured where nothing is asked for; what is not asked for is the first one's."""
 
     def config(self, layers: int, length: int) -> Any:
         """The configuration of a model of so many layers; its vocabulary is small, because no logits are computed."""
@@ -44,9 +53,19 @@ class Preset:
 
 VOCABULARY = 512
 
+PAPER = (0, 1, 2)
+
+SMALL = (
+    Case("float32", length=256),
+    Case("bfloat16", length=256),
+    Case("bfloat16", length=256, ratio=0.2),
+    Case("float32", batch=4, length=128),
+    Case("bfloat16", batch=4, length=128),
+)
+
 PRESETS = {
-    "llama-2-7b": Preset("llama", 4096, 11008, 32, 32, 32, 20, 1024, "bfloat16", (0, 1, 2)),
-    "llama-3-8b": Preset("llama", 4096, 14336, 32, 8, 32, 20, 1024, "bfloat16", (0, 1, 2)),
-    "opt-13b": Preset("opt", 5120, 20480, 40, 40, 40, 20, 1024, "bfloat16", (0, 1, 2)),
-    "cpu-small": Preset("llama", 1024, 2816, 16, 16, 2, 20, 256, "float32"),
+    "llama-2-7b": Preset("llama", 4096, 11008, 32, 32, 32, PAPER),
+    "llama-3-8b": Preset("llama", 4096, 14336, 32, 8, 32, PAPER),
+    "opt-13b": Preset("opt", 5120, 20480, 40, 40, 40, PAPER),
+    "cpu-small": Preset("llama", 1024, 2816, 16, 16, 2, cases=SMALL),
 }

@@ -8,11 +8,12 @@ from typing import Any
 
 from ...registry import STAGES
 from .. import printing
-from .arms import TITLES
+from .arms import COMPILED, TITLES
 from .intervals import Ratio
 from .measure import DECIDING, Measured
 
 ARMS_HEAD = ("arm", "seconds", "/ dense", "/ ideal", "operations / dense", "peak memory")
+COMPILED_HEAD = ("compiled", "/ not compiled", "/ dense, compiled", "/ ideal, compiled")
 STEPS_HEAD = ("step of PP", "milliseconds", "of PP", "of dense")
 SUMMARY_HEAD = ("where", "PP / ideal", "PP / dense", "operations / dense", "decision overhead")
 
@@ -41,6 +42,20 @@ def arms_rows(found: Measured) -> list[list[str]]:
     return rows
 
 
+def compiled_rows(found: Measured) -> list[list[str]]:
+    """A row for each compiled arm, beside its like."""
+    return [
+        [
+            TITLES[name],
+            ratio_text(found, name, plain),
+            ratio_text(found, name, "dense-compiled"),
+            ratio_text(found, name, "ideal-compiled"),
+        ]
+        for name, plain in COMPILED.items()
+        if name in found.seconds
+    ]
+
+
 def steps_rows(found: Measured, arm: str = "pp") -> list[list[str]]:
     """A row for each step of an arm's passes; the rest is the model's own work."""
     steps = found.steps.get(arm)
@@ -55,7 +70,7 @@ def steps_rows(found: Measured, arm: str = "pp") -> list[list[str]]:
 
 
 def summary_rows(measured: Sequence[Measured]) -> list[list[str]]:
-    """A row for each setting."""
+    """A row for each setting, and one for PP compiled beside its like."""
     rows = []
     for found in measured:
         overhead = found.overhead()
@@ -68,6 +83,8 @@ def summary_rows(measured: Sequence[Measured]) -> list[list[str]]:
                 "" if overhead is None else f"{overhead:.1%}",
             ]
         )
+        for _, _, to_dense, to_ideal in compiled_rows(found)[-1:] if "pp-compiled" in found.seconds else ():
+            rows.append([f"{found.setting.words}, all compiled", to_ideal, to_dense, "", ""])
     return rows
 
 
@@ -90,7 +107,7 @@ def heading(found: Measured) -> str:
 
 def data(found: Measured) -> dict[str, Any]:
     """One setting for JSON: everything measured, and ratios where there are any."""
-    to = [arm for arm in ("dense", "ideal") if arm in found.seconds]
+    to = [arm for arm in ("dense", "ideal", *COMPILED) if arm in found.seconds]
     return {
         "protocol": found.protocol,
         "arms": {
@@ -117,6 +134,8 @@ def markdown(measured: Sequence[Measured], command: str) -> str:
         lines += [*_markdown_table(SUMMARY_HEAD, summary_rows(measured)), ""]
     for found in measured:
         lines += [f"## {found.setting.words}", "", *_markdown_table(ARMS_HEAD, arms_rows(found)), ""]
+        if compiled_rows(found):
+            lines += [*_markdown_table(COMPILED_HEAD, compiled_rows(found)), ""]
         if steps_rows(found):
             lines += [*_markdown_table(STEPS_HEAD, steps_rows(found)), ""]
         lines += ["Protocol:", "", *(f"- {key}: {_said(value)}" for key, value in found.protocol.items()), ""]
@@ -127,6 +146,8 @@ def show(found: Measured) -> None:
     """One setting on a terminal."""
     printing.say(heading(found))
     printing.show_wide_table(ARMS_HEAD, arms_rows(found), 1, ELSEWHERE)
+    if compiled_rows(found):
+        printing.show_wide_table(COMPILED_HEAD, compiled_rows(found), 1, ELSEWHERE)
     if steps_rows(found):
         printing.show_wide_table(STEPS_HEAD, steps_rows(found), 1, ELSEWHERE)
 
