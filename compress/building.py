@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from ..registry import ROLES, Catalog, Compensator, Component, PluginError, SpecError, Strategy, near
+from ..registry import ROLES, Catalog, Compensator, Component, HistoryStorage, PluginError, SpecError, Strategy, near
 from .runtime import Runtime
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -174,8 +174,8 @@ class Reader:
 
     def _one(self, cls: type[BaseModel], raw: Any, place: Place, default: Any) -> Any:
         role = role_of(cls)
-        if role is None:
-            return self.model(cls, raw, place)
+        if role is None:  # a text source is given whole: its keys exclude each other
+            return self.model(cls, raw, place, base=default if isinstance(default, HistoryStorage) else None)
         return self.component(role, raw, place, default if isinstance(default, Component) else None)
 
     def _check_ratio(self, cls: type[Strategy], values: Mapping[str, Any], place: Place) -> None:

@@ -89,8 +89,8 @@ def bench(
         str, typer.Option(metavar="NAME", help="llama-2-7b, llama-3-8b, opt-13b or cpu-small.")
     ] = "cpu-small",
     arms: Annotated[
-        str, typer.Option(metavar="NAME,...", help="What is timed against each other.")
-    ] = "dense,ideal,pp,pp-frozen,pp-reference",
+        str | None, typer.Option(metavar="NAME,...", help="What is timed; dense, ideal and three of PP by default.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE,...", help="float32, bfloat16, float16.")] = None,
     batch: Annotated[str | None, typer.Option(metavar="ROWSxLENGTH,...", help="Such as 20x256,4x128.")] = None,
     ratio: Annotated[str | None, typer.Option(metavar="RATIO,...", help="Share of the units to cut.")] = None,

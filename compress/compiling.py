@@ -21,13 +21,16 @@ def compile_decoder(decoder: nn.Module, mode: CompileMode, passing: ForwardPass,
 
     The hooks on the decoder itself stay outside of the graph: they count batches, look for what is not finite and take
     over what history has learnt. Passes with a cache, with gradients, in calibration, or that somebody watches step by
-    step run as they are. Raises :class:`ModelError` for a model that is spread over devices or offloaded.
+    step run as they are. Raises :class:`ModelError` for a model that is spread over devices or offloaded, or where
+    there is no compiler.
     """
     if any(hasattr(module, "_hf_hook") for module in decoder.modules()):
         raise ModelError(
             "runtime.compile: this model is spread over devices or offloaded, which cannot be compiled; load it on one "
             "device, or leave compile out"
         )
+    check_compiler(next(decoder.parameters()).device)
+    own = vars(decoder).get("forward")
     plain = decoder.forward
     compiled = torch.compile(plain, mode=mode)
 
@@ -42,8 +45,29 @@ def compile_decoder(decoder: nn.Module, mode: CompileMode, passing: ForwardPass,
 
     def undo() -> None:
         del decoder.forward
+        if own is not None:  # somebody else's
+            decoder.forward = own
 
     return undo
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise :class:`ModelError` where torch finds no compiler for a CPU: else its own error comes with the first batch,
+    which may be hours away."""
+    if device.type != "cpu":
+        return
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError:  # torch's own affairs, which may have moved
+        return
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ModelError(
+            "runtime.compile: on a CPU torch compiles through a C++ compiler and finds none; install g++, name one by "
+            "the variable CXX, or leave compile out"
+        ) from error
 
 
 def _caches(decoder: nn.Module, arguments: dict[str, Any]) -> bool:

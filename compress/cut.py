@@ -132,11 +132,21 @@ class SiteCut:
         """Gather for a cut that is going to be opened with the same ``kept`` (k,) and ``stays``."""
         self.weights.of(kept, stays, self.fixed is not None)
         self.weights.prefetching = True
-        for linear, producer in self.producers:
-            self.weights.producer(linear, producer)
-        if not self.compensation.wanted:
-            self.weights.consumer(self.consumer, self.history)
-        self.weights.prefetching = False
+        try:
+            for linear, producer in self.producers:
+                self.weights.producer(linear, producer)
+            once = self.fixed is not None and not self.compensation.compensator.uses_probe
+            if once or not self.compensation.wanted:  # else the batch has a say in it
+                self.weights.consumer(self.consumer, self.history)
+        finally:
+            self.weights.prefetching = False
+
+    def refresh(self) -> None:
+        """Make anew what is kept of weights that have changed since: compiled code takes it as it finds it."""
+        if self.fixed is not None:
+            self.prefetch(self.fixed, stays=True)
+        elif self.merger is not None and not self.whole:
+            self.prepare()
 
     def close(self) -> None:
         """Compute with everything again; nothing of the cut is left on the model, and its own memory is given back."""
@@ -178,7 +188,7 @@ class SiteCut:
             return x  # the block's own forward then returns what enters the consumer
         if self.observe is not None:
             self.observe(self, x)
-        if self.kept is not None and not self.compensation.wanted and self.weights.fuses(linear, x):
+        if self.kept is not None and not self.compensation.wanted and self.weights.fuses(linear, x, columns=True):
             return self.weights.fused_consumer(linear, x)
         return functional.linear(x, *self.consumer_weights(linear))
 

@@ -18,6 +18,8 @@ from .stages import Stages
 
 Made = TypeVar("Made")
 
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(eq=False)
 class CutWeights:
@@ -59,11 +61,10 @@ class CutWeights:
             self._made = {key: made for key, made in self._made.items() if key[1] != "bias"}
 
     def release(self) -> None:
-        """Let everything that was made go, and the memory that only this site's cut took."""
+        """Let everything that was made go."""
         self._of = self.units = self.probe_mean = None
         self._made.clear()
         self._rows.clear()
-        self.gatherer.release(self.site.label)
 
     def gathered(self) -> Iterator[Tensor]:
         """What was made, as far as it is not the model's own."""
@@ -106,13 +107,18 @@ class CutWeights:
 
     # Reading what is kept inside the product, without gathering it.
 
-    def fuses(self, linear: nn.Linear, x: Tensor) -> bool:
-        """Whether the layer can, and is to, read kept rows and columns where they lie: not where a copy serves several
-        passes."""
+    def fuses(self, linear: nn.Linear, x: Tensor, columns: bool = False) -> bool:
+        """Whether the layer can, and is to, read kept rows, or ``columns``, where they lie.
+
+        Not where a copy serves several passes, nor across the grain: a row, or a column, must lie in one piece.
+        """
         wanted = self.gatherer.runtime.fused_gather and self.applier.gathers and not self.stays
         if not wanted or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not len(self._of):
             return False
-        return not is_offloaded(linear) and x.dtype == linear.weight.dtype and usable_on(linear.weight)
+        weight = linear.weight
+        if is_offloaded(linear) or weight.stride(0 if columns else 1) != 1:
+            return False
+        return x.dtype == weight.dtype and x.dtype in FUSED_DTYPES and usable_on(weight)
 
     def fused_producer(self, linear: nn.Linear, producer: Producer, x: Tensor) -> Tensor:
         """A producer's kept rows of x (..., D) -> (..., r)."""
@@ -158,11 +164,12 @@ class CutWeights:
                 self._mean_output = state, linear.weight.float() @ mean
             return compensation.bias(linear, weight, self.columns, mean, self._mean_output[1])
 
-    def _memory(self, path: str) -> Key:
-        """Whose memory gathered weights take: all sites' of this kind, or this site's alone."""
+    def _memory(self, path: str) -> Key | None:
+        """The memory that gathered weights share with all sites of this kind; None: what stays has its own."""
         if self.stays:
             self.gatherer.release(self.site.kind)  # nobody uses it meanwhile
-        return (self.site.label if self.stays else self.site.kind), path.rpartition(".")[2]
+            return None
+        return self.site.kind, path.rpartition(".")[2]
 
     def _kept(self, linear: nn.Linear, what: str, make: Callable[[], Made]) -> Made:
         """What ``make`` gives, kept where it serves several passes, while the units and the weights stay what they are.

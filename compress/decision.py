@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..registry import DataError, NonFiniteError, SiteScores, SpecError, Strategy, position_sums
-from ..registry.errors import FINITE_REMEDY
+from ..registry import DataError, SiteScores, SpecError, Strategy, position_sums
 from .cut import SiteCut
-from .finite import FiniteChecks
+from .finite import LEARNT, PROBED, SCORES, FiniteChecks, not_finite
 from .probing import SiteInput, pick_tokens, probe_states
 from .stages import NOBODY, Stages
 
@@ -82,23 +80,13 @@ class Decider:
             # A position where every row is padding has shown nothing.
             updated = torch.where((counts > 0)[:, None], updated, known)
         cut.pending = columns, updated
-        site = cut.site
-        self.finite.add(
-            updated,
-            lambda: (
-                f"{site.label}: NaN or infinity in what entered {site.consumer} in this batch; history keeps what "
-                f"it knew before. {FINITE_REMEDY}"
-            ),
-        )
+        self.finite.add(updated, LEARNT, cut.site)
 
     def commit(self, cuts: list[SiteCut]) -> None:
         """Take over what sites have learnt from a batch; raises :class:`NonFiniteError` and forgets it all if NaN."""
         learnt = [(cut, *cut.pending) for cut in cuts if cut.pending is not None]
         try:
             with self.stages("history") if learnt else NOBODY:
-                if not self.finite.waiting:  # a compiled pass looks at nothing itself
-                    for cut, _, updated in learnt:
-                        self.finite.add(updated, partial(_learnt_not_finite, cut))
                 self.finite.settle()
                 for cut, columns, updated in learnt:
                     cut.history.write(columns, updated)
@@ -130,7 +118,7 @@ class Decider:
         statistic = None if cut.scorer.statistic is None else cut.history.summed()
         channels = self._channel_scores(cut, statistic)
         if not bool(torch.isfinite(channels).all()):
-            raise NonFiniteError(_not_finite(cut))
+            raise not_finite(SCORES, cut.site)
         return SiteScores(cut.site, channels, self._unit_scores(cut, channels))
 
     def usual(self, cut: SiteCut) -> Tensor:
@@ -173,7 +161,7 @@ class Decider:
                 merged = merged.masked_fill(~pick_tokens(valid, rows, positions).reshape(-1, 1), 0)
             statistic = merged.sum(0)
             scores = self._channel_scores(cut, statistic)
-            self.finite.add(scores, lambda: _not_finite(cut))
+            self.finite.add(scores, SCORES, cut.site)
             units = self._unit_scores(cut, scores)
             return Decision(keep_highest(units, cut.count), rows, positions, mean)
 
@@ -189,13 +177,7 @@ class Decider:
         """The channels' mean over the probe's real tokens; x (b, t, C) -> (C,) float32."""
         total, counts = position_sums(x, valid)
         mean = total.sum(0) / counts.sum().clamp(min=1)
-        self.finite.add(
-            mean,
-            lambda: (
-                f"{cut.site.label}: NaN or infinity in what the probe of this batch saw enter {cut.site.consumer}. "
-                f"{FINITE_REMEDY}"
-            ),
-        )
+        self.finite.add(mean, PROBED, cut.site)
         return mean
 
     def compared_scores(self, cut: SiteCut) -> SiteScores:
@@ -220,21 +202,6 @@ class Decider:
                 f"a batch of {length} positions is longer than the history, which calibration filled for "
                 f"{cut.history.positions}; calibrate with sequences of at least {length} tokens, or cut the batch"
             )
-
-
-def _not_finite(cut: SiteCut) -> str:
-    return (
-        f"{cut.site.label}: the scores of {cut.site.consumer} are NaN or infinite, so nothing can be decided; the "
-        f"activations here, or the weights before, are not finite. {FINITE_REMEDY}"
-    )
-
-
-def _learnt_not_finite(cut: SiteCut) -> str:
-    site = cut.site
-    return (
-        f"{site.label}: NaN or infinity in what entered {site.consumer} in this batch; history keeps what it knew "
-        f"before. {FINITE_REMEDY}"
-    )
 
 
 def _check_shape(cut: SiteCut, method: str, scores: Tensor, expected: int) -> None:

@@ -109,10 +109,9 @@ class Engine:
             for linear in (*(linear for linear, _ in cut.producers), cut.consumer):
                 if getattr(linear, "site_cut", None) is cut:
                     leaf.release(linear)
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
         self.gatherer.release()
+        while self._undo:  # what was undone is not undone again, should another fail
+            self._undo.pop()()
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer."""
@@ -156,8 +155,6 @@ class Engine:
         for cut in self.cuts:
             if mode == "prune" and cut.fixed is not None:
                 cut.open(cut.fixed, stays=True)
-                if self.runtime.compile is not None:  # a graph takes what was made before
-                    cut.prefetch(cut.fixed, stays=True)
             elif mode == "dense":
                 cut.close()
         if mode == "dense":

@@ -53,6 +53,10 @@ class ForwardPass:
         self._valid = valid_tokens(named.get("attention_mask"), *self._shape)
         self._decisions.leave()
         self._counted = False
+        if self.runtime.compile is not None and self.mode == "prune":
+            with torch.no_grad():
+                for cut in self.cuts:
+                    cut.refresh()
 
     def enter_layer(self, index: int) -> Callable:
         """A layer begins."""
@@ -115,12 +119,14 @@ class ForwardPass:
         following = self._following.get(cut)
         if following is None or following.whole or residual.device != following.history.device:
             return
+        if self._decisions.filled:  # its cut goes with the cache
+            return
         residual = residual.reshape(*self._shape, residual.shape[-1])
         theirs = self._attention_arguments if following.site.kind == "attention" else {}
         given = SiteInput(residual, None, self._valid_on(residual.device), theirs)
         with self._side.beside(residual):
             decision = following.decided_ahead = self.decider.decide(following, given)
-            if self._side.used and following.fixed is None:
+            if self._side.used and following.fixed is None and not self.runtime.fused_gather:
                 following.prefetch(decision.kept, self._decisions.cache is not None)
         self._side.share(decision.kept, decision.probe_mean)
 
@@ -140,6 +146,7 @@ class ForwardPass:
             with torch.no_grad():
                 self.learn(cut, x, valid)
             return
+        _ = cut.weights.columns  # kept, once made: not to be made beside what the model itself is going to read
         with torch.no_grad(), self._side.beside(x):
             self.decider.learn(cut, x, valid)
         self._side.share(*(cut.pending or ()))
@@ -174,6 +181,7 @@ class ForwardPass:
 
     def leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         """The batch has ended, well or not."""
+        self._side.join()
         for cut in self.cuts:
             if self.mode == "prune" and self._decisions.cache is None and cut.fixed is None:
                 cut.close()

@@ -6,6 +6,7 @@ its metadata what they were gathered from. Covariances are not in it: they are m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,10 +35,14 @@ PARTS = ("table", "rows", "mean")
 
 ORIGINS = {
     "model": "another model, or the same one with other weights or another dtype",
+    "configuration": "another configuration of this model, such as its rotary embeddings, activations or heads",
     "text": "other calibration text: other documents, seed, number or length of sequences, or padding",
     "pad_handling": "another way to count padding",
 }
 """What a file must have been gathered from, and what a difference means."""
+
+NOT_COMPUTING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Keys of a configuration that say nothing about what the model computes."""
 
 
 @dataclass
@@ -62,7 +68,8 @@ class StatisticsFile:
         else:
             _check_writable(self.path)
             calibrate_for_all(engine, batches, progress)
-            self._write(origin, engine.cuts)
+            with filelock.FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                self._write(origin, engine.cuts)
             self.used = "written"
         for cut in engine.cuts:
             drop_unwanted(cut)
@@ -87,18 +94,24 @@ class StatisticsFile:
 
     def _history(self, file: Any, metadata: dict[str, str], cut: SiteCut) -> ChannelHistory:
         place, found = _place(cut), {}
-        stored = set(file.keys())
-        for name in PARTS:
+        channels, stored = cut.site.channels, set(file.keys())
+        for name in PARTS if cut.scorer.statistic is not None else ("mean",):
             if f"{place}.{name}" not in stored:
-                continue
+                raise self._damaged(f"{place}.{name}", "is not there")
             tensor = found[name] = file.get_tensor(f"{place}.{name}").to(cut.history.device)
-            fits = name == "rows" or tensor.shape[-1:] == (cut.site.channels,)
+            positions = len(found["table"]) if "table" in found else 0
+            fits = tensor.shape == {"table": (positions, channels), "rows": (positions,), "mean": (channels,)}[name]
             if tensor.dtype != torch.float32 or not fits or not bool(torch.isfinite(tensor).all()):
-                raise DataError(
-                    f"{self.path}: {place}.{name} is damaged: {str(tensor.dtype)[6:]} {tuple(tensor.shape)}, where "
-                    f"{cut.site.channels} finite float32 channels belong; delete the file to gather it anew"
-                )
-        return ChannelHistory(cut.site.channels, cut.history.device, **found, tokens=float(metadata[f"{place}.tokens"]))
+                what = f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
+                raise self._damaged(f"{place}.{name}", f"{what}, where {channels} finite float32 channels belong")
+        try:
+            tokens = float(metadata[f"{place}.tokens"])
+        except ValueError:
+            raise self._damaged(f"{place}.tokens", f"{metadata[f'{place}.tokens']!r} is no number") from None
+        return ChannelHistory(channels, cut.history.device, **found, tokens=tokens)
+
+    def _damaged(self, what: str, how: str) -> DataError:
+        return DataError(f"{self.path}: {what} is damaged: {how}; delete the file to gather it anew")
 
     def _write(self, origin: dict[str, str], cuts: list[SiteCut]) -> None:
         """Add these sites' statistics to what the file has, by way of a temporary file."""
@@ -106,6 +119,7 @@ class StatisticsFile:
         metadata: dict[str, str] = {}
         if self.path.exists():
             with opened(self.path) as (file, stored):
+                self._check_origin(stored, origin)  # another run may have written it meanwhile
                 metadata.update(stored)
                 names = file.keys()  # the file itself cannot be gone through
                 tensors.update((name, file.get_tensor(name)) for name in names)
@@ -119,7 +133,7 @@ class StatisticsFile:
         try:
             save_file(tensors, temporary, {**metadata, **origin, "format": FORMAT})
             os.replace(temporary, self.path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path}: the statistics cannot be written: {error}") from error
         finally:
             with suppress(OSError):
@@ -146,8 +160,14 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
 
 
 def origin_of(model: nn.Module, batches: list[Batch], pad_handling: str) -> dict[str, str]:
-    """What statistics are of: sha256 of the weights and of the token ids, and how padding counts."""
-    return {"model": model_fingerprint(model), "text": text_fingerprint(batches), "pad_handling": pad_handling}
+    """What statistics are of: sha256 of weights, configuration and token ids, and how padding counts."""
+    configuration = {key: value for key, value in model.config.to_diff_dict().items() if key not in NOT_COMPUTING}
+    return {
+        "model": model_fingerprint(model),
+        "configuration": hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode()).hexdigest(),
+        "text": text_fingerprint(batches),
+        "pad_handling": pad_handling,
+    }
 
 
 def _place(cut: SiteCut) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def usable_on(tensor: Tensor) -> bool:
     """Whether a kernel of ours can read ``tensor``; not while torch compiles, which makes its own."""
     if not (tensor.is_cuda or interpreted()) or torch.compiler.is_compiling():
         return False
-    return os.environ.get(VARIABLE) != "plain" and _installed()
+    return os.environ.get(VARIABLE) != "plain" and _installed() and _runs_on(tensor.device)
 
 
 def interpreted() -> bool:
@@ -28,3 +29,22 @@ def interpreted() -> bool:
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    """Whether a first small launch succeeds: Triton may be there without the C compiler that it needs, or not know the
+    device. Everything is then done by torch's own operations."""
+    from . import triton_reductions
+
+    try:
+        triton_reductions.position_sums(torch.ones(1, 1, 1, device=device), None, False, None)
+    except Exception as error:
+        warnings.warn(
+            f"Triton's kernels cannot be used on {device} ({type(error).__name__}: {error}); torch's own operations do "
+            f"the same, if slower. {VARIABLE}=plain does without Triton and this message",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

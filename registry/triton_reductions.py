@@ -34,7 +34,7 @@ def _position_sums(
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if HAS_CENTRE:
         middle = tl.load(centre + c, mask=c < C, other=0.0)
-    place = x + t[:, None] * stride_t + c[None, :]
+    place = x + t[:, None].to(tl.int64) * stride_t + c[None, :]
     for b in range(B):
         value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         place += stride_b  # step by step: the offset itself may not fit in 32 bits
@@ -44,7 +44,7 @@ def _position_sums(
             real = tl.load(valid + b * T + t, mask=t < T, other=0)
             value = tl.where(real[:, None] != 0, value, 0.0)
         total += value * value if SQUARE else value
-    tl.store(out + t[:, None] * C + c[None, :], total, mask=inside)
+    tl.store(out + t[:, None].to(tl.int64) * C + c[None, :], total, mask=inside)
 
 
 def position_sums(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) -> Tensor:

@@ -92,6 +92,19 @@ def test_generation_decides_once_and_keeps_to_it(make_model, batches, family):
     assert torch.equal(logits[:, -1].argmax(-1), tokens[:, ids.shape[1]])
 
 
+@pytest.mark.parametrize("whole", ["attention", "mlp"])
+def test_generation_beside_sites_that_keep_everything(make_model, batches, whole):
+    """They decide nothing, and what comes after them was decided by the prompt."""
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"][:2]
+    allocator = {"name": "explicit", "attention": [0.5, 0.5, 0.5], "mlp": [0.5, 0.5, 0.5], whole: [0, 0, 0]}
+    options = dict(ratio=None, allocator=allocator, calibration=batches, trace=True)
+    with prune(model, "pp", **options, **AHEAD) as pruned, torch.no_grad():
+        tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+        assert len(pruned.trace) == 3, "one decision a layer, none in decode steps"
+        again = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert tokens.shape == again.shape == (2, 30)
+
+
 @pytest.mark.parametrize("options", [{"selector": {"name": "spread", "ahead": True}}, {"compensate": "probe_mean"}])
 def test_with_other_parts(make_model, batches, options):
     options = {**AHEAD, **options}

@@ -7,16 +7,14 @@ import random
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.bench import arms, command, measure, table
+from prunekit.compress.bench import arms, measure, table
 from prunekit.compress.bench.arms import Setting, build, close_all
 from prunekit.compress.bench.intervals import rank_of, ratio_of
-from prunekit.compress.bench.presets import PRESETS, Case, Preset
+from prunekit.compress.bench.presets import Case, Preset
 from prunekit.compress.bench.reference_way import FullWeightPPsp, IndexedSlice
 from prunekit.compress.bench.slicing import sliced, twin
 from prunekit.compress.calibration import no_progress
-from prunekit.compress.cli import app
 from prunekit.registry import SpecError
-from typer.testing import CliRunner
 
 TINY = {
     "llama": Preset("llama", 64, 192, 4, 2, 2, cases=(Case("float32", 3, 16),)),
@@ -53,6 +51,8 @@ def test_no_ratio_is_printed_where_the_noise_is_larger_than_the_effect():
     assert not noise.told_apart and str(noise).startswith("noise (") and noise.data()["ratio"] is None
     slower = ratio_of([1.5 * seconds for seconds in same], same)
     assert slower.told_apart and str(slower) == "1.500 (1.500 to 1.500)" and slower.data()["ratio"] == 1.5
+    few = ratio_of([1.5] * 5, [1.0] * 5)
+    assert not few.told_apart and str(few) == "too few rounds (1.500 to 1.500)" and few.data()["ratio"] is None
 
 
 # Arms
@@ -125,6 +125,15 @@ def test_every_arm_of_pp_decides_the_same_but_the_one_ahead():
     assert all(found == kept["pp"] for found in kept.values()) and ahead != kept["pp"]
 
 
+def test_arms_change_what_the_user_set_and_nothing_else():
+    options = {"selector": "random", "merger": "fixed_ratio"}
+    built = {arm.name: arm.pruned.strategy for arm in build(tiny(options=options), ["pp", "pp-ahead", "pp-frozen"])}
+    assert {strategy.selector.name for strategy in built.values()} == {"random"}
+    assert {strategy.merger.name for strategy in built.values()} == {"fixed_ratio"}
+    assert [built[name].selector.ahead for name in ("pp", "pp-ahead", "pp-frozen")] == [False, True, False]
+    assert [built[name].merger.momentum for name in ("pp", "pp-ahead", "pp-frozen")] == [0.99, 0.99, 1]
+
+
 # The measurement
 
 
@@ -169,7 +178,7 @@ def test_tables_say_it(measured):
 
 def test_compiled_arms_are_compared_with_their_like(measured):
     two = {"dense": 2.0, "ideal": 1.0, "pp": 1.2, "dense-compiled": 1.6, "ideal-compiled": 0.8, "pp-compiled": 0.9}
-    seconds = {name: [value, value] for name, value in two.items()}
+    seconds = {name: [value] * 6 for name, value in two.items()}
     peak = dict.fromkeys(two, 1)
     found = dataclasses.replace(measured, seconds=seconds, peak=peak)
     rows = table.compiled_rows(found)
@@ -185,98 +194,7 @@ def test_compiled_arms_are_compared_with_their_like(measured):
     assert table.data(found)["arms"]["pp-compiled"]["to_ideal-compiled"]["ratio"] == pytest.approx(1.125)
 
 
-def test_layers_that_the_paper_skips_are_skipped_at_full_depth_only():
-    chosen = dict(dtype=None, batch=None, ratio=None, skip=None, device="cpu", options={}, seed=0)
-    (full,) = command.settings_of("llama-2-7b", layers=None, **chosen)
-    assert (full.layers, full.skipped, full.dtype, full.ratio) == (32, (0, 1, 2), "bfloat16", 0.4)
-    assert (full.batch, full.length) == (20, 1024)
-    (few,) = command.settings_of("llama-2-7b", layers=4, **chosen)
-    assert few.skipped == ()
-    (asked,) = command.settings_of("llama-2-7b", layers=8, **{**chosen, "skip": "0,1"})
-    assert asked.skipped == (0, 1)
-    several = command.settings_of("cpu-small", layers=1, **{**chosen, "dtype": "float32,bfloat16", "batch": "4x8,2x4"})
-    assert [(s.dtype, s.batch) for s in several] == [("float32", 4), ("bfloat16", 4), ("float32", 2), ("bfloat16", 2)]
-
-
-def test_without_a_question_a_preset_is_measured_as_usual():
-    asked = dict(layers=None, skip=None, device="cpu", options={}, seed=0)
-    usual = command.settings_of("cpu-small", dtype=None, batch=None, ratio=None, **asked)
-    assert [Case(s.dtype, s.batch, s.length, s.ratio) for s in usual] == list(PRESETS["cpu-small"].cases)
-    assert {s.dtype for s in usual} == {"float32", "bfloat16"} and {s.batch for s in usual} == {20, 4}
-    (one,) = command.settings_of("cpu-small", dtype=None, batch=None, ratio="0.3", **asked)
-    assert (one.dtype, one.batch, one.length, one.ratio) == ("float32", 20, 256, 0.3)
-
-
-@pytest.mark.parametrize("name", list(PRESETS))
-def test_presets_are_the_models_shapes(name):
-    preset = PRESETS[name]
-    config = preset.config(1, 8)
-    shape = {"llama-2-7b": (4096, 32, 32), "llama-3-8b": (4096, 32, 8), "opt-13b": (5120, 40, 40)}
-    shape["cpu-small"] = (1024, 16, 16)
-    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    assert (config.hidden_size, config.num_attention_heads, kv_heads) == shape[name]
-    with torch.device("meta"):
-        import transformers
-
-        whole = transformers.AutoModelForCausalLM.from_config(preset.config(preset.layers, 8))
-    total = sum(parameter.numel() for parameter in whole.get_decoder().parameters()) / 1e9
-    billions = {"llama-2-7b": 6.5, "llama-3-8b": 7.0, "opt-13b": 12.6, "cpu-small": 0.026}
-    assert total == pytest.approx(billions[name], rel=0.02)
-
-
-# The command
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, ["bench", *arguments])
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(command.PRESETS, "tiny", TINY["llama"])
-
-
-def test_the_command_prints_tables_and_writes_them(small, tmp_path):
-    out = tmp_path / "found"
-    asked = ["--preset", "tiny", "--rounds", "2", "--batch", "2x16,1x8", "--threads", "1", "--out", str(out)]
-    done = invoke(*asked)
-    assert done.exit_code == 0, done.output
-    for words in ("ideal (sliced beforehand)", "PP the reference's way", "decision overhead", "where", "1 thread"):
-        assert words in done.output, words
-    data = json.loads((out / "bench.json").read_text())
-    assert data["format"] == 1 and len(data["settings"]) == 2
-    assert set(data["settings"][0]["arms"]) == set(arms.DEFAULT)
-    assert "PP / ideal" in (out / "bench.md").read_text()
-    again = invoke(*asked)
-    assert again.exit_code == 2 and "exists" in again.output
-    assert invoke(*asked, "--overwrite", "--cpu-time", "--set", "prune.history.pool=4").exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--preset", "llama-2-7"], "--preset: there is no preset 'llama-2-7' (did you mean 'llama-2-7b'?)"),
-        (["--arms", "dense,ideel"], "--arms: there is no arm 'ideel' (did you mean 'ideal'?)"),
-        (["--arms", "ideal,pp"], "--arms: the arm dense must be among them"),
-        (["--dtype", "float64"], "--dtype: there are float32, bfloat16 and float16, found 'float64'"),
-        (["--batch", "20"], "--batch: write sequences x tokens, such as 20x256; found '20'"),
-        (["--ratio", "1.5"], "--ratio: a ratio is the share that is cut, between 0 and 1; found 1.5"),
-        (["--ratio", "x"], "--ratio: expected a number, found 'x'"),
-        (["--skip-layers", "0,1", "--layers", "2"], "all 2 layers are skipped"),
-        (["--cpu-time", "--threads", "2"], "--cpu-time counts what the processor did for one thread"),
-        (["--set", "model.name=x"], "--set model: a benchmark runs PP alone"),
-        (["--set", "prune.ratio=0.2"], "--set prune.ratio: PP is what is measured"),
-        (["--set", "prune.history.pol=4"], "history.pol: unknown key (did you mean 'pool'?)"),
-        (["--device", "cuda"], "cuda was asked for"),
-    ],
-)
-def test_mistakes_are_one_message(small, arguments, said):
-    done = invoke("--preset", "tiny", "--rounds", "1", *arguments)
-    assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
-    assert isinstance(done.exception, SystemExit)
-
-
-def test_models_are_let_go_of_after_an_error(small, monkeypatch):
+def test_models_are_let_go_of_after_an_error(monkeypatch):
     closed = []
     monkeypatch.setattr(arms.Arm, "close", lambda self: closed.append(self.name))
 

@@ -33,6 +33,12 @@ def test_the_strategys_own_component_keeps_its_settings(catalog, scorer):
     assert not build_strategy(catalog, "pp", dict(ratio=0.4, scorer={"name": "fluctuation"})).scorer.square_attention
 
 
+def test_the_strategys_own_history_keeps_its_settings(catalog):
+    mine = build_strategy(catalog, "pp", {"ratio": 0.4, "history": {"dtype": "float16"}})
+    changed = build_strategy(catalog, mine, {"history": {"pool": 4}})
+    assert (changed.history.dtype, changed.history.pool) == ("float16", 4)
+
+
 def test_a_strategy_object_is_changed_not_replaced(catalog):
     first = build_strategy(catalog, "pp", dict(ratio=0.4, seed=3, selector={"rows": 0.5}))
     second = build_strategy(catalog, first, dict(ratio=0.2, selector={"positions": 0.25}))

@@ -65,23 +65,26 @@ def test_products_of_kept_rows_and_columns(dtype, tolerance, biased):
     torch.testing.assert_close(linear_of_columns(x, consumer, kept, bias), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
-def test_a_pruned_model_computes_the_same_with_them(make_model, batches, family, monkeypatch):
+@pytest.mark.parametrize(("family", "column_major"), [("llama-gqa", True), ("opt", True), ("llama-gqa", False)])
+def test_a_pruned_model_computes_the_same_with_them(make_model, batches, family, column_major, monkeypatch):
     from prunekit.compress import fused_linear
 
     model, found, called = make_model(family, num_hidden_layers=2), [], []
+    runtime = {"fused_gather": True, "column_major": column_major}
     call = fused_linear._call
     monkeypatch.setattr(fused_linear, "_call", lambda *args, **given: called.append(given) or call(*args, **given))
     for plain in (False, True):
         if plain:
             monkeypatch.setenv(kernels.VARIABLE, "plain")
-        with prune(model, "pp", ratio=0.4, calibration=batches, runtime={"fused_gather": True}) as pruned:
+        with prune(model, "pp", ratio=0.4, calibration=batches, runtime=runtime) as pruned:
             with torch.no_grad():
                 logits = [model(b["input_ids"], use_cache=False).logits for b in batches[:2]]
                 generated = model.generate(batches[0]["input_ids"][:1], max_new_tokens=2, do_sample=False)
             found.append((logits, generated, pruned.kept(), [cut.history.table for cut in pruned._engine.cuts]))
-        expected = {"llama-gqa": 4 + 3, "opt": 4 + 2}[family] * 2 * 2
-        assert len(called) == expected, "every layer of two batches, none of a generation's, none without kernels"
+        expected = ({"llama-gqa": 4 + 3, "opt": 4 + 2}[family] - (0 if column_major else 2)) * 2 * 2
+        assert len(called) == expected, (
+            "every layer of two batches but those across the grain, none of a generation's, none without kernels"
+        )
     (logits, tokens, kept, tables), (theirs, same, kept_too, tables_too) = found
     assert kept == kept_too and torch.equal(tokens, same)
     for one, other in zip(logits + tables, theirs + tables_too, strict=True):

@@ -1,12 +1,13 @@
 """What is done for speed changes nothing but speed: the same units are kept, and logits agree up to rounding."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
-from prunekit.compress import Pipeline, prune, reuse
-from prunekit.compress.gathering import is_column_major
-from prunekit.compress.loading import fingerprint
+from prunekit.compress import Pipeline, forward_pass, prune, reuse
 from prunekit.compress.reuse import Probed
 from prunekit.compress.runtime import Runtime
+from prunekit.compress.side_stream import SideStreams
 from prunekit.registry import SpecError
 from prunekit.strategies.application import Slice
 
@@ -68,80 +69,14 @@ def test_static_cuts_and_compensation_agree_too(make_model, batches, family):
         torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=2e-5)
 
 
-# Weights by columns
-
-
-def test_consumers_lie_by_columns_while_the_model_is_pruned_per_batch(make_model, batches):
-    model = make_model("llama-gqa")
-    names = ["self_attn.o_proj", "mlp.down_proj", "mlp.up_proj"]
-
-    def column_major(layer):
-        return [is_column_major(model.get_submodule(f"model.layers.{layer}.{name}").weight) for name in names]
-
-    alias = model.model.layers[1].mlp.down_proj.weight.data
-    before, values, digest = alias.clone(), model.model.layers[1].mlp.down_proj.weight, fingerprint(model)
-    strides, place = values.stride(), values.data_ptr() % 64
-    with prune(model, "pp", ratio=0.4, skip_layers=[0], calibration=batches):
-        assert column_major(0) == [False] * 3 and column_major(1) == column_major(2) == [True, True, False]
-        assert model.model.layers[1].mlp.down_proj.weight is values and torch.equal(values, before)
-        assert torch.equal(alias, before), "what shares the old memory must stay as it was"
-        assert fingerprint(model) == digest
-    assert column_major(1) == [False] * 3
-    assert values.stride() == strides and values.data_ptr() % 64 == place and torch.equal(values, before)
-    with prune(model, "wanda_sp", ratio=0.4, calibration=batches):
-        assert column_major(1) == [False] * 3, "a cut made once gathers once"
-    with prune(model, "pp", ratio=0.4, calibration=batches, runtime={"column_major": False}):
-        assert column_major(1) == [False] * 3
-
-
-def test_a_pruned_model_can_be_saved(make_model, batches, tmp_path):
-    import transformers
-
-    model = make_model("llama-gqa")
-    with prune(model, "pp", ratio=0.4, calibration=batches):
-        model.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert fingerprint(again) == fingerprint(model)
-
-
-# Shared memory
-
-
-def pieces(pruned):
-    return {buffer.data_ptr() for buffer in pruned._engine.gatherer.buffers}
-
-
-def test_all_layers_gather_into_the_same_memory(make_model, batches):
-    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
-    with prune(model, "pp", ratio=0.5, calibration=batches) as pruned, torch.no_grad():
-        assert not pieces(pruned)
-        model(ids, use_cache=False)
-        first = pieces(pruned)
-        assert len(first) == 4 + 3  # q, k, v, o and gate, up, down, however many layers there are
-        model(ids[:2, :9], use_cache=False)
-        assert pieces(pruned) == first
-        cache = model(ids, use_cache=True).past_key_values
-        assert len(pieces(pruned)) == 3 * 7, "cuts that serve several passes have memory of their own"
-        own = pieces(pruned)
-        model(ids[:, :1], past_key_values=cache)
-        model(ids, use_cache=True)
-        assert pieces(pruned) == own, "the next generation takes the same"
-        model(ids, use_cache=False)
-        assert len(pieces(pruned)) == 7
-    assert not pieces(pruned)
-
-
-def test_memory_grows_to_the_largest_site(make_model, batches):
+def test_sites_of_different_widths_agree(make_model, batches):
     model = make_model("llama-gqa")
     allocator = {"name": "explicit", "attention": [0.5, 0.25, 0.5], "mlp": [0.6, 0.4, 0.2]}
-    options = dict(ratio=None, allocator=allocator, calibration=batches)
-    with prune(model, "pp", **options) as pruned, torch.no_grad():
-        model(batches[0]["input_ids"], use_cache=False)
-        assert len(pieces(pruned)) == 7
-        width = pruned.counts[2, "mlp"]
-        assert max(buffer.numel() for buffer in pruned._engine.gatherer.buffers) == 128 * width
-    model = make_model("llama-gqa")
+    options = dict(ratio=None, allocator=allocator)
     agree(run(model, batches, **options), run(model, batches, runtime=OFF, **options))
+
+
+# Gradients
 
 
 def test_gradients_find_the_weights_that_the_forward_used(make_model, batches):
@@ -155,6 +90,78 @@ def test_gradients_find_the_weights_that_the_forward_used(make_model, batches):
         grads.append(embeddings.grad)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     assert grads[0].abs().max() > 1e-4
+
+
+def test_gradients_of_a_step_outlive_the_next_prompt(make_model, batches):
+    """A step's backward needs the weights that its prompt gathered, whatever was gathered since."""
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
+    grads = []
+    for runtime in ({}, OFF):
+        embeddings = model.get_input_embeddings()(ids[:, :1]).detach().requires_grad_()
+        with prune(model, "pp", ratio=0.4, calibration=batches, runtime=runtime):
+            with torch.no_grad():
+                cache = model(ids, use_cache=True).past_key_values
+            loss = model(inputs_embeds=embeddings, past_key_values=cache).logits.square().mean()
+            with torch.no_grad():
+                model(batches[1]["input_ids"], use_cache=True)
+            loss.backward()
+        grads.append(embeddings.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert grads[0].abs().max() > 1e-4
+
+
+# Work beside the model's own
+
+
+class Beside(SideStreams):
+    """Says that there is a stream beside, as on a CUDA device, and notes what is done on it."""
+
+    def __init__(self, wanted):
+        super().__init__(wanted)
+        self.begun, self.joined, self.shared = 0, 0, []
+
+    @property
+    def used(self):
+        return True
+
+    @contextmanager
+    def beside(self, *inputs):
+        self.begun += 1
+        yield
+
+    def join(self):
+        self.joined += 1
+
+    def share(self, *made):
+        self.shared += made
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("options", [{}, {"selector": {"ahead": True}}])
+def test_work_beside_the_models_own_agrees(make_model, batches, family, options, monkeypatch):
+    """What is gathered and learnt beside is what is used: with a cache, without, and where sites stay whole."""
+    model, made = make_model(family), []
+
+    def side(wanted):
+        made.append(Beside(wanted))
+        return made[-1]
+
+    allocator = {"name": "explicit", "attention": [0.5, 0.5, 0.5], "mlp": [0.4, 0, 0.4]}
+    for given in ({}, {"ratio": None, "allocator": allocator}):
+        found = []
+        for faked in (False, True):
+            with monkeypatch.context() as patched:
+                if faked:
+                    patched.setattr(forward_pass, "SideStreams", side)
+                found.append(run(model, batches, **options, **given))
+                full = {"ratio": 0.4, "calibration": batches, **options, **given}
+                with prune(model, "pp", **full) as pruned, torch.no_grad():
+                    tokens = model.generate(batches[0]["input_ids"][:2], max_new_tokens=5, do_sample=False)
+                    found[-1] += (tokens, pruned.kept())
+        agree(found[0], found[1])
+        assert torch.equal(found[0][3], found[1][3]) and found[0][4] == found[1][4]
+    assert all(side.begun and side.joined for side in made)
+    assert any(tensor is not None for side in made for tensor in side.shared)
 
 
 def test_inference_mode_and_back(make_model, batches):

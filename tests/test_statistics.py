@@ -1,11 +1,14 @@
 """Running statistics against plain float64 formulas: padding, uneven batches, growing lengths, half precision."""
 
 import gc
+import sys
+import types
+import warnings
 
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import ChannelHistory, Fluctuation, MeanSquare
+from prunekit.registry import ChannelHistory, Fluctuation, MeanSquare, kernels, position_sums
 
 CHANNELS = 7
 
@@ -229,3 +232,32 @@ def test_calibration_takes_no_more_memory_for_more_batches(make_model, strategy,
         monkeypatch.setattr(Fluctuation, "observe", observe)
         hoarded = calibration_memory(model, 24, strategy) - few
         assert hoarded > 20 * one_batch
+
+
+def test_kernels_that_cannot_be_launched_are_done_without(monkeypatch):
+    """Triton without a compiler, or on a device that it does not know: one warning, and the same sums."""
+    tried = []
+
+    def fail(x, *_):
+        tried.append(x)
+        raise RuntimeError("no C compiler found")
+
+    broken = types.ModuleType("triton_reductions")
+    broken.position_sums = fail
+    monkeypatch.setitem(sys.modules, "prunekit.registry.triton_reductions", broken)
+    monkeypatch.setattr("prunekit.registry.triton_reductions", broken, raising=False)
+    monkeypatch.setattr(kernels, "_installed", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernels._runs_on.cache_clear()
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    try:
+        with pytest.warns(RuntimeWarning, match=r"cannot be used on cpu \(RuntimeError: no C compiler found\)"):
+            first = position_sums(x, None)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = position_sums(x, None)[0]
+    finally:
+        kernels._runs_on.cache_clear()
+    assert len(tried) == 1
+    for found in (first, second):
+        torch.testing.assert_close(found, x.sum(0))

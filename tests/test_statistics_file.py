@@ -5,10 +5,10 @@ import os
 
 import pytest
 import torch
-from prunekit.compress import Pipeline, prune
+from prunekit.compress import Pipeline, prune, statistics_file
 from prunekit.compress.statistics_file import StatisticsFile
 from prunekit.registry import DataError, SpecError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -32,6 +32,11 @@ def outcome(model, calibration, use="pp", **options):
     with prune(model, use, ratio=0.4, calibration=calibration, trace=True, **options) as pruned, torch.no_grad():
         passes, logits = model.passes, model(ids, use_cache=False).logits
         return (pruned.trace, pruned.counts, pruned.held_bytes(), logits.tolist()), passes
+
+
+def left_in(folder):
+    """What is in a folder, but for the lock."""
+    return [entry.name for entry in folder.iterdir() if not entry.name.endswith(".lock")]
 
 
 RUNS = [
@@ -60,7 +65,7 @@ def test_one_file_serves_every_strategy(model, batches, tmp_path):
             gathered.append(passes)
     # Mean squares, fluctuations, those of FLAP's own code, and the means of a scorer without a statistic.
     assert gathered == [4, 0, 4, 0, 0, 0, 4, 4, 0] + [0] * 9
-    assert [entry.name for entry in tmp_path.iterdir()] == ["statistics.safetensors"]
+    assert left_in(tmp_path) == ["statistics.safetensors"]
 
 
 def test_sites_that_were_skipped_are_added(model, batches, tmp_path):
@@ -110,6 +115,9 @@ def test_a_file_of_something_else_is_refused_with_the_reason(model, make_model, 
     masked = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches]
     refused(model, masked, path, "other calibration text")
     refused(model, batches, path, "another way to count padding", pad_handling="reference")
+    turned = make_model("llama-gqa", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    turned.passes = 0
+    refused(turned, batches, path, r"another configuration of this model, such as its rotary embeddings")
     assert outcome(model, batches, statistics=path)[1] == 0, "and serves whom it is for as before"
 
 
@@ -126,6 +134,44 @@ def test_what_is_no_statistics_file_is_refused(model, batches, tmp_path):
     refused(model, batches, tmp_path / "nowhere" / "s.safetensors", r"cannot be written: .*nowhere is no folder")
     (tmp_path / "folder").mkdir()
     refused(model, batches, tmp_path / "folder", "cannot be read|is a folder")
+
+
+def test_what_another_run_wrote_meanwhile_is_looked_at_too(model, make_model, batches, tmp_path):
+    """Both find no file; the slower one adds to a file of its own kind, and refuses one of another model."""
+    path, twin, other = tmp_path / "s.safetensors", make_model("llama-gqa"), make_model("llama-gqa", seed=1)
+
+    def meanwhile(who):
+        def progress(items, label, total):
+            yield from items
+            if not path.exists():
+                prune(who, "pp", ratio=0.4, calibration=batches, statistics=path).remove()
+
+        return progress
+
+    prune(model, "flap", ratio=0.4, calibration=batches, statistics=path, progress=meanwhile(twin)).remove()
+    assert outcome(model, batches, statistics=path)[1] == outcome(model, batches, "flap", statistics=path)[1] == 0
+    path.unlink()
+    with pytest.raises(DataError, match="these statistics are of another model"):
+        prune(model, "flap", ratio=0.4, calibration=batches, statistics=path, progress=meanwhile(other))
+    other.passes = 0
+    other.model.register_forward_pre_hook(lambda *_: setattr(other, "passes", other.passes + 1))
+    assert outcome(other, batches, statistics=path)[1] == 0, "it is still the other's"
+
+
+def test_parts_that_are_missing_or_do_not_fit_are_named(model, batches, tmp_path):
+    path = tmp_path / "s.safetensors"
+    outcome(model, batches, statistics=path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    table = next(name for name in tensors if "layers.1.mlp" in name and name.endswith(".table"))
+    rows, tokens = table.replace(".table", ".rows"), table.replace(".table", ".tokens")
+    save_file({name: tensor for name, tensor in tensors.items() if name != table}, path, metadata)
+    refused(model, batches, path, r"layers\.1\.mlp.*table is damaged: is not there; delete the file")
+    save_file({**tensors, rows: tensors[rows][:7].clone()}, path, metadata)
+    refused(model, batches, path, r"layers\.1\.mlp.*rows is damaged: float32 \(7,\)")
+    save_file(tensors, path, {**metadata, tokens: "many"})
+    refused(model, batches, path, r"layers\.1\.mlp.*tokens is damaged: 'many' is no number")
 
 
 @pytest.mark.parametrize("damage", ["nan", "shape", "dtype"])
@@ -158,16 +204,20 @@ def test_an_interruption_leaves_no_file(model, batches, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prune(model, "pp", ratio=0.4, calibration=batches, statistics=path, progress=stop)
     assert not list(tmp_path.iterdir())
-    replace = os.replace
+    # safetensors has an error of its own for a full disk.
+    for place, error in ((os, OSError("no space left")), (statistics_file, SafetensorError("no space left"))):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, "replace" if place is os else "save_file", failing(error))
+            with pytest.raises(DataError, match=r"s\.safetensors: the statistics cannot be written: no space left"):
+                prune(model, "pp", ratio=0.4, calibration=batches, statistics=path)
+        assert not left_in(tmp_path)
 
-    def fail(source, target):
-        raise OSError("no space left")
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(DataError, match=r"s\.safetensors: the statistics cannot be written: no space left"):
-        prune(model, "pp", ratio=0.4, calibration=batches, statistics=path)
-    monkeypatch.setattr(os, "replace", replace)
-    assert not list(tmp_path.iterdir())
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def test_a_pipeline_file_names_it_from_its_own_folder(tmp_path):

@@ -122,7 +122,8 @@ def build(setting: Setting, names: Sequence[str]) -> list[Arm]:
         arms[name] = _pruned(name, twin(model), setting, catalog)
         counts = arms[name].pruned.counts
     sites = find_sites(model, catalog, arms["pp"].pruned.strategy.attention_unit)[1]
-    arms["ideal"] = Arm("ideal", sliced(model, sites, counts))
+    if not {"ideal", "ideal-compiled"}.isdisjoint(names):
+        arms["ideal"] = Arm("ideal", sliced(model, sites, counts))
     for name, of in COMPILED.items():
         if name in names and name not in arms:
             arms[name] = Arm(name, twin(arms[of].model))
@@ -141,7 +142,8 @@ def _pruned(name: str, model: Any, setting: Setting, catalog: Catalog) -> Arm:
         **setting.options,
     }
     for key, value in way.strategy.items():  # beside what the user set of the same part
-        options[key] = {**options[key], **value} if isinstance(options.get(key), dict) else value
+        given = options.get(key) or {}
+        options[key] = {**({"name": given} if isinstance(given, str) else given), **value}
     if name == "pp-reference":
         options |= {"scorer": FullWeightPPsp(dtype=setting.dtype), "applier": IndexedSlice()}
     generator = torch.Generator().manual_seed(setting.seed)

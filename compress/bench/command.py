@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from ...registry import SpecError, near
+from ...registry import ModelError, SpecError, near
 from .. import printing
 from ..loading import usable_device
 from ..results import RunFolder, write_json
 from ..yaml_file import apply_settings
 from . import table
-from .arms import Setting, check_names
+from .arms import DEFAULT, Setting, check_names
 from .malloc import keep_freed_memory
 from .measure import Measured, measure
 from .presets import PRESETS, Case
@@ -30,7 +30,7 @@ FORMAT = 1
 
 def bench(
     preset: str,
-    arms: str,
+    arms: str | None,
     dtype: str | None,
     batch: str | None,
     ratio: str | None,
@@ -55,19 +55,26 @@ def bench(
     folder = RunFolder(Path(out), overwrite, what="benchmark", marker=RESULT) if out else None
     if folder:
         folder.check()
-    names = list(dict.fromkeys(name.strip() for name in arms.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in arms.split(",") if name.strip())) if arms else list(DEFAULT)
     check_names(names)
     if "dense" not in names:
         raise SpecError("--arms: the arm dense must be among them: every ratio is to it")
-    usable_device(device)
-    wanted = settings_of(preset, dtype, batch, ratio, layers, skip, device, strategy_options(settings), seed)
+    if usable_device(device).type not in ("cpu", "cuda"):
+        raise SpecError(f"--device: memory can be measured on cpu and cuda alone, found {device}")
+    wanted = settings_of(preset, dtype, batch, ratio, layers, skip, device, strategy_options(settings, names), seed)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     if cpu_time and (torch.get_num_threads() > 1 or device != "cpu"):
         raise SpecError("--cpu-time counts what the processor did for one thread: give --threads 1, and --device cpu")
     measured: list[Measured] = []
     with printing.Bars() as bars:
         for setting in wanted:
-            found = measure(setting, names, rounds, warmup, cpu_time, bars.track)
+            try:
+                found = measure(setting, names, rounds, warmup, cpu_time, bars.track)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"{setting.words}: the device's memory is full ({str(error).splitlines()[0]}); name fewer --arms, "
+                    "fewer --layers, or a smaller --batch"
+                ) from error
             found.protocol["malloc"] = "freed memory stays with the process" if kept else "the system's default"
             measured.append(found)
             table.show(found)
@@ -76,11 +83,22 @@ def bench(
     printing.say(table.NOTE)
     if folder:
         with folder.open() as partial:
-            command = shlex.join(["prunekit", *sys.argv[1:]]).replace(str(out), "DIR")
+            command = shlex.join(["prunekit", *without_place(sys.argv[1:])])
             data = [table.data(found) for found in measured]
             write_json(partial / RESULT, {"format": FORMAT, "command": command, "settings": data})
             (partial / "bench.md").write_text(table.markdown(measured, command), encoding="utf-8", newline="\n")
         printing.say(f"benchmark: {folder.target}", whole=True)
+
+
+def without_place(arguments: Sequence[str]) -> list[str]:
+    """A command's arguments with DIR for the folder of ``--out``: where that is concerns nobody else."""
+    said = list(arguments)
+    for at, argument in enumerate(arguments):
+        if argument.startswith("--out="):
+            said[at] = "--out=DIR"
+        elif argument == "--out":
+            said[at + 1 : at + 2] = ["DIR"]
+    return said
 
 
 def settings_of(
@@ -114,19 +132,25 @@ def settings_of(
     ]
 
 
-def strategy_options(settings: Sequence[str]) -> dict[str, Any]:
+def strategy_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """Options of the strategy from settings like ``prune.history.pool=16``."""
     data: dict[str, Any] = {}
     apply_settings(data, settings)
     for key in data:
         if key != "prune":
             raise SpecError(f"--set {key}: a benchmark runs PP alone, so that only prune.* can be set")
+    options = data.get("prune", {})
+    if not isinstance(options, dict):
+        raise SpecError(f"--set prune: set one of its keys, such as prune.history.pool=16; found {options!r}")
     for key in ("use", "ratio", "skip_layers"):
-        if key in data.get("prune", {}):
+        if key in options:
             raise SpecError(
                 f"--set prune.{key}: PP is what is measured; --ratio and --skip-layers have options of their own"
             )
-    return data.get("prune", {})
+    for key in ("scorer", "applier"):
+        if key in options and "pp-reference" in names:
+            raise SpecError(f"--set prune.{key}: the arm pp-reference has one of its own; leave it out of --arms")
+    return options
 
 
 def _cases(usual: Sequence[Case], dtype: str | None, batch: str | None, ratio: str | None) -> Sequence[Case]:

@@ -9,6 +9,9 @@ from statistics import median
 
 CONFIDENCE = 0.95
 
+LEAST_ROUNDS = 6
+"""Of fewer, not even the whole range holds the median with that probability."""
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -21,11 +24,13 @@ class Ratio:
 
     @property
     def told_apart(self) -> bool:
-        """Whether the noise is smaller than the effect: 1 lies outside of the interval."""
-        return not self.low <= 1 <= self.high
+        """Whether the noise is smaller than the effect: 1 lies outside of an interval that deserves the name."""
+        return self.rounds >= LEAST_ROUNDS and not self.low <= 1 <= self.high
 
     def __str__(self) -> str:
         between = f"{self.low:.3f} to {self.high:.3f}"
+        if self.rounds < LEAST_ROUNDS:
+            return f"too few rounds ({between})"
         return f"{self.median:.3f} ({between})" if self.told_apart else f"noise ({between})"
 
     def data(self) -> dict[str, float | int | None]:
@@ -38,7 +43,7 @@ def ratio_of(one: Sequence[float], other: Sequence[float]) -> Ratio:
     """Of times taken round by round, one to the other.
 
     The interval is that of order statistics: whatever the distribution, the median lies between the ranks with at least
-    95% probability. Fewer than six rounds cannot give that: the interval is then everything seen.
+    95% probability. Fewer than six rounds cannot give that: the interval is then everything seen, and says no ratio.
     """
     ratios = sorted(a / b for a, b in zip(one, other, strict=True))
     rank = rank_of(len(ratios))

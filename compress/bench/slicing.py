@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import Site, SiteKind
+from ...registry import Site, SiteKind, SpecError
 
 
 def twin(model: nn.Module) -> Any:
@@ -20,12 +20,19 @@ def twin(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def sliced(model: nn.Module, sites: Sequence[Site], counts: Mapping[tuple[int, SiteKind], int]) -> Any:
-    """A twin of ``model`` that keeps the first ``counts`` units of each site, in linear layers of that size."""
+    """A twin of ``model`` that keeps the first ``counts`` units of each site, in linear layers of that size.
+
+    Raises :class:`SpecError` for query heads of key/value groups: a plain model has as many in each group.
+    """
+    cut = [site for site in sites if counts.get((site.layer, site.kind), site.units) < site.units]
+    if any(site.query_heads_per_kv for site in cut):
+        raise SpecError(
+            "--arms: there is no ideal arm where query heads are cut under grouped-query attention, because no plain "
+            "model has such shapes; leave it out, or cut whole key/value groups"
+        )
     small = twin(model)
-    for site in sites:
-        count = counts.get((site.layer, site.kind), site.units)
-        if count == site.units:
-            continue
+    for site in cut:
+        count = counts[site.layer, site.kind]
         units = torch.arange(count, device=next(model.parameters()).device)
         for producer in site.producers:
             linear, rows = small.get_submodule(producer.path), producer.rows(units)

@@ -21,7 +21,8 @@ ELSEWHERE = "--out DIR writes them all"
 
 NOTE = (
     "Ratios are medians of paired rounds with their 95% interval; where the interval holds 1 the noise is larger than "
-    "the effect, and there is no ratio. Decision overhead: select, probe, score and history, relative to dense."
+    "the effect, and there is no ratio; nor is there one of fewer than six rounds. Decision overhead: select, probe, "
+    "score and history, relative to dense."
 )
 
 
