@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from page_file import put
 from prunekit.compress.bench.intervals import ratio_of
 from prunekit.compress.bench.presets import PRESETS, VOCABULARY
 from prunekit.compress.building import build_strategy
@@ -105,11 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
             said = f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
             seconds = f"{median(found['plain']):.3g} | {median(found['calibrating']):.3g}"
             lines.append(f"| {dtype} | {use} | {seconds} | {said} | {peaks} |")
-    written = "\n".join([*lines, ""])
-    if chosen.out is None:
-        print(written, end="")
-    else:
-        chosen.out.write_text(written, encoding="utf-8")
+    put("\n".join([*lines, ""]), chosen.out)
 
 
 if __name__ == "__main__":

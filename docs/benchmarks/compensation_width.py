@@ -19,6 +19,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from page_file import put
 from width_sizes import HEADS, TOY, Sizes
 
 PARTS = "ABCD"
@@ -112,11 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
             found.setdefault(part, []).append(apart(context, *job))
     asked = [shlex.quote(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     command = " ".join(["python docs/benchmarks/compensation_width.py", *asked]).replace(str(chosen.out), "PAGE")
-    written = apart(context, "width_page.page", sizes, found, machine(), command, time.perf_counter() - began)
-    if chosen.out is None:
-        print(written, end="")
-    else:
-        chosen.out.write_text(written, encoding="utf-8")
+    put(apart(context, "width_page.page", sizes, found, machine(), command, time.perf_counter() - began), chosen.out)
 
 
 if __name__ == "__main__":

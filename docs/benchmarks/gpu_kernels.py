@@ -14,6 +14,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from page_file import put
 from prunekit.compress.bench.intervals import ratio_of
 from prunekit.evaluators.timing import Clock, EventClock, processor
 from prunekit.registry import reductions
@@ -129,11 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
             lines += ["", f"## {what.__name__}: {said}", "", what.__doc__, ""]
             lines += ["| way | microseconds | to the first |", "|---|---:|---:|"]
             lines += rows_of(what(shape, device, dtype), clock, chosen.rounds)
-    written = "\n".join([*lines, ""])
-    if chosen.out is None:
-        print(written, end="")
-    else:
-        chosen.out.write_text(written, encoding="utf-8")
+    put("\n".join([*lines, ""]), chosen.out)
 
 
 if __name__ == "__main__":

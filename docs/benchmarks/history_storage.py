@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from page_file import put
 from prunekit.compress import prune
 from prunekit.compress.bundled import MODEL, TEXTS
 from prunekit.compress.text import calibration_batches
@@ -102,11 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     count = min(len(stream) // size, chosen.batches or len(stream))
     batches = stream[: count * size].view(count, chosen.rows, chosen.length)
     found = {name: run(model, calibration, batches, chosen.ratio, storage) for name, storage in STORAGES.items()}
-    written = page(chosen, found, batches)
-    if chosen.out is None:
-        print(written, end="")
-    else:
-        chosen.out.write_text(written, encoding="utf-8")
+    put(page(chosen, found, batches), chosen.out)
 
 
 if __name__ == "__main__":
