@@ -54,6 +54,23 @@ def make_model():
 
 
 @pytest.fixture
+def make_counting():
+    """Makes small models that count in ``passes`` how often their decoder runs."""
+
+    def make(**options):
+        found = build_model("llama-gqa", **options)
+        found.passes = 0
+
+        def count(*_):
+            found.passes += 1
+
+        found.model.register_forward_pre_hook(count)
+        return found
+
+    return make
+
+
+@pytest.fixture
 def shared() -> Path:
     """The folder of shared reference material; tests that need it are skipped where it is absent."""
     if not SHARED.is_dir():

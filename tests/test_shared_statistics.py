@@ -33,16 +33,8 @@ def padded(batches):
 
 
 @pytest.fixture
-def model(make_model):
-    """A small model that counts how often its decoder runs."""
-    found = make_model("llama-gqa")
-    found.passes = 0
-
-    def count(*_):
-        found.passes += 1
-
-    found.model.register_forward_pre_hook(count)
-    return found
+def model(make_counting):
+    return make_counting()
 
 
 def outcome(model, use, calibration, statistics=None, **options):

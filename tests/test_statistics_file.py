@@ -13,16 +13,8 @@ from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
-def model(make_model):
-    """A small model that counts how often its decoder runs."""
-    found = make_model("llama-gqa")
-    found.passes = 0
-
-    def count(*_):
-        found.passes += 1
-
-    found.model.register_forward_pre_hook(count)
-    return found
+def model(make_counting):
+    return make_counting()
 
 
 def outcome(model, calibration, use="pp", **options):
@@ -102,21 +94,22 @@ def refused(model, batches, path, said, use="pp", error=DataError, **options):
     assert before == (path.read_bytes() if path.is_file() else None)
 
 
-def test_a_file_of_something_else_is_refused_with_the_reason(model, make_model, batches, tmp_path):
+def test_a_file_of_something_else_is_refused_with_the_reason(model, make_counting, batches, tmp_path):
     path = tmp_path / "s.safetensors"
     outcome(model, batches, statistics=path)
-    other = make_model("llama-gqa", seed=1)
-    other.passes = 0
+    other = make_counting(seed=1)
     refused(other, batches, path, r"s\.safetensors: these statistics are of another model, .*\(model \w{12}\.\.\.")
-    half = make_model("llama-gqa").to(torch.bfloat16)
-    half.passes = 0
-    refused(half, batches, path, "another model, or the same one with other weights or another dtype")
+    refused(
+        make_counting().to(torch.bfloat16),
+        batches,
+        path,
+        "another model, or the same one with other weights or another dtype",
+    )
     refused(model, batches[:3], path, r"other calibration text: .*name another file, or delete this one")
     masked = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches]
     refused(model, masked, path, "other calibration text")
     refused(model, batches, path, "another way to count padding", pad_handling="reference")
-    turned = make_model("llama-gqa", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    turned.passes = 0
+    turned = make_counting(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     refused(turned, batches, path, r"another configuration of this model, such as its rotary embeddings")
     assert outcome(model, batches, statistics=path)[1] == 0, "and serves whom it is for as before"
 
@@ -136,9 +129,9 @@ def test_what_is_no_statistics_file_is_refused(model, batches, tmp_path):
     refused(model, batches, tmp_path / "folder", "cannot be read|is a folder")
 
 
-def test_what_another_run_wrote_meanwhile_is_looked_at_too(model, make_model, batches, tmp_path):
+def test_what_another_run_wrote_meanwhile_is_looked_at_too(model, make_counting, batches, tmp_path):
     """Both find no file; the slower one adds to a file of its own kind, and refuses one of another model."""
-    path, twin, other = tmp_path / "s.safetensors", make_model("llama-gqa"), make_model("llama-gqa", seed=1)
+    path, twin, other = tmp_path / "s.safetensors", make_counting(), make_counting(seed=1)
 
     def meanwhile(who):
         def progress(items, label, total):
@@ -153,8 +146,6 @@ def test_what_another_run_wrote_meanwhile_is_looked_at_too(model, make_model, ba
     path.unlink()
     with pytest.raises(DataError, match="these statistics are of another model"):
         prune(model, "flap", ratio=0.4, calibration=batches, statistics=path, progress=meanwhile(other))
-    other.passes = 0
-    other.model.register_forward_pre_hook(lambda *_: setattr(other, "passes", other.passes + 1))
     assert outcome(other, batches, statistics=path)[1] == 0, "it is still the other's"
 
 
