@@ -15,14 +15,17 @@ from .probing import CACHE_ARGUMENT
 from .runtime import CompileMode
 from .stages import Stages
 
+WORTH_FROM = 32
+"""Tokens of a batch: compiling takes as long for fewer, such as those of a pass that lets a model settle."""
+
 
 def compile_decoder(decoder: nn.Module, mode: CompileMode, passing: ForwardPass, stages: Stages) -> Callable[[], None]:
     """Have passes of ``decoder`` without a key/value cache run compiled, pruned and dense ones; gives what undoes it.
 
     The hooks on the decoder itself stay outside of the graph: they count batches, look for what is not finite and take
-    over what history has learnt. Passes with a cache, with gradients, in calibration, or that somebody watches step by
-    step run as they are. Raises :class:`ModelError` for a model that is spread over devices or offloaded, or where
-    there is no compiler.
+    over what history has learnt. Passes with a cache, with gradients, in calibration, of a few tokens, or that somebody
+    watches step by step or operation by operation run as they are. Raises :class:`ModelError` for a model that is
+    spread over devices or offloaded, or where there is no compiler.
     """
     if any(hasattr(module, "_hf_hook") for module in decoder.modules()):
         raise ModelError(
@@ -35,8 +38,10 @@ def compile_decoder(decoder: nn.Module, mode: CompileMode, passing: ForwardPass,
     compiled = torch.compile(plain, mode=mode)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        watched = stages.watched_now or torch.is_grad_enabled() or passing.mode == "calibrate"
-        if watched or torch.compiler.is_compiling() or _caches(decoder, named(decoder, args, kwargs)):
+        watched = stages.watched_now or torch._C._len_torch_dispatch_stack() > 0
+        if watched or torch.is_grad_enabled() or passing.mode == "calibrate" or torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        if passing.tokens < WORTH_FROM or _caches(decoder, named(decoder, args, kwargs)):
             return plain(*args, **kwargs)
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(*args, **kwargs)

@@ -45,6 +45,11 @@ class ForwardPass:
         self._valid: Tensor | None = None
         self._attention_arguments: dict[str, Any] = {}
 
+    @property
+    def tokens(self) -> int:
+        """Of the batch that goes through."""
+        return self._shape[0] * self._shape[1]
+
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A batch begins."""
         named = named_arguments(module, args, kwargs)

@@ -21,7 +21,7 @@ from .pruning import prune
 from .results import FORMAT, Results, RunFolder
 from .shared_statistics import SharedStatistics
 from .spec import Calibration, PipelineSpec
-from .statistics_file import StatisticsFile
+from .statistics_file import StatisticsFile, check_place
 from .text import calibration_batches, read_documents
 from .text import fingerprint as text_fingerprint
 
@@ -73,10 +73,12 @@ class Pipeline:
         torch.manual_seed(spec.seed)
         for evaluator in spec.evaluate:
             evaluator.check_options()
+        file = spec.calibration.statistics
+        if file is not None and not file.exists():
+            check_place(file)
         loaded = loaded or load(spec.model)
         check_lengths(spec, loaded)
         batches, about_calibration = self._calibration(loaded)
-        file = spec.calibration.statistics
         if file is not None and batches is not None:
             statistics = StatisticsFile(file)
         seconds = {"load": time.perf_counter() - began}

@@ -81,6 +81,11 @@ def show_wide_table(head: Sequence[str], rows: Sequence[Sequence[str | Text]], l
         say(f"{more} more column{'s' * (more > 1)}: {elsewhere}", whole=True)
 
 
+def narrow() -> bool:
+    """Whether a terminal has no room for tables with intervals in them."""
+    return out.is_terminal and out.width < 130
+
+
 def _whole(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> tuple[Table, int]:
     """A table that is never wrapped, and the width that it needs."""
     table = _table(head, rows, left, whole=True)

@@ -87,6 +87,7 @@ def markdown(data: dict[str, Any]) -> str:
         f"{model['attention']} attention, fingerprint {_fact(model['fingerprint'])}",
         f"- **calibration**: {sentence(calibration) if calibration else 'none needed'}",
         *_compensation(data.get("compensation")),
+        *([f"- **runtime**: {sentence(data['runtime'])}"] if data.get("runtime") else []),
         f"- **versions**: {sentence(data['versions'])}; run {data['started']}, {data['seconds']['total']:.0f} s",
         "",
     ]

@@ -66,7 +66,7 @@ class StatisticsFile:
                 cut.history = history
             self.used = "read"
         else:
-            _check_writable(self.path)
+            check_place(self.path)
             calibrate_for_all(engine, batches, progress)
             with filelock.FileLock(self.path.with_name(f".{self.path.name}.lock")):
                 self._write(origin, engine.cuts)
@@ -99,15 +99,17 @@ class StatisticsFile:
             if f"{place}.{name}" not in stored:
                 raise self._damaged(f"{place}.{name}", "is not there")
             tensor = found[name] = file.get_tensor(f"{place}.{name}").to(cut.history.device)
-            positions = len(found["table"]) if "table" in found else 0
+            positions = found["table"].shape[0] if "table" in found and found["table"].dim() else 0
             fits = tensor.shape == {"table": (positions, channels), "rows": (positions,), "mean": (channels,)}[name]
             if tensor.dtype != torch.float32 or not fits or not bool(torch.isfinite(tensor).all()):
                 what = f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
                 raise self._damaged(f"{place}.{name}", f"{what}, where {channels} finite float32 channels belong")
         try:
             tokens = float(metadata[f"{place}.tokens"])
+            if not 0 <= tokens < float("inf"):
+                raise ValueError
         except ValueError:
-            raise self._damaged(f"{place}.tokens", f"{metadata[f'{place}.tokens']!r} is no number") from None
+            raise self._damaged(f"{place}.tokens", f"{metadata[f'{place}.tokens']!r} is no number of tokens") from None
         return ChannelHistory(channels, cut.history.device, **found, tokens=tokens)
 
     def _damaged(self, what: str, how: str) -> DataError:
@@ -132,6 +134,7 @@ class StatisticsFile:
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, {**metadata, **origin, "format": FORMAT})
+            temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
             os.replace(temporary, self.path)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path}: the statistics cannot be written: {error}") from error
@@ -183,8 +186,15 @@ def _short(value: str | None) -> str:
     return "unknown" if value is None else value[:12] + ("..." if len(value) > 12 else "")
 
 
-def _check_writable(path: Path) -> None:
-    """Raise before hours of calibration where the file could not be written afterwards."""
+def _umask() -> int:
+    """What new files may not be; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def check_place(path: Path) -> None:
+    """Raise :class:`DataError` where the file could not be written, before hours of calibration."""
     folder = path.parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         what = "is a folder" if path.is_dir() else f"cannot be written: {folder} is no folder that can be written to"

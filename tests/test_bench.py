@@ -111,7 +111,7 @@ def test_the_references_way_decides_the_same(make_model, batches, family, dtype)
 
 
 def test_every_arm_of_pp_decides_the_same_but_the_one_ahead():
-    names = [name for name in EVERY if name.startswith("pp") and name != "pp-compiled"]
+    names = [name for name in EVERY if name.startswith("pp") and name not in arms.COMPILED]
     built = build(tiny(), names)
     kept = {}
     try:
@@ -139,12 +139,12 @@ def test_arms_change_what_the_user_set_and_nothing_else():
 
 @pytest.fixture(scope="module")
 def measured():
-    names = [name for name in EVERY if "compiled" not in name]
+    names = [name for name in EVERY if name not in arms.COMPILED]
     return measure.measure(tiny(), names, rounds=3, warmup=1, cpu_time=False, progress=no_progress)
 
 
 def test_everything_is_measured(measured):
-    assert set(measured.seconds) == {name for name in EVERY if "compiled" not in name}
+    assert set(measured.seconds) == {name for name in EVERY if name not in arms.COMPILED}
     assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in measured.seconds.values())
     assert measured.flops["ideal"] < measured.flops["pp"] < measured.flops["dense"]
     assert measured.flops["pp-plain"] == measured.flops["pp-reference"] > measured.flops["pp"]  # reuses its probe
@@ -163,7 +163,10 @@ def test_everything_is_measured(measured):
 
 def test_tables_say_it(measured):
     rows = table.arms_rows(measured)
-    assert [row[0] for row in rows] == [arms.TITLES[name] for name in measured.seconds]
+    same = {"pp-fused", "pp-sequential"}  # there is no CUDA device here
+    assert [row[0] for row in rows] == [
+        arms.TITLES[name] + (", here as PP" if name in same else "") for name in measured.seconds
+    ]
     assert rows[0][2] == "" and rows[0][4] == "1.000"
     steps = table.steps_rows(measured)
     assert [row[0] for row in steps] == [
@@ -190,6 +193,7 @@ def test_compiled_arms_are_compared_with_their_like(measured):
     usual, compiled = table.summary_rows([found])
     assert [cell[:5] for cell in usual[1:3]] == ["1.200", "0.600"]
     assert [cell[:5] for cell in compiled[1:3]] == ["1.125", "0.562"] and compiled[0].endswith("all compiled")
+    assert [row[1] for row in table.compiled_rows(found, short=True)] == ["0.800", "0.800", "0.750"]
     assert len(table.summary_rows([measured])) == 1 and table.compiled_rows(measured) == []
     assert table.data(found)["arms"]["pp-compiled"]["to_ideal-compiled"]["ratio"] == pytest.approx(1.125)
 

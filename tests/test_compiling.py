@@ -7,6 +7,7 @@ import torch
 from prunekit.compress import compiling, prune
 from prunekit.registry import DataError, ModelError, NonFiniteError, SpecError
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "is_nonzero", "masked_select", "unique", "__bool__"}
 """Operations whose result the host has to wait for, which no CUDA graph can hold."""
@@ -142,6 +143,9 @@ def test_what_cannot_be_compiled_runs_as_it_is(make_model, batches, quick):
             model(ids[:, :1], past_key_values=cache)
             with pruned.watch(lambda step: torch.no_grad()):
                 model(ids, use_cache=False)
+            with FlopCounterMode(display=False):
+                model(ids, use_cache=False)
+            model(ids[:1, :8], use_cache=False)
         assert quick.frame_count == 0
         with torch.no_grad():
             model(ids, use_cache=False)

@@ -60,6 +60,13 @@ def test_one_file_serves_every_strategy(model, batches, tmp_path):
     assert left_in(tmp_path) == ["statistics.safetensors"]
 
 
+def test_others_may_read_it_as_any_new_file(model, batches, tmp_path):
+    path, plain = tmp_path / "s.safetensors", tmp_path / "plain"
+    plain.touch()
+    outcome(model, batches, statistics=path)
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_sites_that_were_skipped_are_added(model, batches, tmp_path):
     path = tmp_path / "s.safetensors"
     assert outcome(model, batches, skip_layers=(0,), statistics=path)[1] == 4
@@ -162,7 +169,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(model, batches, tmp_path
     save_file({**tensors, rows: tensors[rows][:7].clone()}, path, metadata)
     refused(model, batches, path, r"layers\.1\.mlp.*rows is damaged: float32 \(7,\)")
     save_file(tensors, path, {**metadata, tokens: "many"})
-    refused(model, batches, path, r"layers\.1\.mlp.*tokens is damaged: 'many' is no number")
+    refused(model, batches, path, r"layers\.1\.mlp.*tokens is damaged: 'many' is no number of tokens")
 
 
 @pytest.mark.parametrize("damage", ["nan", "shape", "dtype"])

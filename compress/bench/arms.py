@@ -41,16 +41,21 @@ WAYS = {
     "pp-fused": Way("PP gathering inside the product (Triton)", runtime={"fused_gather": True}),
     "pp-sequential": Way("PP without overlap", runtime={"overlap": False}),
     "pp-compiled": Way("PP, compiled", runtime={"compile": "default"}),
+    "pp-graphs": Way("PP, compiled with CUDA graphs", runtime={"compile": "reduce-overhead"}),
 }
 
-COMPILED = {"dense-compiled": "dense", "ideal-compiled": "ideal", "pp-compiled": "pp"}
+COMPILED = {f"{arm}-{how}": arm for how in ("compiled", "graphs") for arm in ("dense", "ideal", "pp")}
 """Compiled arms, and what they are compiled of."""
 
 TITLES = {
     "dense": "dense",
     "ideal": "ideal (sliced beforehand)",
     **{name: way.title for name, way in WAYS.items()},
-    **{name: f"{arm}, compiled" for name, arm in COMPILED.items() if name not in WAYS},
+    **{
+        name: f"{arm}, compiled{' with CUDA graphs' if name.endswith('graphs') else ''}"
+        for name, arm in COMPILED.items()
+        if name not in WAYS
+    },
 }
 
 DEFAULT = ("dense", "ideal", "pp", "pp-frozen", "pp-reference")
@@ -122,12 +127,12 @@ def build(setting: Setting, names: Sequence[str]) -> list[Arm]:
         arms[name] = _pruned(name, twin(model), setting, catalog)
         counts = arms[name].pruned.counts
     sites = find_sites(model, catalog, arms["pp"].pruned.strategy.attention_unit)[1]
-    if not {"ideal", "ideal-compiled"}.isdisjoint(names):
+    if any(COMPILED.get(name, name) == "ideal" for name in names):
         arms["ideal"] = Arm("ideal", sliced(model, sites, counts))
     for name, of in COMPILED.items():
         if name in names and name not in arms:
             arms[name] = Arm(name, twin(arms[of].model))
-            arms[name].decoder.compile()
+            arms[name].decoder.compile(mode=WAYS[name.replace(of, "pp")].runtime["compile"])
     for name in [name for name in arms if name not in names]:
         arms.pop(name).close()
     return [arms[name] for name in names]

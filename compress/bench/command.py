@@ -59,7 +59,11 @@ def bench(
     check_names(names)
     if "dense" not in names:
         raise SpecError("--arms: the arm dense must be among them: every ratio is to it")
-    if usable_device(device).type not in ("cpu", "cuda"):
+    try:
+        kind = usable_device(device).type
+    except ModelError as error:
+        raise SpecError(str(error).replace("model.device", "--device")) from None
+    if kind not in ("cpu", "cuda"):
         raise SpecError(f"--device: memory can be measured on cpu and cuda alone, found {device}")
     wanted = settings_of(preset, dtype, batch, ratio, layers, skip, device, strategy_options(settings, names), seed)
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -80,7 +84,7 @@ def bench(
             table.show(found)
     if len(measured) > 1:
         table.show_summary(measured)
-    printing.say(table.NOTE)
+    printing.say(table.NOTE + (" A wider terminal, or --out, shows the intervals." if printing.narrow() else ""))
     if folder:
         with folder.open() as partial:
             command = shlex.join(["prunekit", *without_place(sys.argv[1:])])

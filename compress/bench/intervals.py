@@ -33,6 +33,13 @@ class Ratio:
             return f"too few rounds ({between})"
         return f"{self.median:.3f} ({between})" if self.told_apart else f"noise ({between})"
 
+    @property
+    def short(self) -> str:
+        """Without the interval."""
+        if self.rounds < LEAST_ROUNDS:
+            return "too few"
+        return f"{self.median:.3f}" if self.told_apart else "noise"
+
     def data(self) -> dict[str, float | int | None]:
         """For JSON: no ratio where there is only noise."""
         said = self.median if self.told_apart else None

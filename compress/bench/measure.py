@@ -17,9 +17,10 @@ from ...evaluators.allocations import meter, peak_bytes
 from ...evaluators.flop_formulas import formulas
 from ...evaluators.timing import Clock, clock_of, machine
 from ...registry import STAGES
+from ...registry.kernels import usable_on
 from ..calibration import Progress
-from .arms import Arm, Setting, batch_of, build, close_all
-from .intervals import Ratio, ratio_of
+from .arms import COMPILED, Arm, Setting, batch_of, build, close_all
+from .intervals import LEAST_ROUNDS, Ratio, ratio_of
 
 DECIDING = ("select", "probe", "score", "history")
 """Steps that a static cut does not have at all."""
@@ -156,7 +157,14 @@ def _peak(arm: Arm, ids: torch.Tensor) -> int:
 
 
 def _compiled(arm: Arm) -> bool:
-    return "compiled" in arm.name
+    return arm.name in COMPILED
+
+
+def _same_as_pp(arms: Sequence[Arm]) -> list[str]:
+    """Arms whose way cannot be gone here: they do what PP does."""
+    weight = next(arms[0].model.parameters())
+    possible = {"pp-fused": usable_on(weight), "pp-sequential": weight.is_cuda}
+    return [arm.name for arm in arms if not possible.get(arm.name, True)]
 
 
 def _kept(arms: Sequence[Arm]) -> dict[str, str]:
@@ -187,7 +195,9 @@ def _protocol(found: Measured, arms: Sequence[Arm], clock: Clock, rounds: int, w
         "order": "all arms in every round, in turn forwards and backwards",
         "rounds": rounds,
         "warmup": warmup,
-        "ratios": "median of the rounds' ratios, with the 95% interval of order statistics; none where it holds 1",
+        "ratios": "median of the rounds' ratios, with the 95% interval of order statistics; none where it holds 1, "
+        f"and none of fewer than {LEAST_ROUNDS} rounds",
+        "same_as_pp": _same_as_pp(arms),
         "breakdown": f"{BREAKDOWN_ROUNDS} further passes, all work done at the end of every step",
         "clock": clock.name,
         "device": setting.device,

@@ -13,7 +13,7 @@ from .intervals import Ratio
 from .measure import DECIDING, Measured
 
 ARMS_HEAD = ("arm", "seconds", "/ dense", "/ ideal", "operations / dense", "peak memory")
-COMPILED_HEAD = ("compiled", "/ not compiled", "/ dense, compiled", "/ ideal, compiled")
+COMPILED_HEAD = ("compiled", "/ not compiled", "/ dense alike", "/ ideal alike")
 STEPS_HEAD = ("step of PP", "milliseconds", "of PP", "of dense")
 SUMMARY_HEAD = ("where", "PP / ideal", "PP / dense", "operations / dense", "decision overhead")
 
@@ -26,16 +26,16 @@ NOTE = (
 )
 
 
-def arms_rows(found: Measured) -> list[list[str]]:
-    """A row for each arm."""
+def arms_rows(found: Measured, short: bool = False) -> list[list[str]]:
+    """A row for each arm; ``short``: ratios without their intervals."""
     rows = []
     for name, seconds in found.seconds.items():
         rows.append(
             [
-                TITLES[name],
+                TITLES[name] + (", here as PP" if name in found.protocol.get("same_as_pp", ()) else ""),
                 f"{median(seconds):.4g}",
-                ratio_text(found, name, "dense"),
-                ratio_text(found, name, "ideal"),
+                ratio_text(found, name, "dense", short),
+                ratio_text(found, name, "ideal", short),
                 _operations(found, name),
                 f"{found.peak[name] / 2**20:,.0f} MiB",
             ]
@@ -43,18 +43,14 @@ def arms_rows(found: Measured) -> list[list[str]]:
     return rows
 
 
-def compiled_rows(found: Measured) -> list[list[str]]:
-    """A row for each compiled arm, beside its like."""
-    return [
-        [
-            TITLES[name],
-            ratio_text(found, name, plain),
-            ratio_text(found, name, "dense-compiled"),
-            ratio_text(found, name, "ideal-compiled"),
-        ]
-        for name, plain in COMPILED.items()
-        if name in found.seconds
-    ]
+def compiled_rows(found: Measured, short: bool = False) -> list[list[str]]:
+    """A row for each compiled arm, beside the dense model and ideal compiled in the same way."""
+    rows = []
+    for name, plain in COMPILED.items():
+        if name in found.seconds:
+            like = [name.replace(plain, other, 1) for other in ("dense", "ideal")]
+            rows.append([TITLES[name], *(ratio_text(found, name, to, short) for to in (plain, *like))])
+    return rows
 
 
 def steps_rows(found: Measured, arm: str = "pp") -> list[list[str]]:
@@ -70,40 +66,41 @@ def steps_rows(found: Measured, arm: str = "pp") -> list[list[str]]:
     return [*rows, _step("decision overhead", deciding, whole, found.dense_seconds)]
 
 
-def summary_rows(measured: Sequence[Measured]) -> list[list[str]]:
-    """A row for each setting, and one for PP compiled beside its like."""
+def summary_rows(measured: Sequence[Measured], short: bool = False) -> list[list[str]]:
+    """A row for each setting, and one for each way to compile, beside its like."""
     rows = []
     for found in measured:
         overhead = found.overhead()
         rows.append(
             [
                 found.setting.words,
-                ratio_text(found, "pp", "ideal"),
-                ratio_text(found, "pp", "dense"),
+                ratio_text(found, "pp", "ideal", short),
+                ratio_text(found, "pp", "dense", short),
                 _operations(found, "pp"),
                 "" if overhead is None else f"{overhead:.1%}",
             ]
         )
-        for _, _, to_dense, to_ideal in compiled_rows(found)[-1:] if "pp-compiled" in found.seconds else ():
-            rows.append([f"{found.setting.words}, all compiled", to_ideal, to_dense, "", ""])
+        for title, _, to_dense, to_ideal in compiled_rows(found, short):
+            if title.startswith("PP, "):
+                rows.append([f"{found.setting.words}, all {title.removeprefix('PP, ')}", to_ideal, to_dense, "", ""])
     return rows
 
 
-def ratio_text(found: Measured, arm: str, to: str) -> str:
+def ratio_text(found: Measured, arm: str, to: str, short: bool = False) -> str:
     """Such as ``0.641 (0.636 to 0.648)``; empty for an arm to itself, and for what was not measured."""
     ratio: Ratio | None = None if arm == to else found.ratio(arm, to)
-    return "" if ratio is None else str(ratio)
+    if ratio is None:
+        return ""
+    return ratio.short if short else str(ratio)
 
 
 def heading(found: Measured) -> str:
     """One line on what was measured."""
     about = found.protocol
-    kept = ", ".join(f"{kind} {count}" for kind, count in found.kept.items())
+    kept = "".join(f"; kept {kind} {count}" for kind, count in found.kept.items())
     layers, threads, rounds = (_count(about[what + "s"], what) for what in ("layer", "thread", "round"))
     machine = about.get("accelerator") or f"{threads} of {about['processor']}"
-    return (
-        f"{found.setting.words}: {layers} of {about['shape']}; kept {kept}; {machine}, torch {about['torch']}, {rounds}"
-    )
+    return f"{found.setting.words}: {layers} of {about['shape']}{kept}; {machine}, torch {about['torch']}, {rounds}"
 
 
 def data(found: Measured) -> dict[str, Any]:
@@ -146,16 +143,17 @@ def markdown(measured: Sequence[Measured], command: str) -> str:
 def show(found: Measured) -> None:
     """One setting on a terminal."""
     printing.say(heading(found))
-    printing.show_wide_table(ARMS_HEAD, arms_rows(found), 1, ELSEWHERE)
+    short = printing.narrow()
+    printing.show_wide_table(ARMS_HEAD, arms_rows(found, short), 1, ELSEWHERE)
     if compiled_rows(found):
-        printing.show_wide_table(COMPILED_HEAD, compiled_rows(found), 1, ELSEWHERE)
+        printing.show_wide_table(COMPILED_HEAD, compiled_rows(found, short), 1, ELSEWHERE)
     if steps_rows(found):
         printing.show_wide_table(STEPS_HEAD, steps_rows(found), 1, ELSEWHERE)
 
 
 def show_summary(measured: Sequence[Measured]) -> None:
     """All settings on a terminal, a row for each."""
-    printing.show_wide_table(SUMMARY_HEAD, summary_rows(measured), 1, ELSEWHERE)
+    printing.show_wide_table(SUMMARY_HEAD, summary_rows(measured, printing.narrow()), 1, ELSEWHERE)
 
 
 def _count(number: int, what: str) -> str:
