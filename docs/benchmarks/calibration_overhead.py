@@ -103,9 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
             found = measure(chosen, dtype, use)
             ratio = ratio_of(found["calibrating"], found["plain"])
             peaks = " | ".join(f"{peak / 2**20:.1f} MiB" for peak in found["peaks"].values())
-            said = f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
             seconds = f"{median(found['plain']):.3g} | {median(found['calibrating']):.3g}"
-            lines.append(f"| {dtype} | {use} | {seconds} | {said} | {peaks} |")
+            lines.append(f"| {dtype} | {use} | {seconds} | {ratio} | {peaks} |")
     put("\n".join([*lines, ""]), chosen.out)
 
 
