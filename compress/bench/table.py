@@ -97,7 +97,8 @@ def ratio_text(found: Measured, arm: str, to: str, short: bool = False) -> str:
 def heading(found: Measured) -> str:
     """One line on what was measured."""
     about = found.protocol
-    kept = "".join(f"; kept {kind} {count}" for kind, count in found.kept.items())
+    kept = ", ".join(f"{kind} {count}" for kind, count in found.kept.items())
+    kept = f"; kept {kept}" if kept else ""
     layers, threads, rounds = (_count(about[what + "s"], what) for what in ("layer", "thread", "round"))
     machine = about.get("accelerator") or f"{threads} of {about['processor']}"
     return f"{found.setting.words}: {layers} of {about['shape']}{kept}; {machine}, torch {about['torch']}, {rounds}"
