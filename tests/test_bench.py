@@ -134,6 +134,20 @@ def test_arms_change_what_the_user_set_and_nothing_else():
     assert [built[name].merger.momentum for name in ("pp", "pp-ahead", "pp-frozen")] == [0.99, 0.99, 1]
 
 
+def test_compiled_arms_are_compiled_in_their_own_way(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: modes.append(mode))
+    names = ["dense-compiled", "ideal-compiled", "dense-graphs", "ideal-graphs"]
+    built = build(tiny(), names)
+    assert [arm.name for arm in built] == names and all(arm.pruned is None for arm in built)
+    assert sorted(modes) == ["default"] * 2 + ["reduce-overhead"] * 2
+    assert {name: arms.WAYS[name].runtime for name in ("pp-compiled", "pp-graphs")} == {
+        "pp-compiled": {"compile": "default"},
+        "pp-graphs": {"compile": "reduce-overhead"},
+    }
+    assert arms.TITLES["ideal-graphs"] == "ideal, compiled with CUDA graphs"
+
+
 # The measurement
 
 

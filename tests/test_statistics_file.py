@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from prunekit.compress import Pipeline, prune, statistics_file
+from prunekit.compress import Pipeline, pipeline, prune, statistics_file
 from prunekit.compress.statistics_file import StatisticsFile
 from prunekit.registry import DataError, SpecError
 from safetensors import SafetensorError, safe_open
@@ -76,16 +76,22 @@ def test_sites_that_were_skipped_are_added(model, batches, tmp_path):
     assert outcome(model, batches, statistics=path)[1] == 0
 
 
+def parts_of(path):
+    """The tensors of a file, its metadata, and the name of one MLP's table."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    return tensors, metadata, next(name for name in tensors if "layers.1.mlp" in name and name.endswith(".table"))
+
+
 def test_what_is_in_it(model, batches, tmp_path):
     path = tmp_path / "s.safetensors"
     outcome(model, batches, statistics=path)
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, metadata, table = parts_of(path)
     assert metadata["format"] == "prunekit statistics 1" and metadata["pad_handling"] == "exclude"
     assert len(metadata["model"]) == len(metadata["text"]) == 64
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    table = next(t for name, t in tensors.items() if "layers.1.mlp.down_proj" in name and name.endswith(".table"))
-    assert table.shape == (24, 192)
+    assert "layers.1.mlp.down_proj" in table and tensors[table].shape == (24, 192)
     assert float(next(v for k, v in metadata.items() if k.endswith(".tokens"))) == 4 * 4 * 24
 
 
@@ -159,10 +165,7 @@ def test_what_another_run_wrote_meanwhile_is_looked_at_too(model, make_counting,
 def test_parts_that_are_missing_or_do_not_fit_are_named(model, batches, tmp_path):
     path = tmp_path / "s.safetensors"
     outcome(model, batches, statistics=path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    table = next(name for name in tensors if "layers.1.mlp" in name and name.endswith(".table"))
+    tensors, metadata, table = parts_of(path)
     rows, tokens = table.replace(".table", ".rows"), table.replace(".table", ".tokens")
     save_file({name: tensor for name, tensor in tensors.items() if name != table}, path, metadata)
     refused(model, batches, path, r"layers\.1\.mlp.*table is damaged: is not there; delete the file")
@@ -176,10 +179,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(model, batches, tmp_path
 def test_damage_is_named(model, batches, tmp_path, damage):
     path = tmp_path / "s.safetensors"
     outcome(model, batches, statistics=path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    name = next(name for name in tensors if "layers.1.mlp" in name and name.endswith(".table"))
+    tensors, metadata, name = parts_of(path)
     broken = {"nan": tensors[name] * torch.nan, "shape": tensors[name][:, :5].clone(), "dtype": tensors[name].double()}
     save_file({**tensors, name: broken[damage]}, path, metadata)
     refused(model, batches, path, r"layers\.1\.mlp\.down_proj.*table is damaged: .* 192 finite float32 channels belong")
@@ -218,7 +218,7 @@ def failing(error):
     return fail
 
 
-def test_a_pipeline_file_names_it_from_its_own_folder(tmp_path):
+def test_a_pipeline_file_names_it_from_its_own_folder(tmp_path, monkeypatch):
     file = tmp_path / "p.yaml"
     file.write_text(
         "prune: {use: pp, ratio: 0.4}\n"
@@ -237,6 +237,11 @@ def test_a_pipeline_file_names_it_from_its_own_folder(tmp_path):
     with pytest.raises(DataError, match="other calibration text"):
         Pipeline(PipelineSpec.load(file, ["calibration.seed=1"])).run(tmp_path / "stale")
     assert not (tmp_path / "stale").exists()
+    # A place that cannot be written to is refused before a model is loaded.
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "load", failing(AssertionError("loaded")))
+        with pytest.raises(DataError, match=r"nowhere is no folder that can be written to"):
+            Pipeline(PipelineSpec.load(file, ["calibration.statistics=nowhere/s.safetensors"])).measure()
     # Runs without a file say nothing of one.
     plain = Pipeline(PipelineSpec.load(file, ["calibration.statistics=null"])).measure()
     assert "statistics" not in plain.data["calibration"]

@@ -32,6 +32,9 @@ class Way:
 
 PLAIN = {"column_major": False, "shared_buffers": False, "reuse_probe": False, "overlap": False}
 
+COMPILING = {"compiled": ("compiled", "default"), "graphs": ("compiled with CUDA graphs", "reduce-overhead")}
+"""How dense, ideal and PP are compiled: the ending of the arm's name, its words, torch's mode."""
+
 WAYS = {
     "pp": Way("PP"),
     "pp-frozen": Way("PP without history update", strategy={"merger": {"momentum": 1.0}}),
@@ -40,22 +43,17 @@ WAYS = {
     "pp-ahead": Way("PP deciding ahead", strategy={"selector": {"ahead": True}}),
     "pp-fused": Way("PP gathering inside the product (Triton)", runtime={"fused_gather": True}),
     "pp-sequential": Way("PP without overlap", runtime={"overlap": False}),
-    "pp-compiled": Way("PP, compiled", runtime={"compile": "default"}),
-    "pp-graphs": Way("PP, compiled with CUDA graphs", runtime={"compile": "reduce-overhead"}),
+    **{f"pp-{how}": Way(f"PP, {words}", runtime={"compile": mode}) for how, (words, mode) in COMPILING.items()},
 }
 
-COMPILED = {f"{arm}-{how}": arm for how in ("compiled", "graphs") for arm in ("dense", "ideal", "pp")}
+COMPILED = {f"{arm}-{how}": arm for how in COMPILING for arm in ("dense", "ideal", "pp")}
 """Compiled arms, and what they are compiled of."""
 
 TITLES = {
     "dense": "dense",
     "ideal": "ideal (sliced beforehand)",
     **{name: way.title for name, way in WAYS.items()},
-    **{
-        name: f"{arm}, compiled{' with CUDA graphs' if name.endswith('graphs') else ''}"
-        for name, arm in COMPILED.items()
-        if name not in WAYS
-    },
+    **{f"{arm}-{how}": f"{arm}, {words}" for how, (words, _) in COMPILING.items() for arm in ("dense", "ideal")},
 }
 
 DEFAULT = ("dense", "ideal", "pp", "pp-frozen", "pp-reference")
@@ -132,7 +130,7 @@ def build(setting: Setting, names: Sequence[str]) -> list[Arm]:
     for name, of in COMPILED.items():
         if name in names and name not in arms:
             arms[name] = Arm(name, twin(arms[of].model))
-            arms[name].decoder.compile(mode=WAYS[name.replace(of, "pp")].runtime["compile"])
+            arms[name].decoder.compile(mode=COMPILING[name.rpartition("-")[2]][1])
     for name in [name for name in arms if name not in names]:
         arms.pop(name).close()
     return [arms[name] for name in names]
