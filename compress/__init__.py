@@ -6,14 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .export.exporting import Exporter
+    from .export.reload import load
     from .pipeline import Pipeline
     from .pruned import Pruned
     from .pruning import prune
     from .spec import PipelineSpec
 
-__all__ = ["Pipeline", "PipelineSpec", "Pruned", "prune"]
+__all__ = ["Exporter", "Pipeline", "PipelineSpec", "Pruned", "load", "prune"]
 
-_HOMES = {"prune": "pruning", "Pruned": "pruned", "Pipeline": "pipeline", "PipelineSpec": "spec"}
+_HOMES = {
+    "prune": "pruning",
+    "Pruned": "pruned",
+    "Pipeline": "pipeline",
+    "PipelineSpec": "spec",
+    "Exporter": "export.exporting",
+    "load": "export.reload",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -97,7 +97,7 @@ def calibrate(engine: Engine, batches: list[Batch], progress: Progress) -> None:
     """
     with engine.running("calibrate"):
         for batch in progress(batches, "calibrating", len(batches)):
-            _forward(engine, batch)
+            run_batch(engine, batch)
     _check_finite(engine)
 
 
@@ -140,7 +140,7 @@ def _forward_to(engine: Engine, batch: Batch, layer: int) -> None:
     """One pass that stops at the end of a layer."""
     handle = engine.layer(layer).register_forward_hook(_stop)
     try:
-        _forward(engine, batch)
+        run_batch(engine, batch)
     except _EnoughSeen:
         pass
     finally:
@@ -152,8 +152,8 @@ def _stop(layer: torch.nn.Module, args: tuple, output: Any) -> None:
 
 
 @torch.no_grad()
-def _forward(engine: Engine, batch: Batch) -> None:
-    """One pass through the decoder: calibration has no use for logits."""
+def run_batch(engine: Engine, batch: Batch) -> None:
+    """One pass through the decoder: neither calibrating nor deciding has any use for logits."""
     device = device_of(engine.model.get_input_embeddings())
     engine.decoder(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from . import cli_studies
+from . import cli_exports, cli_studies
 from .cli_base import OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, Terminated, guarded
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def run(
     printing.say(f"results: {results.folder}", whole=True)
 
 
-for command in cli_studies.COMMANDS:
+for command in (*cli_exports.COMMANDS, *cli_studies.COMMANDS):
     app.command()(command)
 
 

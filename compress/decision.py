@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ class Decider:
         self.strategy = strategy
         self.stages = stages or Stages()
         self.finite = FiniteChecks()
+        self.seen: Callable[[SiteCut, Tensor], None] | None = None
+        """Is shown the units' scores (U,) of every decision that a probe makes."""
         self.probe_valid: Tensor | None = None
         """Real tokens (b, t) of the probe that is running, where the batch has padding."""
         self.generator = torch.Generator()
@@ -163,6 +166,8 @@ class Decider:
             scores = self._channel_scores(cut, statistic)
             self.finite.add(scores, SCORES, cut.site)
             units = self._unit_scores(cut, scores)
+            if self.seen is not None:
+                self.seen(cut, units)
             return Decision(keep_highest(units, cut.count), rows, positions, mean)
 
     def _measure_probe(self, cut: SiteCut, x: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..registry import ChannelHistory, Site, Strategy
 from . import leaf, reference_padding
@@ -30,13 +30,13 @@ class Engine:
         sites: list[Site],
         strategy: Strategy,
         trace: list | None = None,
-        attention_outputs: Sequence[str] = (),
+        all_sites: Sequence[Site] = (),
         runtime: Runtime | None = None,
     ):
-        """``attention_outputs`` are the paths of all layers' out-projections, skipped layers included."""
+        """``sites`` can be cut; ``all_sites`` are those of skipped layers, too."""
         self.model, self.strategy = model, strategy
         self.runtime = Runtime() if runtime is None else runtime
-        self._layers, self._attention_outputs = layers, attention_outputs
+        self._layers, self.all_sites = layers, tuple(all_sites)
         self._removed = False
         self.stages = Stages()
         self.gatherer = Gatherer(self.runtime)
@@ -75,7 +75,8 @@ class Engine:
         if self.strategy.probes_with is None:
             return
         if self.strategy.pad_handling == "reference":
-            outputs = [self.model.get_submodule(path) for path in self._attention_outputs]
+            attention = [site.consumer for site in self.all_sites if site.kind == "attention"]
+            outputs = [self.model.get_submodule(path) for path in attention]
             self._handles += reference_padding.install(layers, outputs, passing.padding_of)
         for cut in self.cuts:
             self._handles.append(cut.norm.register_forward_pre_hook(passing.enter_norm(cut)))
@@ -112,6 +113,26 @@ class Engine:
         self.gatherer.release()
         while self._undo:  # what was undone is not undone again, should another fail
             self._undo.pop()()
+
+    def freeze(self, kept: Sequence[Tensor]) -> None:
+        """Make every site's cut once and for all: kept (k,) int64 ascending for each, in the order of ``cuts``.
+
+        What is given back becomes what calibration alone knows of. Raises :class:`SpecError` where a compensator
+        cannot do without a probe; nothing has changed then.
+        """
+        unprobed = [cut.compensation.compensator.unprobed() for cut in self.cuts]
+        changes = {"selector": None, "merger": None, "compensate": self.strategy.compensate.unprobed()}
+        previous, trace = self.mode, self.running_pass.trace
+        self._switch("dense")
+        self._uninstall()
+        self.strategy = self.strategy.model_copy(update=changes)
+        self.decider = Decider(self.strategy, self.stages)
+        self.running_pass = ForwardPass(self.cuts, self.strategy, self.decider, self.runtime, trace)
+        for cut, units, compensator in zip(self.cuts, kept, unprobed, strict=True):
+            cut.fixed, cut.merger = (None if cut.whole else units), None
+            cut.compensation.compensator = compensator
+        self._install()
+        self._switch(previous)
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer."""

@@ -91,6 +91,7 @@ def load(source: ModelSource) -> Loaded:
     options = {"trust_remote_code": source.trust_remote_code}
     if source.revision is not None:
         options["revision"] = source.revision
+    register_for(place, source.revision)
     dtype = source.dtype
     if source.name is None and dtype == "auto" and device.type == "cpu":
         dtype = "float32"
@@ -113,6 +114,20 @@ def load(source: ModelSource) -> Loaded:
         "trust_remote_code": source.trust_remote_code,
     }
     return Loaded(model, tokenizer, identity)
+
+
+def register_for(place: str, revision: str | None = None) -> None:
+    """Have transformers know the classes of an exported model with per-layer shapes, where ``place`` holds one."""
+    from transformers import PreTrainedConfig
+
+    from .export import hetero
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(place, **({} if revision is None else {"revision": revision}))
+    except Exception:  # whatever is wrong is said when the model is loaded
+        return
+    if str(config.get("model_type", "")).startswith(hetero.PREFIX):
+        hetero.register()
 
 
 def _placed(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..registry import Catalog, Site, SiteKind, Stage, Strategy
+from ..registry import Catalog, Site, SiteKind, SiteScores, Stage, Strategy
+from .calibration import Progress, no_progress
 from .compensation_notes import about_compensation, notes_on
+from .cut import SiteCut
 from .engine import Engine
+from .freezing import Freeze, frozen_units
 
 
 class Pruned:
@@ -48,6 +51,35 @@ class Pruned:
         return [cut.site for cut in self._engine.cuts]
 
     @property
+    def cuts(self) -> Sequence[SiteCut]:
+        """The sites with everything that is known of their cuts, for what writes them out."""
+        return self._engine.cuts
+
+    @property
+    def all_sites(self) -> Sequence[Site]:
+        """Every site of the model, those of skipped layers too."""
+        return self._engine.all_sites
+
+    @property
+    def sites_kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        """The units that every site of the model keeps once and for all, ascending, skipped layers included.
+
+        Of a strategy that decides per batch: all units, where nothing has been decided once.
+        """
+        found = {(site.layer, site.kind): tuple(range(site.units)) for site in self.all_sites}
+        for cut in self.cuts:
+            if not cut.whole and cut.fixed is not None:
+                found[cut.site.layer, cut.site.kind] = tuple(cut.fixed.tolist())
+        return found
+
+    def calibrated_scores(self, cut: SiteCut) -> SiteScores | None:
+        """A site's scores by calibration alone, on the CPU; None where nothing but a batch gives any."""
+        if cut.scorer.statistic is not None and cut.history.table is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._engine.decider.compared_scores(cut)
+
+    @property
     def counts(self) -> dict[tuple[int, SiteKind], int]:
         """Kept units by layer and kind, constant over batches."""
         return {(cut.site.layer, cut.site.kind): cut.count for cut in self._engine.cuts}
@@ -74,6 +106,26 @@ class Pruned:
         """
         with torch.inference_mode(False):
             self._engine.restore(self._calibrated)
+
+    def freeze(
+        self, how: Freeze, calibration: Iterable[Any] | None = None, progress: Progress = no_progress
+    ) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        """Cut once and for all from now on, and return the units by layer and kind.
+
+        ``how``: ``mean-score``, the units with the highest score on average over the ``calibration`` batches;
+        ``last``, what the last of them kept; ``calibration``, what the calibrated history alone would keep. What a
+        probe said of the mean that is given back becomes what calibration says. Strategies that decide once keep
+        their units. Raises :class:`SpecError` and :class:`DataError`; nothing has changed then.
+        """
+        self.reset()
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                kept = frozen_units(self._engine, how, calibration, progress)
+            finally:
+                self.reset()
+            self._engine.freeze([units.clone() for units in kept])
+        self._calibrated = None
+        return self.kept()
 
     @property
     def is_dense(self) -> bool:
@@ -118,7 +170,13 @@ class Pruned:
 
     def remove(self) -> None:
         """Undo everything: the model is bit-identical to before. Calling it again does nothing."""
-        self._engine.remove()
+        if hasattr(self, "_engine"):
+            self._engine.remove()
+
+    def forget(self) -> None:
+        """After :meth:`remove`: hold the model no longer, so that its memory can be given back."""
+        self.remove()
+        del self._engine
 
     def __enter__(self) -> Pruned:
         return self

@@ -52,9 +52,6 @@ def prune(
     """
     catalog = Catalog.discover() if catalog is None else catalog
     chosen = build_strategy(catalog, strategy, options)
-    layers, sites = find_sites(model, catalog, chosen.attention_unit)
-    attention_outputs = [site.consumer for site in sites if site.kind == "attention"]
-    sites, ratio = sites_within(chosen, sites, layers=1 + max(site.layer for site in sites))
     if isinstance(statistics, (str, Path)):
         statistics = StatisticsFile(Path(statistics))
     if isinstance(statistics, StatisticsFile) and chosen.sequential and chosen.needs_calibration:
@@ -62,26 +59,24 @@ def prune(
             f"statistics: strategy {chosen.name} calibrates layer after layer, so its statistics depend on what was "
             f"cut before and serve no other run; leave {statistics.path} out, or set sequential: false"
         )
-    if chosen.decides_ahead:
-        check_same_attention(model)
-    batches = None
-    if chosen.needs_calibration:
-        if calibration is None:
-            decides = chosen.decides_by_activations
-            who = f"strategy {chosen.name}" if decides else f"compensator {chosen.compensate.name}"
-            raise DataError(f"{who} looks at activations: give it calibration batches")
-        batches = calibration_list(calibration)
-        for number, batch in enumerate(batches):
-            vocabulary = model.get_input_embeddings().num_embeddings
-            check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
     how = build_runtime(runtime)
     if trace and how.compile is not None:
         raise SpecError(
             f"runtime.compile: {how.compile} and a trace exclude each other: a trace reads every decision, a compiled "
             "pass runs through; leave one of them out"
         )
-    engine = Engine(model, layers, sites, chosen, [] if trace else None, attention_outputs, how)
+    engine, ratio = engine_of(model, chosen, catalog, [] if trace else None, how)
     try:
+        batches = None
+        if chosen.needs_calibration:
+            if calibration is None:
+                decides = chosen.decides_by_activations
+                who = f"strategy {chosen.name}" if decides else f"compensator {chosen.compensate.name}"
+                raise DataError(f"{who} looks at activations: give it calibration batches")
+            batches = calibration_list(calibration)
+            for number, batch in enumerate(batches):
+                vocabulary = model.get_input_embeddings().num_embeddings
+                check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             _decide(engine, ratio, batches, progress, statistics)
             if chosen.dynamic:
@@ -92,6 +87,17 @@ def prune(
     except BaseException:
         engine.remove()
         raise
+
+
+def engine_of(
+    model: nn.Module, strategy: Strategy, catalog: Catalog, trace: list | None, runtime: Runtime
+) -> tuple[Engine, float | None]:
+    """The engine on the model's sites, nothing decided yet, and the share that sites that are not skipped must lose."""
+    layers, all_sites = find_sites(model, catalog, strategy.attention_unit)
+    sites, ratio = sites_within(strategy, all_sites, layers=1 + max(site.layer for site in all_sites))
+    if strategy.decides_ahead:
+        check_same_attention(model)
+    return Engine(model, layers, sites, strategy, trace, all_sites, runtime), ratio
 
 
 def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple[str, list[Site]]:

@@ -76,6 +76,13 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
+def readable(path: Path) -> None:
+    """Give a file the permissions of any new one: safetensors lets nobody but its owner read what it writes."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 @dataclass
 class RunFolder:
     """A results folder, or another one, in the making: filled under another name beside it, then renamed."""

@@ -26,6 +26,7 @@ from .calibration import Batch, Progress
 from .cut import SiteCut
 from .engine import Engine
 from .loading import fingerprint as model_fingerprint
+from .results import readable
 from .shared_statistics import SomeMoments, calibrate_for_all, drop_unwanted
 from .shared_statistics import fingerprint as text_fingerprint
 
@@ -134,7 +135,7 @@ class StatisticsFile:
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, {**metadata, **origin, "format": FORMAT})
-            temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
+            readable(temporary)
             os.replace(temporary, self.path)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path}: the statistics cannot be written: {error}") from error
@@ -184,13 +185,6 @@ def _place(cut: SiteCut) -> str:
 
 def _short(value: str | None) -> str:
     return "unknown" if value is None else value[:12] + ("..." if len(value) > 12 else "")
-
-
-def _umask() -> int:
-    """What new files may not be; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def check_place(path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .component import Component
+from .errors import SpecError
 from .roles import ProbeSelector
 
 Slope = tuple[Tensor, ...]
@@ -56,6 +57,18 @@ class Compensator(Component):
         """What is added to every variance before solving, as a share of their mean, for notes; None: nothing known."""
         return None
 
+    def unprobed(self) -> Compensator:
+        """The component that does the same without looking at batches, for a cut that is made once and exported.
+
+        Raises :class:`SpecError` where there is none.
+        """
+        if self.uses_probe:
+            raise SpecError(
+                f"compensator {self.name} looks at a probe of every batch, and a model that is cut once and for all "
+                "probes nothing; use compensate: mean, or export the strategy as it is (--profile dynamic)"
+            )
+        return self
+
     def fitted(self, covariance: Tensor, tokens: int) -> Self:
         """The component to use with a covariance (C, C) of so many tokens: itself, unless options depend on it."""
         return self
@@ -83,6 +96,10 @@ class Compensator(Component):
     def slope(self, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
         """The slope for this batch's cut, from what was prepared and stays as it is; see :meth:`solve`."""
         return ()
+
+    def prepared_from(self, tensors: tuple[Tensor, ...]) -> Any:
+        """What :meth:`prepare` gave, a tensor or a tuple of tensors, from the tensors of an exported folder."""
+        return tensors[0] if len(tensors) == 1 else tensors
 
     def working_bytes(self, channels: int, dropped: int, per_batch: bool = False) -> int:
         """Bytes that solving one site, or preparing it where cuts are made per batch, takes besides its covariance."""

@@ -117,6 +117,9 @@ class LeastSquares(Regression):
         in_base = torch.zeros(len(ridged), dtype=torch.bool, device=ridged.device).index_fill_(0, base, True)
         return Pivoted(pivot(ridged, base), in_base)
 
+    def prepared_from(self, tensors: tuple[Tensor, ...]) -> Pivoted | Tensor:
+        return tensors[0] if self.per_batch == "solve" else Pivoted(*tensors)
+
     def slope(self, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
         if self.per_batch == "solve":
             return (_regression(prepared, kept, dropped),)

@@ -43,6 +43,9 @@ class LowRankLeastSquares(Regression):
             raise torch.linalg.LinAlgError("all channels are constant")
         return Factors(loadings, left + ridge)
 
+    def prepared_from(self, tensors: tuple[Tensor, ...]) -> Factors:
+        return Factors(*tensors)
+
     def slope(self, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
         """``F_d (1 + F_k' S_k^-1 F_k)^-1 F_k' S_k^-1``, as two matrices (d, r) and (r, k)."""
         loadings = prepared.loadings[kept]

@@ -35,6 +35,9 @@ class ProbedMean(Compensator):
     def uses_probe(self) -> bool:
         return self.probe > 0
 
+    def unprobed(self) -> Compensator:
+        return self.model_copy(update={"probe": 0.0})
+
     def mean(self, calibrated: Tensor, probe: Tensor | None) -> Tensor:
         return calibrated.lerp(probe, self.probe) if self.uses_probe else calibrated
 
@@ -44,3 +47,6 @@ class ProbeMean(ProbedMean):
 
     name: Literal["probe_mean"] = "probe_mean"
     probe: float = Field(0.5, gt=0, le=1, description="the probe's share in the mean; the rest is calibration's")
+
+    def unprobed(self) -> Compensator:
+        return Mean()

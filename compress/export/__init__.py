@@ -1,0 +1,1 @@
+"""Pruned models as folders that reload: what can be written, and where it runs."""

@@ -1,0 +1,118 @@
+"""What ``prunekit export`` reads and shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...registry import SpecError
+from .. import printing
+from ..ablation.study_file import is_study
+from ..report import share
+from ..spec import PipelineSpec
+from .card import metric_rows
+from .constraint import sentence as rounding_sentence
+from .exporting import Exporter
+from .profiles import PROFILES, TOOLS
+
+
+def list_profiles() -> None:
+    """Print what can be written, what it asks of the cut, and where it runs."""
+    rows = [(profile.name, profile.writes, profile.asks, profile.remark) for profile in PROFILES]
+    printing.show_table(("profile", "what is written", "asks of the cut", "remark"), rows, left=4)
+    printing.show_table(("runs in", *TOOLS), [(p.name, *p.runs) for p in PROFILES], left=1 + len(TOOLS))
+    printing.say("verified: run when prunekit is tested; read: by its documentation or code, never run here; no: it cannot")
+
+
+def export(
+    source: Path | None,
+    profile: str | None,
+    out: Path | None,
+    settings: Sequence[str],
+    plugins: Sequence[Path],
+    **options: Any,
+) -> None:
+    """Export, and show what came of it."""
+    names = ", ".join(p.name for p in PROFILES)
+    if source is None or profile is None or out is None:
+        missing = "RUN_OR_YAML" if source is None else "--profile NAME" if profile is None else "--out DIR"
+        raise SpecError(
+            f"{missing} is missing: prunekit export RUN_OR_YAML --profile NAME --out DIR, with one of the profiles {names} "
+            "(prunekit export --list)"
+        )
+    spec, run = source_of(source, settings, plugins)
+    printing.catalog_problems(spec.catalog)
+    with printing.Bars() as bars:
+        exporter = Exporter(spec, profile, out, run=run, progress=bars.track, **options)
+        manifest = exporter.export()
+    show(manifest)
+    printing.say(f"written: {Path(out).expanduser()} ({size(manifest)})", whole=True)
+
+
+def source_of(
+    source: Path, settings: Sequence[str], plugins: Sequence[Path]
+) -> tuple[PipelineSpec, dict[str, Any] | None]:
+    """The pipeline of a pipeline file, or of a results folder together with its results."""
+    if source.is_dir():
+        resolved, results = source / "resolved.yaml", source / "results.json"
+        if not (resolved.is_file() and results.is_file()):
+            raise SpecError(
+                f"{source} is a folder without resolved.yaml and results.json, so it is no run; name a results folder "
+                "of prunekit run, or a pipeline file"
+            )
+        try:
+            run = json.loads(results.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SpecError(f"{results} is damaged ({error}); run the pipeline again, or name its file") from error
+        # What was measured with other settings says nothing of this export.
+        return PipelineSpec.load(resolved, settings, plugins), None if settings else run
+    if is_study(source):
+        raise SpecError(f"{source} is an ablation file, of many models; name a pipeline file or a results folder")
+    return PipelineSpec.load(source, settings, plugins), None
+
+
+def show(manifest: dict[str, Any]) -> None:
+    """What a person is told of an export."""
+    ratio = manifest["ratio"]
+    printing.say(
+        f"{manifest['strategy']} on {manifest['base']['name']} as {manifest['profile']}: {share(ratio['units_cut'])} of "
+        f"the units and {share(ratio['prunable_parameters_cut'])} of the prunable parameters cut"
+    )
+    if manifest["rounding"]:
+        printing.say(rounding_sentence(manifest["rounding"], ratio["asked"]))
+    between = ["per batch"] if manifest["freeze"] else []
+    printing.show_table(("measurement", "dense", *between, "exported"), metric_rows(manifest))
+    for line in freezing_costs(manifest):
+        printing.say(line)
+    check = manifest["check"]
+    if check is not None:
+        exact = "bit-equal" if check["logits"] == "equal" else f"equal to {check['largest_difference']:.1e}"
+        printing.say(f"loaded again: logits {exact} over {check['tokens']} tokens")
+    for note in manifest["notes"]:
+        printing.warning(note)
+
+
+def freezing_costs(manifest: dict[str, Any]) -> list[str]:
+    """What freezing has cost in perplexity."""
+    lines = []
+    for metric in manifest["metrics"] if manifest["freeze"] else ():
+        before = (metric["per_batch"] or {}).get("perplexity")
+        after = metric["exported"].get("perplexity")
+        if before and after:
+            lines.append(
+                f"freezing ({manifest['freeze']['how']}) changed {metric['label']} from {before:.4g} to {after:.4g} "
+                f"({100 * (after / before - 1):+.2g}%)"
+            )
+    return lines
+
+
+def size(manifest: dict[str, Any]) -> str:
+    """Of all files, in bytes that people read."""
+    total = sum(described["bytes"] for described in manifest.get("files", {}).values())
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if total < 1000 or unit == "GB":
+            return f"{total:.0f} {unit}" if unit == "bytes" else f"{total:.1f} {unit}"
+        total /= 1000
+    raise AssertionError

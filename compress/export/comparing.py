@@ -1,0 +1,52 @@
+"""Whether a model that was loaded again is the one that was written: its logits, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...registry import ModelError
+from ...registry.tokens import context_length
+from ..loading import Loaded
+from ..pruned import Pruned
+
+TOLERANCE = 1e-5
+"""Of the largest logit, in float32: other shapes add the same numbers up in another order."""
+
+
+def some_tokens(loaded: Loaded, batches: list | None) -> Tensor:
+    """Tokens (b, t) int64 to compare logits on: of the calibration text, or random ones."""
+    if batches:
+        return batches[0]["input_ids"][:2, :64]
+    length = min(64, context_length(loaded.model) or 64)
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(model: Any, ids: Tensor, pruned: Pruned | None) -> Tensor:
+    """Logits (b, t, V) float32 on the CPU; histories of a dynamic pruning are as calibrated before and after."""
+    if pruned is not None:
+        pruned.reset()
+    with torch.no_grad():
+        device = model.get_input_embeddings().weight.device
+        device = model.device if device.type == "meta" else device
+        found = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+    if pruned is not None:
+        pruned.reset()
+    return found
+
+
+def compared(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The largest difference of two models' logits; raises :class:`ModelError` where they are not the same model."""
+    largest, scale = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
+    # In half precision each of the sums is rounded as often as there are layers, so a few units of it may differ.
+    limit = max(TOLERANCE, 8 * torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0) * scale
+    if not largest <= limit:
+        raise ModelError(
+            f"the exported model, loaded again, gives other logits than the pruned one (by up to {largest:.3g}, allowed "
+            f"are {limit:.3g}), so nothing was written; try --set model.dtype=float32, and if that differs too, report "
+            "it with the pipeline file"
+        )
+    return {"logits": "equal" if largest == 0 else "close", "largest_difference": largest, "tokens": expected[..., 0].numel()}

@@ -1,0 +1,61 @@
+"""Configurations of exported models: what is carried over from the model before, and whether weights fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ...registry import ModelError
+from .tensors import PlannedTensor, Tensors
+
+NOT_CARRIED = {"model_type", "architectures", "auto_map", "per_layer_config", "transformers_version", "_name_or_path"}
+
+
+def head_size(config: Any) -> int:
+    """Channels of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def carried(config: Any, cls: type) -> dict[str, Any]:
+    """What a configuration of another class takes over from ``config``: every field that both have."""
+    known = {field.name for field in dataclasses.fields(cls)} - NOT_CARRIED
+    return {key: value for key, value in config.to_dict().items() if key in known}
+
+
+def fitted(config: Any, tensors: Tensors) -> Tensors:
+    """``tensors`` with zeros for biases that a model of ``config`` has besides; nothing else may be missing or over.
+
+    Raises :class:`ModelError` naming the first tensor that does not fit.
+    """
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    parameters = dict(model.named_parameters())
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    found = dict(tensors)
+    for name, parameter in parameters.items():
+        shape = tuple(parameter.shape)
+        if name not in found and name.endswith(".bias"):
+            dtype = found[f"{name.removesuffix('bias')}weight"].dtype
+            found[name] = PlannedTensor(shape, dtype, _zeros(shape, dtype))
+        if name in found and found[name].shape != shape:
+            raise _unfit(model, f"{name} is {found[name].shape}, and {shape} was expected")
+        if name not in found and name not in tied:
+            raise _unfit(model, f"{name} is missing")
+    over = [name for name in found if name not in parameters and name not in dict(model.named_buffers())]
+    if over:
+        raise _unfit(model, f"there is no place for {over[0]}")
+    return found
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return lambda: torch.zeros(shape, dtype=dtype)
+
+
+def _unfit(model: Any, what: str) -> ModelError:
+    return ModelError(
+        f"the pruned weights do not fit a {type(model).__name__}: {what}; export with --profile hf-hetero or padded"
+    )

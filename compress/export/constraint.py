@@ -1,0 +1,153 @@
+"""What a format asks of the numbers of kept units, met before pruning, and what meeting it costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from ...registry import SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
+from ..pruned import Pruned
+from ..pruning import sites_within
+from ..report import share
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """``equal``: as many units in every layer; ``multiple``: kept MLP channels are a multiple of this."""
+
+    equal: bool = False
+    multiple: int = 1
+
+    @property
+    def binds(self) -> bool:
+        """Whether anything is asked at all."""
+        return self.equal or self.multiple > 1
+
+    def on(self, strategy: Strategy) -> Strategy:
+        """The strategy with an allocator whose counts meet the constraint.
+
+        Raises :class:`SpecError` where they cannot: equal counts leave no layer out.
+        """
+        if not self.binds:
+            return strategy
+        if self.equal and strategy.skip_layers:
+            layers = ", ".join(map(str, strategy.skip_layers))
+            raise SpecError(
+                f"profile hf-uniform: all layers keep the same counts, but skip_layers leaves layers {layers} as they "
+                "are; nearest: --set prune.skip_layers=[], or --profile hf-hetero, whose layers may differ"
+            )
+        rounded = RoundedCounts(allocator=strategy.allocator, equal=self.equal, multiple=self.multiple)
+        return strategy.model_copy(update={"allocator": rounded})
+
+
+class RoundedCounts(SparsityAllocator):
+    """Another allocator's counts, made equal over layers and rounded to multiples as a file format asks for."""
+
+    name: Literal["rounded_counts"] = "rounded_counts"
+    allocator: SerializeAsAny[SparsityAllocator]
+    equal: bool = False
+    multiple: int = Field(1, ge=1)
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.allocator.needs_scores
+
+    @property
+    def takes_ratio(self) -> bool:
+        return self.allocator.takes_ratio
+
+    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+        counts = self.allocator.allocate(sites, ratio)
+        if self.equal:
+            counts = _equal(sites, counts)
+        return [self._rounded(s, count) for s, count in zip(sites, counts, strict=True)]
+
+    def _rounded(self, scores: SiteScores, count: int) -> int:
+        """The multiple that is nearest, at least one; a site that keeps everything keeps it."""
+        units = scores.site.units
+        if scores.site.kind != "mlp" or count >= units:
+            return count
+        if self.multiple > units:
+            raise SpecError(
+                f"--multiple {self.multiple}: {scores.site.label} has {units} channels, so no smaller width is a "
+                "multiple of that; choose a smaller one"
+            )
+        return min(units, max(self.multiple, (count + self.multiple // 2) // self.multiple * self.multiple))
+
+
+def _equal(sites: Sequence[SiteScores], counts: Sequence[int]) -> list[int]:
+    """The mean count of each kind at every site of the kind."""
+    by_kind: dict[SiteKind, list[int]] = defaultdict(list)
+    for scores, count in zip(sites, counts, strict=True):
+        by_kind[scores.site.kind].append(count)
+    mean = {kind: max(1, round(sum(found) / len(found))) for kind, found in by_kind.items()}
+    return [mean[scores.site.kind] for scores in sites]
+
+
+def rounding(pruned: Pruned) -> dict[str, Any] | None:
+    """What a constraint changed: units cut and share of the score kept, as asked for and with it; None: no constraint.
+
+    The score is that of the strategy's own calibrated scores, its share averaged over sites; None where nothing but a
+    batch gives scores.
+    """
+    allocator = pruned.strategy.allocator
+    if not isinstance(allocator, RoundedCounts):
+        return None
+    scores = [pruned.calibrated_scores(cut) for cut in pruned.cuts]
+    plain = [SiteScores(cut.site, None, None) for cut in pruned.cuts]
+    layers = 1 + max(site.layer for site in pruned.all_sites)
+    unrounded = pruned.strategy.model_copy(update={"allocator": allocator.allocator})
+    _, ratio = sites_within(unrounded, list(pruned.all_sites), layers)
+    known = scores if all(s is not None for s in scores) else None
+    asked = allocator.allocator.allocate(known or plain, ratio)
+    met = [cut.count for cut in pruned.cuts]
+    return {
+        "equal": allocator.equal,
+        "multiple": allocator.multiple,
+        "asked": _about(pruned, asked, known),
+        "achieved": _about(pruned, met, known),
+        "sites_changed": sum(a != b for a, b in zip(asked, met, strict=True)),
+        "sites": len(met),
+    }
+
+
+def _about(pruned: Pruned, counts: Sequence[int], scores: Sequence[SiteScores] | None) -> dict[str, float | None]:
+    cut = [1 - count / c.site.units for c, count in zip(pruned.cuts, counts, strict=True)]
+    sites = len(pruned.all_sites)
+    kept = None
+    if scores is not None:
+        shares = [_kept_share(s, count) for s, count in zip(scores, counts, strict=True)]
+        kept = round((sum(shares) + sites - len(shares)) / sites, 6)
+    return {"units_cut": round(sum(cut) / sites, 6), "score_kept": kept}
+
+
+def _kept_share(scores: SiteScores, count: int) -> float:
+    """What the ``count`` best units have of a site's score."""
+    units = scores.units.double().clamp(min=0)
+    total = float(units.sum())
+    return float(units.topk(count).values.sum()) / total if total else 1.0
+
+
+def sentence(found: dict[str, Any], ratio: float | None) -> str:
+    """What a person is told of a rounding."""
+    what = [
+        "equal counts in every layer" * found["equal"],
+        f"MLP widths a multiple of {found['multiple']}" * (found["multiple"] > 1),
+    ]
+    before, after = found["asked"], found["achieved"]
+    asked = "" if ratio is None else f"{share(ratio)} of the units asked, "
+    text = f"{' and '.join(filter(None, what))}: {asked}{share(after['units_cut'])} cut"
+    if not found["sites_changed"]:
+        return f"{text}; no count had to change"
+    text += f" ({share(before['units_cut'])} without; {found['sites_changed']} of {found['sites']} counts changed)"
+    if before["score_kept"] is not None:
+        text += f"; {_percent(after['score_kept'])} of the score kept instead of {_percent(before['score_kept'])}"
+    return text
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}%"

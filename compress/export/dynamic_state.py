@@ -1,0 +1,152 @@
+"""The profile dynamic: everything that a pruning has learnt, in one file, and a model that is pruned by it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...registry import Catalog, Compensator, DataError, SpecError, Strategy
+from ..cut import SiteCut
+from ..pruned import Pruned
+from ..pruning import engine_of
+from ..results import readable
+from ..runtime import Runtime
+
+FORMAT = "prunekit pruning state 1"
+STATE = "pruning_state.safetensors"
+HISTORY = ("table", "rows", "mean")
+
+
+def save_state(pruned: Pruned, folder: Path) -> None:
+    """Write the histories, counts, kept units and compensations of all sites, as calibration left them.
+
+    Raises :class:`SpecError` where a compensator has prepared something that is not made of tensors.
+    """
+    pruned.reset()
+    tensors: dict[str, Tensor] = {}
+    sites: dict[str, Any] = {}
+    for cut in pruned.cuts:
+        label = cut.site.consumer
+        history, compensation = cut.history, cut.compensation
+        for name in HISTORY:
+            _put(tensors, f"{label}.{name}", getattr(history, name))
+        _put(tensors, f"{label}.fixed", cut.fixed)
+        for number, matrix in enumerate(compensation.fixed or ()):
+            _put(tensors, f"{label}.slope.{number}", matrix)
+        prepared = _parts(compensation.prepared, compensation.compensator)
+        for number, matrix in enumerate(prepared):
+            _put(tensors, f"{label}.prepared.{number}", matrix)
+        sites[label] = {
+            "count": cut.count,
+            "tokens": history.tokens,
+            "positions": history.positions,
+            "slope": None if compensation.fixed is None else len(compensation.fixed),
+            "prepared": len(prepared),
+            "compensator": _fitted(compensation.compensator, pruned.strategy.compensate),
+            "fell_back": compensation.fell_back,
+            "covariance_tokens": compensation.tokens,
+        }
+    path = folder / STATE
+    save_file(tensors, path, {"format": FORMAT, "sites": json.dumps(sites)})
+    readable(path)
+
+
+def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path, runtime: Runtime) -> Pruned:
+    """``model`` pruned as it was when :func:`save_state` wrote ``folder``; nothing is calibrated.
+
+    Raises :class:`DataError` for a file that is damaged or of a model with other sites.
+    """
+    engine, _ = engine_of(model, strategy, catalog, None, runtime)
+    path = folder / STATE
+    try:
+        with _opened(path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise DataError(f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}; export again")
+            sites = json.loads(metadata["sites"])
+            if sorted(sites) != sorted(cut.site.consumer for cut in engine.cuts):
+                raise DataError(f"{path} is of a model with other sites than this one; check the base model")
+            names = set(file.keys())
+            with torch.inference_mode(False), torch.no_grad():
+                for cut in engine.cuts:
+                    _restore(cut, sites[cut.site.consumer], file, names, strategy)
+                engine.start()
+        return Pruned(engine, catalog)
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        engine.remove()
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); export the model again") from error
+    except BaseException:
+        engine.remove()
+        raise
+
+
+def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], strategy: Strategy) -> None:
+    label, device, compensation = cut.site.consumer, cut.history.device, cut.compensation
+
+    def tensor(name: str) -> Tensor | None:
+        key = f"{label}.{name}"
+        return file.get_tensor(key).to(device) if key in names else None
+
+    stored = strategy.history if strategy.dynamic and f"{label}.table" in names else cut.history.storage
+    positions = about["positions"] if stored != cut.history.storage else 0
+    found = {name: tensor(name) for name in HISTORY}
+    for name, shape in {"table": (None, cut.site.channels), "mean": (cut.site.channels,)}.items():
+        if found[name] is not None and found[name].shape[-1] != shape[-1]:
+            raise ValueError(f"{label}.{name} is {tuple(found[name].shape)}")
+    cut.history = replace(
+        cut.history, **found, tokens=float(about["tokens"]), storage=stored, stored_positions=positions
+    )
+    cut.count = int(about["count"])
+    if not 0 <= cut.count <= cut.site.units:
+        raise ValueError(f"{label} keeps {cut.count} of {cut.site.units} units")
+    cut.fixed = tensor("fixed")
+    if about["slope"] is not None:
+        compensation.fixed = tuple(tensor(f"slope.{number}") for number in range(about["slope"]))
+    if about["compensator"]:
+        compensation.compensator = type(compensation.compensator).model_validate(about["compensator"])
+    if about["prepared"]:
+        parts = tuple(tensor(f"prepared.{number}") for number in range(about["prepared"]))
+        compensation.prepared = compensation.compensator.prepared_from(parts)
+    compensation.fell_back, compensation.tokens = about["fell_back"], about["covariance_tokens"]
+
+
+def _fitted(compensator: Compensator, given: Compensator) -> dict[str, Any] | None:
+    """What calibration has chosen of a compensator's options; None: they are the strategy's."""
+    if compensator.identity == given.identity:
+        return None
+    return {key: getattr(compensator, key) for key in type(compensator).model_fields if _plain(getattr(compensator, key))}
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _parts(prepared: Any, compensator: Compensator) -> tuple[Tensor, ...]:
+    parts = () if prepared is None else prepared if isinstance(prepared, tuple) else (prepared,)
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise SpecError(
+            f"compensator {compensator.name} has prepared a {type(prepared).__name__}, and only tensors can be written; "
+            "let its prepare give a tensor or a tuple of tensors"
+        )
+    return parts
+
+
+def _put(tensors: dict[str, Tensor], name: str, tensor: Tensor | None) -> None:
+    if tensor is not None:
+        tensors[name] = tensor.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error}); export the model again") from error
+
+

@@ -1,0 +1,213 @@
+"""``prunekit export``: prune, write, load again, compare, measure; the folder appears when all of that went well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ...registry import ModelError, SpecError
+from ..calibration import Progress, no_progress
+from ..freezing import MEANINGS
+from ..loading import Loaded, fingerprint, load
+from ..measuring import Measuring
+from ..pipeline import calibration_of, check_lengths, labelled, pinned
+from ..provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
+from ..pruned import Pruned
+from ..pruning import prune
+from ..results import RunFolder
+from ..spec import PipelineSpec
+from . import reload
+from .bundle import CARD, MANIFEST, RECIPE, finish, write_kept
+from .card import card
+from .checks import check_freezing, constraint_of
+from .comparing import compared, logits_of, some_tokens
+from .constraint import rounding
+from .cut_model import parameters_of
+from .hetero import needs
+from .licence import copy_licence_files, licence_of
+from .measures import entry, measure, repeatable
+from .profiles import profile_named
+from .weights_file import SHARD_SIZE
+from .writing import check_possible, write_model
+
+
+@dataclass
+class Exporter:
+    """One export: ``spec`` pruned and written as ``profile`` into the folder ``out``.
+
+    ``multiple``: kept MLP widths are multiples of it. ``freeze``: how a strategy that decides per batch is made to
+    decide once. ``run`` is results.json of the run that ``spec`` comes from, whose measurements are then taken over.
+    """
+
+    spec: PipelineSpec
+    profile: str
+    out: Path
+    multiple: int | None = None
+    freeze: str | None = None
+    shard_size: str = SHARD_SIZE
+    overwrite: bool = False
+    run: dict[str, Any] | None = None
+    progress: Progress = no_progress
+    manifest: dict[str, Any] = field(default_factory=dict, init=False)
+    _notes: list[str] = field(default_factory=list, init=False)
+
+    def export(self) -> dict[str, Any]:
+        """Do it, and return the manifest.
+
+        Raises :class:`SpecError` for what cannot be written so, naming the nearest that can, and the errors of
+        :func:`~prunekit.compress.prune`. Whatever fails, no folder is left.
+        """
+        self._profile = profile = profile_named(self.profile)
+        spec = self.spec
+        folder = RunFolder(Path(self.out), self.overwrite, "exported folder", MANIFEST)
+        folder.check()
+        strategy = constraint_of(profile, self.multiple).on(spec.prune)
+        check_freezing(profile, spec.prune, self.freeze)
+        loaded = load(spec.model)
+        self._check_run(loaded)
+        check_lengths(spec, loaded)
+        check_possible(profile, loaded, strategy, spec.catalog)
+        torch.manual_seed(spec.seed)
+        batches, calibration = None, None
+        if spec.prune.needs_calibration or self.freeze in ("mean-score", "last"):
+            batches, calibration = calibration_of(spec.calibration, loaded)
+        self.manifest = self._origin(loaded, calibration)
+        pruned = prune(
+            loaded.model,
+            strategy,
+            calibration=batches if spec.prune.needs_calibration else None,
+            catalog=spec.catalog,
+            progress=self.progress,
+            runtime=spec.runtime.model_copy(update={"compile": None}),
+        )
+        with pruned, folder.open() as partial, _one_message(folder.target):
+            self._measure_before(loaded, pruned)
+            if self.freeze is not None:
+                pruned.freeze(self.freeze, batches, self.progress)
+            self._describe(pruned)
+            write_model(profile, pruned, loaded.tokenizer, partial, self.shard_size, folder.target.name)
+            if profile.needs_one_cut:
+                write_kept(partial, pruned.sites_kept)
+            (partial / RECIPE).write_text(pinned(spec, loaded).to_yaml(), encoding="utf-8")
+            copy_licence_files(spec.model, partial)
+            self._load_again(loaded, pruned, partial, some_tokens(loaded, batches))
+            self._take_over_run()
+            self.manifest["notes"] = list(dict.fromkeys(self._notes))
+            (partial / CARD).write_text(card(self.manifest, folder.target.name), encoding="utf-8")
+            finish(partial, self.manifest)
+        return self.manifest
+
+    def _check_run(self, loaded: Loaded) -> None:
+        known = (self.run or {}).get("model", {}).get("fingerprint")
+        if known is not None and known != fingerprint(loaded.model):
+            raise ModelError(
+                f"the run was of other weights of {self.spec.model.label} than are there now (fingerprint "
+                f"{known[:12]}...); export the pipeline file itself, or name the model that was run"
+            )
+
+    def _origin(self, loaded: Loaded, calibration: dict[str, Any] | None) -> dict[str, Any]:
+        """What a manifest says of where the model comes from."""
+        spec, profile = self.spec, self._profile
+        frozen = None if self.freeze is None else {"how": self.freeze, "meaning": MEANINGS[self.freeze]}
+        return {
+            "profile": profile.name,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "strategy": spec.prune.name,
+            "options": {"multiple": self.multiple, "freeze": self.freeze, "shard_size": self.shard_size},
+            "freeze": frozen,
+            "recovery": None,
+            "requires": needs() if profile.name == "hf-hetero" else {},
+            "base": about_model(loaded),
+            "license": licence_of(spec.model, loaded),
+            "calibration": calibration,
+            "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
+            "versions": versions(),
+            "plugins": plugins_used(spec),
+        }
+
+    def _measure_before(self, loaded: Loaded, pruned: Pruned) -> None:
+        """Measure the dense model and, where decisions are going to be frozen, the one that takes them."""
+        evaluators, outcomes = self.spec.evaluate, (self.run or {}).get("metrics", ())
+        measuring = Measuring(loaded, pruned, self.progress, {}, evaluators, self.spec.seed)
+        dense_known = {outcome["label"]: outcome["dense"] for outcome in outcomes if outcome["dense"]}
+        self._measured: list[tuple[str, Any]] = []
+        self.manifest["metrics"] = metrics = []
+        for label, evaluator in labelled(evaluators):
+            if evaluator not in repeatable(evaluators):
+                continue
+            dense = dense_known.get(label) or measuring.measure(evaluator, dense=True).values
+            per_batch = None if self.freeze is None else measuring.measure(evaluator).values
+            self._measured.append((label, evaluator))
+            metrics.append({"label": label, "dense": dense, "per_batch": per_batch})
+
+    def _describe(self, pruned: Pruned) -> None:
+        """What a manifest says of the cut."""
+        parameters = {"dense": self.manifest["base"]["parameters"], "exported": parameters_of(pruned, self.profile)}
+        self.manifest |= {**about_cut(pruned), "rounding": rounding(pruned), "parameters": parameters}
+        self._notes += notes_on_cut(pruned)
+
+    def _load_again(self, loaded: Loaded, pruned: Pruned, partial: Path, ids: Tensor) -> None:
+        """Compare the folder, loaded as it will be, with the pruned model, and measure it; one model is held at a time.
+
+        A GGUF is not loaded here: transformers measures the weights that were written to it.
+        """
+        self.manifest |= {"weights": None, "check": None}
+        if self._profile.name == "gguf":
+            self._notes.append(
+                "measured in transformers before the weights went to the GGUF; prunekit verify measures the file "
+                "itself where llama-cpp-python is installed"
+            )
+            return self._measure_after(loaded, pruned)
+        expected, dtype = logits_of(loaded.model, ids, pruned), loaded.model.dtype
+        pruned.remove()
+        if self._profile.name == "dynamic":
+            again = reload.restored(partial, self.spec, loaded)
+        else:
+            pruned.forget()
+            loaded.model = None
+            source = self.spec.model.model_copy(update=reload.of_folder(partial))
+            again = reload.Export(*reload.model_in(source), None, self.manifest, partial)
+        try:
+            found = logits_of(again.model, ids, again.pruned)
+            self.manifest |= {"weights": fingerprint(again.model), "check": compared(expected, found, dtype)}
+            self._measure_after(again.loaded, again.pruned)
+        finally:
+            if again.pruned is not None:
+                again.pruned.remove()
+
+    def _measure_after(self, loaded: Loaded, pruned: Pruned | None) -> None:
+        for (label, evaluator), metric in zip(self._measured, self.manifest["metrics"], strict=True):
+            measured = measure(evaluator, loaded, self.spec.seed, self.profile, pruned, self.progress)
+            metric |= {**entry(evaluator, measured), "exported": measured.values}
+            self._notes += [f"{label}: {note}" for note in measured.notes]
+
+    def _take_over_run(self) -> None:
+        """Keep the run's own measurements, where the export has the same cut; else say that it has not."""
+        self.manifest["run"] = None
+        if self.run is None:
+            return
+        if self.freeze is not None or self.run.get("layers") != self.manifest["layers"]:
+            self._notes.append("the run's other measurements are of another cut, before it was frozen or rounded")
+            return
+        self.manifest["run"] = {"started": self.run["started"], "metrics": self.run["metrics"]}
+
+
+@contextmanager
+def _one_message(target: Path) -> Iterator[None]:
+    """Within it a disk that takes no more becomes one message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(
+            f"the export cannot be written below {target.parent}: {reason}; make room there, or name another place with "
+            "--out"
+        ) from error

@@ -1,0 +1,96 @@
+"""The profile hf-hetero: per-layer shapes in transformers' own per_layer_config, read by prunekit's model classes."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...registry import ModelError
+from .configs import carried, head_size
+from .layers import LayerShape
+
+PREFIX = "prunekit_"
+"""What model types of ours begin with."""
+
+CODE = "modeling_prunekit.py"
+"""The file with the model classes, here and beside exported weights."""
+
+
+@functools.cache
+def register() -> None:
+    """Make transformers' Auto classes know exported models, so that no code from a folder has to be run.
+
+    Raises :class:`ModelError` where the installed transformers has no per-layer configurations.
+    """
+    import transformers
+
+    for model in _classes():
+        transformers.AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        transformers.AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+
+
+def _classes() -> tuple[Any, ...]:
+    try:
+        from .modeling_prunekit import MODELS
+    except ImportError as error:
+        raise ModelError(str(error)) from error
+    return MODELS
+
+
+def needs() -> dict[str, str]:
+    """Packages, and their oldest versions, that load such a model."""
+    _classes()
+    from .modeling_prunekit import OLDEST
+
+    return {"transformers": OLDEST}
+
+
+def family_of(config: Any) -> str:
+    """The model type, that of an exported model being the family it was made of."""
+    return config.model_type.removeprefix(PREFIX)
+
+
+def hetero_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
+    """A configuration with a shape for every layer; raises :class:`ModelError` for a family without a class."""
+    family = family_of(dense)
+    model = next((m for m in _classes() if m.config_class.model_type == PREFIX + family), None)
+    if model is None:
+        known = ", ".join(m.config_class.model_type.removeprefix(PREFIX) for m in _classes())
+        raise ModelError(
+            f"profile hf-hetero: there is no model class for {family!r}; there are {known}. Nearest: --profile padded "
+            "keeps the original class, --profile dynamic needs none"
+        )
+    register()
+    cls = model.config_class
+    values = carried(dense, cls)
+    # Biases that the family has anyway are no news.
+    attention = values.get("enable_bias", False) or values.get("attention_bias", False)
+    mlp = values.get("enable_bias", False) or values.get("mlp_bias", False)
+    overrides = {}
+    for index, layer in enumerate(layers):
+        overrides[index] = {"num_attention_heads": layer.heads, cls.width: layer.width}
+        if "num_key_value_heads" in values:
+            overrides[index]["num_key_value_heads"] = layer.kv_heads
+        if layer.attention_bias and not attention:
+            overrides[index]["attention_output_bias"] = True
+        if layer.mlp_bias and not mlp:
+            overrides[index]["mlp_output_bias"] = True
+    if "num_key_value_heads" in values:
+        values["head_dim"] = head_size(dense)
+    config = cls(**values, per_layer_config=overrides)
+    config.architectures = [model.__name__]
+    return config
+
+
+def add_code(folder: Path, config: Any) -> None:
+    """Put the model classes' code beside the weights, and say in ``config`` that it is there."""
+    source = Path(__file__).with_name(CODE)
+    shutil.copyfile(source, folder / CODE)
+    module, model = source.stem, config.architectures[0]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{type(config).__name__}",
+        "AutoModelForCausalLM": f"{module}.{model}",
+    }

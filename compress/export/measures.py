@@ -1,0 +1,50 @@
+"""What a model that was loaded again measures: the evaluators that look at one model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ...registry import Evaluator, Measurement, Subject
+from ...registry.evaluation import checked
+from ..calibration import Progress, no_progress
+from ..loading import Loaded
+from ..measuring import Measuring
+from ..pruned import Pruned
+from ..text import read_documents
+
+
+def repeatable(evaluators: Iterable[Evaluator]) -> tuple[Evaluator, ...]:
+    """Those that need no second model and no clock, so that whoever measures later must find the same."""
+    return tuple(evaluator for evaluator in evaluators if not evaluator.paired)
+
+
+def measure(
+    evaluator: Evaluator, loaded: Loaded, seed: int, label: str, pruned: Pruned | None = None, progress: Progress = no_progress
+) -> Measurement:
+    """One evaluator on a loaded model, or on one that is pruned per batch."""
+    if pruned is not None:
+        return Measuring(loaded, pruned, progress, {}, (), seed).measure(evaluator)
+
+    def track(items: Iterator, what: str, total: int) -> Iterator:
+        return progress(items, f"{label}: {what}", total)
+
+    torch.manual_seed(seed)
+    model = loaded.model
+    subject = Subject(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        read=read_documents,
+        dense=nullcontext,
+        parameters=lambda: sum(parameter.numel() for parameter in model.parameters()),
+        progress=track,
+    )
+    return checked(evaluator, evaluator.evaluate(subject))
+
+
+def entry(evaluator: Evaluator, measured: Measurement) -> dict[str, Any]:
+    """How a manifest records by what something was measured, and how."""
+    return {"evaluator": evaluator.model_dump(mode="json", serialize_as_any=True), "protocol": measured.protocol}

@@ -1,0 +1,161 @@
+"""Causal language models whose layers differ in attention heads and MLP channels, as prunekit exports them.
+
+The layers' shapes stand in the configuration's ``per_layer_config``, which is transformers' own. This file needs
+transformers and torch alone: it lies beside the weights, so that
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads them without prunekit; where prunekit
+is installed, the same classes are registered and no code from the folder is run.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import transformers
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+OLDEST = "5.14"
+"""The first transformers whose configurations have per_layer_config."""
+
+if not hasattr(PreTrainedConfig, "per_layer_config"):
+    raise ImportError(
+        f"models with layers of different shapes need transformers {OLDEST} or newer, this is "
+        f"{transformers.__version__}; install a newer one, or export the model again as hf-uniform"
+    )
+
+
+class PerLayerShapes:
+    """A configuration with the shape of every layer: the family's fields, of which each layer may have its own.
+
+    Read on the whole, ``num_attention_heads``, ``num_key_value_heads`` and the MLP's width are those of the model
+    before it was pruned. Two fields more say where an output projection has a bias that the family does not have.
+    """
+
+    width = "intermediate_size"
+    """The field with the number of MLP channels."""
+
+    def __post_init__(self, **kwargs):
+        self.allow_global_per_layer_attribute_access = True
+        self.attention_output_bias = kwargs.pop("attention_output_bias", False)
+        self.mlp_output_bias = kwargs.pop("mlp_output_bias", False)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Nothing: heads that are gone leave a number that need not divide the hidden size."""
+
+
+class PerLayerModel:
+    """A model of the family whose layers get the shapes that the configuration has for them."""
+
+    attention_output = "self_attn.o_proj"
+    mlp_inputs = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_output = "mlp.down_proj"
+
+    def __init__(self, config):
+        whole = copy.copy(config)
+        whole.per_layer_config = None  # the family's own code builds layers that are all alike
+        super().__init__(whole)
+        # Its constructor has set what only it knows, such as the attention kernel.
+        config.__dict__.update(whole.__dict__)
+        for module in self.modules():
+            if getattr(module, "config", None) is whole:
+                module.config = config
+        for layer, shape in zip(self.get_decoder().layers, config.per_layer_config, strict=True):
+            self._cut(layer, shape)
+        self.post_init()
+
+    def _cut(self, layer, shape):
+        attention, heads = layer.self_attn, shape.num_attention_heads
+        kv_heads = getattr(shape, "num_key_value_heads", heads)
+        size, width = attention.head_dim, getattr(shape, shape.width)
+        _resize(layer, "self_attn.q_proj", rows=heads * size)
+        for name in ("self_attn.k_proj", "self_attn.v_proj"):
+            _resize(layer, name, rows=kv_heads * size)
+        _resize(layer, self.attention_output, columns=heads * size, bias=shape.attention_output_bias)
+        for name in self.mlp_inputs:
+            _resize(layer, name, rows=width)
+        _resize(layer, self.mlp_output, columns=width, bias=shape.mlp_output_bias)
+        if hasattr(attention, "num_key_value_groups"):
+            attention.num_key_value_groups = heads // kv_heads
+        else:
+            attention.num_heads = heads
+
+
+def _resize(layer, path, rows=None, columns=None, bias=False):
+    """Put a linear layer of another shape in the place of the one that is there, unless it has that shape."""
+    owner, _, name = path.rpartition(".")
+    owner = layer.get_submodule(owner)
+    old = getattr(owner, name)
+    rows, columns, bias = rows or old.out_features, columns or old.in_features, bias or old.bias is not None
+    if (rows, columns, bias) != (old.out_features, old.in_features, old.bias is not None):
+        setattr(owner, name, nn.Linear(columns, rows, bias, device=old.weight.device, dtype=old.weight.dtype))
+
+
+class PrunekitLlamaConfig(PerLayerShapes, LlamaConfig):
+    model_type = "prunekit_llama"
+
+
+class PrunekitLlamaForCausalLM(PerLayerModel, LlamaForCausalLM):
+    config_class = PrunekitLlamaConfig
+    config: PrunekitLlamaConfig
+
+
+class PrunekitMistralConfig(PerLayerShapes, MistralConfig):
+    model_type = "prunekit_mistral"
+
+
+class PrunekitMistralForCausalLM(PerLayerModel, MistralForCausalLM):
+    config_class = PrunekitMistralConfig
+    config: PrunekitMistralConfig
+
+
+class PrunekitQwen2Config(PerLayerShapes, Qwen2Config):
+    model_type = "prunekit_qwen2"
+
+
+class PrunekitQwen2ForCausalLM(PerLayerModel, Qwen2ForCausalLM):
+    config_class = PrunekitQwen2Config
+    config: PrunekitQwen2Config
+
+
+class PrunekitQwen3Config(PerLayerShapes, Qwen3Config):
+    model_type = "prunekit_qwen3"
+
+
+class PrunekitQwen3ForCausalLM(PerLayerModel, Qwen3ForCausalLM):
+    config_class = PrunekitQwen3Config
+    config: PrunekitQwen3Config
+
+
+class PrunekitOPTConfig(PerLayerShapes, OPTConfig):
+    model_type = "prunekit_opt"
+    width = "ffn_dim"
+
+
+class PrunekitOPTForCausalLM(PerLayerModel, OPTForCausalLM):
+    config_class = PrunekitOPTConfig
+    config: PrunekitOPTConfig
+    attention_output = "self_attn.out_proj"
+    mlp_inputs = ("fc1",)
+    mlp_output = "fc2"
+
+
+MODELS = (
+    PrunekitLlamaForCausalLM,
+    PrunekitMistralForCausalLM,
+    PrunekitQwen2ForCausalLM,
+    PrunekitQwen3ForCausalLM,
+    PrunekitOPTForCausalLM,
+)

@@ -1,0 +1,116 @@
+"""The profile hf-uniform: a stock transformers class that has room for the pruned shapes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from ...registry import ModelError, SpecError
+from .configs import carried, head_size
+from .hetero import family_of
+from .layers import LayerShape
+
+WITHOUT_WINDOW = ("llama", "mistral", "qwen2")
+"""Families that compute the same thing where no sliding window is in force; their classes differ in what may vary."""
+
+
+def uniform_layer(layers: Sequence[LayerShape]) -> LayerShape:
+    """The shape that all layers have; raises :class:`SpecError` naming the first that differs."""
+    first = layers[0]
+    for index, layer in enumerate(layers):
+        if (layer.heads, layer.kv_heads, layer.width) != (first.heads, first.kv_heads, first.width):
+            raise SpecError(
+                f"profile hf-uniform: layer {index} keeps {_shape(layer)}, layer 0 {_shape(first)}; a stock class has "
+                "one shape for all layers. Nearest: --profile hf-hetero, or prune all layers alike "
+                "(--set prune.skip_layers=[])"
+            )
+    biases = any(layer.attention_bias for layer in layers), any(layer.mlp_bias for layer in layers)
+    return LayerShape(first.heads, first.kv_heads, first.width, *biases)
+
+
+def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
+    """The configuration of a stock class for layers that are all alike.
+
+    The family's own class where it has room. Llama takes head counts that divide the hidden size, Mistral any others,
+    Granite (with multipliers that change nothing) biases beside such head counts. Raises :class:`SpecError` or
+    :class:`ModelError` naming the nearest profile that can.
+    """
+    import transformers
+
+    layer, family = uniform_layer(layers), family_of(dense)
+    if family == "opt":
+        if layer.heads != dense.num_attention_heads:
+            raise SpecError(opt_heads(layer.heads, dense.num_attention_heads, len(layers)))
+        return _same(dense, {"ffn_dim": layer.width})
+    sizes = {
+        "num_attention_heads": layer.heads,
+        "num_key_value_heads": layer.kv_heads,
+        "intermediate_size": layer.width,
+        "head_dim": head_size(dense),
+    }
+    own = {"attention_bias": layer.attention_bias, "mlp_bias": layer.mlp_bias}
+    if family == "qwen3":
+        if layer.mlp_bias:
+            raise SpecError(
+                "profile hf-uniform: Qwen3 has no bias in its MLP, and this compensation gives one; nearest: --profile "
+                "hf-hetero, or --set prune.compensate=none"
+            )
+        return _same(dense, {**sizes, "attention_bias": layer.attention_bias})
+    if family not in WITHOUT_WINDOW:
+        raise ModelError(
+            f"profile hf-uniform: model type {family!r} is not known to have a stock class for pruned shapes; nearest: "
+            "--profile padded, or --profile dynamic"
+        )
+    given = layer.attention_bias or layer.mlp_bias
+    fits_llama = dense.hidden_size % layer.heads == 0
+    if family == "mistral" and not given:
+        return _same(dense, sizes)
+    if family == "qwen2" and not given:
+        return _same(dense, sizes)
+    windows = getattr(dense, "sliding_window", None) is not None and getattr(dense, "use_sliding_window", True)
+    if windows and family != "llama":
+        raise SpecError(
+            f"profile hf-uniform: {family} with a sliding window has no class with biases, and this compensation gives "
+            "some; nearest: --profile hf-hetero, or --set prune.compensate=none"
+        )
+    if family == "qwen2":
+        own["attention_bias"] = True  # of queries, keys and values; the output's is zero where there was none
+    if fits_llama:
+        return _other(dense, transformers.LlamaConfig, "LlamaForCausalLM", {**sizes, **own})
+    if not (own["attention_bias"] or own["mlp_bias"]):
+        return _other(dense, transformers.MistralConfig, "MistralForCausalLM", {**sizes, "sliding_window": None})
+    neutral = {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "attention_multiplier": head_size(dense) ** -0.5,
+    }
+    return _other(dense, transformers.GraniteConfig, "GraniteForCausalLM", {**sizes, **own, **neutral})
+
+
+def opt_heads(kept: int, heads: int, layers: int) -> str:
+    """Why OPT's heads cannot be cut in a stock class, and what can be had instead."""
+    whole = "[" + ", ".join(["0"] * layers) + "]"
+    return (
+        f"profile hf-uniform: {kept} of OPT's {heads} heads were to be kept, but its stock class ties heads to the "
+        "hidden size. Nearest: --profile hf-hetero; or cut the MLP alone, by --set prune.ratio=null --set "
+        f"'prune.allocator={{name: explicit, attention: {whole}, mlp: [0.4, ...]}}' with a share for every layer"
+    )
+
+
+def _same(dense: Any, changes: dict[str, Any]) -> Any:
+    config = copy.deepcopy(dense)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+def _other(dense: Any, cls: type, architecture: str, changes: dict[str, Any]) -> Any:
+    config = cls(**{**carried(dense, cls), **changes})
+    config.architectures = [architecture]
+    return config
+
+
+def _shape(layer: LayerShape) -> str:
+    return f"{layer.heads} query heads, {layer.kv_heads} key/value heads and {layer.width} channels"

@@ -1,0 +1,160 @@
+"""``prunekit verify``: do the files, the model and the recorded numbers of an exported folder still hold?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ...registry import Catalog, DataError, Evaluator, PrunekitError
+from .. import printing
+from ..building import Reader
+from ..loading import Loaded, fingerprint
+from ..provenance import versions
+from ..report import number
+from . import reload
+from .bundle import GGUF, damages, read_manifest
+from .measures import measure as measured_by
+
+TOLERANCE = 1e-3
+"""Share by which a perplexity measured elsewhere (another machine, another kernel) may differ and still hold."""
+
+State = Literal["holds", "fails", "differs", "not checked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: ``differs`` is worth knowing and does not fail."""
+
+    what: str
+    state: State
+    detail: str
+
+
+def verify(
+    folder: Path, base: str | None, plugins: Sequence[Path], measure: bool = True, trust_remote_code: bool = False
+) -> bool:
+    """Check a folder, show a line for each check, and say whether all of it holds.
+
+    Raises :class:`DataError` for a folder that is no export at all.
+    """
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    held = True
+    rows = []
+    with printing.Bars() as bars:
+        for check in checks(folder, manifest, base, plugins, measure, trust_remote_code, bars.track):
+            held &= check.state != "fails"
+            rows.append((check.what, check.state, check.detail))
+    printing.show_table(("check", "", "what was found"), rows, left=3)
+    printing.say(f"{folder}: {'holds' if held else 'does not hold'}", whole=True)
+    return held
+
+
+def checks(
+    folder: Path,
+    manifest: dict[str, Any],
+    base: str | None,
+    plugins: Sequence[Path],
+    measure: bool,
+    trust_remote_code: bool,
+    progress: Any,
+) -> Iterator[Check]:
+    """The checks one after the other; what builds on one that failed is not checked."""
+    found = damages(folder, manifest)
+    count = len(manifest["files"])
+    yield Check("files", "fails" if found else "holds", "; ".join(found) or f"{count} files, sizes and sha256")
+    yield _versions(manifest)
+    if found:
+        yield Check("loading", "not checked", "the files have to be whole first")
+        return
+    try:
+        model = _loader(folder, manifest, base, plugins, trust_remote_code)
+        loaded, pruned = model()
+    except _NotHere as missing:
+        yield Check("loading", "not checked", str(missing))
+        return
+    except PrunekitError as error:
+        yield Check("loading", "fails", str(error))
+        return
+    yield _weights(manifest, loaded)
+    if not measure:
+        yield Check("measurements", "not checked", "--no-measure")
+        return
+    for metric in manifest["metrics"]:
+        yield _measured(metric, manifest, loaded, pruned, plugins, progress)
+
+
+class _NotHere(Exception):
+    """What a check needs is not installed."""
+
+
+def _loader(folder: Path, manifest: dict[str, Any], base: Any, plugins: Any, trust: bool) -> Callable[[], tuple]:
+    def with_llama_cpp() -> tuple:
+        try:
+            from .gguf_model import load_gguf
+        except ImportError as error:
+            raise _NotHere("llama-cpp-python is not installed, so nothing here runs a GGUF (pip install it)") from error
+        return load_gguf(folder / GGUF, folder), None
+
+    def with_transformers() -> tuple:
+        found = reload.load(folder, base=base, plugins=plugins, trust_remote_code=trust, check=False)
+        return found.loaded, found.pruned
+
+    return with_llama_cpp if manifest["profile"] == "gguf" else with_transformers
+
+
+def _versions(manifest: dict[str, Any]) -> Check:
+    now, then = versions(), manifest["versions"]
+    changed = [f"{name} {then[name]} is {now.get(name, 'not installed')} now" for name in then if then[name] != now.get(name)]
+    return Check("versions", "differs" if changed else "holds", "; ".join(changed) or "as when it was written")
+
+
+def _weights(manifest: dict[str, Any], loaded: Loaded) -> Check:
+    expected = manifest["weights"]
+    if expected is None:
+        return Check("loading", "holds", f"llama.cpp loads it (llama-cpp-python {_version('llama-cpp-python')})")
+    same = fingerprint(loaded.model) == expected
+    what = "the model that is loaded has the weights that were written"
+    return Check("loading", "holds" if same else "fails", what if same else "its weights differ from those written")
+
+
+def _measured(
+    metric: dict[str, Any], manifest: dict[str, Any], loaded: Loaded, pruned: Any, plugins: Any, progress: Any
+) -> Check:
+    label, seed = metric["label"], manifest["seeds"]["pipeline"]
+    try:
+        evaluator = _evaluator(metric["evaluator"], plugins)
+        found = measured_by(evaluator, loaded, seed, "again", pruned, progress).values
+    except PrunekitError as error:
+        return Check(label, "not checked", f"cannot be measured here: {error}")
+    far, said = [], []
+    for key, recorded in metric["exported"].items():
+        value = found.get(key)
+        said.append(f"{key} {number(recorded)} recorded, {number(value)} now")
+        if isinstance(recorded, (int, float)) and not _close(recorded, value):
+            far.append(key)
+    return Check(label, "fails" if far else "holds", "; ".join(said))
+
+
+def _close(recorded: float, value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value - recorded) <= TOLERANCE * max(abs(recorded), 1e-12)
+
+
+def _evaluator(options: dict[str, Any], plugins: Sequence[Path]) -> Evaluator:
+    """The evaluator that a manifest recorded; raises :class:`DataError` for one that is not known here."""
+    reader = Reader(Catalog.discover(plugins))
+    built = reader.component("evaluators", options, ())
+    reader.finish("the recorded evaluator")
+    if built is None:
+        raise DataError("the recorded evaluator cannot be built")
+    return built
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,124 @@
+"""Writes a pruned model in one of the profiles, and says beforehand where that cannot work."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...registry import Catalog, SiteScores, SpecError, Strategy
+from ..loading import Loaded
+from ..pruned import Pruned
+from ..pruning import find_sites, sites_within
+from .bundle import GGUF
+from .configs import fitted
+from .cut_model import heads_of, layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads
+from .dynamic_state import save_state
+from .hetero import add_code, hetero_config
+from .layers import LayerShape
+from .profiles import Profile
+from .stock import stock_config
+from .tensors import Tensors
+from .weights_file import SHARD_SIZE, write_weights
+
+
+def write_model(
+    profile: Profile, pruned: Pruned, tokenizer: Any, folder: Path, shard_size: str = SHARD_SIZE, name: str = "pruned"
+) -> None:
+    """Write weights, configuration, generation settings and tokenizer of a model whose cut is made once.
+
+    Of profile ``dynamic``: what the pruning has learnt instead. Raises :class:`SpecError` and :class:`ModelError`
+    where the profile has no place for the cut.
+    """
+    if profile.name == "dynamic":
+        return save_state(pruned, folder)
+    tensors = padded_tensors(pruned) if profile.name == "padded" else sliced_tensors(pruned)
+    if profile.name == "gguf":
+        from .gguf_file import write_gguf
+
+        layers = layer_shapes(pruned, tensors)
+        return write_gguf(folder / GGUF, pruned.model.config, layers, tensors, tokenizer, name=name)
+    with _quiet():
+        if profile.name == "padded":
+            config = _padded_config(pruned, tensors)
+        else:
+            config = _config(profile, pruned.model.config, layer_shapes(pruned, tensors))
+        tensors = fitted(config, tensors)
+        config.dtype = pruned.model.dtype
+        config._name_or_path = ""
+        if profile.name == "hf-hetero":
+            add_code(folder, config)
+        write_weights(folder, tensors, shard_size)
+        config.save_pretrained(folder)
+        if getattr(pruned.model, "generation_config", None) is not None:
+            pruned.model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog: Catalog) -> None:
+    """Raise, before hours of calibration, what can be told of a cut by its counts alone.
+
+    Where an allocator needs scores, the counts are not known yet: then what is wrong is found before anything is
+    written.
+    """
+    config = loaded.model.config
+    if profile.name == "gguf":
+        from .gguf_file import check_supported
+
+        check_supported(config)
+    _, sites = find_sites(loaded.model, catalog, strategy.attention_unit)
+    inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
+    if profile.name in ("padded", "dynamic") or strategy.allocator.needs_scores:
+        return
+    counts = {(site.layer, site.kind): site.units for site in sites}
+    kept = strategy.allocator.allocate([SiteScores(site, None, None) for site in inside], ratio)
+    counts |= {(site.layer, site.kind): count for site, count in zip(inside, kept, strict=True)}
+    for site in sites:
+        count, kv_heads = counts[site.layer, site.kind], heads_of(config, site.layer)[1]
+        if site.query_heads_per_kv and count % kv_heads:
+            raise uneven_heads(site.layer, kv_heads, str(count))
+    parameters = dict(loaded.model.named_parameters())
+
+    def has_bias(site: Any) -> bool:
+        cut = counts[site.layer, site.kind] < site.units
+        return f"{site.consumer}.bias" in parameters or (cut and strategy.compensate.keeps_mean)
+
+    if profile.name != "gguf":
+        with _quiet():
+            _config(profile, config, shapes_of(config, sites, counts, has_bias))
+
+
+def _config(profile: Profile, dense: Any, layers: Sequence[LayerShape]) -> Any:
+    return stock_config(dense, layers) if profile.name == "hf-uniform" else hetero_config(dense, layers)
+
+
+def _padded_config(pruned: Pruned, tensors: Tensors) -> Any:
+    """The original configuration, with the biases that compensation has added where its class has any."""
+    config = copy.deepcopy(pruned.model.config)
+    for cut in pruned.cuts:
+        name = f"{cut.site.consumer}.bias"
+        if cut.consumer.bias is not None or name not in tensors:
+            continue
+        key = f"{cut.site.kind}_bias"
+        if not hasattr(config, key):
+            raise SpecError(
+                f"profile padded: compensation gives {cut.site.consumer} a bias, and {config.architectures[0]} has no "
+                "place for one; nearest: --profile hf-hetero, or --set prune.compensate=none"
+            )
+        setattr(config, key, True)
+    return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remark that a value is read which layers may have for themselves: here it may be."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
