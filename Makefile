@@ -5,12 +5,13 @@ VENV ?= .venv
 # More arguments for the command that runs, such as ARGS="-k catalog" or ARGS="--out elsewhere".
 ARGS ?=
 
-.PHONY: help demo test test-kernels clean
+.PHONY: help demo test test-kernels test-gguf clean
 
 help:
 	@echo "make demo   prune the bundled model by every strategy and print the table"
 	@echo "make test   run all tests"
 	@echo "make test-kernels  install Triton (1 GB) and test the kernels for CUDA devices in its interpreter"
+	@echo "make test-gguf  build llama.cpp (some minutes) and test that it serves exported models"
 	@echo "make clean  remove $(VENV) and what building left behind"
 	@echo "PYTHON=python3.12 chooses the interpreter, ARGS=... is passed on"
 
@@ -23,6 +24,12 @@ test: $(VENV)/.test-ready
 test-kernels: $(VENV)/.test-ready
 	@"$(VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt triton
 	@TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/test_kernels.py $(ARGS)
+
+# llama.cpp is built from its source distribution, which takes some minutes the first time.
+test-gguf: $(VENV)/.test-ready
+	@echo "installing llama-cpp-python into $(VENV); it is built from source, which takes some minutes the first time"
+	@"$(VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt llama-cpp-python
+	@$(VENV)/bin/python -m pytest tests/test_gguf_llama_cpp.py tests/test_gguf_served.py $(ARGS)
 
 # Each stamp says "installed as these two files have it"; a checkout that did not change is not installed twice.
 $(VENV)/.demo-ready: pyproject.toml constraints.txt

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..registry import Architecture, AttentionUnit, ModelError, Producer, Rows, ShapeAttribute, Site, hookimpl
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+
+PRUNED = "prunekit_"
+"""What the model types of exported models with layers of different shapes begin with."""
 
 
 class AttentionNames(BaseModel):
@@ -56,10 +61,8 @@ class PreNormDecoder(Architecture):
         names, layer = self.attention, f"{self.layers}.{index}"
         module = f"{layer}.{names.module}"
         query, key, value, output = (f"{module}.{n}" for n in (names.query, names.key, names.value, names.output))
-        config = model.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads, kv_heads = heads_of(model.config, index)
+        size = head_size(model.config)
         per_group = heads // kv_heads
         if unit == "kv_group" or per_group == 1:
             units, unit_size = kv_heads, per_group * size
@@ -105,6 +108,19 @@ class PreNormDecoder(Architecture):
         )
 
 
+def heads_of(config: Any, layer: int) -> tuple[int, int]:
+    """Query and key/value heads of a layer, which may differ from layer to layer in a model that was pruned before."""
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[layer]
+    heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def head_size(config: Any) -> int:
+    """Channels of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _site(model: nn.Module, **fields) -> Site:
     """A site checked against the model's real shapes; unit_parameters and outputs are read off them."""
     consumer = model.get_submodule(fields["consumer"])
@@ -128,10 +144,10 @@ def _site(model: nn.Module, **fields) -> Site:
 
 
 class Llama(PreNormDecoder):
-    """Llama 1, 2, 3.x, Mistral, Qwen2 and Qwen3: q/k/v/o and gate/up/down projections."""
+    """Llama 1, 2, 3.x, Mistral, Qwen2 and Qwen3, pruned ones too: q/k/v/o and gate/up/down projections."""
 
     name: Literal["llama"] = "llama"
-    model_types: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3")
+    model_types: tuple[str, ...] = (*LLAMA_LIKE, *(PRUNED + family for family in LLAMA_LIKE))
     layers: str = "model.layers"
     attention: AttentionNames = AttentionNames(norm="input_layernorm", module="self_attn")
     mlp: MlpNames = MlpNames(
@@ -146,7 +162,7 @@ class Opt(PreNormDecoder):
     """OPT: its MLP is no module, and its attention reads a head count; not OPT-350m, which norms afterwards."""
 
     name: Literal["opt"] = "opt"
-    model_types: tuple[str, ...] = ("opt",)
+    model_types: tuple[str, ...] = ("opt", PRUNED + "opt")
     layers: str = "model.decoder.layers"
     attention: AttentionNames = AttentionNames(
         norm="self_attn_layer_norm", module="self_attn", output="out_proj", head_count="num_heads"

@@ -30,7 +30,7 @@ def export(
     ] = None,
     freeze: Annotated[
         str | None,
-        typer.Option("--freeze", metavar="HOW", help="Decide once what is decided per batch: mean-score, last, calibration."),
+        typer.Option("--freeze", metavar="HOW", help="Decide once, not per batch: mean-score, last or calibration."),
     ] = None,
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Of one weights file.")] = "5GB",
     settings: Settings = None,

@@ -77,4 +77,3 @@ def _shown(engine: Engine, show: Any) -> Iterator[None]:
         yield
     finally:
         engine.decider.seen = None
-

@@ -120,13 +120,14 @@ def register_for(place: str, revision: str | None = None) -> None:
     """Have transformers know the classes of an exported model with per-layer shapes, where ``place`` holds one."""
     from transformers import PreTrainedConfig
 
+    from .architectures import PRUNED
     from .export import hetero
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(place, **({} if revision is None else {"revision": revision}))
     except Exception:  # whatever is wrong is said when the model is loaded
         return
-    if str(config.get("model_type", "")).startswith(hetero.PREFIX):
+    if str(config.get("model_type", "")).startswith(PRUNED):
         hetero.register()
 
 

@@ -48,7 +48,7 @@ def build_model(family: str, seed: int = 0, attention: str = "sdpa", **overrides
     return model.requires_grad_(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     return build_model
 
@@ -83,3 +83,53 @@ def batches():
     """Four calibration batches of 4 x 24 tokens."""
     generator = torch.Generator().manual_seed(7)
     return [{"input_ids": torch.randint(3, 97, (4, 24), generator=generator)} for _ in range(4)]
+
+
+@pytest.fixture
+def make_tokenizer():
+    """Makes a tokenizer of 97 words, for models built from a config."""
+
+    def make():
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(94))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+    return make
+
+
+@pytest.fixture
+def save_model(make_model, make_tokenizer):
+    """Saves a small model with its tokenizer and a text, and returns the ``model`` section that names it."""
+
+    def save(folder: Path, family: str = "llama-gqa", **overrides) -> dict:
+        make_model(family, **overrides).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(94, (4000,), generator=generator).tolist()
+        (folder / "text.txt").write_text(" ".join(f"w{number}" for number in ids))
+        return {"name": str(folder), "device": "cpu"}
+
+    return save
+
+
+@pytest.fixture
+def small_pipeline(tmp_path, save_model):
+    """Makes a pipeline file's content for a small saved model: ``small_pipeline("llama-gqa", use="flap", ...)``."""
+
+    def make(family: str = "llama-gqa", model: dict | None = None, **strategy) -> dict:
+        folder = tmp_path / f"base-{family}"
+        section = save_model(folder, family, **(model or {})) if not folder.exists() else {"name": str(folder)}
+        text = str(folder / "text.txt")
+        return {
+            "model": section,
+            "calibration": {"file": text, "sequences": 6, "length": 32, "batch_size": 2},
+            "evaluate": [{"name": "perplexity", "text": {"file": text}, "window": 32, "batch_size": 4, "limit": 8}],
+            "prune": {"ratio": 0.4, **strategy},
+        }
+
+    return make

@@ -153,9 +153,11 @@ def metric_rows(manifest: dict[str, Any]) -> list[list[str]]:
 def _cut(manifest: dict[str, Any]) -> list[str]:
     lines = []
     if manifest["rounding"]:
-        lines += [f"Counts were fitted to the format: {rounding_sentence(manifest['rounding'], manifest['ratio']['asked'])}.", ""]
+        told = rounding_sentence(manifest["rounding"], manifest["ratio"]["asked"])
+        lines += [f"Counts were fitted to the format: {told}.", ""]
     if manifest["freeze"]:
-        lines += [f"Decisions per batch were frozen (`{manifest['freeze']['how']}`): {manifest['freeze']['meaning']}.", ""]
+        how = manifest["freeze"]
+        lines += [f"Decisions per batch were frozen (`{how['how']}`): {how['meaning']}.", ""]
     if manifest["compensation"]:
         about = manifest["compensation"]["compensator"]
         lines += [f"What was dropped is given back by compensation `{about['name']}`.", ""]

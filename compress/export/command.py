@@ -23,7 +23,7 @@ def list_profiles() -> None:
     rows = [(profile.name, profile.writes, profile.asks, profile.remark) for profile in PROFILES]
     printing.show_table(("profile", "what is written", "asks of the cut", "remark"), rows, left=4)
     printing.show_table(("runs in", *TOOLS), [(p.name, *p.runs) for p in PROFILES], left=1 + len(TOOLS))
-    printing.say("verified: run when prunekit is tested; read: by its documentation or code, never run here; no: it cannot")
+    printing.say("verified: run when prunekit is tested; read: by its documentation or code; no: it cannot")
 
 
 def export(
@@ -39,8 +39,8 @@ def export(
     if source is None or profile is None or out is None:
         missing = "RUN_OR_YAML" if source is None else "--profile NAME" if profile is None else "--out DIR"
         raise SpecError(
-            f"{missing} is missing: prunekit export RUN_OR_YAML --profile NAME --out DIR, with one of the profiles {names} "
-            "(prunekit export --list)"
+            f"{missing} is missing: prunekit export RUN_OR_YAML --profile NAME --out DIR, with one of the profiles "
+            f"{names} (prunekit export --list)"
         )
     spec, run = source_of(source, settings, plugins)
     printing.catalog_problems(spec.catalog)
@@ -77,8 +77,8 @@ def show(manifest: dict[str, Any]) -> None:
     """What a person is told of an export."""
     ratio = manifest["ratio"]
     printing.say(
-        f"{manifest['strategy']} on {manifest['base']['name']} as {manifest['profile']}: {share(ratio['units_cut'])} of "
-        f"the units and {share(ratio['prunable_parameters_cut'])} of the prunable parameters cut"
+        f"{manifest['strategy']} on {manifest['base']['name']} as {manifest['profile']}: {share(ratio['units_cut'])} "
+        f"of the units and {share(ratio['prunable_parameters_cut'])} of the prunable parameters cut"
     )
     if manifest["rounding"]:
         printing.say(rounding_sentence(manifest["rounding"], ratio["asked"]))

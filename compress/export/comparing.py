@@ -16,6 +16,20 @@ TOLERANCE = 1e-5
 """Of the largest logit, in float32: other shapes add the same numbers up in another order."""
 
 
+SAMPLE = "The 3 wise men's  path:\n\tdef f(x): return x**2  # naïve façade, 12,345.67 €, 東京, Привет\n</s> <s> end. "
+"""Text on which tokenizers differ where they differ at all."""
+
+
+def check_tokenizer(before: Any, after: Any) -> None:
+    """Raise :class:`ModelError` where a tokenizer, loaded again, reads text differently."""
+    if before(SAMPLE)["input_ids"] != after(SAMPLE)["input_ids"]:
+        raise ModelError(
+            f"the tokenizer, loaded again as {type(after).__name__}, splits text otherwise than the base model's "
+            f"{type(before).__name__}, so nothing was written; nearest: --profile padded keeps the model's own class, "
+            "by which transformers chooses the tokenizer"
+        )
+
+
 def some_tokens(loaded: Loaded, batches: list | None) -> Tensor:
     """Tokens (b, t) int64 to compare logits on: of the calibration text, or random ones."""
     if batches:
@@ -45,8 +59,9 @@ def compared(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[str, A
     limit = max(TOLERANCE, 8 * torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0) * scale
     if not largest <= limit:
         raise ModelError(
-            f"the exported model, loaded again, gives other logits than the pruned one (by up to {largest:.3g}, allowed "
-            f"are {limit:.3g}), so nothing was written; try --set model.dtype=float32, and if that differs too, report "
-            "it with the pipeline file"
+            f"the exported model, loaded again, gives other logits than the pruned one (by up to {largest:.3g}, "
+            f"allowed are {limit:.3g}), so nothing was written; try --set model.dtype=float32, and if that differs "
+            "too, report it with the pipeline file"
         )
-    return {"logits": "equal" if largest == 0 else "close", "largest_difference": largest, "tokens": expected[..., 0].numel()}
+    state = "equal" if largest == 0 else "close"
+    return {"logits": state, "largest_difference": largest, "tokens": expected[..., 0].numel()}

@@ -13,9 +13,10 @@ from .tensors import PlannedTensor, Tensors
 NOT_CARRIED = {"model_type", "architectures", "auto_map", "per_layer_config", "transformers_version", "_name_or_path"}
 
 
-def head_size(config: Any) -> int:
-    """Channels of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def window_in_force(config: Any) -> bool:
+    """Whether attention is cut off by a sliding window that is shorter than the model's context."""
+    window, used = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
+    return used and window is not None and window < config.max_position_embeddings
 
 
 def carried(config: Any, cls: type) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...registry import ModelError, Producer, Site, SpecError
 from ...registry.devices import stored_tensor, weights_present
+from ..architectures import heads_of
 from ..cut import SiteCut
 from ..pruned import Pruned
 from .layers import LayerShape
@@ -83,19 +84,11 @@ def shapes_of(
     return shapes
 
 
-def heads_of(config: Any, layer: int) -> tuple[int, int]:
-    """Query and key/value heads of a layer before it is pruned."""
-    if getattr(config, "is_heterogeneous", False):
-        config = config.per_layer_config[layer]
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
-
-
 def uneven_heads(layer: int, kv_heads: int, left: str) -> SpecError:
     """The error for query heads that are left unevenly over key/value heads."""
     return SpecError(
-        f"layer {layer}: query heads are cut, and {left} of them are left for the {kv_heads} key/value heads; only equal "
-        "numbers have a place in a checkpoint. Nearest: --set prune.attention_unit=kv_group cuts whole groups; "
+        f"layer {layer}: query heads are cut, and {left} of them are left for the {kv_heads} key/value heads; only "
+        "equal numbers have a place in a checkpoint. Nearest: --set prune.attention_unit=kv_group cuts whole groups; "
         "--profile padded or dynamic keeps this cut"
     )
 
@@ -120,7 +113,9 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[SiteCut, int, int],
         for linear, producer in cut.producers:
             rows = length(cut, len(_rows(cut, producer)), linear.out_features)
             name = f"{producer.path}.weight"
-            found[name] = PlannedTensor((rows, linear.in_features), linear.weight.dtype, _part(cut, linear, producer, place, 0))
+            found[name] = PlannedTensor(
+                (rows, linear.in_features), linear.weight.dtype, _part(cut, linear, producer, place, 0)
+            )
             if linear.bias is not None:
                 found[f"{producer.path}.bias"] = PlannedTensor(
                     (rows,), linear.bias.dtype, _part(cut, linear, producer, place, 1)
@@ -130,9 +125,7 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[SiteCut, int, int],
         shape = (linear.out_features, columns)
         found[f"{path}.weight"] = PlannedTensor(shape, linear.weight.dtype, _consumer(cut, place, 0))
         if linear.bias is not None or cut.compensation.wanted:
-            found[f"{path}.bias"] = PlannedTensor(
-                (linear.out_features,), linear.weight.dtype, _consumer(cut, place, 1)
-            )
+            found[f"{path}.bias"] = PlannedTensor((linear.out_features,), linear.weight.dtype, _consumer(cut, place, 1))
     return found
 
 

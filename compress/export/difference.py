@@ -35,7 +35,9 @@ def settings(a: Path, b: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> 
     pairs = [(key, ours[key], theirs[key]) for key in FACTS]
     pairs += [(key, ours["base"][key], theirs["base"][key]) for key in ("name", "fingerprint")]
     pairs += [(f"--{key}", ours["options"].get(key), theirs["options"].get(key)) for key in ("multiple", "freeze")]
-    mine, other = (resolved_settings((f / RECIPE).read_text("utf-8") if (f / RECIPE).is_file() else None) for f in (a, b))
+    mine, other = (
+        resolved_settings((f / RECIPE).read_text("utf-8") if (f / RECIPE).is_file() else None) for f in (a, b)
+    )
     pairs += [(key, mine.get(key), other.get(key)) for key in sorted({*mine, *other}) if not key.startswith("output")]
     return [(key, _short(x), _short(y)) for key, x, y in pairs if x != y]
 
@@ -50,7 +52,9 @@ def measurements(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str
 
 def kept(a: Path, b: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows by layer and kind: counts, and how many units both keep; of a cut made per batch the counts alone."""
-    sites = [{(e["layer"], kind): e[kind] for e in m["layers"] for kind in e if kind != "layer"} for m in (ours, theirs)]
+    sites = [
+        {(e["layer"], kind): e[kind] for e in m["layers"] for kind in e if kind != "layer"} for m in (ours, theirs)
+    ]
     if {key: s["units"] for key, s in sites[0].items()} != {key: s["units"] for key, s in sites[1].items()}:
         raise DataError(f"{a} and {b} are of models with other layers or units; compare exports of one base model")
     units = read_kept(a), read_kept(b)

@@ -121,7 +121,9 @@ def _fitted(compensator: Compensator, given: Compensator) -> dict[str, Any] | No
     """What calibration has chosen of a compensator's options; None: they are the strategy's."""
     if compensator.identity == given.identity:
         return None
-    return {key: getattr(compensator, key) for key in type(compensator).model_fields if _plain(getattr(compensator, key))}
+    return {
+        key: getattr(compensator, key) for key in type(compensator).model_fields if _plain(getattr(compensator, key))
+    }
 
 
 def _plain(value: Any) -> bool:
@@ -132,8 +134,8 @@ def _parts(prepared: Any, compensator: Compensator) -> tuple[Tensor, ...]:
     parts = () if prepared is None else prepared if isinstance(prepared, tuple) else (prepared,)
     if not all(isinstance(part, Tensor) for part in parts):
         raise SpecError(
-            f"compensator {compensator.name} has prepared a {type(prepared).__name__}, and only tensors can be written; "
-            "let its prepare give a tensor or a tuple of tensors"
+            f"compensator {compensator.name} has prepared a {type(prepared).__name__}, and only tensors can be "
+            "written; let its prepare give a tensor or a tuple of tensors"
         )
     return parts
 
@@ -148,5 +150,3 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}); export the model again") from error
-
-

@@ -28,7 +28,7 @@ from . import reload
 from .bundle import CARD, MANIFEST, RECIPE, finish, write_kept
 from .card import card
 from .checks import check_freezing, constraint_of
-from .comparing import compared, logits_of, some_tokens
+from .comparing import check_tokenizer, compared, logits_of, some_tokens
 from .constraint import rounding
 from .cut_model import parameters_of
 from .hetero import needs
@@ -73,7 +73,7 @@ class Exporter:
         check_freezing(profile, spec.prune, self.freeze)
         loaded = load(spec.model)
         self._check_run(loaded)
-        check_lengths(spec, loaded)
+        check_lengths(spec.model_copy(update={"evaluate": repeatable(spec.evaluate)}), loaded)
         check_possible(profile, loaded, strategy, spec.catalog)
         torch.manual_seed(spec.seed)
         batches, calibration = None, None
@@ -93,7 +93,8 @@ class Exporter:
             if self.freeze is not None:
                 pruned.freeze(self.freeze, batches, self.progress)
             self._describe(pruned)
-            write_model(profile, pruned, loaded.tokenizer, partial, self.shard_size, folder.target.name)
+            name = folder.target.name
+            self._notes += write_model(profile, pruned, loaded.tokenizer, partial, self.shard_size, name)
             if profile.needs_one_cut:
                 write_kept(partial, pruned.sites_kept)
             (partial / RECIPE).write_text(pinned(spec, loaded).to_yaml(), encoding="utf-8")
@@ -101,7 +102,7 @@ class Exporter:
             self._load_again(loaded, pruned, partial, some_tokens(loaded, batches))
             self._take_over_run()
             self.manifest["notes"] = list(dict.fromkeys(self._notes))
-            (partial / CARD).write_text(card(self.manifest, folder.target.name), encoding="utf-8")
+            (partial / CARD).write_text(card(self.manifest, name), encoding="utf-8")
             finish(partial, self.manifest)
         return self.manifest
 
@@ -175,6 +176,7 @@ class Exporter:
             loaded.model = None
             source = self.spec.model.model_copy(update=reload.of_folder(partial))
             again = reload.Export(*reload.model_in(source), None, self.manifest, partial)
+            check_tokenizer(loaded.tokenizer, again.tokenizer)
         try:
             found = logits_of(again.model, ids, again.pruned)
             self.manifest |= {"weights": fingerprint(again.model), "check": compared(expected, found, dtype)}
@@ -208,6 +210,6 @@ def _one_message(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SpecError(
-            f"the export cannot be written below {target.parent}: {reason}; make room there, or name another place with "
-            "--out"
+            f"the export cannot be written below {target.parent}: {reason}; make room there, or name another place "
+            "with --out"
         ) from error

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import ModelError
-from .configs import carried, head_size
+from ..architectures import PRUNED, head_size
+from .configs import carried
 from .layers import LayerShape
-
-PREFIX = "prunekit_"
-"""What model types of ours begin with."""
 
 CODE = "modeling_prunekit.py"
 """The file with the model classes, here and beside exported weights."""
@@ -50,15 +48,15 @@ def needs() -> dict[str, str]:
 
 def family_of(config: Any) -> str:
     """The model type, that of an exported model being the family it was made of."""
-    return config.model_type.removeprefix(PREFIX)
+    return config.model_type.removeprefix(PRUNED)
 
 
 def hetero_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
     """A configuration with a shape for every layer; raises :class:`ModelError` for a family without a class."""
     family = family_of(dense)
-    model = next((m for m in _classes() if m.config_class.model_type == PREFIX + family), None)
+    model = next((m for m in _classes() if m.config_class.model_type == PRUNED + family), None)
     if model is None:
-        known = ", ".join(m.config_class.model_type.removeprefix(PREFIX) for m in _classes())
+        known = ", ".join(m.config_class.model_type.removeprefix(PRUNED) for m in _classes())
         raise ModelError(
             f"profile hf-hetero: there is no model class for {family!r}; there are {known}. Nearest: --profile padded "
             "keeps the original class, --profile dynamic needs none"

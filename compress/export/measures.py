@@ -23,7 +23,12 @@ def repeatable(evaluators: Iterable[Evaluator]) -> tuple[Evaluator, ...]:
 
 
 def measure(
-    evaluator: Evaluator, loaded: Loaded, seed: int, label: str, pruned: Pruned | None = None, progress: Progress = no_progress
+    evaluator: Evaluator,
+    loaded: Loaded,
+    seed: int,
+    label: str,
+    pruned: Pruned | None = None,
+    progress: Progress = no_progress,
 ) -> Measurement:
     """One evaluator on a loaded model, or on one that is pruned per batch."""
     if pruned is not None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...registry import ModelError, SpecError
-from .configs import carried, head_size
+from ..architectures import head_size
+from .configs import carried, window_in_force
 from .hetero import family_of
 from .layers import LayerShape
 
@@ -68,8 +69,7 @@ def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
         return _same(dense, sizes)
     if family == "qwen2" and not given:
         return _same(dense, sizes)
-    windows = getattr(dense, "sliding_window", None) is not None and getattr(dense, "use_sliding_window", True)
-    if windows and family != "llama":
+    if window_in_force(dense):
         raise SpecError(
             f"profile hf-uniform: {family} with a sliding window has no class with biases, and this compensation gives "
             "some; nearest: --profile hf-hetero, or --set prune.compensate=none"

@@ -84,6 +84,9 @@ def checks(
         yield Check("measurements", "not checked", "--no-measure")
         return
     for metric in manifest["metrics"]:
+        if manifest["profile"] == "gguf" and metric["evaluator"]["name"] != "perplexity":
+            yield Check(metric["label"], "not checked", "of a GGUF only perplexity is measured")
+            continue
         yield _measured(metric, manifest, loaded, pruned, plugins, progress)
 
 
@@ -108,7 +111,9 @@ def _loader(folder: Path, manifest: dict[str, Any], base: Any, plugins: Any, tru
 
 def _versions(manifest: dict[str, Any]) -> Check:
     now, then = versions(), manifest["versions"]
-    changed = [f"{name} {then[name]} is {now.get(name, 'not installed')} now" for name in then if then[name] != now.get(name)]
+    changed = [
+        f"{name} {was} is {now.get(name, 'not there')} now" for name, was in then.items() if was != now.get(name)
+    ]
     return Check("versions", "differs" if changed else "holds", "; ".join(changed) or "as when it was written")
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import Catalog, SiteScores, SpecError, Strategy
+from ..architectures import heads_of
 from ..loading import Loaded
 from ..pruned import Pruned
 from ..pruning import find_sites, sites_within
 from .bundle import GGUF
 from .configs import fitted
-from .cut_model import heads_of, layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads
+from .cut_model import layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads
 from .dynamic_state import save_state
 from .hetero import add_code, hetero_config
 from .layers import LayerShape
@@ -26,20 +27,24 @@ from .weights_file import SHARD_SIZE, write_weights
 
 def write_model(
     profile: Profile, pruned: Pruned, tokenizer: Any, folder: Path, shard_size: str = SHARD_SIZE, name: str = "pruned"
-) -> None:
+) -> tuple[str, ...]:
     """Write weights, configuration, generation settings and tokenizer of a model whose cut is made once.
 
-    Of profile ``dynamic``: what the pruning has learnt instead. Raises :class:`SpecError` and :class:`ModelError`
+    Of profile ``dynamic``: what the pruning has learnt instead. Returns what is worth knowing of it, in sentences.
+    Raises :class:`SpecError` and :class:`ModelError`
     where the profile has no place for the cut.
     """
     if profile.name == "dynamic":
-        return save_state(pruned, folder)
+        save_state(pruned, folder)
+        return ()
     tensors = padded_tensors(pruned) if profile.name == "padded" else sliced_tensors(pruned)
     if profile.name == "gguf":
         from .gguf_file import write_gguf
 
         layers = layer_shapes(pruned, tensors)
-        return write_gguf(folder / GGUF, pruned.model.config, layers, tensors, tokenizer, name=name)
+        notes = write_gguf(folder / GGUF, pruned.model.config, layers, tensors, tokenizer, name=name)
+        tokenizer.save_pretrained(folder)
+        return notes
     with _quiet():
         if profile.name == "padded":
             config = _padded_config(pruned, tensors)
@@ -55,6 +60,7 @@ def write_model(
         if getattr(pruned.model, "generation_config", None) is not None:
             pruned.model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    return ()
 
 
 def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog: Catalog) -> None:
@@ -66,8 +72,10 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
     config = loaded.model.config
     if profile.name == "gguf":
         from .gguf_file import check_supported
+        from .gguf_tokenizer import read_vocabulary
 
         check_supported(config)
+        read_vocabulary(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings)
     _, sites = find_sites(loaded.model, catalog, strategy.attention_unit)
     inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
     if profile.name in ("padded", "dynamic") or strategy.allocator.needs_scores:

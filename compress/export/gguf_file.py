@@ -1,0 +1,188 @@
+"""A GGUF file of architecture ``deci``: every layer with its own head counts and MLP width, for llama.cpp.
+
+llama.cpp's Llama architectures share one graph, but only ``deci`` reads the three sizes as one list per layer and
+takes a bias on every projection. Its attention is plain causal attention with full rotary embeddings, so Mistral
+without a window and Qwen2 are models of it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...registry import ModelError, SpecError
+from .gguf_rope import add_rope, check_rope, rope_factors
+from .gguf_tokenizer import Vocabulary, read_vocabulary
+from .layers import LayerShape
+from .tensors import PlannedTensor, Tensors
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+"""Values of a transformers config's ``model_type`` that ``deci`` computes."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What a matrix may be stored in."""
+
+
+def check_supported(config) -> None:
+    """Refuse models that llama.cpp's ``deci`` does not compute; takes the dense model's transformers config.
+
+    Raises ModelError naming what it cannot do and what to export instead, SpecError where ``gguf`` is not installed.
+    """
+    _gguf()
+    kind = config.model_type
+    if kind not in MODEL_TYPES:
+        why = "llama.cpp's deci has no norm on queries and keys" if kind == "qwen3" else "llama.cpp's deci is a Llama"
+        raise ModelError(
+            f"profile gguf: {kind} models cannot be written ({why}); {', '.join(MODEL_TYPES)} can. Export {kind} with "
+            "profile hf-hetero, or with hf-uniform and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise ModelError(
+            f"profile gguf: hidden_act is {config.hidden_act!r}, but llama.cpp's deci computes silu; "
+            "use profile hf-hetero or hf-uniform"
+        )
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window and sliding and window < config.max_position_embeddings:
+        raise ModelError(
+            f"profile gguf: attention is limited to a sliding window of {window} positions (sliding_window), which "
+            "llama.cpp's deci does not have; use profile hf-hetero or hf-uniform, or set sliding_window to null in "
+            f"config.json and keep contexts up to {window} tokens"
+        )
+    check_rope(config)
+
+
+def write_gguf(
+    path: Path, config, layers: Sequence[LayerShape], tensors: Tensors, tokenizer, *, name: str
+) -> tuple[str, ...]:
+    """Write a cut model and its tokenizer as one GGUF file, a tensor at a time.
+
+    ``config`` is the dense model's, ``tensors`` are cut already. Returns how text may be read otherwise than by
+    transformers, a sentence each. Raises ModelError for what GGUF cannot hold, before the file is opened.
+    """
+    check_supported(config)
+    gguf = _gguf()
+    _check_layers(layers)
+    plans = _plans(config, layers, tensors)
+    vocabulary = read_vocabulary(tokenizer, rows=tensors["model.embed_tokens.weight"].shape[0])
+
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI])
+    _add_metadata(writer, config, layers, tensors, vocabulary, name)
+    vocabulary.add_to(writer, config)
+    for target, plan in plans.items():
+        writer.add_tensor_info(
+            target, plan.shape, _numpy(torch.empty(0, dtype=plan.dtype)).dtype, plan.bytes, _ggml_type(plan.dtype)
+        )
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for plan in plans.values():
+            writer.write_tensor_data(_numpy(plan.make()))
+    finally:
+        writer.close()
+    return vocabulary.notes
+
+
+def interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """Query or key rows (heads * head_dim, ...) with the two halves of each head interleaved.
+
+    transformers rotates channel i with channel i + head_dim / 2; llama.cpp's ``deci`` rotates neighbours.
+    """
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _add_metadata(
+    writer, config, layers: Sequence[LayerShape], tensors: Tensors, vocabulary: Vocabulary, name: str
+) -> None:
+    gguf = _gguf()
+    file_types = {
+        torch.float32: gguf.LlamaFileType.ALL_F32,
+        torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+        torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+    }
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(file_types[tensors["model.layers.0.self_attn.q_proj.weight"].dtype])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(len(layers))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length([layer.width for layer in layers])
+    writer.add_head_count([layer.heads for layer in layers])
+    writer.add_head_count_kv([layer.kv_heads for layer in layers])
+    # Without these llama.cpp divides the hidden size by the first layer's heads, which are fewer now.
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(len(vocabulary.tokens))
+    add_rope(writer, config, _head_dim(config))
+
+
+def _plans(config, layers: Sequence[LayerShape], tensors: Tensors) -> Tensors:
+    """The tensors by their GGUF names, in llama.cpp's layout and dtypes."""
+    gguf = _gguf()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(layers))
+    head_dim = _head_dim(config)
+    plans: Tensors = {}
+    for source, plan in tensors.items():
+        target = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise ModelError(
+                f"profile gguf: {source} has no place in llama.cpp's deci architecture; use profile hf-hetero"
+            )
+        if plan.dtype not in DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ModelError(f"profile gguf: {source} is {plan.dtype}; load the model in one of {kinds}")
+        make = plan.make
+        if source.rsplit(".", 2)[-2] in ("q_proj", "k_proj"):
+            make = _then(make, lambda rows: interleaved(rows, head_dim))
+        if len(plan.shape) == 1:  # llama.cpp adds and multiplies vectors in float32 only
+            make = _then(make, Tensor.float)
+            plans[target] = PlannedTensor(plan.shape, torch.float32, make)
+        else:
+            plans[target] = PlannedTensor(plan.shape, plan.dtype, make)
+    factors = rope_factors(config, head_dim)
+    if factors is not None:
+        plans["rope_freqs.weight"] = PlannedTensor(tuple(factors.shape), torch.float32, lambda: factors)
+    return plans
+
+
+def _then(make: Callable[[], Tensor], change: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    return lambda: change(make())
+
+
+def _check_layers(layers: Sequence[LayerShape]) -> None:
+    for index, layer in enumerate(layers):
+        if layer.kv_heads < 1 or layer.heads % layer.kv_heads or layer.width < 1:
+            raise ModelError(
+                f"profile gguf: layer {index} has {layer.heads} query heads, {layer.kv_heads} key/value heads and "
+                f"{layer.width} MLP channels; llama.cpp needs at least one of each and query heads that are a "
+                "multiple of the key/value heads. Prune whole key/value groups (attention_unit: kv_group)"
+            )
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _numpy(tensor: Tensor) -> Any:
+    # NumPy has no bfloat16; GGUF only wants its bytes.
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _ggml_type(dtype: torch.dtype) -> Any:
+    types = _gguf().GGMLQuantizationType
+    return {torch.float32: types.F32, torch.float16: types.F16, torch.bfloat16: types.BF16}[dtype]
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise SpecError('profile gguf needs the gguf package: pip install "prunekit[gguf]"') from error
+    return gguf

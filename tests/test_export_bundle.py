@@ -1,0 +1,268 @@
+"""What an exported folder carries, and how damage, accidents and mistakes are named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from prunekit.compress import Exporter, PipelineSpec, load
+from prunekit.compress.cli import app
+from prunekit.compress.export import weights_file
+from prunekit.registry import DataError, ModelError, SpecError
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def command():
+    """Runs prunekit and returns exit code and all output, white space folded."""
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, " ".join(result.output.split())
+
+    return run
+
+
+@pytest.fixture
+def pipeline_file(small_pipeline, tmp_path):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(small_pipeline("llama-gqa", use="flap")))
+    return path
+
+
+@pytest.fixture
+def exported(pipeline_file, tmp_path):
+    """A folder of profile hf-hetero, in three shards."""
+    Exporter(PipelineSpec.load(pipeline_file), "hf-hetero", tmp_path / "out", shard_size="500KB").export()
+    return tmp_path / "out"
+
+
+def test_the_folder_says_where_it_comes_from(exported, pipeline_file):
+    manifest = json.loads((exported / "prunekit.json").read_text())
+    assert manifest["strategy"] == "flap" and manifest["profile"] == "hf-hetero"
+    assert len(manifest["calibration"]["fingerprint"]) == len(manifest["base"]["fingerprint"]) == 64
+    assert {"python", "prunekit", "torch", "transformers"} <= set(manifest["versions"])
+    (metric,) = manifest["metrics"]
+    assert metric["protocol"]["window"] == 32 and metric["exported"]["perplexity"] > 0
+    listed = {entry["layer"]: entry for entry in json.loads((exported / "kept_units.json").read_text())}
+    for layer in manifest["layers"]:
+        assert len(listed[layer["layer"]]["mlp"]) == layer["mlp"]["kept"]
+    assert set(manifest["files"]) == {path.name for path in exported.iterdir()} - {"prunekit.json"}
+    resolved = PipelineSpec.load(exported / "recipe.yaml")
+    assert resolved.prune == PipelineSpec.load(pipeline_file).prune
+
+
+def test_the_model_card_can_be_read_by_the_hub(exported):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.license == "unknown" and "prunekit" in card.data.tags
+    (result,) = card.data.eval_results
+    assert result.metric_type == "perplexity"
+    assert 'from_pretrained("out", trust_remote_code=True)' in card.text
+    assert str(exported.parent) not in card.text
+
+
+def test_the_licence_of_the_base_is_carried_over(pipeline_file, tmp_path):
+    base = tmp_path / "base-llama-gqa"
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (base / "LICENSE").write_text("Apache")
+    manifest = Exporter(PipelineSpec.load(pipeline_file), "padded", tmp_path / "out").export()
+    assert manifest["license"] == "apache-2.0"
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Apache"
+
+
+def test_an_exported_model_is_a_model_like_any_other(exported, pipeline_file, command, tmp_path):
+    """It can be measured by a pipeline, and pruned and exported once more."""
+    again = tmp_path / "again.yaml"
+    content = yaml.safe_load(pipeline_file.read_text())
+    again.write_text(yaml.safe_dump({**content, "model": {"name": str(exported)}}))
+    code, output = command("export", again, "--profile", "hf-hetero", "--out", tmp_path / "twice")
+    assert code == 0, output
+    first, second = (json.loads((f / "prunekit.json").read_text()) for f in (exported, tmp_path / "twice"))
+    assert second["parameters"]["dense"] == first["parameters"]["exported"]
+    assert second["parameters"]["exported"] < first["parameters"]["exported"]
+    assert load(tmp_path / "twice").model.config.model_type == "prunekit_llama"
+
+
+def test_weights_are_sharded_and_written_one_shard_at_a_time(exported, pipeline_file, tmp_path, monkeypatch):
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) >= 3 and all((exported / shard).is_file() for shard in shards)
+    held, save = [], weights_file.save_file
+    monkeypatch.setattr(weights_file, "save_file", lambda made, *rest: (held.append(len(made)), save(made, *rest)))
+    Exporter(PipelineSpec.load(pipeline_file), "hf-hetero", tmp_path / "other", shard_size="500KB").export()
+    assert len(held) == len(shards) and max(held) < len(index["weight_map"])
+    whole = load(exported).model.state_dict()
+    assert sum(held) == len(whole)
+
+
+def damage(folder, what):
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    if what == "changed":
+        content = bytearray(shard.read_bytes())
+        content[-5] ^= 1
+        shard.write_bytes(bytes(content))
+    elif what == "cut off":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif what == "missing":
+        shard.unlink()
+    elif what == "code":
+        (folder / "modeling_other.py").write_text("print('run')")
+    elif what == "numbers":
+        manifest = json.loads((folder / "prunekit.json").read_text())
+        manifest["metrics"][0]["exported"]["perplexity"] *= 1.01
+        (folder / "prunekit.json").write_text(json.dumps(manifest))
+    elif what == "weights":
+        manifest = json.loads((folder / "prunekit.json").read_text())
+        manifest["weights"] = "0" * 64
+        (folder / "prunekit.json").write_text(json.dumps(manifest))
+    return shard.name
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("changed", "SHARD has changed since it was written"),
+        ("cut off", "SHARD has .* bytes, .* were written"),
+        ("missing", "SHARD is missing"),
+        ("code", "modeling_other.py was not written by the export"),
+    ],
+)
+def test_damage_is_named_by_verify_and_on_loading(what, said, exported, command):
+    said = said.replace("SHARD", damage(exported, what))
+    with pytest.raises(DataError, match=said):
+        load(exported)
+    code, output = command("verify", exported)
+    assert code == 1
+    assert "files fails" in output and "does not hold" in output
+
+
+def test_verify_measures_again(exported, command):
+    code, output = command("verify", exported)
+    assert code == 0 and "files holds" in output and "perplexity holds" in output, output
+    damage(exported, "numbers")
+    code, output = command("verify", exported)
+    assert code == 1 and "perplexity fails" in output
+    damage(exported, "weights")
+    code, output = command("verify", exported, "--no-measure")
+    assert code == 1 and "loading fails" in output and "perplexity" not in output
+
+
+def test_verify_says_what_it_could_not_check(exported, command, tmp_path):
+    (tmp_path / "base-llama-gqa" / "text.txt").unlink()
+    manifest = json.loads((exported / "prunekit.json").read_text())
+    manifest["versions"]["torch"] = "1.0"
+    (exported / "prunekit.json").write_text(json.dumps(manifest))
+    code, output = command("verify", exported)
+    assert code == 0 and "perplexity not checked" in output and "torch 1.0 is" in output
+
+
+def test_a_transformers_that_is_too_old_is_named(exported, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.1.0")
+    with pytest.raises(ModelError, match=r"needs transformers 5\.14 or newer, 5\.1\.0 is installed.*hf-uniform"):
+        load(exported)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "prunekit export 9", "versions": {"prunekit": "7"}}'])
+def test_a_manifest_that_is_none(content, exported, command):
+    (exported / "prunekit.json").write_text(content)
+    code, output = command("verify", exported)
+    assert code == 2 and ("damaged" in output or "expected 'prunekit export 1'" in output)
+
+
+def test_what_is_no_export(tmp_path, command):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        code, output = command("verify", folder)
+        assert code == 2 and ("no finished export" in output or "is no folder" in output)
+
+
+def test_an_existing_folder_is_refused(exported, pipeline_file, command, tmp_path):
+    before = (exported / "prunekit.json").read_bytes()
+    code, output = command("export", pipeline_file, "--profile", "padded", "--out", exported)
+    assert code == 2 and "exists" in output and (exported / "prunekit.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    code, output = command("export", pipeline_file, "--profile", "padded", "--out", tmp_path / "mine", "--overwrite")
+    assert code == 2 and "is no exported folder" in output and (tmp_path / "mine" / "thesis.txt").exists()
+    code, _ = command("export", pipeline_file, "--profile", "padded", "--out", exported, "--overwrite")
+    assert code == 0 and json.loads((exported / "prunekit.json").read_text())["profile"] == "padded"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("boom")])
+@pytest.mark.parametrize("place", ["writing.write_weights", "exporting.finish", "exporting.card"])
+def test_an_accident_leaves_no_folder(place, error, pipeline_file, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(f"prunekit.compress.export.{place}", fail)
+    with pytest.raises(SpecError if isinstance(error, OSError) else type(error), match=r"(make room|boom|^$)"):
+        Exporter(PipelineSpec.load(pipeline_file), "hf-hetero", tmp_path / "new" / "out").export()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_comes_back_different_is_not_kept(pipeline_file, tmp_path, monkeypatch):
+    """The comparison can fail: a shape that is right with values that are wrong."""
+    from prunekit.compress.export import cut_model
+
+    original = cut_model._sliced
+    monkeypatch.setattr(cut_model, "_sliced", lambda cut, made, kept, whole: original(cut, made, kept, whole).flip(0))
+    with pytest.raises(ModelError, match="gives other logits than the pruned one"):
+        Exporter(PipelineSpec.load(pipeline_file), "hf-hetero", tmp_path / "out").export()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_folder_is_exported_with_its_measurements(pipeline_file, command, tmp_path):
+    code, output = command("run", pipeline_file, "--out", tmp_path / "run")
+    assert code == 0, output
+    code, output = command("export", tmp_path / "run", "--profile", "hf-hetero", "--out", tmp_path / "out")
+    assert code == 0, output
+    manifest = json.loads((tmp_path / "out" / "prunekit.json").read_text())
+    run = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert manifest["run"]["metrics"] == run["metrics"]
+    measured = manifest["metrics"][0]["exported"]["perplexity"]
+    assert measured == pytest.approx(run["metrics"][0]["pruned"]["perplexity"], rel=1e-5)
+    shutil.rmtree(tmp_path / "base-llama-gqa")
+    code, output = command("export", tmp_path / "run", "--profile", "padded", "--out", tmp_path / "other")
+    assert code == 2 and "there is no file" in output
+
+
+def test_a_run_of_other_weights_is_refused(pipeline_file, command, tmp_path, make_model):
+    assert command("run", pipeline_file, "--out", tmp_path / "run")[0] == 0
+    make_model("llama-gqa", seed=5).save_pretrained(tmp_path / "base-llama-gqa")
+    code, output = command("export", tmp_path / "run", "--profile", "hf-hetero", "--out", tmp_path / "out")
+    assert code == 2 and "other weights" in output and not (tmp_path / "out").exists()
+
+
+def test_diff_shows_what_was_kept_differently(exported, pipeline_file, command, tmp_path):
+    other = tmp_path / "other"
+    options = ["--set", "prune.use=wanda_sp", "--profile", "hf-uniform", "--out", other]
+    assert command("export", pipeline_file, *options)[0] == 0
+    code, output = command("diff", exported, other)
+    assert code == 0 and "hf-uniform" in output and "prune.use" in output and "wanda_sp" in output
+    listed = [json.loads((folder / "kept_units.json").read_text()) for folder in (exported, other)]
+    both = set(listed[0][1]["mlp"]) & set(listed[1][1]["mlp"])
+    either = set(listed[0][1]["mlp"]) | set(listed[1][1]["mlp"])
+    counts = f"1 mlp (192) {len(listed[0][1]['mlp'])} {len(listed[1][1]['mlp'])} {len(both)}"
+    assert f"{counts} {100 * len(both) / len(either):.3g}%" in output
+    code, output = command("diff", exported, exported)
+    assert code == 0 and "100%" in output and "prune.use" not in output
+
+
+def test_the_dtype_is_kept(pipeline_file, tmp_path):
+    spec = PipelineSpec.load(pipeline_file, ["model.dtype=bfloat16"])
+    Exporter(spec, "hf-hetero", tmp_path / "out").export()
+    assert load(tmp_path / "out").model.dtype == torch.bfloat16
+
+
+def test_what_is_missing_on_the_command_line(command, pipeline_file, tmp_path):
+    for arguments in ([], [pipeline_file], [pipeline_file, "--profile", "padded"]):
+        code, output = command("export", *arguments)
+        assert code == 2 and "is missing: prunekit export RUN_OR_YAML" in output
+    code, output = command("export", tmp_path, "--profile", "padded", "--out", tmp_path / "x")
+    assert code == 2 and "so it is no run" in output
+    code, output = command("export", "--list")
+    assert code == 0 and "hf-hetero" in output and "llama.cpp" in output
