@@ -95,7 +95,7 @@ def test_what_is_asked_stands_in_the_list():
         (dict(family="opt"), r"heads.*Nearest: --profile hf-hetero; or cut the MLP alone.*attention: \[0, 0, 0\]"),
         (dict(family="opt", profile="gguf"), r"profile gguf: .*opt"),
         (dict(family="qwen3", profile="gguf"), r"profile gguf: .*qwen3"),
-        (dict(family="qwen3", compensate="mean"), r"Qwen3 has no bias in its MLP.*nearest: --profile hf-hetero"),
+        (dict(family="qwen3", compensate="mean"), r"Qwen3 has no place for the biases.*nearest: --profile hf-hetero"),
         (
             dict(family="mistral", compensate="mean", profile="padded"),
             r"no place for one; nearest: --profile hf-hetero",
@@ -106,7 +106,7 @@ def test_what_is_asked_stands_in_the_list():
         ),
         (
             dict(family="mistral", model={"sliding_window": 16}, compensate="mean"),
-            r"mistral with a sliding window has no class with biases",
+            r"mistral with a sliding window has no other class, and these biases need one",
         ),
         (dict(options={"shard_size": "much"}), r"--shard-size: 'much' is no size"),
     ],

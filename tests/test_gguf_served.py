@@ -4,9 +4,8 @@ import json
 
 import pytest
 import yaml
-from typer.testing import CliRunner
-
 from prunekit.compress.cli import app
+from typer.testing import CliRunner
 
 pytest.importorskip("llama_cpp", reason="make test-gguf builds llama.cpp")
 

@@ -87,7 +87,17 @@ def _what(manifest: dict[str, Any]) -> str:
     if manifest["profile"] == "dynamic":
         return f"{text}, anew for every batch. This folder refers to the dense weights and does not hold them."
     zero = " set to zero; the model is no smaller and no faster" if manifest["profile"] == "padded" else ""
-    return f"{text}{zero}. Nothing was trained{' afterwards' if not manifest.get('recovery') else ' before recovery'}."
+    return f"{text}{zero}. {_trained(manifest.get('recovery'))}"
+
+
+def _trained(recovery: dict[str, Any] | None) -> str:
+    """What was done to the weights after the cut."""
+    if not recovery:
+        return "Nothing was trained afterwards."
+    return (
+        f"Afterwards it was recovered by LoRA of rank {recovery['rank']}, {recovery['steps']} steps on "
+        f"{recovery['text']}, which is added to the weights."
+    )
 
 
 def base_label(base: dict[str, Any]) -> str:
@@ -108,7 +118,7 @@ def _loading(manifest: dict[str, Any], name: str) -> list[str]:
         code = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             f'model = AutoModelForCausalLM.from_pretrained("{name}"{_trust(profile)})',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{_trust(profile)})',
         ]
     lines = ["```python", *code, "```", "", note]
     if profile == "hf-hetero":
@@ -126,16 +136,25 @@ def _trust(profile: str) -> str:
 
 
 def _results(manifest: dict[str, Any]) -> list[str]:
-    head = ["measurement", "dense"] + ["per batch"] * bool(manifest["freeze"]) + ["this model"]
     rows = metric_rows(manifest)
-    lines = table(head, rows) if rows else ["Nothing was measured."]
+    lines = table(metric_heads(manifest), rows) if rows else ["Nothing was measured."]
     for metric in manifest["metrics"]:
         lines += ["", f"- **{metric['label']}**: {sentence(metric['protocol'])}"]
     return lines
 
 
+def metric_heads(manifest: dict[str, Any]) -> list[str]:
+    """What the columns of :func:`metric_rows` are called."""
+    between = ["per batch"] * bool(manifest["freeze"]) + ["before recovery"] * bool(manifest.get("recovery"))
+    return ["measurement", "dense", *between, "this model"]
+
+
 def metric_rows(manifest: dict[str, Any]) -> list[list[str]]:
-    """One row for each value: its name, dense, as the strategy decided per batch where that was frozen, exported."""
+    """One row for each value: its name, dense, as the strategy decided per batch where that was frozen, exported.
+
+    Of a recovered model, before the last, as it was before recovery.
+    """
+    recovered = bool(manifest.get("recovery"))
     rows = []
     for metric in manifest["metrics"]:
         for key, value in metric["exported"].items():
@@ -143,9 +162,12 @@ def metric_rows(manifest: dict[str, Any]) -> list[list[str]]:
             row = [label.replace("_", " "), number(metric["dense"].get(key))]
             if manifest["freeze"]:
                 row.append(number((metric["per_batch"] or {}).get(key)))
+            if recovered:
+                row.append(number(metric["before_recovery"].get(key)))
             rows.append([*row, number(value)])
     parameters = manifest["parameters"]
     between = [number(parameters["dense"])] if manifest["freeze"] else []
+    between += [number(parameters["exported"])] if recovered else []
     rows.append(["parameters", number(parameters["dense"]), *between, number(parameters["exported"])])
     return rows
 
@@ -186,4 +208,6 @@ def _origin(manifest: dict[str, Any]) -> Iterable[str]:
     flags = [f"--profile {manifest['profile']}"]
     flags += [f"--multiple {options['multiple']}"] if options.get("multiple") else []
     flags += [f"--freeze {options['freeze']}"] if options.get("freeze") else []
-    yield f"- **again**: `prunekit export recipe.yaml {' '.join(flags)} --out FOLDER`, written {manifest['created']}"
+    again = f"`prunekit export recipe.yaml {' '.join(flags)} --out FOLDER`"
+    again += ", then `prunekit recover FOLDER --out RECOVERED` with what recovery says" if manifest.get("recovery") else ""
+    yield f"- **again**: {again}, written {manifest['created']}"

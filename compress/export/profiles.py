@@ -56,7 +56,7 @@ PROFILES = (
         "every layer its own shape, in transformers' per_layer_config",
         "nothing",
         ("verified", "read", "no", "no"),
-        "trust_remote_code=True, or prunekit installed; vLLM by prunekit's plugin",
+        "trust_remote_code=True, or prunekit installed; vLLM 0.33 by prunekit's plugin",
     ),
     Profile(
         "gguf",

@@ -33,9 +33,9 @@ def uniform_layer(layers: Sequence[LayerShape]) -> LayerShape:
 def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
     """The configuration of a stock class for layers that are all alike.
 
-    The family's own class where it has room. Llama takes head counts that divide the hidden size, Mistral any others,
-    Granite (with multipliers that change nothing) biases beside such head counts. Raises :class:`SpecError` or
-    :class:`ModelError` naming the nearest profile that can.
+    The family's own class where it, and what serves it, has room. Llama takes head counts that divide the hidden size,
+    Mistral any others, Granite (with multipliers that change nothing) biases beside such head counts. Raises
+    :class:`SpecError` or :class:`ModelError` naming the nearest profile that can.
     """
     import transformers
 
@@ -50,33 +50,37 @@ def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
         "intermediate_size": layer.width,
         "head_dim": head_size(dense),
     }
-    own = {"attention_bias": layer.attention_bias, "mlp_bias": layer.mlp_bias}
+    given = layer.attention_bias or layer.mlp_bias
     if family == "qwen3":
-        if layer.mlp_bias:
+        if given:
+            # transformers' Qwen3 has room for one in attention, but vLLM's drops it without a word.
             raise SpecError(
-                "profile hf-uniform: Qwen3 has no bias in its MLP, and this compensation gives one; nearest: --profile "
-                "hf-hetero, or --set prune.compensate=none"
+                "profile hf-uniform: Qwen3 has no place for the biases that this compensation gives; nearest: "
+                "--profile hf-hetero, or --set prune.compensate=none"
             )
-        return _same(dense, {**sizes, "attention_bias": layer.attention_bias})
+        return _same(dense, sizes)
     if family not in WITHOUT_WINDOW:
         raise ModelError(
             f"profile hf-uniform: model type {family!r} is not known to have a stock class for pruned shapes; nearest: "
             "--profile padded, or --profile dynamic"
         )
-    given = layer.attention_bias or layer.mlp_bias
-    fits_llama = dense.hidden_size % layer.heads == 0
-    if family == "mistral" and not given:
+    # vLLM's Qwen2 takes no head size but the hidden size by the number of heads.
+    whole_heads = layer.heads == dense.num_attention_heads
+    if not given and (family == "mistral" or (family == "qwen2" and whole_heads)):
         return _same(dense, sizes)
-    if family == "qwen2" and not given:
+    if family == "llama" and not given and dense.hidden_size % layer.heads == 0:
         return _same(dense, sizes)
     if window_in_force(dense):
         raise SpecError(
-            f"profile hf-uniform: {family} with a sliding window has no class with biases, and this compensation gives "
-            "some; nearest: --profile hf-hetero, or --set prune.compensate=none"
+            f"profile hf-uniform: {family} with a sliding window has no other class, and these "
+            f"{'biases' if given else 'head counts'} need one; nearest: --profile hf-hetero, or --profile padded"
         )
-    if family == "qwen2":
-        own["attention_bias"] = True  # of queries, keys and values; the output's is zero where there was none
-    if fits_llama:
+    # Qwen2 has biases on queries, keys and values; the output's is zero where there was none.
+    own = {
+        "attention_bias": layer.attention_bias or family == "qwen2" or getattr(dense, "attention_bias", False),
+        "mlp_bias": layer.mlp_bias or getattr(dense, "mlp_bias", False),
+    }
+    if dense.hidden_size % layer.heads == 0:
         return _other(dense, transformers.LlamaConfig, "LlamaForCausalLM", {**sizes, **own})
     if not (own["attention_bias"] or own["mlp_bias"]):
         return _other(dense, transformers.MistralConfig, "MistralForCausalLM", {**sizes, "sliding_window": None})

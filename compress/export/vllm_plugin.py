@@ -1,0 +1,46 @@
+"""Makes vLLM know the models of the profile hf-hetero, as an entry point of the group ``vllm.general_plugins``.
+
+Written against the interface of vLLM 0.33.0; it has not been run with vLLM's engine or on a GPU. Served are the
+families of Llama, Mistral, Qwen2 and Qwen3; OPT is refused with what to do instead.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ...registry import ModelError, SpecError
+
+MODELS = "prunekit.compress.export.vllm_models"
+"""The module with the model classes; it imports vLLM, so that only vLLM may import it."""
+
+ARCHITECTURES = (
+    "PrunekitLlamaForCausalLM",
+    "PrunekitMistralForCausalLM",
+    "PrunekitQwen2ForCausalLM",
+    "PrunekitQwen3ForCausalLM",
+    "PrunekitOPTForCausalLM",
+)
+"""What config.json calls exported models, and vLLM's classes too."""
+
+
+def register() -> None:
+    """Register the configurations with transformers and the model classes with vLLM; once more changes nothing."""
+    try:
+        from vllm import ModelRegistry
+    except ImportError as error:
+        raise SpecError(
+            f"vLLM cannot be imported ({error}); install it with pip install vllm, or load the export with transformers"
+        ) from error
+    from .hetero import register as register_with_transformers
+
+    try:
+        register_with_transformers()
+    except ModelError as error:
+        # vLLM calls this in each of its processes, for any model: an error here would keep it from serving all others.
+        logging.getLogger(__name__).warning("prunekit's models are not registered with vLLM: %s", error)
+        return
+    known = ModelRegistry.get_supported_archs()
+    for name in ARCHITECTURES:
+        if name not in known:
+            # A string, because importing the class here could initialize CUDA before vLLM forks.
+            ModelRegistry.register_model(name, f"{MODELS}:{name}")
