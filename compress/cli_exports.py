@@ -85,4 +85,48 @@ def diff(
     difference.show(a, b)
 
 
-COMMANDS = (export, verify, diff)
+@guarded
+def recover(
+    folder: Exported,
+    out: OutFolder = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", metavar="FILE", help="A .txt or .jsonl file, or a bundled text, to train on."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="A hub dataset to train on instead.")] = None,
+    subset: Annotated[str | None, typer.Option("--subset", help="The dataset's configuration.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="The dataset's split; train.")] = None,
+    field: Annotated[str | None, typer.Option("--field", help="Column that holds the text; text.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read at most this many documents.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the optimiser.")] = 200,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the low-rank updates.")] = 8,
+    alpha: Annotated[float, typer.Option("--alpha", min=0, help="Updates are scaled by alpha / rank.")] = 16,
+    dropout: Annotated[float, typer.Option("--dropout", min=0, max=1, help="Of what the updates read.")] = 0.05,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0, help="After a short warm-up.")] = 1e-4,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences run at once.")] = 8,
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches that make one step.")] = 1,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a sequence.")] = 256,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", min=1, help="Sequences to train on; as many as the steps can use.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of updates, sequences, order and dropout.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    plugin: PluginFiles = None,
+    overwrite: Replace = False,
+) -> None:
+    """Train an exported model a little (LoRA), and write it anew.
+
+    Needs prunekit[recover]. The new folder is loaded again, compared and measured before it appears.
+    """
+    from . import printing
+    from .recovery import command
+
+    printing.quiet()
+    source = dict(text=text, dataset=dataset, subset=subset, split=split, field=field, limit=limit)
+    lora = dict(rank=rank, alpha=alpha, dropout=dropout, steps=steps, learning_rate=learning_rate)
+    lora |= dict(batch_size=batch_size, accumulate=accumulate, seed=seed)
+    options = dict(length=length, sequences=sequences, device=device, overwrite=overwrite, plugins=plugin or ())
+    command.recover(folder, out, source, lora, **options)
+
+
+COMMANDS = (export, verify, diff, recover)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -76,6 +77,16 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether this is the disk's word that it takes no more; safetensors passes it on in a sentence."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return type(error).__name__ == "SafetensorError" and any(os.strerror(code) in str(error) for code in FULL)
+
+
 def readable(path: Path) -> None:
     """Give a file the permissions of any new one: safetensors lets nobody but its owner read what it writes."""
     mask = os.umask(0o077)  # it can only be read by setting it
@@ -117,7 +128,10 @@ class RunFolder:
 
     @contextmanager
     def open(self) -> Iterator[Path]:
-        """The folder to write into; it appears under its name when the block ends, and goes if it fails."""
+        """The folder to write into; it appears under its name when the block ends, and goes if it fails.
+
+        Raises :class:`SpecError` where the disk takes no more.
+        """
         self.check()
         made = [folder for folder in self.target.parents if not folder.exists()]
         try:
@@ -127,11 +141,16 @@ class RunFolder:
                 raise SpecError(f"{self.what} {self.target} cannot be made: {error}") from None
             yield self.partial
             self._appear()
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(self.partial, ignore_errors=True)
             for folder in made:
                 with suppress(OSError):
                     folder.rmdir()
+            if disk_is_full(error):
+                raise SpecError(
+                    f"{self.what} {self.target} cannot be written: {getattr(error, 'strerror', None) or error}; make "
+                    "room there, or name another place with --out"
+                ) from error
             raise
 
     def _appear(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...registry import DataError
@@ -63,6 +63,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: format {found!r}, expected {FORMAT!r}; use the prunekit that wrote it "
             f"({_version(manifest)}), or export the model again"
         )
+    outside = [name for name in manifest["files"] if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    if outside:
+        raise DataError(f"{path} lists {outside[0]}, which is outside of the folder; it was not written by prunekit")
     return manifest
 
 

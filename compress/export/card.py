@@ -209,5 +209,6 @@ def _origin(manifest: dict[str, Any]) -> Iterable[str]:
     flags += [f"--multiple {options['multiple']}"] if options.get("multiple") else []
     flags += [f"--freeze {options['freeze']}"] if options.get("freeze") else []
     again = f"`prunekit export recipe.yaml {' '.join(flags)} --out FOLDER`"
-    again += ", then `prunekit recover FOLDER --out RECOVERED` with what recovery says" if manifest.get("recovery") else ""
+    if manifest.get("recovery"):
+        again += ", then `prunekit recover FOLDER --out RECOVERED` with the options above"
     yield f"- **again**: {again}, written {manifest['created']}"

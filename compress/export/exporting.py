@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ...registry import ModelError, SpecError
+from ...registry import ModelError
 from ..calibration import Progress, no_progress
 from ..freezing import MEANINGS
 from ..loading import Loaded, fingerprint, load
@@ -88,7 +85,7 @@ class Exporter:
             progress=self.progress,
             runtime=spec.runtime.model_copy(update={"compile": None}),
         )
-        with pruned, folder.open() as partial, _one_message(folder.target):
+        with pruned, folder.open() as partial:
             self._measure_before(loaded, pruned)
             if self.freeze is not None:
                 pruned.freeze(self.freeze, batches, self.progress)
@@ -201,15 +198,3 @@ class Exporter:
             return
         self.manifest["run"] = {"started": self.run["started"], "metrics": self.run["metrics"]}
 
-
-@contextmanager
-def _one_message(target: Path) -> Iterator[None]:
-    """Within it a disk that takes no more becomes one message."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpecError(
-            f"the export cannot be written below {target.parent}: {reason}; make room there, or name another place "
-            "with --out"
-        ) from error

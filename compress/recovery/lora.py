@@ -1,0 +1,205 @@
+"""LoRA on every linear layer of a decoder, trained by transformers' Trainer and added to the weights.
+
+Low-rank updates are Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022, arXiv 2106.09685);
+recovering a pruned model by them is Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models"
+(NeurIPS 2023, arXiv 2305.11627), whose options are the defaults here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...registry import ModelError, NonFiniteError, SpecError
+from ..calibration import Progress
+
+AVERAGED = 10
+"""Steps, at most, that the first and the last recorded loss are averages of: one batch's loss says little."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """How low-rank updates are made and trained; a step takes ``batch_size`` x ``accumulate`` sequences."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    steps: int = 200
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    accumulate: int = 1
+    seed: int = 0
+
+    @property
+    def taken(self) -> int:
+        """Sequences that all steps take together."""
+        return self.steps * self.batch_size * self.accumulate
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises: LLM-Pruner's 100, fewer in a run that is short."""
+        return min(100, self.steps // 10)
+
+
+def check_installed() -> None:
+    """Raise :class:`SpecError` where peft is not there."""
+    if importlib.util.find_spec("peft") is None:
+        raise SpecError('recovery trains by peft, which is not installed; pip install "prunekit[recover]"')
+
+
+def train(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress) -> tuple[Any, dict[str, Any]]:
+    """``model``, its decoder layers' linear weights changed by training on ``sequences``, and what was done.
+
+    Shapes, names, dtype and biases stay. ``sequences`` are token ids (t,), each seen as often as the steps ask. The
+    random state of Python, numpy and torch is set by ``lora.seed``. Raises :class:`NonFiniteError` for a loss or a
+    weight that is NaN or infinite, :class:`ModelError` for a model that is partly on disk or out of memory.
+    """
+    import peft
+    import transformers
+
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ModelError(
+            "the model does not fit on the devices here, and offloaded weights cannot be trained; free some"
+        )
+    transformers.set_seed(lora.seed)  # the updates start at random
+    targets = linear_layers(model)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+    )
+    began = time.perf_counter()
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)  # updates are float32 in half precision
+    trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    losses = _run(adapted, sequences, lora, progress)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True).eval().requires_grad_(False)
+    except ValueError as error:  # peft's word for weights that are not finite
+        raise _not_finite("a weight", lora.steps, lora) from error
+    several = max(1, min(AVERAGED, len(losses) // 2))
+    first, last = (sum(some) / several for some in (losses[:several], losses[-several:]))
+    return merged, {
+        "method": "lora",
+        "peft": importlib.metadata.version("peft"),
+        **asdict(lora),
+        "layers": sorted({name.rpartition(".")[2] for name in targets}),
+        "schedule": "linear",
+        "warmup_steps": lora.warmup,
+        "trainable_parameters": trainable,
+        "epochs": round(lora.taken / len(sequences), 3),
+        "loss": {"first": first, "last": last, "averaged_over_steps": several},
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Full names of all linear layers within the decoder's layers: neither embeddings nor the output layer."""
+    layers = model.get_decoder().layers
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    return [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _run(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress) -> list[float]:
+    """Train in place; the loss of every step."""
+    import transformers
+
+    kind = model.device.type
+    with tempfile.TemporaryDirectory(prefix="prunekit-recover-") as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            max_steps=lora.steps,
+            per_device_train_batch_size=lora.batch_size,
+            gradient_accumulation_steps=lora.accumulate,
+            learning_rate=lora.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=lora.warmup,
+            seed=lora.seed,
+            data_seed=lora.seed,
+            use_cpu=kind == "cpu",
+            # float16 gradients vanish unless the loss is scaled, and CUDA alone has the scaler.
+            fp16=model.dtype == torch.float16 and kind == "cuda",
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=kind == "cuda",
+        )
+        _check_device(arguments, model)
+        arguments._n_gpu = min(1, arguments.n_gpu)  # else every CUDA device gets a copy and the batch grows by as many
+        watch = _watching(lora, progress)
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in sequences],
+            callbacks=[watch],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)  # it prints to stdout
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"training does not fit in the memory of {model.device} with --batch-size {lora.batch_size}; lower it "
+                "and raise --accumulate by as much, or shorten --length"
+            ) from error
+        finally:
+            watch.close()
+    return watch.losses
+
+
+def _check_device(arguments: Any, model: Any) -> None:
+    """Raise :class:`SpecError` where the Trainer would move the model elsewhere than it was put."""
+    wanted, taken = model.device, arguments.device
+    if (wanted.type, wanted.index or 0) != (taken.type, taken.index or 0):
+        raise SpecError(
+            f"--device {wanted}: transformers' Trainer uses {taken} here; set CUDA_VISIBLE_DEVICES={wanted.index or 0} "
+            "and --device cuda, or take --device cpu"
+        )
+
+
+def _watching(lora: Lora, progress: Progress) -> Any:
+    """A callback that moves the bar, keeps the losses, and stops where one is not finite."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+            self._bar = iter(progress(iter(range(lora.steps + 1)), "training", lora.steps))
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            next(self._bar, None)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            next(self._bar, None)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            loss = (logs or {}).get("loss")
+            if loss is None:
+                return
+            if not math.isfinite(float(loss)):
+                raise _not_finite("the loss", state.global_step, lora)
+            self.losses.append(float(loss))
+
+        def close(self) -> None:
+            getattr(self._bar, "close", lambda: None)()
+
+    return Watch()
+
+
+def _not_finite(what: str, step: int, lora: Lora) -> NonFiniteError:
+    return NonFiniteError(
+        f"recovery: {what} is NaN or infinite at step {step} of {lora.steps}, so nothing was written; lower "
+        f"--learning-rate (found {lora.learning_rate:g}), or export the model in float32 or bfloat16 if it is float16"
+    )

@@ -1,0 +1,36 @@
+"""The sequences that a recovery trains on: a text as one stream, cut without overlap, drawn by a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...registry import DataError
+from ...registry.windows import cut_windows, token_stream, with_bos
+
+
+def training_sequences(
+    documents: Sequence[str], tokenizer: Any, length: int, wanted: int | None, most: int, seed: int, label: str
+) -> list[Tensor]:
+    """Token ids (length,), int64: ``wanted`` sequences, or as many as there are and ``most`` allows.
+
+    They are drawn without replacement and begin as calibration's do. Raises :class:`DataError` where the text has too
+    few.
+    """
+    stream = with_bos(token_stream(documents, tokenizer), tokenizer)
+    pieces = [window.ids for window in cut_windows(stream, length, tail="drop")]
+    if not pieces:
+        raise DataError(
+            f"{label} has {len(stream)} tokens, less than one sequence of {length}; shorten --length, or name a longer "
+            "text"
+        )
+    if wanted is not None and len(pieces) < wanted:
+        raise DataError(
+            f"{label} gives {len(pieces)} sequences of {length} tokens ({len(stream)} tokens in all), --sequences asks "
+            f"for {wanted}; lower it to {len(pieces)} or less, shorten --length, or name a longer text"
+        )
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    return [pieces[index] for index in order[: most if wanted is None else wanted].tolist()]
