@@ -88,6 +88,22 @@ def test_an_exported_model_is_a_model_like_any_other(exported, pipeline_file, co
     assert load(tmp_path / "twice").model.config.model_type == "prunekit_llama"
 
 
+def test_an_exported_model_is_exported_again_in_every_profile(exported, pipeline_file, tmp_path):
+    content = yaml.safe_load(pipeline_file.read_text())
+    calibration = {**content["calibration"], "length": 32}
+    prune = {"use": "wanda_sp", "allocator": {"name": "explicit", "attention": [0, 0, 0], "mlp": [0, 0.1, 0.1]}}
+    base = {**content, "model": {"name": str(exported)}, "calibration": calibration, "prune": prune}
+    assert len({layer.intermediate_size for layer in load(exported).model.config.per_layer_config}) > 1
+    for profile in ("padded", "dynamic"):
+        manifest = Exporter(PipelineSpec.of(base), profile, tmp_path / profile).export()
+        assert manifest["check"]["largest_difference"] < 1e-4
+    uniform = {**content, "prune": {"use": "magnitude", "ratio": 0.4}}
+    Exporter(PipelineSpec.of(uniform), "hf-hetero", tmp_path / "alike").export()
+    again = {**uniform, "model": {"name": str(tmp_path / "alike")}, "prune": {"use": "magnitude", "ratio": 0.2}}
+    Exporter(PipelineSpec.of(again), "hf-uniform", tmp_path / "stock").export()
+    assert type(load(tmp_path / "stock").model).__name__ in ("LlamaForCausalLM", "MistralForCausalLM")
+
+
 def test_weights_are_sharded_and_written_one_shard_at_a_time(exported, pipeline_file, tmp_path, monkeypatch):
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))

@@ -46,6 +46,18 @@ def test_llama_cpp_measures_what_transformers_measured(prune, options, tmp_path)
     assert code == 1 and "perplexity fails" in output
 
 
+def test_a_model_that_was_pruned_before_is_served(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(yaml.safe_dump({**FILE, "prune": {"use": "flap", "ratio": 0.3}}))
+    assert run("export", first, "--profile", "hf-hetero", "--out", tmp_path / "once")[0] == 0
+    again = {**FILE, "model": {"name": str(tmp_path / "once")}, "prune": {"use": "magnitude", "ratio": 0.2}}
+    second.write_text(yaml.safe_dump(again))
+    code, output = run("export", second, "--profile", "gguf", "--out", tmp_path / "twice")
+    assert code == 0, output
+    code, output = run("verify", tmp_path / "twice")
+    assert code == 0 and "perplexity holds" in output, output
+
+
 def test_a_file_that_is_no_gguf_is_named(tmp_path):
     (tmp_path / "file.yaml").write_text(yaml.safe_dump({**FILE, "prune": {"use": "magnitude", "ratio": 0.3}}))
     folder = tmp_path / "out"

@@ -17,6 +17,9 @@ from prunekit.compress.recovery.lora import Lora
 from prunekit.compress.recovery.recovering import Recovery
 from prunekit.registry import DataError, NonFiniteError, SpecError, TextSource
 
+# peft asks transformers something by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 QUICK = Lora(steps=4, batch_size=2, learning_rate=1e-3)
 
 

@@ -20,6 +20,7 @@ from ..provenance import about_cut, about_model, notes_on_cut, plugins_used, ver
 from ..pruned import Pruned
 from ..pruning import prune
 from ..results import RunFolder
+from ..runtime import Runtime
 from ..spec import PipelineSpec
 from . import reload
 from .bundle import CARD, MANIFEST, RECIPE, finish, write_kept
@@ -83,7 +84,7 @@ class Exporter:
             calibration=batches if spec.prune.needs_calibration else None,
             catalog=spec.catalog,
             progress=self.progress,
-            runtime=spec.runtime.model_copy(update={"compile": None}),
+            runtime=self._runtime,
         )
         with pruned, folder.open() as partial:
             self._measure_before(loaded, pruned)
@@ -102,6 +103,11 @@ class Exporter:
             (partial / CARD).write_text(card(self.manifest, name), encoding="utf-8")
             finish(partial, self.manifest)
         return self.manifest
+
+    @property
+    def _runtime(self) -> Runtime:
+        """The pipeline's, but nothing is compiled for a few batches."""
+        return self.spec.runtime.model_copy(update={"compile": None})
 
     def _check_run(self, loaded: Loaded) -> None:
         known = (self.run or {}).get("model", {}).get("fingerprint")
@@ -167,7 +173,7 @@ class Exporter:
         expected, dtype = logits_of(loaded.model, ids, pruned), loaded.model.dtype
         pruned.remove()
         if self._profile.name == "dynamic":
-            again = reload.restored(partial, self.spec, loaded)
+            again = reload.restored(partial, self.spec.model_copy(update={"runtime": self._runtime}), loaded)
         else:
             pruned.forget()
             loaded.model = None

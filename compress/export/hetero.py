@@ -51,6 +51,17 @@ def family_of(config: Any) -> str:
     return config.model_type.removeprefix(PRUNED)
 
 
+def homogeneous(config: Any) -> Any:
+    """The configuration of the family's stock class, of one with a shape for every layer; any other as it is."""
+    if not config.model_type.startswith(PRUNED):
+        return config
+    import transformers
+
+    cls = type(transformers.AutoConfig.for_model(family_of(config)))
+    size = {"head_dim": config.head_dim} if hasattr(config, "head_dim") else {}  # not a field of every class
+    return cls(**{**carried(config, cls), **size})
+
+
 def hetero_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
     """A configuration with a shape for every layer; raises :class:`ModelError` for a family without a class."""
     family = family_of(dense)

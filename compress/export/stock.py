@@ -9,7 +9,7 @@ from typing import Any
 from ...registry import ModelError, SpecError
 from ..architectures import head_size
 from .configs import carried, window_in_force
-from .hetero import family_of
+from .hetero import family_of, homogeneous
 from .layers import LayerShape
 
 WITHOUT_WINDOW = ("llama", "mistral", "qwen2")
@@ -39,7 +39,7 @@ def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
     """
     import transformers
 
-    layer, family = uniform_layer(layers), family_of(dense)
+    layer, family, dense = uniform_layer(layers), family_of(dense), homogeneous(dense)
     if family == "opt":
         if layer.heads != dense.num_attention_heads:
             raise SpecError(opt_heads(layer.heads, dense.num_attention_heads, len(layers)))

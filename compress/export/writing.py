@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import Catalog, SiteScores, SpecError, Strategy
-from ..architectures import heads_of
+from ..architectures import PRUNED, heads_of
 from ..loading import Loaded
 from ..pruned import Pruned
 from ..pruning import find_sites, sites_within
@@ -17,7 +17,7 @@ from .bundle import GGUF
 from .configs import fitted
 from .cut_model import layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads
 from .dynamic_state import save_state
-from .hetero import add_code, hetero_config
+from .hetero import add_code, hetero_config, homogeneous
 from .layers import LayerShape
 from .profiles import Profile
 from .stock import stock_config
@@ -42,7 +42,7 @@ def write_model(
         from .gguf_file import write_gguf
 
         layers = layer_shapes(pruned, tensors)
-        notes = write_gguf(folder / GGUF, pruned.model.config, layers, tensors, tokenizer, name=name)
+        notes = write_gguf(folder / GGUF, homogeneous(pruned.model.config), layers, tensors, tokenizer, name=name)
         tokenizer.save_pretrained(folder)
         return notes
     with _quiet():
@@ -53,7 +53,7 @@ def write_model(
         tensors = fitted(config, tensors)
         config.dtype = pruned.model.dtype
         config._name_or_path = ""
-        if profile.name == "hf-hetero":
+        if config.model_type.startswith(PRUNED):
             add_code(folder, config)
         write_weights(folder, tensors, shard_size)
         config.save_pretrained(folder)
@@ -74,7 +74,7 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
         from .gguf_file import check_supported
         from .gguf_tokenizer import read_vocabulary
 
-        check_supported(config)
+        check_supported(homogeneous(config))
         read_vocabulary(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings)
     _, sites = find_sites(loaded.model, catalog, strategy.attention_unit)
     inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
