@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from prunekit.compress.export.gguf_file import check_supported, interleaved, write_gguf
+from prunekit.compress.export.gguf.file import check_supported, interleaved, write_gguf
 from prunekit.compress.export.layers import LayerShape
 from prunekit.compress.export.tensors import PlannedTensor
 from prunekit.registry import ModelError, SpecError

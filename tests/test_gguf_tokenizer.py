@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from prunekit.compress.export.gguf_byte_level import GPT2, LLAMA3, QWEN2, TEKKEN
-from prunekit.compress.export.gguf_sentencepiece import merge_scores
-from prunekit.compress.export.gguf_tokenizer import read_vocabulary
+from prunekit.compress.export.gguf.byte_level import GPT2, LLAMA3, QWEN2, TEKKEN
+from prunekit.compress.export.gguf.sentencepiece import merge_scores
+from prunekit.compress.export.gguf.tokenizer import read_vocabulary
 from prunekit.registry import ModelError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast

@@ -97,7 +97,7 @@ class _NotHere(Exception):
 def _loader(folder: Path, manifest: dict[str, Any], base: Any, plugins: Any, trust: bool) -> Callable[[], tuple]:
     def with_llama_cpp() -> tuple:
         try:
-            from .gguf_model import load_gguf
+            from .gguf.model import load_gguf
         except ImportError as error:
             raise _NotHere("llama-cpp-python is not installed, so nothing here runs a GGUF (pip install it)") from error
         return load_gguf(folder / GGUF, folder), None

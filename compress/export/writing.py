@@ -39,7 +39,7 @@ def write_model(
         return ()
     tensors = padded_tensors(pruned) if profile.name == "padded" else sliced_tensors(pruned)
     if profile.name == "gguf":
-        from .gguf_file import write_gguf
+        from .gguf.file import write_gguf
 
         layers = layer_shapes(pruned, tensors)
         notes = write_gguf(folder / GGUF, homogeneous(pruned.model.config), layers, tensors, tokenizer, name=name)
@@ -71,8 +71,8 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
     """
     config = loaded.model.config
     if profile.name == "gguf":
-        from .gguf_file import check_supported
-        from .gguf_tokenizer import read_vocabulary
+        from .gguf.file import check_supported
+        from .gguf.tokenizer import read_vocabulary
 
         check_supported(homogeneous(config))
         read_vocabulary(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...registry import ModelError
+from ....registry import ModelError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Values of ``rope_parameters.rope_type`` that can be written."""

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ...registry import ModelError
-from .gguf_byte_level import pre_tokenizer_name
-from .gguf_sentencepiece import merge_scores, spaces
+from ....registry import ModelError
+from .byte_level import pre_tokenizer_name
+from .sentencepiece import merge_scores, spaces
 
 REMEDY = "Use profile hf-hetero or hf-uniform, which keep the tokenizer as it is"
 

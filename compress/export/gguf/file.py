@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import ModelError, SpecError
-from .gguf_rope import add_rope, check_rope, rope_factors
-from .gguf_tokenizer import Vocabulary, read_vocabulary
-from .layers import LayerShape
-from .tensors import PlannedTensor, Tensors
+from ....registry import ModelError, SpecError
+from ..layers import LayerShape
+from ..tensors import PlannedTensor, Tensors
+from .rope import add_rope, check_rope, rope_factors
+from .tokenizer import Vocabulary, read_vocabulary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Values of a transformers config's ``model_type`` that ``deci`` computes."""

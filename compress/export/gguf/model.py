@@ -10,8 +10,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from ...registry import ModelError
-from ..loading import Loaded
+from ....registry import ModelError
+from ...loading import Loaded
 
 
 class GgufModel:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from ...registry import ModelError
+from ....registry import ModelError
 
 Pair = tuple[str, str]
 
