@@ -121,6 +121,20 @@ def test_it_runs_a_pipeline_on_the_bundled_model(run, tmp_path):
     assert (tmp_path / "results" / "report.md").is_file() and (tmp_path / "results" / "resolved.yaml").is_file()
 
 
+def test_what_it_exports_loads_in_plain_transformers(run, tmp_path):
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    options = ("--freeze", "calibration", "--profile", "hf-hetero", "--out", "exported")
+    run("prunekit", "export", "pipeline.yaml", *options)
+    assert "does not hold" not in run("prunekit", "verify", "exported", "--no-measure")
+    program = """
+import sys
+sys.modules["prunekit"] = None
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)).__name__)
+"""
+    assert run("python", "-c", program) == "PrunekitLlamaForCausalLM\n"
+
+
 def test_it_runs_a_study_on_the_bundled_task_and_reports(run, tmp_path):
     (tmp_path / "study.yaml").write_text(STUDY)
     run("prunekit", "ablate", "study.yaml")
