@@ -37,7 +37,7 @@ class Engine:
         self.model, self.strategy = model, strategy
         self.runtime = Runtime() if runtime is None else runtime
         self._layers, self.all_sites = layers, tuple(all_sites)
-        self._removed = False
+        self._removed = self.is_suspended = False
         self.stages = Stages()
         self.gatherer = Gatherer(self.runtime)
         self.cuts = [SiteCut.resolve(site, model, strategy, self.stages, self.gatherer) for site in sites]
@@ -94,9 +94,11 @@ class Engine:
         previous = self.mode
         self._switch("dense")
         self._uninstall()
+        self.is_suspended = True
         try:
             yield
         finally:
+            self.is_suspended = False
             if not self._removed:
                 self._install()
             self._switch(previous)

@@ -82,16 +82,22 @@ class Loaded:
     identity: dict[str, Any]
 
 
-def load(source: ModelSource) -> Loaded:
-    """Model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy."""
+def load(source: ModelSource, check: bool = True) -> Loaded:
+    """Model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy.
+
+    An exported folder is compared with its manifest first, unless ``check`` is false: :class:`DataError` says what is
+    damaged.
+    """
     import transformers
+
+    from .export import exported
 
     device = usable_device(source.device)
     place = place_of(source)
+    exported.prepare(place, source.revision, check)
     options = {"trust_remote_code": source.trust_remote_code}
     if source.revision is not None:
         options["revision"] = source.revision
-    register_for(place, source.revision)
     dtype = source.dtype
     if source.name is None and dtype == "auto" and device.type == "cpu":
         dtype = "float32"
@@ -114,21 +120,6 @@ def load(source: ModelSource) -> Loaded:
         "trust_remote_code": source.trust_remote_code,
     }
     return Loaded(model, tokenizer, identity)
-
-
-def register_for(place: str, revision: str | None = None) -> None:
-    """Have transformers know the classes of an exported model with per-layer shapes, where ``place`` holds one."""
-    from transformers import PreTrainedConfig
-
-    from .architectures import PRUNED
-    from .export import hetero
-
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(place, **({} if revision is None else {"revision": revision}))
-    except Exception:  # whatever is wrong is said when the model is loaded
-        return
-    if str(config.get("model_type", "")).startswith(PRUNED):
-        hetero.register()
 
 
 def _placed(
@@ -258,6 +249,11 @@ def place_of(source: ModelSource) -> str:
             raise ModelError(f"the bundled model is missing from {folder}; install prunekit again, or set model.name")
         raise ModelError(f"model.name: {source.name} is a file; name the folder that holds it and config.json")
     if not (folder / "config.json").is_file():
+        if (folder / "prunekit.json").is_file():
+            raise ModelError(
+                f"model.name: {folder} is an export that holds no model of transformers (profile gguf or dynamic); "
+                "name the model that was pruned, or export with --profile hf-hetero"
+            )
         raise ModelError(
             f"model.name: folder {folder} has no config.json; name a folder written by save_pretrained, or a hub id"
         )

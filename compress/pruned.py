@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..registry import Catalog, Site, SiteKind, SiteScores, Stage, Strategy
+from ..registry import Catalog, Site, SiteKind, SiteScores, SpecError, Stage, Strategy
 from .calibration import Progress, no_progress
 from .compensation_notes import about_compensation, notes_on
 from .cut import SiteCut
@@ -117,6 +117,8 @@ class Pruned:
         probe said of the mean that is given back becomes what calibration says. Strategies that decide once keep
         their units. Raises :class:`SpecError` and :class:`DataError`; nothing has changed then.
         """
+        if self.is_dense or self._engine.is_suspended:
+            raise SpecError("freeze: the model runs unpruned here; freeze it outside of dense() and suspended()")
         self.reset()
         with torch.inference_mode(False), torch.no_grad():
             try:

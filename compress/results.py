@@ -83,7 +83,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 def disk_is_full(error: BaseException) -> bool:
     """Whether this is the disk's word that it takes no more; safetensors passes it on in a sentence."""
     if isinstance(error, OSError):
-        return error.errno in FULL
+        return error.errno in FULL or error.errno is None  # numpy says how much it could write, and no number
     return type(error).__name__ == "SafetensorError" and any(os.strerror(code) in str(error) for code in FULL)
 
 
@@ -111,8 +111,14 @@ class RunFolder:
         self.partial = self.target.with_name(f".{self.target.name}.partial-{os.getpid()}")
 
     def check(self) -> None:
-        """Raise :class:`SpecError` where the folder exists and may not be replaced."""
+        """Raise :class:`SpecError` where the folder exists and may not be replaced, or cannot be made."""
         if not os.path.lexists(self.target):
+            above = next(folder for folder in self.target.parents if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise SpecError(
+                    f"{self.what} {self.target} cannot be made: {above} is no folder that can be written to; name "
+                    "another place with --out"
+                )
             return
         is_folder = self.target.is_dir() and not self.target.is_symlink()
         if not is_folder or (any(self.target.iterdir()) and not (self.target / self.marker).is_file()):

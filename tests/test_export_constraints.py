@@ -84,7 +84,7 @@ def test_what_is_asked_stands_in_the_list():
 @pytest.mark.parametrize(
     ("case", "error"),
     [
-        (dict(skip_layers=[0]), r"skip_layers leaves layers 0 .*--set prune.skip_layers=\[\].*hf-hetero"),
+        (dict(skip_layers=[0]), r"skip_layers \[0\] leaves some as they are.*--set prune.skip_layers=\[\].*hf-hetero"),
         (dict(profile="gguf", options={"multiple": 48}), r"--multiple: profile gguf takes multiples of 32, found 48"),
         (dict(options={"multiple": 512}), r"--multiple 512: layer 0 mlp has 192 channels"),
         (dict(profile="padded", options={"multiple": 8}), r"--multiple: profile padded keeps all widths"),

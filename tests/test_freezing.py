@@ -107,6 +107,14 @@ def test_histories_are_as_calibrated_before_batches_are_looked_at(model, batches
     assert kept(False) == kept(True)
 
 
+def test_a_model_that_runs_unpruned_is_not_frozen(model, batches):
+    with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
+        for how in (pruned.dense, pruned.suspended):
+            with how(), pytest.raises(SpecError, match=r"outside of dense\(\) and suspended\(\)"):
+                pruned.freeze("last", batches)
+        assert pruned.freeze("last", batches) and not pruned.strategy.dynamic
+
+
 def test_mistakes(model, batches):
     with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
         with pytest.raises(SpecError, match=r"no way 'mean_score'.*mean-score"):

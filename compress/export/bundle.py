@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
 from ...registry import DataError
@@ -16,6 +17,24 @@ FORMAT = "prunekit export 1"
 MANIFEST, RECIPE, KEPT, CARD = "prunekit.json", "recipe.yaml", "kept_units.json", "README.md"
 
 GGUF = "model.gguf"
+
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "profile": str,
+    "strategy": str,
+    "files": dict,
+    "base": dict,
+    "options": dict,
+    "requires": dict,
+    "versions": dict,
+    "seeds": dict,
+    "ratio": dict,
+    "parameters": dict,
+    "layers": list,
+    "metrics": list,
+    "notes": list,
+    "weights": (str, NoneType),
+}
+"""What a manifest holds whatever the profile, and of what kind it is."""
 
 
 def write_kept(folder: Path, kept: Mapping[tuple[int, str], tuple[int, ...]]) -> None:
@@ -63,6 +82,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: format {found!r}, expected {FORMAT!r}; use the prunekit that wrote it "
             f"({_version(manifest)}), or export the model again"
         )
+    damaged = [key for key, kind in PARTS.items() if not isinstance(manifest.get(key, ...), kind)]
+    if damaged or not all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in manifest["files"].values()):
+        what = damaged[0] if damaged else "files"
+        raise DataError(f"{path} is damaged ({what} is not what an export writes); export the model again")
     outside = [name for name in manifest["files"] if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
     if outside:
         raise DataError(f"{path} lists {outside[0]}, which is outside of the folder; it was not written by prunekit")
@@ -84,6 +107,15 @@ def damages(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     weights = (".safetensors", ".gguf", ".bin", ".pt", ".py")
     more = [name for name in _names(folder) if name not in listed and name != MANIFEST and name.endswith(weights)]
     return found + [f"{name} was not written by the export" for name in more]
+
+
+def raise_damages(folder: Path, found: list[str]) -> None:
+    """Raise :class:`DataError` naming the first of a folder's damages."""
+    if found:
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise DataError(
+            f"{folder}: {'; '.join(found[:3])}{more}; copy the folder again from where it was whole, or export it again"
+        )
 
 
 def sha256(path: Path) -> str:

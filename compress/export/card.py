@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def _loading(manifest: dict[str, Any], name: str) -> list[str]:
     runs = ", ".join(f"{tool} ({state})" for tool, state in zip(TOOLS, where.runs, strict=True) if state != "no")
     note = f"Runs in: {runs}; `verified` is tested with every release of prunekit, `read` was only read."
     if profile == "dynamic":
-        code = ["from prunekit.compress import load", f'model = load("{name}").model']
+        files = manifest["plugin_files"]
+        plugins = f", plugins={files!r}" if files else ""
+        code = ["from prunekit.compress import load", f'model = load("{name}"{plugins}).model']
     elif profile == "gguf":
         code = ["from llama_cpp import Llama", f'model = Llama("{name}/model.gguf")']
     else:
@@ -128,7 +131,7 @@ def _loading(manifest: dict[str, Any], name: str) -> list[str]:
             "`prunekit.compress.load` runs its own copy instead. "
             f"It needs transformers {manifest['requires']['transformers']} or newer.",
         ]
-    return [*lines, "", f"`prunekit verify {name}` checks the files and measures again."]
+    return [*lines, "", f"`prunekit verify {shlex.quote(name)}` checks the files and measures again."]
 
 
 def _trust(profile: str) -> str:
@@ -140,6 +143,9 @@ def _results(manifest: dict[str, Any]) -> list[str]:
     lines = table(metric_heads(manifest), rows) if rows else ["Nothing was measured."]
     for metric in manifest["metrics"]:
         lines += ["", f"- **{metric['label']}**: {sentence(metric['protocol'])}"]
+    if manifest["profile"] == "gguf":
+        how = "Measured in transformers, before the weights went into the file"
+        lines += ["", f"{how}; `prunekit verify` measures the file."]
     return lines
 
 
@@ -169,6 +175,8 @@ def metric_rows(manifest: dict[str, Any]) -> list[list[str]]:
     between = [number(parameters["dense"])] if manifest["freeze"] else []
     between += [number(parameters["exported"])] if recovered else []
     rows.append(["parameters", number(parameters["dense"]), *between, number(parameters["exported"])])
+    if manifest["profile"] == "dynamic":
+        rows.append(["parameters a batch uses", number(parameters["dense"]), number(parameters["active"])])
     return rows
 
 

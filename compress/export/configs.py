@@ -16,7 +16,8 @@ NOT_CARRIED = {"model_type", "architectures", "auto_map", "per_layer_config", "t
 def window_in_force(config: Any) -> bool:
     """Whether attention is cut off by a sliding window that is shorter than the model's context."""
     window, used = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
-    return used and window is not None and window < config.max_position_embeddings
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return used and window is not None and window < config.max_position_embeddings and "sliding_attention" in kinds
 
 
 def carried(config: Any, cls: type) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from ...registry import SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
+from ...registry import Site, SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
 from ..pruned import Pruned
 from ..pruning import sites_within
 from ..report import share
@@ -37,7 +37,7 @@ class Constraint:
         if self.equal and strategy.skip_layers:
             layers = ", ".join(map(str, strategy.skip_layers))
             raise SpecError(
-                f"profile hf-uniform: all layers keep the same counts, but skip_layers leaves layers {layers} as they "
+                f"profile hf-uniform: all layers keep the same counts, but skip_layers [{layers}] leaves some as they "
                 "are; nearest: --set prune.skip_layers=[], or --profile hf-hetero, whose layers may differ"
             )
         rounded = RoundedCounts(allocator=strategy.allocator, equal=self.equal, multiple=self.multiple)
@@ -66,16 +66,21 @@ class RoundedCounts(SparsityAllocator):
             counts = _equal(sites, counts)
         return [self._rounded(s, count) for s, count in zip(sites, counts, strict=True)]
 
+    def check_reachable(self, sites: Sequence[Site]) -> None:
+        """Raise :class:`SpecError` where no MLP has as many channels as the multiple."""
+        mlps = [site for site in sites if site.kind == "mlp"]
+        if mlps and all(self.multiple > site.units for site in mlps):
+            raise SpecError(
+                f"--multiple {self.multiple}: {mlps[0].label} has {mlps[0].units} channels, so no smaller width is a "
+                "multiple of that; choose a smaller one"
+            )
+
     def _rounded(self, scores: SiteScores, count: int) -> int:
         """The multiple that is nearest, at least one; a site that keeps everything keeps it."""
         units = scores.site.units
         if scores.site.kind != "mlp" or count >= units:
             return count
-        if self.multiple > units:
-            raise SpecError(
-                f"--multiple {self.multiple}: {scores.site.label} has {units} channels, so no smaller width is a "
-                "multiple of that; choose a smaller one"
-            )
+        self.check_reachable([scores.site])
         return min(units, max(self.multiple, (count + self.multiple // 2) // self.multiple * self.multiple))
 
 

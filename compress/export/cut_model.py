@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,14 +41,6 @@ def dense_tensors(model: nn.Module) -> Tensors:
             continue
         found[name] = PlannedTensor(tuple(tensor.shape), tensor.dtype, _reader(model, name, tensor))
     return found
-
-
-def parameters_of(pruned: Pruned, profile: str) -> int:
-    """Parameters of the model that a profile writes, tied ones once; of a dynamic one, those that a batch uses."""
-    if profile == "dynamic":
-        return pruned.active_parameters()
-    tensors = padded_tensors(pruned) if profile == "padded" else sliced_tensors(pruned)
-    return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
 def layer_shapes(pruned: Pruned, tensors: Tensors) -> list[LayerShape]:

@@ -19,10 +19,11 @@ def show(a: Path, b: Path) -> None:
     """Print it; raises :class:`DataError` where one is no export, or their bases have other layers."""
     a, b = Path(a).expanduser(), Path(b).expanduser()
     ours, theirs = read_manifest(a), read_manifest(b)
-    names = _names(a, b)
+    names, rows = _names(a, b), kept(a, b, ours, theirs)
     printing.show_table(("", *names), settings(a, b, ours, theirs) or [("same settings", "", "")], left=3)
     printing.show_table(("measurement", *names), measurements(ours, theirs))
-    rows = kept(a, b, ours, theirs)
+    if read_kept(a) is None or read_kept(b) is None:
+        printing.say("units are listed where a cut is made once; the counts are those of every batch")
     printing.show_table(("layer", *(f"{n} keeps" for n in names), "in both", "of those kept by either"), rows)
 
 

@@ -22,18 +22,18 @@ from ..pruning import prune
 from ..results import RunFolder
 from ..runtime import Runtime
 from ..spec import PipelineSpec
+from ..statistics_file import StatisticsFile
 from . import reload
 from .bundle import CARD, MANIFEST, RECIPE, finish, write_kept
 from .card import card
 from .checks import check_freezing, constraint_of
 from .comparing import check_tokenizer, compared, logits_of, some_tokens
 from .constraint import rounding
-from .cut_model import parameters_of
 from .hetero import needs
 from .licence import copy_licence_files, licence_of
 from .measures import entry, measure, repeatable
 from .profiles import profile_named
-from .weights_file import SHARD_SIZE
+from .weights_file import SHARD_SIZE, check_shard_size
 from .writing import check_possible, write_model
 
 
@@ -69,6 +69,7 @@ class Exporter:
         folder.check()
         strategy = constraint_of(profile, self.multiple).on(spec.prune)
         check_freezing(profile, spec.prune, self.freeze)
+        check_shard_size(self.shard_size)
         loaded = load(spec.model)
         self._check_run(loaded)
         check_lengths(spec.model_copy(update={"evaluate": repeatable(spec.evaluate)}), loaded)
@@ -77,6 +78,8 @@ class Exporter:
         batches, calibration = None, None
         if spec.prune.needs_calibration or self.freeze in ("mean-score", "last"):
             batches, calibration = calibration_of(spec.calibration, loaded)
+        file = spec.calibration.statistics
+        statistics = StatisticsFile(file) if file is not None and spec.prune.needs_calibration else None
         self.manifest = self._origin(loaded, calibration)
         pruned = prune(
             loaded.model,
@@ -84,8 +87,11 @@ class Exporter:
             calibration=batches if spec.prune.needs_calibration else None,
             catalog=spec.catalog,
             progress=self.progress,
+            statistics=statistics,
             runtime=self._runtime,
         )
+        if statistics is not None:
+            calibration["statistics"] = statistics.used
         with pruned, folder.open() as partial:
             self._measure_before(loaded, pruned)
             if self.freeze is not None:
@@ -135,6 +141,7 @@ class Exporter:
             "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             "versions": versions(),
             "plugins": plugins_used(spec),
+            "plugin_files": [path.name for path in spec.plugins],
         }
 
     def _measure_before(self, loaded: Loaded, pruned: Pruned) -> None:
@@ -154,7 +161,8 @@ class Exporter:
 
     def _describe(self, pruned: Pruned) -> None:
         """What a manifest says of the cut."""
-        parameters = {"dense": self.manifest["base"]["parameters"], "exported": parameters_of(pruned, self.profile)}
+        parameters = {"dense": self.manifest["base"]["parameters"], "active": pruned.active_parameters()}
+        parameters["exported"] = parameters["active" if self._profile.needs_one_cut else "dense"]
         self.manifest |= {**about_cut(pruned), "rounding": rounding(pruned), "parameters": parameters}
         self._notes += notes_on_cut(pruned)
 
@@ -183,6 +191,7 @@ class Exporter:
         try:
             found = logits_of(again.model, ids, again.pruned)
             self.manifest |= {"weights": fingerprint(again.model), "check": compared(expected, found, dtype)}
+            self.manifest["parameters"]["exported"] = sum(p.numel() for p in again.model.parameters())
             self._measure_after(again.loaded, again.pruned)
         finally:
             if again.pruned is not None:

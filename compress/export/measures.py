@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...registry import Evaluator, Measurement, Subject
+from ...registry import Catalog, DataError, Evaluator, Measurement, Subject
 from ...registry.evaluation import checked
 from ..calibration import Progress, no_progress
 from ..loading import Loaded
 from ..measuring import Measuring
 from ..pruned import Pruned
+from ..spec import SpecReader
 from ..text import read_documents
 
 
@@ -53,3 +55,13 @@ def measure(
 def entry(evaluator: Evaluator, measured: Measurement) -> dict[str, Any]:
     """How a manifest records by what something was measured, and how."""
     return {"evaluator": evaluator.model_dump(mode="json", serialize_as_any=True), "protocol": measured.protocol}
+
+
+def recorded(metric: dict[str, Any], plugins: Sequence[Path] = ()) -> Evaluator:
+    """The evaluator that a manifest recorded for a metric; raises :class:`SpecError` where its text is not there."""
+    reader = SpecReader(Catalog.discover(plugins), Path.cwd())
+    built = reader.component("evaluators", metric["evaluator"], ())
+    reader.finish(f"the export was measured by {metric['label']}")
+    if built is None:
+        raise DataError(f"the evaluator recorded for {metric['label']} cannot be built; export the model again")
+    return built

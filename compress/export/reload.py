@@ -15,7 +15,7 @@ from ..loading import load as load_model
 from ..pruned import Pruned
 from ..spec import PipelineSpec
 from . import dynamic_state
-from .bundle import GGUF, RECIPE, damages, read_manifest
+from .bundle import GGUF, RECIPE, damages, raise_damages, read_manifest
 
 
 @dataclass
@@ -58,8 +58,21 @@ def load(
     manifest = read_manifest(folder)
     if check:
         raise_damages(folder, damages(folder, manifest))
+    return load_described(folder, manifest, device, base, plugins, trust_remote_code, check)
+
+
+def load_described(
+    folder: Path,
+    manifest: dict[str, Any],
+    device: str = "auto",
+    base: str | None = None,
+    plugins: Sequence[str | Path] = (),
+    trust_remote_code: bool = False,
+    check_base: bool = True,
+) -> Export:
+    """What :func:`load` gives, of a folder whose manifest was read and whose files were compared with it."""
     if manifest["profile"] == "dynamic":
-        return _load_dynamic(folder, manifest, device, base, plugins, trust_remote_code, check)
+        return _load_dynamic(folder, manifest, device, base, plugins, trust_remote_code, check_base)
     if manifest["profile"] == "gguf":
         raise SpecError(
             f"{folder} holds a GGUF, which llama.cpp runs and transformers does not; load "
@@ -76,7 +89,7 @@ def of_folder(folder: Path) -> dict[str, Any]:
 
 def model_in(source: ModelSource) -> tuple[Any, Any]:
     """Model and tokenizer of a source."""
-    loaded = load_model(source)
+    loaded = load_model(source, check=False)
     return loaded.model, loaded.tokenizer
 
 
@@ -84,15 +97,6 @@ def restored(folder: Path, spec: PipelineSpec, loaded: Loaded) -> Export:
     """The dense model ``loaded``, pruned per batch as a folder of profile ``dynamic`` has it."""
     pruned = dynamic_state.restore(loaded.model, spec.prune, spec.catalog, folder, spec.runtime)
     return Export(loaded.model, loaded.tokenizer, pruned, {"base": loaded.identity}, folder)
-
-
-def raise_damages(folder: Path, found: list[str]) -> None:
-    """Raise :class:`DataError` naming the first of a folder's damages."""
-    if found:
-        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-        raise DataError(
-            f"{folder}: {'; '.join(found[:3])}{more}; copy the folder again from where it was whole, or export it again"
-        )
 
 
 def check_transformers(manifest: dict[str, Any]) -> None:
@@ -115,7 +119,7 @@ def _load_dynamic(
     base: str | None,
     plugins: Sequence[str | Path],
     trust_remote_code: bool,
-    check: bool,
+    check_base: bool,
 ) -> Export:
     spec = recipe_of(folder, plugins)
     changes: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
@@ -128,7 +132,7 @@ def _load_dynamic(
         )
     loaded = load_model(spec.model.model_copy(update=changes))
     expected = manifest["base"]["fingerprint"]
-    if check and fingerprint(loaded.model) != expected:
+    if check_base and fingerprint(loaded.model) != expected:
         raise DataError(
             f"{folder}: the base model {base or spec.model.label} has other weights than this was exported from "
             f"(fingerprint {expected[:12]}...); name the right one with base, or export again"

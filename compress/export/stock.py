@@ -52,7 +52,7 @@ def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
     }
     given = layer.attention_bias or layer.mlp_bias
     if family == "qwen3":
-        if given:
+        if layer.mlp_bias or (layer.attention_bias and not getattr(dense, "attention_bias", False)):
             # transformers' Qwen3 has room for one in attention, but vLLM's drops it without a word.
             raise SpecError(
                 "profile hf-uniform: Qwen3 has no place for the biases that this compensation gives; nearest: "

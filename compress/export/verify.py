@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...registry import Catalog, DataError, Evaluator, PrunekitError
+from ...registry import PrunekitError
 from .. import printing
-from ..building import Reader
 from ..loading import Loaded, fingerprint
 from ..provenance import versions
 from ..report import number
 from . import reload
 from .bundle import GGUF, damages, read_manifest
 from .measures import measure as measured_by
+from .measures import recorded
 
 TOLERANCE = 1e-3
 """Share by which a perplexity measured elsewhere (another machine, another kernel) may differ and still hold."""
@@ -103,7 +103,10 @@ def _loader(folder: Path, manifest: dict[str, Any], base: Any, plugins: Any, tru
         return load_gguf(folder / GGUF, folder), None
 
     def with_transformers() -> tuple:
-        found = reload.load(folder, base=base, plugins=plugins, trust_remote_code=trust, check=False)
+        files = manifest.get("plugin_files")
+        if manifest["profile"] == "dynamic" and files and not plugins:
+            raise _NotHere(f"its strategy comes from {', '.join(files)}, which is run only where named (--plugin)")
+        found = reload.load_described(folder, manifest, "auto", base, plugins, trust)
         return found.loaded, found.pruned
 
     return with_llama_cpp if manifest["profile"] == "gguf" else with_transformers
@@ -131,31 +134,21 @@ def _measured(
 ) -> Check:
     label, seed = metric["label"], manifest["seeds"]["pipeline"]
     try:
-        evaluator = _evaluator(metric["evaluator"], plugins)
+        evaluator = recorded(metric, plugins)
         found = measured_by(evaluator, loaded, seed, "again", pruned, progress).values
     except PrunekitError as error:
         return Check(label, "not checked", f"cannot be measured here: {error}")
     far, said = [], []
-    for key, recorded in metric["exported"].items():
+    for key, then in metric["exported"].items():
         value = found.get(key)
-        said.append(f"{key} {number(recorded)} recorded, {number(value)} now")
-        if isinstance(recorded, (int, float)) and not _close(recorded, value):
+        said.append(f"{key} {number(then)} recorded, {number(value)} now")
+        if isinstance(then, (int, float)) and not _close(then, value):
             far.append(key)
     return Check(label, "fails" if far else "holds", "; ".join(said))
 
 
 def _close(recorded: float, value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value - recorded) <= TOLERANCE * max(abs(recorded), 1e-12)
-
-
-def _evaluator(options: dict[str, Any], plugins: Sequence[Path]) -> Evaluator:
-    """The evaluator that a manifest recorded; raises :class:`DataError` for one that is not known here."""
-    reader = Reader(Catalog.discover(plugins))
-    built = reader.component("evaluators", options, ())
-    reader.finish("the recorded evaluator")
-    if built is None:
-        raise DataError("the recorded evaluator cannot be built")
-    return built
 
 
 def _version(package: str) -> str:

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...registry import Catalog, SiteScores, SpecError, Strategy
+from ...registry import Catalog, ModelError, SiteScores, SpecError, Strategy
 from ..architectures import PRUNED, heads_of
 from ..loading import Loaded
 from ..pruned import Pruned
 from ..pruning import find_sites, sites_within
 from .bundle import GGUF
 from .configs import fitted
+from .constraint import RoundedCounts
 from .cut_model import layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads
 from .dynamic_state import save_state
 from .hetero import add_code, hetero_config, homogeneous
@@ -58,9 +59,19 @@ def write_model(
         write_weights(folder, tensors, shard_size)
         config.save_pretrained(folder)
         if getattr(pruned.model, "generation_config", None) is not None:
-            pruned.model.generation_config.save_pretrained(folder)
+            _save_generation(pruned.model.generation_config, folder)
         tokenizer.save_pretrained(folder)
     return ()
+
+
+def _save_generation(config: Any, folder: Path) -> None:
+    try:
+        config.save_pretrained(folder)
+    except ValueError as error:  # transformers saves no settings that contradict one another
+        raise ModelError(
+            f"the base model's generation settings cannot be saved ({' '.join(str(error).split())[:200]}); mend "
+            "model.generation_config, or its generation_config.json"
+        ) from error
 
 
 def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog: Catalog) -> None:
@@ -78,6 +89,8 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
         read_vocabulary(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings)
     _, sites = find_sites(loaded.model, catalog, strategy.attention_unit)
     inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
+    if isinstance(strategy.allocator, RoundedCounts):
+        strategy.allocator.check_reachable(inside)
     if profile.name in ("padded", "dynamic") or strategy.allocator.needs_scores:
         return
     counts = {(site.layer, site.kind): site.units for site in sites}
@@ -112,8 +125,8 @@ def _padded_config(pruned: Pruned, tensors: Tensors) -> Any:
         key = f"{cut.site.kind}_bias"
         if not hasattr(config, key):
             raise SpecError(
-                f"profile padded: compensation gives {cut.site.consumer} a bias, and {config.architectures[0]} has no "
-                "place for one; nearest: --profile hf-hetero, or --set prune.compensate=none"
+                f"profile padded: compensation gives {cut.site.consumer} a bias, and {type(pruned.model).__name__} has "
+                "no place for one; nearest: --profile hf-hetero, or --set prune.compensate=none"
             )
         setattr(config, key, True)
     return config

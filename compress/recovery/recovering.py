@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ...registry import Catalog, DataError, Evaluator, ModelError, SpecError, TextSource
+from ...registry import DataError, Evaluator, ModelError, SpecError, TextSource
 from ...registry.tokens import context_length
 from ...registry.windows import digest
 from ..calibration import Progress, no_progress
@@ -20,14 +20,13 @@ from ..export import reload
 from ..export.bundle import CARD, MANIFEST, finish, read_manifest
 from ..export.card import card
 from ..export.comparing import compared, logits_of
-from ..export.measures import entry, measure
+from ..export.measures import entry, measure, recorded
 from ..export.profiles import profile_named
 from ..export.tensors import PlannedTensor, Tensors
 from ..export.weights_file import INDEX, write_weights
 from ..loading import Loaded, ModelSource, fingerprint
 from ..provenance import versions
 from ..results import RunFolder
-from ..spec import SpecReader
 from ..text import read_documents
 from .lora import Lora, check_installed, train
 from .sequences import training_sequences
@@ -149,16 +148,6 @@ class Recovery:
             metric |= {**entry(evaluator, measured), "before_recovery": before, "exported": measured.values}
             notes += [f"{metric['label']}: {note}" for note in measured.notes]
         manifest["notes"] = list(dict.fromkeys(notes))
-
-
-def recorded(metric: dict[str, Any], plugins: Sequence[Path] = ()) -> Evaluator:
-    """The evaluator that a manifest recorded for a metric; raises :class:`SpecError` where its text is not there."""
-    reader = SpecReader(Catalog.discover(plugins), Path.cwd())
-    built = reader.component("evaluators", metric["evaluator"], ())
-    reader.finish(f"the export was measured by {metric['label']}")
-    if built is None:
-        raise DataError(f"the evaluator recorded for {metric['label']} cannot be built; export the model again")
-    return built
 
 
 def planned(model: Any, names: Sequence[str]) -> Tensors:
