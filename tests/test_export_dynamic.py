@@ -35,11 +35,12 @@ def test_what_was_saved_computes_the_same_batch_after_batch(named, make_model, b
     with prune(model, name, ratio=0.4, calibration=batches, **options) as pruned:
         model(batches[1]["input_ids"])  # a history that has moved on is put back first
         save_state(pruned, tmp_path)
-        strategy = pruned.strategy
+        strategy, about = pruned.strategy, pruned.about_compensation()
         expected = [model(batch["input_ids"]).logits for batch in batches]
     with restore(model, strategy, catalog, tmp_path, Runtime()) as again:
         found = [model(batch["input_ids"]).logits for batch in batches]
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert again.about_compensation() == about
         again.reset()
         assert torch.equal(model(batches[0]["input_ids"]).logits, expected[0])
 

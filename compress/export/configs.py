@@ -35,8 +35,7 @@ def fitted(config: Any, tensors: Tensors) -> Tensors:
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    parameters = dict(model.named_parameters())
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    parameters = dict(model.named_parameters())  # tied ones are named once
     found = dict(tensors)
     for name, parameter in parameters.items():
         shape = tuple(parameter.shape)
@@ -45,7 +44,7 @@ def fitted(config: Any, tensors: Tensors) -> Tensors:
             found[name] = PlannedTensor(shape, dtype, _zeros(shape, dtype))
         if name in found and found[name].shape != shape:
             raise _unfit(model, f"{name} is {found[name].shape}, and {shape} was expected")
-        if name not in found and name not in tied:
+        if name not in found:
             raise _unfit(model, f"{name} is missing")
     over = [name for name in found if name not in parameters and name not in dict(model.named_buffers())]
     if over:
