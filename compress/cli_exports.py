@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_base import OutFolder, PluginFiles, Settings, guarded
+from .cli_base import PluginFiles, Settings, guarded
 
 # Whatever imports torch is imported inside the commands, so that --help and --version answer at once.
 
@@ -15,6 +15,7 @@ Exported = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that pru
 Base = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Where the dense model of a dynamic export is now.")
 ]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The folder to write; required.")]
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an existing exported folder.")]
 
 
@@ -23,8 +24,8 @@ def export(
     source: Annotated[
         Path | None, typer.Argument(metavar="RUN_OR_YAML", help="A results folder of prunekit run, or a pipeline file.")
     ] = None,
-    profile: Annotated[str | None, typer.Option("--profile", metavar="NAME", help="In what form; see --list.")] = None,
-    out: OutFolder = None,
+    profile: Annotated[str | None, typer.Option("--profile", metavar="NAME", help="In what form; required; see --list.")] = None,
+    out: Out = None,
     multiple: Annotated[
         int | None, typer.Option("--multiple", min=1, help="Kept MLP widths are a multiple of this.")
     ] = None,
@@ -88,7 +89,7 @@ def diff(
 @guarded
 def recover(
     folder: Exported,
-    out: OutFolder = None,
+    out: Out = None,
     text: Annotated[
         str | None,
         typer.Option("--text", metavar="FILE", help="A .txt or .jsonl file, or a bundled text, to train on."),

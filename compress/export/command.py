@@ -23,7 +23,7 @@ def list_profiles() -> None:
     rows = [(profile.name, profile.writes, profile.asks, profile.remark) for profile in PROFILES]
     printing.show_table(("profile", "what is written", "asks of the cut", "remark"), rows, left=4)
     printing.show_table(("runs in", *TOOLS), [(p.name, *p.runs) for p in PROFILES], left=1 + len(TOOLS))
-    printing.say("verified: run when prunekit is tested; read: by its documentation or code; no: it cannot")
+    printing.say("verified: run when prunekit is tested; read: its documentation or code says so; no: it cannot run it")
 
 
 def export(

@@ -53,10 +53,10 @@ PROFILES = (
     ),
     Profile(
         "hf-hetero",
-        "every layer its own shape, in transformers' per_layer_config",
+        "every layer its own shape, in transformers' own format",
         "nothing",
         ("verified", "read", "no", "no"),
-        "trust_remote_code=True, or prunekit installed; vLLM 0.33 by prunekit's plugin",
+        "with its own code beside it, or by prunekit; vLLM 0.33 by prunekit's plugin",
     ),
     Profile(
         "gguf",
@@ -78,7 +78,7 @@ PROFILES = (
         "strategy, statistics and recipe; the dense weights by reference",
         "nothing",
         ("verified", "no", "no", "no"),
-        "by prunekit.compress.load; decides per batch as before",
+        "loaded by prunekit; decides per batch as before",
         needs_one_cut=False,
     ),
 )
