@@ -24,7 +24,9 @@ def export(
     source: Annotated[
         Path | None, typer.Argument(metavar="RUN_OR_YAML", help="A results folder of prunekit run, or a pipeline file.")
     ] = None,
-    profile: Annotated[str | None, typer.Option("--profile", metavar="NAME", help="In what form; required; see --list.")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="NAME", help="In what form; required; see --list.")
+    ] = None,
     out: Out = None,
     multiple: Annotated[
         int | None, typer.Option("--multiple", min=1, help="Kept MLP widths are a multiple of this.")
@@ -60,7 +62,7 @@ def verify(
     plugin: PluginFiles = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure again what was recorded.")] = True,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a dynamic export's base model.")
+        bool, typer.Option("--trust-remote-code", help="Run code of a dynamic base model, and of task folders.")
     ] = False,
 ) -> None:
     """Check an exported folder: files, loading, recorded numbers.

@@ -104,8 +104,9 @@ def damages(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             found.append(f"{name} has {path.stat().st_size:,} bytes, {expected['bytes']:,} were written")
         elif sha256(path) != expected["sha256"]:
             found.append(f"{name} has changed since it was written (sha256 differs)")
-    weights = (".safetensors", ".gguf", ".bin", ".pt", ".py")
-    more = [name for name in _names(folder) if name not in listed and name != MANIFEST and name.endswith(weights)]
+    read = (".safetensors", ".gguf", ".bin", ".pt", ".py", ".json", ".jinja", ".model", ".txt", ".yaml")
+    more = [name for name in _names(folder) if name not in listed and name != MANIFEST and name.endswith(read)]
+    more = [name for name in more if not name.startswith(".")]  # what a hub or git keeps for itself
     return found + [f"{name} was not written by the export" for name in more]
 
 

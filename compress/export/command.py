@@ -66,6 +66,8 @@ def source_of(
             run = json.loads(results.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SpecError(f"{results} is damaged ({error}); run the pipeline again, or name its file") from error
+        if not isinstance(run, dict) or not {"model", "metrics", "layers", "calibration", "started"} <= set(run):
+            raise SpecError(f"{results} is damaged (parts are missing); run the pipeline again, or name its file")
         # What was measured with other settings says nothing of this export.
         return PipelineSpec.load(resolved, settings, plugins), None if settings else run
     if is_study(source):

@@ -52,11 +52,15 @@ def logits_of(model: Any, ids: Tensor, pruned: Pruned | None) -> Tensor:
     return found
 
 
-def compared(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """The largest difference of two models' logits; raises :class:`ModelError` where they are not the same model."""
+def compared(expected: Tensor, found: Tensor, dtype: torch.dtype, alike: bool) -> dict[str, Any]:
+    """The largest difference of two models' logits; raises :class:`ModelError` where they are not the same model.
+
+    ``alike`` says that all shapes are the same, so that hardly anything may differ.
+    """
     largest, scale = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
-    # In half precision each of the sums is rounded as often as there are layers, so a few units of it may differ.
-    limit = max(TOLERANCE, 8 * torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0) * scale
+    # In half precision every layer rounds its sums, and sums of other shapes round otherwise: a few units add up.
+    units = (1 if alike else 8) if dtype in (torch.float16, torch.bfloat16) else 0
+    limit = max(TOLERANCE, units * torch.finfo(dtype).eps) * scale
     if not largest <= limit:
         raise ModelError(
             f"the exported model, loaded again, gives other logits than the pruned one (by up to {largest:.3g}, "

@@ -29,12 +29,16 @@ def carried(config: Any, cls: type) -> dict[str, Any]:
 def fitted(config: Any, tensors: Tensors) -> Tensors:
     """``tensors`` with zeros for biases that a model of ``config`` has besides; nothing else may be missing or over.
 
+    Says in ``config`` which class that is, and that it needs no code of its own.
+
     Raises :class:`ModelError` naming the first tensor that does not fit.
     """
     import transformers
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.__dict__.pop("auto_map", None)
     parameters = dict(model.named_parameters())  # tied ones are named once
     found = dict(tensors)
     for name, parameter in parameters.items():

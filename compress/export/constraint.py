@@ -89,7 +89,8 @@ def _equal(sites: Sequence[SiteScores], counts: Sequence[int]) -> list[int]:
     by_kind: dict[SiteKind, list[int]] = defaultdict(list)
     for scores, count in zip(sites, counts, strict=True):
         by_kind[scores.site.kind].append(count)
-    mean = {kind: max(1, round(sum(found) / len(found))) for kind, found in by_kind.items()}
+    most = {kind: min(s.site.units for s in sites if s.site.kind == kind) for kind in by_kind}
+    mean = {kind: min(most[kind], max(1, round(sum(found) / len(found)))) for kind, found in by_kind.items()}
     return [mean[scores.site.kind] for scores in sites]
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...registry import Catalog, Compensator, DataError, SpecError, Strategy
+from ..building import Reader
 from ..cut import SiteCut
 from ..pruned import Pruned
 from ..pruning import engine_of
@@ -76,7 +77,7 @@ def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path
             names = set(file.keys())
             with torch.inference_mode(False), torch.no_grad():
                 for cut in engine.cuts:
-                    _restore(cut, sites[cut.site.consumer], file, names, strategy)
+                    _restore(cut, sites[cut.site.consumer], file, names, strategy, catalog)
                 engine.start()
         return Pruned(engine, catalog)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -87,7 +88,9 @@ def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path
         raise
 
 
-def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], strategy: Strategy) -> None:
+def _restore(
+    cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], strategy: Strategy, catalog: Catalog
+) -> None:
     label, device, compensation = cut.site.consumer, cut.history.device, cut.compensation
 
     def tensor(name: str) -> Tensor | None:
@@ -110,7 +113,9 @@ def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], st
     if about["slope"] is not None:
         compensation.fixed = tuple(tensor(f"slope.{number}") for number in range(about["slope"]))
     if about["compensator"]:
-        compensation.compensator = type(compensation.compensator).model_validate(about["compensator"])
+        reader = Reader(catalog)
+        compensation.compensator = reader.component("compensators", about["compensator"], ())
+        reader.finish(f"the compensator of {label}")
     if about["prepared"]:
         parts = tuple(tensor(f"prepared.{number}") for number in range(about["prepared"]))
         compensation.prepared = compensation.compensator.prepared_from(parts)
@@ -119,15 +124,8 @@ def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], st
 
 def _fitted(compensator: Compensator, given: Compensator) -> dict[str, Any] | None:
     """What calibration has chosen of a compensator's options; None: they are the strategy's."""
-    if compensator.identity == given.identity:
-        return None
-    return {
-        key: getattr(compensator, key) for key in type(compensator).model_fields if _plain(getattr(compensator, key))
-    }
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
+    same = compensator.identity == given.identity
+    return None if same else compensator.model_dump(mode="json", serialize_as_any=True)
 
 
 def _parts(prepared: Any, compensator: Compensator) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import ModelError
+from ...registry import ModelError, SpecError
 from ..calibration import Progress, no_progress
 from ..freezing import MEANINGS
 from ..loading import Loaded, fingerprint, load
@@ -63,10 +63,15 @@ class Exporter:
         Raises :class:`SpecError` for what cannot be written so, naming the nearest that can, and the errors of
         :func:`~prunekit.compress.prune`. Whatever fails, no folder is left.
         """
-        self._profile = profile = profile_named(self.profile)
+        self._profile, self._notes = profile_named(self.profile), []
+        profile = self._profile
         spec = self.spec
         folder = RunFolder(Path(self.out), self.overwrite, "exported folder", MANIFEST)
         folder.check()
+        if spec.model.name is not None and Path(spec.model.name).expanduser().resolve() == folder.target:
+            raise SpecError(f"--out names the model that is to be pruned ({folder.target}); choose another folder")
+        for evaluator in repeatable(spec.evaluate):
+            evaluator.check_options()
         strategy = constraint_of(profile, self.multiple).on(spec.prune)
         check_freezing(profile, spec.prune, self.freeze)
         check_shard_size(self.shard_size)
@@ -126,7 +131,8 @@ class Exporter:
     def _origin(self, loaded: Loaded, calibration: dict[str, Any] | None) -> dict[str, Any]:
         """What a manifest says of where the model comes from."""
         spec, profile = self.spec, self._profile
-        frozen = None if self.freeze is None else {"how": self.freeze, "meaning": MEANINGS[self.freeze]}
+        meaning = MEANINGS.get(self.freeze, "") if spec.prune.dynamic else "units chosen once, and the calibrated mean"
+        frozen = None if self.freeze is None else {"how": self.freeze, "meaning": meaning}
         return {
             "profile": profile.name,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -146,15 +152,14 @@ class Exporter:
 
     def _measure_before(self, loaded: Loaded, pruned: Pruned) -> None:
         """Measure the dense model and, where decisions are going to be frozen, the one that takes them."""
-        evaluators, outcomes = self.spec.evaluate, (self.run or {}).get("metrics", ())
+        evaluators = self.spec.evaluate
         measuring = Measuring(loaded, pruned, self.progress, {}, evaluators, self.spec.seed)
-        dense_known = {outcome["label"]: outcome["dense"] for outcome in outcomes if outcome["dense"]}
         self._measured: list[tuple[str, Any]] = []
         self.manifest["metrics"] = metrics = []
         for label, evaluator in labelled(evaluators):
             if evaluator not in repeatable(evaluators):
                 continue
-            dense = dense_known.get(label) or measuring.measure(evaluator, dense=True).values
+            dense = measuring.measure(evaluator, dense=True).values
             per_batch = None if self.freeze is None else measuring.measure(evaluator).values
             self._measured.append((label, evaluator))
             metrics.append({"label": label, "dense": dense, "per_batch": per_batch})
@@ -189,8 +194,8 @@ class Exporter:
             again = reload.Export(*reload.model_in(source), None, self.manifest, partial)
             check_tokenizer(loaded.tokenizer, again.tokenizer)
         try:
-            found = logits_of(again.model, ids, again.pruned)
-            self.manifest |= {"weights": fingerprint(again.model), "check": compared(expected, found, dtype)}
+            found, alike = logits_of(again.model, ids, again.pruned), self.profile in ("hf-hetero", "dynamic")
+            self.manifest |= {"weights": fingerprint(again.model), "check": compared(expected, found, dtype, alike)}
             self.manifest["parameters"]["exported"] = sum(p.numel() for p in again.model.parameters())
             self._measure_after(again.loaded, again.pruned)
         finally:
@@ -208,8 +213,9 @@ class Exporter:
         self.manifest["run"] = None
         if self.run is None:
             return
-        if self.freeze is not None or self.run.get("layers") != self.manifest["layers"]:
-            self._notes.append("the run's other measurements are of another cut, before it was frozen or rounded")
+        texts = [(about or {}).get("fingerprint") for about in (self.run["calibration"], self.manifest["calibration"])]
+        if self.freeze is not None or self.run["layers"] != self.manifest["layers"] or texts[0] != texts[1]:
+            self._notes.append("the run's other measurements are of another cut: frozen, rounded, or of another text")
             return
         self.manifest["run"] = {"started": self.run["started"], "metrics": self.run["metrics"]}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...registry import Catalog, DataError, Evaluator, Measurement, Subject
+from ...registry import Catalog, DataError, Evaluator, Measurement, SpecError, Subject
 from ...registry.evaluation import checked
 from ..calibration import Progress, no_progress
 from ..loading import Loaded
@@ -57,8 +57,18 @@ def entry(evaluator: Evaluator, measured: Measurement) -> dict[str, Any]:
     return {"evaluator": evaluator.model_dump(mode="json", serialize_as_any=True), "protocol": measured.protocol}
 
 
-def recorded(metric: dict[str, Any], plugins: Sequence[Path] = ()) -> Evaluator:
-    """The evaluator that a manifest recorded for a metric; raises :class:`SpecError` where its text is not there."""
+def recorded(metric: dict[str, Any], plugins: Sequence[Path] = (), trust: bool = False) -> Evaluator:
+    """The evaluator that a manifest recorded for a metric.
+
+    Raises :class:`SpecError` where its text is not there, or where it names a folder of tasks, whose files may bring
+    code, and nobody said that they are to be trusted.
+    """
+    tasks = metric["evaluator"].get("task_folder")
+    if tasks and not trust:
+        raise SpecError(
+            f"{metric['label']} was measured with the tasks in {tasks}, whose files may run code; read them, then say "
+            "so (verify --trust-remote-code)"
+        )
     reader = SpecReader(Catalog.discover(plugins), Path.cwd())
     built = reader.component("evaluators", metric["evaluator"], ())
     reader.finish(f"the export was measured by {metric['label']}")

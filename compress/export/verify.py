@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...registry import PrunekitError
+from ...registry import NonFiniteError, PrunekitError
 from .. import printing
 from ..loading import Loaded, fingerprint
 from ..provenance import versions
@@ -87,7 +87,9 @@ def checks(
         if manifest["profile"] == "gguf" and metric["evaluator"]["name"] != "perplexity":
             yield Check(metric["label"], "not checked", "of a GGUF only perplexity is measured")
             continue
-        yield _measured(metric, manifest, loaded, pruned, plugins, progress)
+        yield _measured(metric, manifest, loaded, pruned, plugins, progress, trust_remote_code)
+    if not manifest["metrics"]:
+        yield Check("measurements", "not checked", "none were recorded")
 
 
 class _NotHere(Exception):
@@ -130,25 +132,38 @@ def _weights(manifest: dict[str, Any], loaded: Loaded) -> Check:
 
 
 def _measured(
-    metric: dict[str, Any], manifest: dict[str, Any], loaded: Loaded, pruned: Any, plugins: Any, progress: Any
+    metric: dict[str, Any],
+    manifest: dict[str, Any],
+    loaded: Loaded,
+    pruned: Any,
+    plugins: Sequence[Path],
+    progress: Any,
+    trust: bool,
 ) -> Check:
     label, seed = metric["label"], manifest["seeds"]["pipeline"]
     try:
-        evaluator = recorded(metric, plugins)
+        evaluator = recorded(metric, plugins, trust)
         found = measured_by(evaluator, loaded, seed, "again", pruned, progress).values
+    except NonFiniteError as error:
+        return Check(label, "fails", str(error))
     except PrunekitError as error:
         return Check(label, "not checked", f"cannot be measured here: {error}")
     far, said = [], []
     for key, then in metric["exported"].items():
         value = found.get(key)
         said.append(f"{key} {number(then)} recorded, {number(value)} now")
-        if isinstance(then, (int, float)) and not _close(then, value):
+        if then is not None and not _close(then, value):
             far.append(key)
     return Check(label, "fails" if far else "holds", "; ".join(said))
 
 
-def _close(recorded: float, value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value - recorded) <= TOLERANCE * max(abs(recorded), 1e-12)
+def _close(recorded: Any, value: Any) -> bool:
+    """Whether a value is what was recorded; JSON has infinity and NaN as their names."""
+    try:
+        then, now = float(recorded), float(value)
+    except (TypeError, ValueError):
+        return False
+    return then == now or abs(now - then) <= TOLERANCE * max(abs(then), 1e-12)
 
 
 def _version(package: str) -> str:
