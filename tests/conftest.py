@@ -133,3 +133,18 @@ def small_pipeline(tmp_path, save_model):
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Runs prunekit and returns exit code and all output, white space folded."""
+    from prunekit.compress.cli import app
+    from typer.testing import CliRunner
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, " ".join(result.output.split())
+
+    return run

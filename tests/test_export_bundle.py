@@ -7,23 +7,8 @@ import pytest
 import torch
 import yaml
 from prunekit.compress import Exporter, PipelineSpec, load
-from prunekit.compress.cli import app
 from prunekit.compress.export import weights_file
 from prunekit.registry import DataError, ModelError, SpecError
-from typer.testing import CliRunner
-
-
-@pytest.fixture(scope="module")
-def command():
-    """Runs prunekit and returns exit code and all output, white space folded."""
-
-    def run(*arguments):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, " ".join(result.output.split())
-
-    return run
 
 
 @pytest.fixture
@@ -218,7 +203,7 @@ def test_a_model_that_comes_back_different_is_not_kept(pipeline_file, tmp_path, 
     from prunekit.compress.export import cut_model
 
     original = cut_model._sliced
-    monkeypatch.setattr(cut_model, "_sliced", lambda cut, made, kept, whole: original(cut, made, kept, whole).flip(0))
+    monkeypatch.setattr(cut_model, "_sliced", lambda made, kept, whole: original(made, kept, whole).flip(0))
     with pytest.raises(ModelError, match="gives other logits than the pruned one"):
         Exporter(PipelineSpec.load(pipeline_file), "hf-hetero", tmp_path / "out").export()
     assert not (tmp_path / "out").exists()

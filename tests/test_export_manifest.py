@@ -1,23 +1,14 @@
 """A manifest that is damaged, and a damaged export that is named as a model: said in one sentence, never run."""
 
 import json
+import sys
 
 import pytest
 from prunekit.compress import Exporter, PipelineSpec, load
-from prunekit.compress.cli import app
 from prunekit.compress.export.bundle import PARTS
 from prunekit.compress.loading import ModelSource
 from prunekit.compress.loading import load as load_model
 from prunekit.registry import DataError, ModelError
-from typer.testing import CliRunner
-
-
-def command(*arguments):
-    """Exit code and all output, white space folded."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture
@@ -35,7 +26,7 @@ def exported(export, tmp_path):
     return tmp_path / "hf-hetero"
 
 
-def test_a_manifest_that_lists_files_elsewhere(exported):
+def test_a_manifest_that_lists_files_elsewhere(exported, command):
     manifest = json.loads((exported / "prunekit.json").read_text())
     for name in ("../secret.txt", "/etc/hostname"):
         (exported / "prunekit.json").write_text(json.dumps({**manifest, "files": {name: {"bytes": 1, "sha256": ""}}}))
@@ -44,14 +35,14 @@ def test_a_manifest_that_lists_files_elsewhere(exported):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "prunekit export 9", "versions": {"prunekit": "7"}}'])
-def test_a_manifest_that_is_none(content, exported):
+def test_a_manifest_that_is_none(content, exported, command):
     (exported / "prunekit.json").write_text(content)
     code, output = command("verify", exported)
     assert code == 2 and ("damaged" in output or "expected 'prunekit export 1'" in output)
 
 
 @pytest.mark.parametrize("key", PARTS)
-def test_a_part_that_is_missing_or_of_another_kind(key, exported):
+def test_a_part_that_is_missing_or_of_another_kind(key, exported, command):
     manifest = json.loads((exported / "prunekit.json").read_text())
     for damaged in ({k: v for k, v in manifest.items() if k != key}, {**manifest, key: 7}):
         (exported / "prunekit.json").write_text(json.dumps(damaged))
@@ -94,3 +85,41 @@ def test_the_parameters_are_those_of_the_model_that_is_loaded(profile, export, t
 def test_the_parameters_of_a_dynamic_export(export):
     parameters = export("dynamic", use="pp")["parameters"]
     assert parameters["exported"] == parameters["dense"] > parameters["active"]
+
+
+def test_settings_and_tokenizer_go_along_and_nothing_is_pickled(small_pipeline, tmp_path, make_tokenizer):
+    content = small_pipeline(use="magnitude")
+    settings = tmp_path / "base-llama-gqa" / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_new_tokens": 7}))
+    for profile in ("hf-hetero", "hf-uniform", "padded"):
+        folder = tmp_path / profile
+        Exporter(PipelineSpec.of(content), profile, folder).export()
+        found = load(folder)
+        assert found.model.generation_config.max_new_tokens == 7
+        assert found.tokenizer("w1 w50 w93")["input_ids"] == make_tokenizer()("w1 w50 w93")["input_ids"]
+        assert not [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_the_folder_appears_only_once_its_manifest_is_written(small_pipeline, tmp_path, monkeypatch):
+    """Killed at any moment before, there is nothing of its name."""
+    from prunekit.compress.export import exporting
+
+    finish, seen = exporting.finish, []
+
+    def watched(folder, manifest):
+        seen.append((tmp_path / "out").exists())
+        finish(folder, manifest)
+        seen.append((tmp_path / "out").exists())
+
+    monkeypatch.setattr(exporting, "finish", watched)
+    Exporter(PipelineSpec.of(small_pipeline(use="magnitude")), "padded", tmp_path / "out").export()
+    assert seen == [False, False] and (tmp_path / "out" / "prunekit.json").is_file()
+
+
+def test_a_gguf_is_not_called_broken_where_nothing_can_run_it(tmp_path, command, monkeypatch):
+    file = tmp_path / "file.yaml"
+    file.write_text("prune: {use: magnitude, ratio: 0.3}\nevaluate: [{name: perplexity, window: 64, limit: 2}]\n")
+    assert command("export", file, "--profile", "gguf", "--out", tmp_path / "out")[0] == 0
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    code, output = command("verify", tmp_path / "out")
+    assert code == 0 and "files holds" in output and "llama-cpp-python is not installed" in output

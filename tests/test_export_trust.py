@@ -6,20 +6,10 @@ import pytest
 import torch
 import yaml
 from prunekit.compress import Exporter, PipelineSpec, load, prune
-from prunekit.compress.cli import app
 from prunekit.compress.export import exporting
 from prunekit.compress.export.comparing import check_tokenizer
 from prunekit.compress.export.cut_model import layer_shapes, sliced_tensors
 from prunekit.registry import DataError, ModelError, SpecError
-from typer.testing import CliRunner
-
-
-def command(*arguments):
-    """Exit code and all output, white space folded."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture
@@ -34,7 +24,7 @@ def change(folder, **parts):
     return manifest
 
 
-def test_tasks_that_a_manifest_names_are_not_run(exported, tmp_path):
+def test_tasks_that_a_manifest_names_are_not_run(exported, tmp_path, command):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "helper.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef f(doc): return ''\n")
@@ -46,7 +36,7 @@ def test_tasks_that_a_manifest_names_are_not_run(exported, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_numbers_that_are_none_do_not_hold(exported):
+def test_numbers_that_are_none_do_not_hold(exported, command):
     metrics = change(exported)["metrics"]
     metrics[0]["exported"]["perplexity"] = "nan"
     change(exported, metrics=metrics)
@@ -67,7 +57,7 @@ def test_files_that_change_a_model_are_noticed(exported):
     load(exported)
 
 
-def test_a_run_on_a_text_that_has_changed_is_not_taken_over(small_pipeline, tmp_path):
+def test_a_run_on_a_text_that_has_changed_is_not_taken_over(small_pipeline, tmp_path, command):
     content = small_pipeline(use="magnitude")
     file = tmp_path / "pipeline.yaml"
     content["prune"] = {"use": "wanda_sp", "ratio": 0.4}

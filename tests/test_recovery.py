@@ -6,12 +6,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 pytest.importorskip("peft", reason='recovery needs peft: pip install "prunekit[recover]"')
 
 from prunekit.compress import Exporter, PipelineSpec, load
-from prunekit.compress.cli import app
 from prunekit.compress.recovery import lora as training
 from prunekit.compress.recovery.lora import Lora
 from prunekit.compress.recovery.recovering import Recovery
@@ -21,13 +19,6 @@ from prunekit.registry import DataError, NonFiniteError, SpecError, TextSource
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 QUICK = Lora(steps=4, batch_size=2, learning_rate=1e-3)
-
-
-def run(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture
@@ -55,22 +46,22 @@ def recover(tmp_path, save_model):
     return start
 
 
-def test_a_short_run_lowers_the_perplexity_of_the_bundled_model(tmp_path):
+def test_a_short_run_lowers_the_perplexity_of_the_bundled_model(tmp_path, command):
     file, folder, out = tmp_path / "flap.yaml", tmp_path / "flap", tmp_path / "recovered"
     evaluate = [{"name": "perplexity", "window": 128, "limit": 16}]
     calibration = {"length": 128, "sequences": 8}
     prune = {"use": "flap", "ratio": 0.5}
     file.write_text(yaml.safe_dump({"prune": prune, "calibration": calibration, "evaluate": evaluate}))
-    assert run("export", file, "--profile", "hf-hetero", "--out", folder)[0] == 0
+    assert command("export", file, "--profile", "hf-hetero", "--out", folder)[0] == 0
     options = ("--steps", 12, "--batch-size", 4, "--length", 128, "--learning-rate", 2e-3)
-    code, output = run("recover", folder, "--out", out, *options)
+    code, output = command("recover", folder, "--out", out, *options)
     assert code == 0, output
     assert "12 steps on" in output and "before recovery" in output
     manifest = json.loads((out / "prunekit.json").read_text())
     (metric,) = manifest["metrics"]
     assert metric["exported"]["perplexity"] < 0.97 * metric["before_recovery"]["perplexity"]
     assert manifest["recovery"]["loss"]["last"] < manifest["recovery"]["loss"]["first"]
-    code, output = run("verify", out)
+    code, output = command("verify", out)
     assert code == 0 and "perplexity holds" in output, output
     assert "recovery" in (out / "README.md").read_text()
 
@@ -115,7 +106,7 @@ def test_profiles_that_cannot_be_trained_are_refused(profile, why, exported, rec
     assert not (tmp_path / "recovered").exists()
 
 
-def test_mistakes_leave_nothing(exported, recover, tmp_path, monkeypatch):
+def test_mistakes_leave_nothing(exported, recover, tmp_path, monkeypatch, command):
     folder = exported()
     with pytest.raises(DataError, match=r"--sequences asks for 900"):
         recover(folder, sequences=900)
@@ -131,7 +122,7 @@ def test_mistakes_leave_nothing(exported, recover, tmp_path, monkeypatch):
         Recovery(tmp_path / "recovered", tmp_path / "twice", TextSource(bundled="reference-calibration")).recover()
     with pytest.raises(SpecError, match="exists"):
         recover(folder)
-    code, output = run("recover", folder, "--out", tmp_path / "x", "--text", "a.txt", "--dataset", "b")
+    code, output = command("recover", folder, "--out", tmp_path / "x", "--text", "a.txt", "--dataset", "b")
     assert code == 2 and "name one of them" in output
-    code, output = run("recover", folder)
+    code, output = command("recover", folder)
     assert code == 2 and "--out DIR is missing" in output

@@ -1,18 +1,10 @@
-"""What an export is refused for before anything is loaded."""
+"""Whether a strategy has to be frozen for a profile, said before anything is loaded."""
 
 from __future__ import annotations
 
 from ...registry import SpecError, Strategy
 from ..freezing import MEANINGS, check_freeze
-from .constraint import Constraint
 from .profiles import Profile
-
-
-def constraint_of(profile: Profile, multiple: int | None) -> Constraint:
-    """What the counts must meet; raises :class:`SpecError` for a multiple that the profile cannot have."""
-    if multiple is not None and profile.name in ("padded", "dynamic"):
-        raise SpecError(f"--multiple: profile {profile.name} keeps all widths as they are; leave --multiple out")
-    return profile.constraint(multiple)
 
 
 def check_freezing(profile: Profile, strategy: Strategy, freeze: str | None) -> None:

@@ -12,7 +12,7 @@ from .. import printing
 from ..ablation.study_file import is_study
 from ..report import share
 from ..spec import PipelineSpec
-from .card import metric_rows
+from .card import metric_heads, metric_rows
 from .constraint import sentence as rounding_sentence
 from .exporting import Exporter
 from .profiles import PROFILES, TOOLS
@@ -84,10 +84,14 @@ def show(manifest: dict[str, Any]) -> None:
     )
     if manifest["rounding"]:
         printing.say(rounding_sentence(manifest["rounding"], ratio["asked"]))
-    between = ["per batch"] if manifest["freeze"] else []
-    printing.show_table(("measurement", "dense", *between, "exported"), metric_rows(manifest))
+    printing.show_table((*metric_heads(manifest)[:-1], "exported"), metric_rows(manifest))
     for line in freezing_costs(manifest):
         printing.say(line)
+    show_end(manifest)
+
+
+def show_end(manifest: dict[str, Any]) -> None:
+    """What a person is told at the end of whatever wrote a folder: how it compares, loaded again, and its notes."""
     check = manifest["check"]
     if check is not None:
         exact = "bit-equal" if check["logits"] == "equal" else f"equal to {check['largest_difference']:.1e}"

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...evaluators.inputs import clamped, random_ids
 from ...registry import ModelError
-from ...registry.tokens import context_length
+from ...registry.devices import device_of
 from ..loading import Loaded
 from ..pruned import Pruned
 
@@ -34,9 +35,7 @@ def some_tokens(loaded: Loaded, batches: list | None) -> Tensor:
     """Tokens (b, t) int64 to compare logits on: of the calibration text, or random ones."""
     if batches:
         return batches[0]["input_ids"][:2, :64]
-    length = min(64, context_length(loaded.model) or 64)
-    vocabulary = loaded.model.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+    return random_ids(loaded.model, 2, clamped(64, loaded.model), seed=0)
 
 
 def logits_of(model: Any, ids: Tensor, pruned: Pruned | None) -> Tensor:
@@ -44,9 +43,7 @@ def logits_of(model: Any, ids: Tensor, pruned: Pruned | None) -> Tensor:
     if pruned is not None:
         pruned.reset()
     with torch.no_grad():
-        device = model.get_input_embeddings().weight.device
-        device = model.device if device.type == "meta" else device
-        found = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+        found = model(input_ids=ids.to(device_of(model.get_input_embeddings())), use_cache=False).logits.float().cpu()
     if pruned is not None:
         pruned.reset()
     return found

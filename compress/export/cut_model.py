@@ -16,18 +16,18 @@ from ..pruned import Pruned
 from .layers import LayerShape
 from .tensors import PlannedTensor, Tensors
 
-Place = Callable[[SiteCut, Tensor, Tensor, int], Tensor]
+Place = Callable[[Tensor, Tensor, int], Tensor]
 """Puts what is kept (rows or columns, with their indices, along a dimension) where a format wants it."""
 
 
 def sliced_tensors(pruned: Pruned) -> Tensors:
     """The weights of the smaller model; every tensor is cut only when it is made."""
-    return _tensors(pruned, _sliced, lambda cut, count, whole: count)
+    return _tensors(pruned, _sliced, lambda count, whole: count)
 
 
 def padded_tensors(pruned: Pruned) -> Tensors:
     """The weights in the original shapes, what was dropped being zero."""
-    return _tensors(pruned, _zero_filled, lambda cut, count, whole: whole)
+    return _tensors(pruned, _zero_filled, lambda count, whole: whole)
 
 
 def dense_tensors(model: nn.Module) -> Tensors:
@@ -94,7 +94,7 @@ def _check_even(config: Any, site: Site, kept: Sequence[int]) -> None:
         raise uneven_heads(site.layer, kv_heads, left)
 
 
-def _tensors(pruned: Pruned, place: Place, length: Callable[[SiteCut, int, int], int]) -> Tensors:
+def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) -> Tensors:
     if pruned.strategy.dynamic:
         raise SpecError(f"strategy {pruned.strategy.name} decides per batch; freeze it before its weights are read")
     found = dense_tensors(pruned.model)
@@ -102,7 +102,7 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[SiteCut, int, int],
         if cut.whole:
             continue
         for linear, producer in cut.producers:
-            rows = length(cut, len(_rows(cut, producer)), linear.out_features)
+            rows = length(len(cut.weights.rows(producer.segments)), linear.out_features)
             name = f"{producer.path}.weight"
             found[name] = PlannedTensor(
                 (rows, linear.in_features), linear.weight.dtype, _part(cut, linear, producer, place, 0)
@@ -112,7 +112,7 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[SiteCut, int, int],
                     (rows,), linear.bias.dtype, _part(cut, linear, producer, place, 1)
                 )
         linear, path = cut.consumer, cut.site.consumer
-        columns = length(cut, len(_columns(cut)), linear.in_features)
+        columns = length(len(cut.weights.columns), linear.in_features)
         shape = (linear.out_features, columns)
         found[f"{path}.weight"] = PlannedTensor(shape, linear.weight.dtype, _consumer(cut, place, 0))
         if linear.bias is not None or cut.compensation.wanted:
@@ -120,21 +120,13 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[SiteCut, int, int],
     return found
 
 
-def _rows(cut: SiteCut, producer: Producer) -> Tensor:
-    return cut.weights.rows(producer.segments)
-
-
-def _columns(cut: SiteCut) -> Tensor:
-    return cut.weights.columns
-
-
 def _part(cut: SiteCut, linear: nn.Linear, producer: Producer, place: Place, which: int) -> Callable[[], Tensor]:
     """Makes a producer's weight (0) or bias (1)."""
 
     def make() -> Tensor:
         with torch.no_grad(), weights_present(linear):
-            made, whole = cut.weights.producer(linear, producer)[which], linear.out_features
-            return _settled(place(cut, made, _rows(cut, producer), whole))
+            made, rows = cut.weights.producer(linear, producer)[which], cut.weights.rows(producer.segments)
+            return _settled(place(made, rows, linear.out_features))
 
     return make
 
@@ -147,20 +139,20 @@ def _consumer(cut: SiteCut, place: Place, which: int) -> Callable[[], Tensor]:
         with torch.no_grad(), weights_present(linear):
             made = cut.consumer_weights(linear)[which]
             if which == 0:
-                made = place(cut, made.T, _columns(cut), linear.in_features).T
+                made = place(made.T, cut.weights.columns, linear.in_features).T
             return _settled(made)
 
     return make
 
 
-def _sliced(cut: SiteCut, made: Tensor, kept: Tensor, whole: int) -> Tensor:
+def _sliced(made: Tensor, kept: Tensor, whole: int) -> Tensor:
     """What is kept alone, where the applier has left zeros in between."""
     return made if len(made) == len(kept) else made.index_select(0, kept)
 
 
-def _zero_filled(cut: SiteCut, made: Tensor, kept: Tensor, whole: int) -> Tensor:
+def _zero_filled(made: Tensor, kept: Tensor, whole: int) -> Tensor:
     """What is kept at its place among zeros."""
-    made = _sliced(cut, made, kept, whole)
+    made = _sliced(made, kept, whole)
     return made.new_zeros(whole, *made.shape[1:]).index_copy_(0, kept, made)
 
 

@@ -26,7 +26,7 @@ from ..statistics_file import StatisticsFile
 from . import reload
 from .bundle import CARD, MANIFEST, RECIPE, finish, write_kept
 from .card import card
-from .checks import check_freezing, constraint_of
+from .checks import check_freezing
 from .comparing import check_tokenizer, compared, logits_of, some_tokens
 from .constraint import rounding
 from .hetero import needs
@@ -72,7 +72,7 @@ class Exporter:
             raise SpecError(f"--out names the model that is to be pruned ({folder.target}); choose another folder")
         for evaluator in repeatable(spec.evaluate):
             evaluator.check_options()
-        strategy = constraint_of(profile, self.multiple).on(spec.prune)
+        strategy = profile.constraint(self.multiple).on(spec.prune)
         check_freezing(profile, spec.prune, self.freeze)
         check_shard_size(self.shard_size)
         loaded = load(spec.model)
@@ -142,7 +142,7 @@ class Exporter:
             "recovery": None,
             "requires": needs() if profile.name == "hf-hetero" else {},
             "base": about_model(loaded),
-            "license": licence_of(spec.model, loaded),
+            "license": licence_of(spec.model),
             "calibration": calibration,
             "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             "versions": versions(),
@@ -166,8 +166,8 @@ class Exporter:
 
     def _describe(self, pruned: Pruned) -> None:
         """What a manifest says of the cut."""
-        parameters = {"dense": self.manifest["base"]["parameters"], "active": pruned.active_parameters()}
-        parameters["exported"] = parameters["active" if self._profile.needs_one_cut else "dense"]
+        active = pruned.active_parameters()
+        parameters = {"dense": self.manifest["base"]["parameters"], "active": active, "exported": active}
         self.manifest |= {**about_cut(pruned), "rounding": rounding(pruned), "parameters": parameters}
         self._notes += notes_on_cut(pruned)
 

@@ -89,9 +89,7 @@ def hetero_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
             overrides[index]["mlp_output_bias"] = True
     if "num_key_value_heads" in values:
         values["head_dim"] = head_size(dense)
-    config = cls(**values, per_layer_config=overrides)
-    config.architectures = [model.__name__]
-    return config
+    return cls(**values, per_layer_config=overrides)
 
 
 def add_code(folder: Path, config: Any) -> None:

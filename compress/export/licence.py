@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bundled import MODEL
-from ..loading import Loaded, ModelSource
+from ..loading import ModelSource
 
 UNKNOWN = "unknown"
 FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
-def licence_of(source: ModelSource, loaded: Loaded) -> str:
+def licence_of(source: ModelSource) -> str:
     """What the base model's card says, an identifier of the hub's such as ``mit``; "unknown" where it says nothing."""
     if source.name is None:
         return "mit"

@@ -27,6 +27,7 @@ class Profile:
     remark: str
     needs_one_cut: bool = True
     """Whether the cut must be made once and for all."""
+    takes_multiple: bool = True
     equal: bool = False
     multiple: int = 1
 
@@ -34,6 +35,8 @@ class Profile:
         """What the form asks of the counts, ``multiple`` being the user's wish; raises :class:`SpecError`."""
         if multiple is None:
             return Constraint(self.equal, self.multiple)
+        if not self.takes_multiple:
+            raise SpecError(f"--multiple: profile {self.name} keeps all widths as they are; leave --multiple out")
         if multiple < 1 or multiple % self.multiple:
             raise SpecError(
                 f"--multiple: profile {self.name} takes multiples of {self.multiple}, found {multiple}; "
@@ -72,6 +75,7 @@ PROFILES = (
         "nothing",
         ("verified", "read", "read", "read"),
         "saves nothing: neither memory nor time",
+        takes_multiple=False,
     ),
     Profile(
         "dynamic",
@@ -80,6 +84,7 @@ PROFILES = (
         ("verified", "no", "no", "no"),
         "loaded by prunekit; decides per batch as before",
         needs_one_cut=False,
+        takes_multiple=False,
     ),
 )
 

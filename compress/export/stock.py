@@ -81,16 +81,16 @@ def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
         "mlp_bias": layer.mlp_bias or getattr(dense, "mlp_bias", False),
     }
     if dense.hidden_size % layer.heads == 0:
-        return _other(dense, transformers.LlamaConfig, "LlamaForCausalLM", {**sizes, **own})
+        return _other(dense, transformers.LlamaConfig, {**sizes, **own})
     if not (own["attention_bias"] or own["mlp_bias"]):
-        return _other(dense, transformers.MistralConfig, "MistralForCausalLM", {**sizes, "sliding_window": None})
+        return _other(dense, transformers.MistralConfig, {**sizes, "sliding_window": None})
     neutral = {
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
         "attention_multiplier": head_size(dense) ** -0.5,
     }
-    return _other(dense, transformers.GraniteConfig, "GraniteForCausalLM", {**sizes, **own, **neutral})
+    return _other(dense, transformers.GraniteConfig, {**sizes, **own, **neutral})
 
 
 def opt_heads(kept: int, heads: int, layers: int) -> str:
@@ -110,10 +110,8 @@ def _same(dense: Any, changes: dict[str, Any]) -> Any:
     return config
 
 
-def _other(dense: Any, cls: type, architecture: str, changes: dict[str, Any]) -> Any:
-    config = cls(**{**carried(dense, cls), **changes})
-    config.architectures = [architecture]
-    return config
+def _other(dense: Any, cls: type, changes: dict[str, Any]) -> Any:
+    return cls(**{**carried(dense, cls), **changes})
 
 
 def _shape(layer: LayerShape) -> str:

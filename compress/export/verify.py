@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from ...registry import NonFiniteError, PrunekitError
 from .. import printing
 from ..loading import Loaded, fingerprint
 from ..provenance import versions
+from ..pruned import Pruned
 from ..report import number
 from . import reload
 from .bundle import GGUF, damages, read_manifest
@@ -71,8 +72,7 @@ def checks(
         yield Check("loading", "not checked", "the files have to be whole first")
         return
     try:
-        model = _loader(folder, manifest, base, plugins, trust_remote_code)
-        loaded, pruned = model()
+        loaded, pruned = _loaded(folder, manifest, base, plugins, trust_remote_code)
     except _NotHere as missing:
         yield Check("loading", "not checked", str(missing))
         return
@@ -96,22 +96,21 @@ class _NotHere(Exception):
     """What a check needs is not installed."""
 
 
-def _loader(folder: Path, manifest: dict[str, Any], base: Any, plugins: Any, trust: bool) -> Callable[[], tuple]:
-    def with_llama_cpp() -> tuple:
+def _loaded(
+    folder: Path, manifest: dict[str, Any], base: str | None, plugins: Sequence[Path], trust: bool
+) -> tuple[Loaded, Pruned | None]:
+    if manifest["profile"] == "gguf":
         try:
             from .gguf.model import load_gguf
+
+            return load_gguf(folder / GGUF, folder), None
         except ImportError as error:
             raise _NotHere("llama-cpp-python is not installed, so nothing here runs a GGUF (pip install it)") from error
-        return load_gguf(folder / GGUF, folder), None
-
-    def with_transformers() -> tuple:
-        files = manifest.get("plugin_files")
-        if manifest["profile"] == "dynamic" and files and not plugins:
-            raise _NotHere(f"its strategy comes from {', '.join(files)}, which is run only where named (--plugin)")
-        found = reload.load_described(folder, manifest, "auto", base, plugins, trust)
-        return found.loaded, found.pruned
-
-    return with_llama_cpp if manifest["profile"] == "gguf" else with_transformers
+    files = manifest.get("plugin_files")
+    if manifest["profile"] == "dynamic" and files and not plugins:
+        raise _NotHere(f"its strategy comes from {', '.join(files)}, which is run only where named (--plugin)")
+    found = reload.load_described(folder, manifest, "auto", base, plugins, trust)
+    return found.loaded, found.pruned
 
 
 def _versions(manifest: dict[str, Any]) -> Check:
@@ -135,7 +134,7 @@ def _measured(
     metric: dict[str, Any],
     manifest: dict[str, Any],
     loaded: Loaded,
-    pruned: Any,
+    pruned: Pruned | None,
     plugins: Sequence[Path],
     progress: Any,
     trust: bool,

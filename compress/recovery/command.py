@@ -9,7 +9,7 @@ from ...registry import SpecError, TextSource
 from .. import printing
 from ..bundled import TEXTS
 from ..export.card import metric_heads, metric_rows
-from ..export.command import size
+from ..export.command import show_end, size
 from .lora import Lora
 from .recovering import Recovery
 
@@ -60,8 +60,4 @@ def show(manifest: dict[str, Any]) -> None:
     )
     printing.say(f"training loss: {loss['first']:.4g} in the first steps, {loss['last']:.4g} in the last")
     printing.show_table(metric_heads(manifest), metric_rows(manifest))
-    check = manifest["check"]
-    exact = "bit-equal" if check["logits"] == "equal" else f"equal to {check['largest_difference']:.1e}"
-    printing.say(f"loaded again: logits {exact} over {check['tokens']} tokens")
-    for note in manifest["notes"]:
-        printing.warning(note)
+    show_end(manifest)

@@ -9,10 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from ...registry import DataError, Evaluator, ModelError, SpecError, TextSource
+from ...registry import DataError, Evaluator, SpecError, TextSource
 from ...registry.tokens import context_length
 from ...registry.windows import digest
 from ..calibration import Progress, no_progress
@@ -20,9 +19,9 @@ from ..export import reload
 from ..export.bundle import CARD, MANIFEST, finish, read_manifest
 from ..export.card import card
 from ..export.comparing import compared, logits_of
+from ..export.cut_model import dense_tensors
 from ..export.measures import entry, measure, recorded
 from ..export.profiles import profile_named
-from ..export.tensors import PlannedTensor, Tensors
 from ..export.weights_file import INDEX, write_weights
 from ..loading import Loaded, ModelSource, fingerprint
 from ..provenance import versions
@@ -129,15 +128,11 @@ class Recovery:
 
     def _write(self, model: Any, manifest: dict[str, Any], partial: Path) -> None:
         """The new weights under the names that the old ones have, and every other file as it was."""
-        names = []
         for name in manifest["files"]:
-            if name.endswith(WEIGHTS):
-                with safe_open(self.folder / name, "pt") as file:
-                    names += file.keys()
-            elif name not in (CARD, INDEX):
+            if not name.endswith(WEIGHTS) and name not in (CARD, INDEX):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.folder / name, partial / name)
-        write_weights(partial, planned(model, names), manifest["options"]["shard_size"])
+        write_weights(partial, dense_tensors(model), manifest["options"]["shard_size"])
 
     def _measure(self, evaluators: Sequence[Evaluator], again: Loaded, manifest: dict[str, Any]) -> None:
         """Measure what the export was measured by; what it measured is kept as ``before_recovery``."""
@@ -148,19 +143,3 @@ class Recovery:
             metric |= {**entry(evaluator, measured), "before_recovery": before, "exported": measured.values}
             notes += [f"{metric['label']}: {note}" for note in measured.notes]
         manifest["notes"] = list(dict.fromkeys(notes))
-
-
-def planned(model: Any, names: Sequence[str]) -> Tensors:
-    """The model's tensors of these names, to be written; raises :class:`ModelError` for a name that it has not."""
-    state = model.state_dict()
-    missing = sorted(set(names) - set(state))
-    if missing:
-        raise ModelError(
-            f"the trained model has no weight {missing[0]} that the export has ({len(missing)} in all); report it with "
-            "the export's prunekit.json"
-        )
-    return {name: _planned(state[name]) for name in sorted(names)}
-
-
-def _planned(tensor: Tensor) -> PlannedTensor:
-    return PlannedTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu().contiguous())
