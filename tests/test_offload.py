@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 import transformers
-from prunekit.compress import Pipeline, prune
+from prunekit.compress import Exporter, Pipeline, PipelineSpec, prune
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.calibration import no_progress
 from prunekit.compress.loading import ModelSource, fingerprint, load
@@ -166,6 +166,23 @@ def test_the_pipeline_gives_the_same_results(folder, limits, inside, strategy):
     one, other = expected["model"], offloaded["model"]
     assert one.pop("device_map") is None
     assert other.pop("device_map") == "cpu+disk: 20 modules on cpu, 19 on disk" and one == other
+
+
+@pytest.mark.parametrize("profile", ["hf-hetero", "hf-uniform", "padded"])
+def test_the_same_weights_are_exported(folder, limits, profile, tmp_path):
+    manifests = {}
+    for where, model in (("inside", {"device": "cpu"}), ("offloaded", {"max_memory": limits})):
+        content = {
+            "model": {"name": str(folder), **model},
+            "calibration": {"sequences": 4, "length": 32, "batch_size": 2},
+            "prune": {"use": "wanda_sp", "ratio": 0.5, "compensate": "least_squares"},
+            "evaluate": MEASURED[:1],
+        }
+        manifests[where] = Exporter(PipelineSpec.of(content), profile, tmp_path / where).export()
+    assert "disk" in manifests["offloaded"]["base"]["device_map"]
+    written = [load_file(tmp_path / where / "model.safetensors") for where in manifests]
+    assert set(written[0]) == set(written[1]) and "lm_head.weight" not in written[0]
+    assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
 
 
 def test_other_offloading_of_accelerate_works_too(make_model, batches):
