@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .export.exporting import Exporter
     from .export.reload import load
-    from .pipeline import Pipeline
-    from .pruned import Pruned
-    from .pruning import prune
-    from .spec import PipelineSpec
+    from .files.spec import PipelineSpec
+    from .pruning.prune import prune
+    from .pruning.pruned import Pruned
+    from .runs.pipeline import Pipeline
 
 __all__ = ["Exporter", "Pipeline", "PipelineSpec", "Pruned", "load", "prune"]
 
 _HOMES = {
-    "prune": "pruning",
-    "Pruned": "pruned",
-    "Pipeline": "pipeline",
-    "PipelineSpec": "spec",
+    "prune": "pruning.prune",
+    "Pruned": "pruning.pruned",
+    "Pipeline": "runs.pipeline",
+    "PipelineSpec": "files.spec",
     "Exporter": "export.exporting",
     "load": "export.reload",
 }

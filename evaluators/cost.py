@@ -43,10 +43,10 @@ class Cost(Evaluator):
     paired: ClassVar[bool] = True
 
     name: Literal["cost"] = "cost"
-    batch_size: int = Field(20, ge=1, description="sequences of the batch")
-    length: int = Field(256, ge=1, description="tokens of each sequence, at most the model's context")
-    text: TextSource | None = Field(None, description="take the tokens from here; null: random ones")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the random tokens")
+    batch_size: int = Field(default=20, ge=1, description="sequences of the batch")
+    length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
+    text: TextSource | None = Field(default=None, description="take the tokens from here; null: random ones")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the random tokens")
 
     def evaluate(self, subject: Subject) -> Measurement:
         """Count; raises DataError where ``text`` is too short for the batch."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..registry import DataError, NonFiniteError, Subject
-from ..registry.tokens import check_token_ids
+from ..registry.tensors.tokens import check_token_ids
 from .inputs import device_of, setting, vocabulary_size
 
 LOGGERS = ("lm_eval", "transformers.tokenization_utils_base", "datasets", "huggingface_hub")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import DataError, Subject, TextSource, devices
-from ..registry.tokens import check_token_ids, context_length
-from ..registry.windows import token_stream, with_bos
+from ..registry import DataError, Subject, TextSource
+from ..registry.tensors import devices
+from ..registry.tensors.tokens import check_token_ids, context_length
+from ..registry.tensors.windows import token_stream, with_bos
 
 OWN_ATTENTION = "prunekit_"
 """Begins the name of an attention that a pruned model runs instead of the one named after it, and computes the same."""

@@ -36,11 +36,13 @@ class Memory(Evaluator):
     paired: ClassVar[bool] = True
 
     name: Literal["memory"] = "memory"
-    batch_size: int = Field(20, ge=1, description="sequences of the batch")
-    length: int = Field(256, ge=1, description="tokens of each sequence's prefill, at most the model's context")
-    decode_steps: int = Field(16, ge=0, description="tokens for each sequence after the prefill; 0: prefill only")
-    text: TextSource | None = Field(None, description="take the tokens from here; null: random ones")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the random tokens")
+    batch_size: int = Field(default=20, ge=1, description="sequences of the batch")
+    length: int = Field(default=256, ge=1, description="tokens of each sequence's prefill, at most the model's context")
+    decode_steps: int = Field(
+        default=16, ge=0, description="tokens for each sequence after the prefill; 0: prefill only"
+    )
+    text: TextSource | None = Field(default=None, description="take the tokens from here; null: random ones")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the random tokens")
 
     def check(self, model: Any) -> None:
         """Raise SpecError where prefill and decode steps do not fit in the model's context."""

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import Evaluator, Measurement, SiteKind, Subject, TextSource, hookimpl
-from ..registry.windows import digest
+from ..registry.tensors.windows import digest
 from .inputs import clamped, setting, text_batches
 
 Place = tuple[int, SiteKind]
@@ -33,10 +33,12 @@ class Overlap(Evaluator):
     paired: ClassVar[bool] = True
 
     name: Literal["overlap"] = "overlap"
-    text: TextSource = Field(TextSource(bundled="reference-evaluation"), description="what to run on")
-    batch_size: int = Field(20, ge=1, description="sequences of a batch; strategies that probe decide per batch")
-    length: int = Field(256, ge=1, description="tokens of each sequence, at most the model's context")
-    batches: int = Field(4, ge=1, description="batches to run")
+    text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to run on")
+    batch_size: int = Field(
+        default=20, ge=1, description="sequences of a batch; strategies that probe decide per batch"
+    )
+    length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
+    batches: int = Field(default=4, ge=1, description="batches to run")
 
     def evaluate(self, subject: Subject) -> Measurement:
         """Run all batches pruned, then by full-batch probing; raises DataError where the text is too short."""

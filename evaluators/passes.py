@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..registry import SpecError
-from ..registry.tokens import context_length
+from ..registry.tensors.tokens import context_length
 from .inputs import clamped
 
 SETTLE = 8

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..registry import DataError, Evaluator, Measurement, NonFiniteError, SpecError, Subject, TextSource, hookimpl
-from ..registry.tokens import check_token_ids, context_length
-from ..registry.windows import BosPolicy, Tail, Window, cut_windows, digest, token_stream, with_bos
+from ..registry.tensors.tokens import check_token_ids, context_length
+from ..registry.tensors.windows import BosPolicy, Tail, Window, cut_windows, digest, token_stream, with_bos
 from .inputs import device_of, setting, vocabulary_size
 from .wikitext_words import read_pages
 
@@ -35,28 +35,32 @@ class Perplexity(Evaluator):
     """
 
     name: Literal["perplexity"] = "perplexity"
-    text: TextSource = Field(TextSource(bundled="reference-evaluation"), description="what to measure on")
+    text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to measure on")
     convention: Literal["tokens", "wikitext_words"] = Field(
-        "tokens",
+        default="tokens",
         description="tokens: one stream of tokens, as pruning papers do; wikitext_words: pages, and perplexity per "
         "word, as lm-evaluation-harness' wikitext task (its default is window: null)",
     )
-    window: int | None = Field(512, ge=2, description="tokens the model sees at once; null: the model's context")
+    window: int | None = Field(
+        default=512, ge=2, description="tokens the model sees at once; null: the model's context"
+    )
     stride: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="tokens from one window's start to the next; null: no overlap. Tokens that an "
         "earlier window scored are context only",
     )
     bos: BosPolicy = Field(
-        "first",
+        default="first",
         description="the tokenizer's BOS: never, once before the text (as most published values), or "
         "before every window, where it takes one of its places",
     )
-    separator: str = Field("\n\n", description="what stands between documents")
-    tail: Tail = Field("keep", description="score the shorter last window, in a batch of its own, or drop it")
-    batch_size: int = Field(20, ge=1, description="windows per batch; strategies that probe decide per batch")
-    limit: int | None = Field(None, ge=1, description="measure at most this many windows (with wikitext_words: pages)")
+    separator: str = Field(default="\n\n", description="what stands between documents")
+    tail: Tail = Field(default="keep", description="score the shorter last window, in a batch of its own, or drop it")
+    batch_size: int = Field(default=20, ge=1, description="windows per batch; strategies that probe decide per batch")
+    limit: int | None = Field(
+        default=None, ge=1, description="measure at most this many windows (with wikitext_words: pages)"
+    )
 
     @model_validator(mode="after")
     def _options_fit(self) -> Perplexity:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import Evaluator, Measurement, NonFiniteError, Subject, TextSource, hookimpl
-from ..registry.windows import digest
+from ..registry.tensors.windows import digest
 from .inputs import clamped, setting, text_batches
 from .representations import Pair, linear_cka, svcca
 
@@ -39,12 +39,19 @@ class Similarity(Evaluator):
     paper: ClassVar[str] = "CKA: ICML 2019, arXiv 1905.00414; SVCCA: NeurIPS 2017, arXiv 1706.05806"
 
     name: Literal["similarity"] = "similarity"
-    text: TextSource = Field(TextSource(bundled="reference-evaluation"), description="what to compare on")
-    batch_size: int = Field(20, ge=1, description="sequences of a batch; strategies that probe decide per batch")
-    length: int = Field(256, ge=1, description="tokens of each sequence, at most the model's context")
-    batches: int = Field(2, ge=1, description="batches to run; SVCCA wants many more tokens than hidden dimensions")
+    text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to compare on")
+    batch_size: int = Field(
+        default=20, ge=1, description="sequences of a batch; strategies that probe decide per batch"
+    )
+    length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
+    batches: int = Field(
+        default=2, ge=1, description="batches to run; SVCCA wants many more tokens than hidden dimensions"
+    )
     variance: float = Field(
-        0.99, gt=0, le=1, description="SVCCA compares the directions that hold this share of either side's variance"
+        default=0.99,
+        gt=0,
+        le=1,
+        description="SVCCA compares the directions that hold this share of either side's variance",
     )
 
     def evaluate(self, subject: Subject) -> Measurement:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from ..registry.devices import place_name
+from ..registry.tensors.devices import place_name
 
 Result = TypeVar("Result")
 

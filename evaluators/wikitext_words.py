@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..registry import DataError
-from ..registry.windows import Window
+from ..registry.tensors.windows import Window
 
 TITLE = re.compile(r"\s*= (?!= ).*(?<! =) =\s*")
 """A line that begins a page: a heading of the first level, " = Title = "."""

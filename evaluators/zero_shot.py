@@ -14,7 +14,7 @@ import numpy
 from pydantic import Field, field_validator
 
 from ..registry import Evaluator, Measurement, SpecError, Subject, hookimpl, near
-from ..registry.tokens import context_length
+from ..registry.tensors.tokens import context_length
 from .harness_files import metrics_of, own_configs
 from .inputs import setting
 
@@ -60,32 +60,32 @@ class ZeroShot(Evaluator):
 
     name: Literal["zero_shot"] = "zero_shot"
     tasks: tuple[str, ...] = Field(
-        ("true_continuation",),
+        default=("true_continuation",),
         min_length=1,
         json_schema_extra=_or_alone,
         description="lm-eval's tasks or groups, those of task_folder, true_continuation (bundled), or paper7: BoolQ, "
         "PIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA",
     )
     task_folder: tuple[Path, ...] = Field(
-        (),
+        default=(),
         json_schema_extra=_or_alone,
         description="folders with task files (.yaml) of your own; their relative data files lie beside them",
     )
     metric: str = Field(
-        "acc",
+        default="acc",
         description="the metric of every task, such as acc, acc_norm or exact_match; llm_pruner: acc_norm for "
         "HellaSwag, ARC-Challenge and OpenBookQA, else acc, as in LLM-Pruner's table",
     )
     num_fewshot: int | None = Field(
-        None, ge=0, description="solved examples before each question; null: the task's own"
+        default=None, ge=0, description="solved examples before each question; null: the task's own"
     )
-    limit: int | None = Field(None, ge=1, description="use at most this many documents of each task")
-    batch_size: int = Field(32, ge=1, description="rows per batch; strategies that probe decide per batch")
+    limit: int | None = Field(default=None, ge=1, description="use at most this many documents of each task")
+    batch_size: int = Field(default=32, ge=1, description="rows per batch; strategies that probe decide per batch")
     max_length: int | None = Field(
-        None, ge=2, description="tokens that the model sees at most, the last ones; null: the model's context"
+        default=None, ge=2, description="tokens that the model sees at most, the last ones; null: the model's context"
     )
     seed: int = Field(
-        1234, ge=0, lt=2**32, description="which examples are shown, and what tasks draw; 1234 is lm-eval's own"
+        default=1234, ge=0, lt=2**32, description="which examples are shown, and what tasks draw; 1234 is lm-eval's own"
     )
 
     @field_validator("tasks", "task_folder", mode="before")

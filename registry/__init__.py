@@ -1,7 +1,6 @@
 """Everything a plugin author imports: roles, sites, statistics, hooks, the catalog and the errors."""
 
 from .catalog import Catalog, Entry, near
-from .compensation import Compensator, NoCompensation, Slope
 from .component import Component
 from .errors import (
     DataError,
@@ -13,12 +12,10 @@ from .errors import (
     SpecError,
     StoreError,
 )
-from .evaluation import STAGES, Evaluator, Measurement, Stage, Subject
-from .history_storage import HistoryStorage
-from .hookspecs import ROLES, hookimpl
-from .moments import ChannelMoments
-from .reductions import position_means, position_sums, token_norms
-from .roles import (
+from .roles.compensation import Compensator, NoCompensation, Slope
+from .roles.evaluation import STAGES, Evaluator, Measurement, Stage, Subject
+from .roles.hookspecs import ROLES, hookimpl
+from .roles.parts import (
     Architecture,
     HistoryMerger,
     MaskApplier,
@@ -27,9 +24,12 @@ from .roles import (
     SiteScores,
     SparsityAllocator,
 )
+from .roles.strategy import Strategy
 from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, complement
-from .statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row
-from .strategy import Strategy
+from .tensors.history_storage import HistoryStorage
+from .tensors.moments import ChannelMoments
+from .tensors.reductions import position_means, position_sums, token_norms
+from .tensors.statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row
 from .text import TextSource
 
 __all__ = [

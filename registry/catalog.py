@@ -19,7 +19,7 @@ import pluggy
 
 from .component import Component
 from .errors import PluginError
-from .hookspecs import PROJECT, ROLES, Hooks
+from .roles.hookspecs import PROJECT, ROLES, Hooks
 
 BLOCK_VARIABLE = "PRUNEKIT_BLOCK"
 

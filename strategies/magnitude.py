@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import SerializeAsAny
 from torch import Tensor
 
 from ..registry import MaskApplier, Scorer, SparsityAllocator, Statistic, Strategy, hookimpl
@@ -32,9 +31,9 @@ class Magnitude(Strategy):
     paper: ClassVar[str] = "magnitude-sp in FLAP, AAAI 2024, arXiv 2312.11983"
 
     name: Literal["magnitude"] = "magnitude"
-    scorer: SerializeAsAny[Scorer] = MagnitudeScorer()
-    allocator: SerializeAsAny[SparsityAllocator] = Uniform()
-    applier: SerializeAsAny[MaskApplier] = Slice()
+    scorer: Scorer = MagnitudeScorer()
+    allocator: SparsityAllocator = Uniform()
+    applier: MaskApplier = Slice()
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, SerializeAsAny
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 from typing_extensions import Self
 
@@ -19,7 +19,7 @@ class RandomScorer(Scorer):
 
     statistic: ClassVar[Statistic | None] = None
     name: Literal["random"] = "random"
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the draw")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the draw")
 
     _site: int = PrivateAttr(0)
 
@@ -41,9 +41,9 @@ class Random(Strategy):
     """Random: drop units drawn at random, the same share in every layer; the control."""
 
     name: Literal["random"] = "random"
-    scorer: SerializeAsAny[Scorer] = RandomScorer()
-    allocator: SerializeAsAny[SparsityAllocator] = Uniform()
-    applier: SerializeAsAny[MaskApplier] = Slice()
+    scorer: Scorer = RandomScorer()
+    allocator: SparsityAllocator = Uniform()
+    applier: MaskApplier = Slice()
 
 
 @hookimpl

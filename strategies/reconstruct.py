@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field
 
 from ..registry import Compensator, MaskApplier, Scorer, SparsityAllocator, Strategy, hookimpl
 from .allocation import Uniform
@@ -26,11 +26,11 @@ class Reconstruct(Strategy):
     )
 
     name: Literal["reconstruct"] = "reconstruct"
-    scorer: SerializeAsAny[Scorer] = PPsp()
-    allocator: SerializeAsAny[SparsityAllocator] = Uniform()
-    applier: SerializeAsAny[MaskApplier] = Slice()
-    compensate: SerializeAsAny[Compensator] = LeastSquares(probe=0.5)
-    sequential: bool = Field(True, description=Strategy.model_fields["sequential"].description)
+    scorer: Scorer = PPsp()
+    allocator: SparsityAllocator = Uniform()
+    applier: MaskApplier = Slice()
+    compensate: Compensator = LeastSquares(probe=0.5)
+    sequential: bool = Field(default=True, description=Strategy.model_fields["sequential"].description)
 
 
 @hookimpl

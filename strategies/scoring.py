@@ -12,7 +12,7 @@ from ..registry import Scorer, Site
 class AttentionPower(Scorer):
     """A scorer whose channel scores can be squared at attention sites."""
 
-    square_attention: bool = Field(False, description="square the channel scores of attention, as FLAP does")
+    square_attention: bool = Field(default=False, description="square the channel scores of attention, as FLAP does")
 
     _squared: bool = PrivateAttr(False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import SerializeAsAny
 from torch import Tensor
 
 from ..registry import MaskApplier, Scorer, SparsityAllocator, Strategy, hookimpl
@@ -34,9 +33,9 @@ class WandaSp(Strategy):
     paper: ClassVar[str] = "Wanda, ICLR 2024, arXiv 2306.11695; structured in FLAP, AAAI 2024, arXiv 2312.11983"
 
     name: Literal["wanda_sp"] = "wanda_sp"
-    scorer: SerializeAsAny[Scorer] = WandaSpScorer()
-    allocator: SerializeAsAny[SparsityAllocator] = Uniform()
-    applier: SerializeAsAny[MaskApplier] = Slice()
+    scorer: Scorer = WandaSpScorer()
+    allocator: SparsityAllocator = Uniform()
+    applier: MaskApplier = Slice()
 
 
 @hookimpl

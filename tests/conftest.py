@@ -138,7 +138,7 @@ def small_pipeline(tmp_path, save_model):
 @pytest.fixture(scope="session")
 def command():
     """Runs prunekit and returns exit code and all output, white space folded."""
-    from prunekit.compress.cli import app
+    from prunekit.compress.cli.main import app
     from typer.testing import CliRunner
 
     def run(*arguments):

@@ -1,8 +1,8 @@
 """``prunekit ablate``: exit codes, messages, and that an interruption or a failure loses nothing."""
 
 import pytest
-from prunekit.compress import cli
 from prunekit.compress.ablation.store import Store
+from prunekit.compress.cli import main
 from typer.testing import CliRunner
 
 PLUGIN = '''
@@ -41,7 +41,7 @@ def command(monkeypatch, tmp_path):
     (tmp_path / "moody.py").write_text(PLUGIN)
     (tmp_path / "mood").write_text("")
     (tmp_path / "moods.yaml").write_text(STUDY)
-    return lambda *options: CliRunner().invoke(cli.app, ["ablate", "moods.yaml", *map(str, options)])
+    return lambda *options: CliRunner().invoke(main.app, ["ablate", "moods.yaml", *map(str, options)])
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from prunekit.compress.ablation.store import LAYOUT
 from prunekit.compress.ablation.study import Published, Study, StudyFile
-from prunekit.compress.schema import ablation_schema
+from prunekit.compress.cli.schema import ablation_schema
 from prunekit.registry import Catalog
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

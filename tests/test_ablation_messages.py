@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from prunekit.compress import cli
 from prunekit.compress.ablation.display import brief
 from prunekit.compress.ablation.planned import StoredTrial
 from prunekit.compress.ablation.published import Published, unmeasured
 from prunekit.compress.ablation.study import Study
+from prunekit.compress.cli import main
 from prunekit.registry import SpecError
 from typer.testing import CliRunner
 
@@ -101,13 +101,13 @@ def test_errors_in_brief(error, said):
 def test_validate_knows_ablations_and_run_points_to_ablate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.yaml").write_text(FULL + "vary: {prune.ratio: [0.2, 0.4], seed: [0, 1]}")
-    result = CliRunner().invoke(cli.app, ["validate", "study.yaml"])
+    result = CliRunner().invoke(main.app, ["validate", "study.yaml"])
     assert result.exit_code == 0, result.output
     lines = [line.strip() for line in result.stdout.splitlines()]
     assert lines[:2] == ["study.yaml: valid ablation, 4 trials", "1  0.2 seed 0"]
     assert len(lines) == 5
-    result = CliRunner().invoke(cli.app, ["run", "study.yaml"])
+    result = CliRunner().invoke(main.app, ["run", "study.yaml"])
     assert result.exit_code == 2
     assert re.search(r"study\.yaml is an ablation file; use prunekit ablate study\.yaml", result.stderr)
     (tmp_path / "study.yaml").write_text(FULL + "vary: {prune.ratoi: [0.2]}")
-    assert CliRunner().invoke(cli.app, ["validate", "study.yaml"]).exit_code == 2
+    assert CliRunner().invoke(main.app, ["validate", "study.yaml"]).exit_code == 2

@@ -17,8 +17,8 @@ from prunekit.compress.ablation.local import run_local
 from prunekit.compress.ablation.planned import Planned
 from prunekit.compress.ablation.ray_engine import run_ray
 from prunekit.compress.ablation.study import Study
-from prunekit.compress.calibration import no_progress
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import PrunekitError
 
 # A cluster of the tests' own, which nobody else may join, and no token written to the user's home.

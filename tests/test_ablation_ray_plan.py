@@ -12,7 +12,7 @@ from prunekit.compress.ablation.planned import Planned
 from prunekit.compress.ablation.ray_cluster import demand
 from prunekit.compress.ablation.ray_engine import TIMEOUT_VARIABLE, choose, run_ray
 from prunekit.compress.ablation.ray_worker import RemoteWorker, files_of, unfitness
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import PrunekitError, SpecError
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from prunekit.compress import printing
 from prunekit.compress.ablation import worker as worker_module
 from prunekit.compress.ablation.command import ablate
 from prunekit.compress.ablation.display import Display, Forecast, duration
@@ -15,6 +14,8 @@ from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.worker import Outcome, Worker, read_trial
 from prunekit.compress.bundled import MODEL
+from prunekit.compress.cli.studies import show_trials
+from prunekit.compress.output import printing
 
 PLUGIN = '''
 from typing import Literal
@@ -169,7 +170,7 @@ def test_a_trial_runs_from_its_yaml_in_a_process_that_knows_nothing(study):
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(study, tmp_path, capfd):
     file = study(SMALL).file
-    command = f"from prunekit.compress.cli import main; main()  # {tmp_path}"
+    command = f"from prunekit.compress.cli.main import main; main()  # {tmp_path}"
     process = subprocess.Popen(
         [sys.executable, "-c", command, "ablate", file, "--out", tmp_path / "killed.sqlite"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
@@ -182,9 +183,9 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(study, tmp_path, 
         before = [trial for trial in store.trials if trial.status == "done"]
     assert 2 <= len(before) < 6
 
-    ablate(file, out=tmp_path / "whole.sqlite")
+    ablate(file, out=tmp_path / "whole.sqlite", show=show_trials)
     whole = capfd.readouterr().out
-    ablate(file, out=tmp_path / "killed.sqlite")
+    ablate(file, out=tmp_path / "killed.sqlite", show=show_trials)
     resumed = capfd.readouterr().out
     assert results(tmp_path / "killed.sqlite") == results(tmp_path / "whole.sqlite")
     with Store.open(tmp_path / "killed.sqlite") as store:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.ahead import following_sites
-from prunekit.compress.side_stream import SideStreams
+from prunekit.compress.engine.look_ahead import following_sites
+from prunekit.compress.engine.side_stream import SideStreams
 from prunekit.registry import ModelError
 from prunekit.strategies.pp.selectors import HiddenNorm, ResidualNorm
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from prunekit.registry import SiteScores, SpecError
-from prunekit.registry.role_checks import some_site
+from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.allocation import Explicit
 from prunekit.strategies.flap.adaptive import GlobalAdaptive
 

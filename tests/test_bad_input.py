@@ -112,7 +112,7 @@ def test_two_architectures_for_one_model_type(make_model, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from typing import Literal\n"
-        "from prunekit.compress.architectures import Llama\n"
+        "from prunekit.compress.models.architectures import Llama\n"
         "from prunekit.registry import hookimpl\n"
         "class Mine(Llama):\n"
         '    name: Literal["mine"] = "mine"\n'

@@ -13,7 +13,7 @@ from prunekit.compress.bench.intervals import rank_of, ratio_of
 from prunekit.compress.bench.presets import Case, Preset
 from prunekit.compress.bench.reference_way import FullWeightPPsp, IndexedSlice
 from prunekit.compress.bench.slicing import sliced, twin
-from prunekit.compress.calibration import no_progress
+from prunekit.compress.calibration.passes import no_progress
 from prunekit.registry import SpecError
 
 TINY = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from prunekit.compress.bench import arms, command
 from prunekit.compress.bench.presets import PRESETS, Case, Preset
-from prunekit.compress.cli import app
+from prunekit.compress.cli.main import app
 from typer.testing import CliRunner
 
 TINY = Preset("llama", 64, 192, 4, 2, 2, cases=(Case("float32", 3, 16),))

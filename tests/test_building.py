@@ -2,8 +2,8 @@
 
 import pytest
 from prunekit.compress import prune
-from prunekit.compress.building import build_strategy
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.files.reader import build_strategy
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import Catalog, SpecError
 
 

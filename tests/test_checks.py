@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from prunekit.compress.architectures import Llama
+from prunekit.compress.models.architectures import Llama
 from prunekit.registry import (
     Component,
     Evaluator,
@@ -112,7 +112,7 @@ def refusing(self, sites, ratio):
 class Unwritten(Good):
     """An option of it is left out when it is written."""
 
-    size: int = Field(1, exclude=True)
+    size: int = Field(default=1, exclude=True)
 
 
 DEVICE = {"device": torch.device("cpu"), "model_config": ConfigDict(arbitrary_types_allowed=True)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from prunekit import __version__
-from prunekit.compress import cli
+from prunekit.compress.cli import main
 from prunekit.registry import ROLES, Catalog
 from typer.testing import CliRunner
 
@@ -42,7 +42,7 @@ def command(monkeypatch, tmp_path):
     """Runs ``prunekit`` with arguments in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PRUNEKIT_BLOCK", raising=False)
-    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return lambda *arguments: CliRunner().invoke(main.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def refused(result, *words):
 def test_help_and_version_answer_without_torch():
     for arguments in ("--help", "--version", "run --help"):
         code = (
-            "import sys; from prunekit.compress import cli; sys.argv = ['prunekit', *sys.argv[1:]]\n"
-            "try: cli.main()\nfinally: sys.exit(7 if 'torch' in sys.modules else 0)"
+            "import sys; from prunekit.compress.cli import main; sys.argv = ['prunekit', *sys.argv[1:]]\n"
+            "try: main.main()\nfinally: sys.exit(7 if 'torch' in sys.modules else 0)"
         )
         done = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True)
         assert done.returncode == 0, (arguments, done)
@@ -135,7 +135,7 @@ def test_an_interruption_leaves_nothing(quick, tmp_path, when, sent, code):
     before = sorted(tmp_path.rglob("*"))
     # Whoever runs the tests in the background has a shell that lets its children ignore Ctrl-C.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    start = [sys.executable, "-c", f"{heed}; from prunekit.compress.cli import main; main()"]
+    start = [sys.executable, "-c", f"{heed}; from prunekit.compress.cli.main import main; main()"]
     arguments = ["run", str(quick), "--plugin", str(tmp_path / "slow.py"), "--out", str(tmp_path / "results" / "here")]
     if when != "calibrating":
         arguments += ["--set", "calibration.sequences=2"]
@@ -183,7 +183,7 @@ def test_list_shows_plugins_and_their_problems(command, tmp_path, monkeypatch):
     assert result.stderr.count("cannot be imported") == 1 and "cannot" not in result.stdout
     monkeypatch.undo()
     monkeypatch.setenv("PRUNEKIT_BLOCK", "latency")
-    blocked = CliRunner().invoke(cli.app, ["list", "evaluators"])
+    blocked = CliRunner().invoke(main.app, ["list", "evaluators"])
     assert "latency" not in blocked.stdout and "switched off by PRUNEKIT_BLOCK" in blocked.stderr
 
 
@@ -229,4 +229,4 @@ def test_schema_is_json_with_plugins(command, tmp_path):
 
 def test_the_installed_command_is_this_one():
     text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
-    assert 'prunekit = "prunekit.compress.cli:main"' in text
+    assert 'prunekit = "prunekit.compress.cli.main:main"' in text

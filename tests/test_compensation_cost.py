@@ -3,10 +3,10 @@
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.calibration import no_progress
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.models.loading import Loaded
 from prunekit.compress.reporting import plot_costs
+from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators.cost import PARTS, Cost
 from prunekit.evaluators.flop_formulas import FORMULAS, formulas
 from prunekit.evaluators.latency import Latency

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from prunekit.compress.ablation.study import Study
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import Catalog, ChannelMoments
 from prunekit.strategies.compensation import compensators
 from prunekit.strategies.compensation.least_squares import DEPENDENCE, LEAST_SHRINKAGE, LeastSquares

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
-from prunekit.compress import Pipeline, cli, prune
+from prunekit.compress import Pipeline, prune
+from prunekit.compress.cli import main
 from prunekit.registry import Compensator, DataError, NonFiniteError, SingularError, SpecError
 from typer.testing import CliRunner
 
@@ -214,7 +215,7 @@ def test_without_history_calibration_still_says_what_is_usual(make_model, batche
 def test_a_mistake_in_the_file(tmp_path, monkeypatch, prune_section, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.yaml").write_text(f"prune: {{ratio: 0.4, {prune_section}}}\n")
-    result = CliRunner().invoke(cli.app, ["run", "p.yaml", "--out", "r"])
+    result = CliRunner().invoke(main.app, ["run", "p.yaml", "--out", "r"])
     text = " ".join(result.stderr.split())
     assert result.exit_code == 2 and result.stdout == "" and text.count("error:") == 1
     assert "p.yaml: line 1: prune" in text
@@ -236,7 +237,7 @@ def test_a_site_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
     section = "{use: flap, ratio: 0.4, compensate: {name: least_squares, memory_gib: 0.00001}}"
     calibration = "{sequences: 2, length: 32}"
     (tmp_path / "p.yaml").write_text(f"calibration: {calibration}\nprune: {section}\n")
-    result = CliRunner().invoke(cli.app, ["run", "p.yaml", "--out", "r"])
+    result = CliRunner().invoke(main.app, ["run", "p.yaml", "--out", "r"])
     assert result.exit_code == 2 and "nothing was taken" in " ".join(result.stderr.split())
     assert [path.name for path in tmp_path.iterdir()] == ["p.yaml"]
 

@@ -5,9 +5,9 @@ import weakref
 
 import pytest
 import torch
-from prunekit.compress import covariance as covariances
 from prunekit.compress import prune
-from prunekit.compress.covariance import check_layers, grouped
+from prunekit.compress.calibration import covariance as covariances
+from prunekit.compress.calibration.covariance import check_layers, grouped
 from prunekit.registry import ChannelMoments, ModelError
 from prunekit.strategies.compensation import LeastSquares
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 from prunekit.compress import Pipeline, prune
-from prunekit.compress.building import build_strategy
-from prunekit.compress.schema import pipeline_schema
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.cli.schema import pipeline_schema
+from prunekit.compress.files.reader import build_strategy
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import Catalog, SpecError
 
 LEAST_SQUARES = "compensate: {name: least_squares, "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from prunekit.registry import Compensator, SpecError
 from prunekit.registry.checks import check_component
-from prunekit.registry.compensator_checks import some_covariance
+from prunekit.registry.checks.compensators import some_covariance
 from prunekit.strategies.compensation import LeastSquares, Mean, ProbeMean
 
 

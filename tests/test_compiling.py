@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from prunekit.compress import compiling, prune
+from prunekit.compress import prune
+from prunekit.compress.engine import compiling
 from prunekit.registry import DataError, ModelError, NonFiniteError, SpecError
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,14 +70,14 @@ def test_the_whole_pass_is_one_graph(make_model, batches, family, options):
 
 def test_a_pass_that_waits_is_seen(make_model, batches, monkeypatch):
     """The negative control: a decision that looks at a value breaks the graph."""
-    from prunekit.compress import decision
+    from prunekit.compress.engine import decider
 
-    honest = decision.keep_highest
+    honest = decider.keep_highest
 
     def looking(scores, count):
         return honest(scores, count if float(scores.sum()) > -1 else 1)
 
-    monkeypatch.setattr(decision, "keep_highest", looking)
+    monkeypatch.setattr(decider, "keep_highest", looking)
     model = make_model("llama-gqa", num_hidden_layers=1)
     with prune(model, "pp", ratio=0.4, calibration=batches), torch.no_grad():
         compiled = torch.compile(model.get_decoder(), fullgraph=True, backend="eager")

@@ -2,20 +2,13 @@
 
 import pytest
 import torch
-from prunekit.compress.calibration import no_progress
-from prunekit.compress.loading import ModelSource, load
-from prunekit.compress.measuring import Measuring
-from prunekit.compress.pruning import prune
-from prunekit.registry import (
-    ROLES,
-    Architecture,
-    Catalog,
-    Evaluator,
-    SiteScores,
-    SpecError,
-)
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.pruning.prune import prune
+from prunekit.compress.runs.measuring import Measuring
+from prunekit.registry import ROLES, Architecture, Catalog, Evaluator, SiteScores, SpecError
 from prunekit.registry.checks import built, check_evaluation, check_sites, checks_of
-from prunekit.registry.role_checks import some_site
+from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.allocation import Explicit, Uniform
 from prunekit.strategies.compensation import LeastSquares, LowRankLeastSquares
 from prunekit.strategies.flap.reference import PPFlapShipped

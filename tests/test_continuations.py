@@ -4,8 +4,10 @@ import json
 from collections import Counter
 
 import pytest
-from prunekit.compress.bundled import TEXTS, continuations
+from prunekit.compress.bundled import TEXTS
 from prunekit.evaluators.tasks import TRUE_CONTINUATION
+
+from tools.bundled_model import continuations
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from prunekit.compress import prune
-from prunekit.compress.calibration import no_progress
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.files.spec import PipelineSpec
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators import latency
 from prunekit.evaluators.cost import Cost
 from prunekit.evaluators.memory import Memory

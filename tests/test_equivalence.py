@@ -58,13 +58,13 @@ def test_wide_model_where_the_order_of_sums_matters(make_model, batches, family)
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_negative_control(make_model, batches, kind, monkeypatch):
     """One wrong unit in one layer moves the logits by far more than the tolerance."""
-    from prunekit.compress import decision
+    from prunekit.compress.engine import decider
 
     model = make_model("llama-gqa")
     ids = batches[0]["input_ids"]
     options = dict(strategy="wanda_sp", ratio=0.4, calibration=batches)
     right, _ = logits(model, ids, None, **options)
-    honest = decision.keep_highest
+    honest = decider.keep_highest
     done = []
 
     def one_wrong(scores, count):
@@ -75,7 +75,7 @@ def test_negative_control(make_model, batches, kind, monkeypatch):
             kept = torch.tensor(sorted([*kept.tolist()[:-1], others[-1]]))
         return kept
 
-    monkeypatch.setattr(decision, "keep_highest", one_wrong)
+    monkeypatch.setattr(decider, "keep_highest", one_wrong)
     wrong, _ = logits(model, ids, None, **options)
     assert done
     assert (wrong - right).abs().max() > 1e-2

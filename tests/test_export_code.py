@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from prunekit.compress import Exporter, PipelineSpec, load
-from prunekit.compress.export import modeling_prunekit
-from prunekit.compress.loading import ModelSource
-from prunekit.compress.loading import load as load_model
+from prunekit.compress.models.exported import modeling_prunekit
+from prunekit.compress.models.loading import ModelSource
+from prunekit.compress.models.loading import load as load_model
 from prunekit.registry import ModelError
 
 CODE = Path(modeling_prunekit.__file__)
@@ -64,12 +64,12 @@ def test_an_old_transformers_is_told_what_it_lacks(monkeypatch):
 
 
 def test_an_export_for_an_old_transformers_says_so_before_anything_is_pruned(small_pipeline, tmp_path, monkeypatch):
-    from prunekit.compress.export import hetero
+    from prunekit.compress.models.exported import classes as exported_classes
 
     def classes():
         raise ModelError("models with layers of different shapes need transformers 5.14 or newer")
 
-    monkeypatch.setattr(hetero, "_classes", classes)
+    monkeypatch.setattr(exported_classes, "model_classes", classes)
     monkeypatch.setattr("prunekit.compress.export.exporting.prune", None)
     with pytest.raises(ModelError, match="need transformers"):
         Exporter(PipelineSpec.of(small_pipeline(use="wanda_sp")), "hf-hetero", tmp_path / "out").export()

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from prunekit.compress.cli import app
-from prunekit.compress.export.bundle import KEPT, MANIFEST, RECIPE
-from prunekit.compress.export.modeling_prunekit import OLDEST
+from prunekit.compress.cli.main import app
 from prunekit.compress.export.profiles import PROFILES
 from prunekit.compress.export.vllm_plugin import ARCHITECTURES
-from prunekit.compress.freezing import MEANINGS
+from prunekit.compress.models.exported.manifest import KEPT, MANIFEST, RECIPE
+from prunekit.compress.models.exported.modeling_prunekit import OLDEST
+from prunekit.compress.pruning.freezing import MEANINGS
 from prunekit.compress.recovery.recovering import REASONS
 from typer.main import get_command
 

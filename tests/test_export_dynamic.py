@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 from prunekit.compress import Exporter, PipelineSpec, load, prune
+from prunekit.compress.engine.runtime import Runtime
 from prunekit.compress.export.dynamic_state import STATE, restore, save_state
-from prunekit.compress.runtime import Runtime
 from prunekit.registry import Catalog, DataError, ModelError, PluginError, SpecError
 from safetensors.torch import load_file, save_file
 

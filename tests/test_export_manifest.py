@@ -5,9 +5,9 @@ import sys
 
 import pytest
 from prunekit.compress import Exporter, PipelineSpec, load
-from prunekit.compress.export.bundle import PARTS
-from prunekit.compress.loading import ModelSource
-from prunekit.compress.loading import load as load_model
+from prunekit.compress.models.exported.manifest import PARTS
+from prunekit.compress.models.loading import ModelSource
+from prunekit.compress.models.loading import load as load_model
 from prunekit.registry import DataError, ModelError
 
 

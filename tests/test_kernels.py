@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import kernels, position_sums, reductions
+from prunekit.registry import position_sums
+from prunekit.registry.tensors import kernels, reductions
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # looked at when triton is imported, which other libraries do at once
     pytest.skip("needs Triton, and TRITON_INTERPRET=1 from the beginning: make test-kernels", allow_module_level=True)
@@ -29,7 +30,7 @@ def test_they_are_used_where_they_can_be(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 3), (3, 9, 70), (5, 33, 300)])
 def test_sums_over_rows(shape, dtype):
-    from prunekit.registry import triton_reductions
+    from prunekit.registry.tensors import triton_reductions
 
     x, valid, centre = draw(*shape, dtype=dtype), draw(*shape[:2], seed=1) > 0, draw(shape[2], seed=2)
     for real in (None, valid):
@@ -52,7 +53,7 @@ def test_a_batch_that_does_not_lie_in_one_piece():
 @pytest.mark.parametrize("biased", [True, False])
 def test_products_of_kept_rows_and_columns(dtype, tolerance, biased):
     """Sizes that are no multiples of a block. (The interpreter's products know no bfloat16.)"""
-    from prunekit.compress.fused_linear import linear_of_columns, linear_of_rows
+    from prunekit.compress.engine.fused_linear import linear_of_columns, linear_of_rows
 
     weight, kept = draw(70, 50, dtype=dtype), torch.randperm(70, generator=torch.Generator().manual_seed(3))[:33]
     kept = kept.sort().values
@@ -67,7 +68,7 @@ def test_products_of_kept_rows_and_columns(dtype, tolerance, biased):
 
 @pytest.mark.parametrize(("family", "column_major"), [("llama-gqa", True), ("opt", True), ("llama-gqa", False)])
 def test_a_pruned_model_computes_the_same_with_them(make_model, batches, family, column_major, monkeypatch):
-    from prunekit.compress import fused_linear
+    from prunekit.compress.engine import fused_linear
 
     model, found, called = make_model(family, num_hidden_layers=2), [], []
     runtime = {"fused_gather": True, "column_major": column_major}

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from prunekit.compress import PipelineSpec, device_map, loading
-from prunekit.compress.loading import ModelSource, fingerprint, load
+from prunekit.compress import PipelineSpec
+from prunekit.compress.models import device_map, loading
+from prunekit.compress.models.loading import ModelSource, fingerprint, load
 from prunekit.registry import ModelError
 from pydantic import ValidationError
 

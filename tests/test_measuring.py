@@ -7,8 +7,8 @@ import numpy
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
 from prunekit.registry import DataError, Evaluator, Measurement, PluginError
 
 CALLS = []

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.calibration import no_progress
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators import allocations
 from prunekit.evaluators.allocations import peak_bytes, weight_bytes, without_chatter
 from prunekit.evaluators.memory import Memory

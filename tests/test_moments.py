@@ -3,7 +3,7 @@
 import pytest
 import torch
 from prunekit.registry import ChannelMoments
-from prunekit.registry import moments as module
+from prunekit.registry.tensors import moments as module
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from itertools import combinations
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring, SameCounts
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring, SameCounts
 from prunekit.evaluators.overlap import Overlap, jaccard, random_overlap
 from prunekit.registry import Catalog, DataError, Subject
 from prunekit.registry.checks import check_component, check_evaluation

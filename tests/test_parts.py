@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.calibration import no_progress
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators.cost import PARTS, Cost
 from prunekit.evaluators.parts import Ledger, module_keys
 from prunekit.registry import Subject

@@ -239,8 +239,8 @@ def test_a_trained_model_gets_the_loss_that_transformers_computes(shared):
     text = shared / "corpus" / "tinystories-valid-excerpt.txt"
     if not folder.is_dir() or not text.is_file():
         pytest.skip("needs the shared model and text")
-    from prunekit.compress.loading import ModelSource, load
-    from prunekit.compress.text import read_documents
+    from prunekit.compress.models.loading import ModelSource, load
+    from prunekit.compress.runs.text import read_documents
 
     loaded = load(ModelSource(name=str(folder), device="cpu"))
     subject = Subject(loaded.model, loaded.tokenizer, read_documents, nullcontext, lambda: 0)

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 import transformers
-from prunekit.compress import Pipeline, PipelineSpec, pipeline
+from prunekit.compress import Pipeline, PipelineSpec
 from prunekit.compress.bundled import MODEL
-from prunekit.compress.loading import ModelSource, fingerprint, load
+from prunekit.compress.models.loading import ModelSource, fingerprint, load
+from prunekit.compress.runs import pipeline
 from prunekit.registry import DataError, Measurement, SpecError, Subject
 
 EVALUATORS = '''

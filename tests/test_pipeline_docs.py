@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import Catalog
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "docs" / "examples").glob("*.yaml"))

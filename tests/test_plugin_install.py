@@ -39,7 +39,7 @@ def prunekit(installed, tmp_path):
         environment = {key: value for key, value in os.environ.items() if key != "PRUNEKIT_BLOCK"}
         path = [str(installed)] * plugin + environment.get("PYTHONPATH", "").split(os.pathsep)
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "COLUMNS": "200", **variables}
-        program = [sys.executable, "-c", "from prunekit.compress.cli import main; main()", *arguments]
+        program = [sys.executable, "-c", "from prunekit.compress.cli.main import main; main()", *arguments]
         return subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     return command

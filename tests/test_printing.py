@@ -3,7 +3,7 @@
 from io import StringIO
 
 import pytest
-from prunekit.compress import printing
+from prunekit.compress.output import printing
 
 HEAD = ("strategy", "ratio", "perplexity", "FLOPs", "prefill time", "word perplexity", "extra memory", "CKA")
 ROWS = [("full batch probing", "40%", "386.7 ± 483.2", "61.3%", "0.71 ± 0.02", "12,345 ± 678", "125%", "0.9")] * 2

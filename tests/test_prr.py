@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 
 import pytest
 from prunekit.compress import prune
-from prunekit.compress.calibration import no_progress
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
-from prunekit.compress.pipeline import Pipeline
-from prunekit.compress.report import metric_rows
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
+from prunekit.compress.runs.pipeline import Pipeline
+from prunekit.compress.runs.report import metric_rows
 from prunekit.evaluators.prr import PerformanceRuntimeRatio
 from prunekit.registry import Catalog, Evaluator, Measurement, Subject
 

@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from prunekit.compress import demo, report
 from prunekit.compress.bundled import TEXTS
-from prunekit.compress.demo_report import HEAD, Row, sentences, table_rows
-from prunekit.compress.pipeline import Pipeline
-from prunekit.compress.results import write_json
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.demo import demo
+from prunekit.compress.demo.demo_report import HEAD, Row, sentences, table_rows
+from prunekit.compress.files.spec import PipelineSpec
+from prunekit.compress.output.folders import write_json
+from prunekit.compress.runs import report
+from prunekit.compress.runs.pipeline import Pipeline
 
 
 @pytest.mark.parametrize(

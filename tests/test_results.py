@@ -4,7 +4,8 @@ import errno
 from pathlib import Path
 
 import pytest
-from prunekit.compress.results import Results, RunFolder
+from prunekit.compress.output.folders import RunFolder
+from prunekit.compress.runs.results import Results
 from prunekit.registry import SpecError
 
 

@@ -4,10 +4,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from prunekit.compress import Pipeline, forward_pass, prune, reuse
-from prunekit.compress.reuse import Probed
-from prunekit.compress.runtime import Runtime
-from prunekit.compress.side_stream import SideStreams
+from prunekit.compress import Pipeline, prune
+from prunekit.compress.engine import forward_pass, probe_reuse
+from prunekit.compress.engine.probe_reuse import Probed
+from prunekit.compress.engine.runtime import Runtime
+from prunekit.compress.engine.side_stream import SideStreams
 from prunekit.registry import SpecError
 from prunekit.strategies.application import Slice
 
@@ -211,7 +212,7 @@ def test_the_probes_products_are_taken_over_in_small_float32_batches(make_model,
             model(ids, use_cache=False)
 
     assert producers(call=lowered) == 0
-    monkeypatch.setattr(reuse, "WORTH_UP_TO", 4 * 24 - 1)
+    monkeypatch.setattr(probe_reuse, "WORTH_UP_TO", 4 * 24 - 1)
     assert producers() == 0
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from prunekit.compress import prune as discovering_prune
-from prunekit.compress.shared_statistics import SharedStatistics
+from prunekit.compress.calibration.shared import SharedStatistics
 from prunekit.registry import Catalog, NonFiniteError
 
 RUNS = [

@@ -7,8 +7,8 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators import similarity as module
 from prunekit.evaluators.representations import Pair, linear_cka, svcca
 from prunekit.evaluators.similarity import Similarity

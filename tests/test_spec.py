@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prunekit.compress.schema import pipeline_schema
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.cli.schema import pipeline_schema
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import Catalog, PluginError, SpecError
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "docs" / "examples").glob("*.yaml"))

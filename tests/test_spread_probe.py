@@ -4,8 +4,9 @@ from typing import Literal
 
 import pytest
 import torch
-from prunekit.compress import decision, probing, prune
-from prunekit.compress.probing import pick_tokens, probe_states
+from prunekit.compress import prune
+from prunekit.compress.engine import decider, probing
+from prunekit.compress.engine.probing import pick_tokens, probe_states
 from prunekit.registry import HistoryMerger
 from prunekit.strategies.pp.selectors import SpreadProbe
 
@@ -115,7 +116,7 @@ def test_each_row_sees_what_it_would_see_alone(make_model, batches, monkeypatch,
         return together
 
     valid, model = MASKS[padding], make_model(family, attention=attention)
-    monkeypatch.setattr(decision, "probe_states", checked)
+    monkeypatch.setattr(decider, "probe_states", checked)
     run(model, batches[0]["input_ids"], valid, batches, selector=SpreadProbe(positions=0.3))
     assert sum(compared) == 6 * (4 * 8 if valid is None else 8 + 2 + 8 + 1)
 
@@ -125,7 +126,7 @@ def test_each_row_sees_what_it_would_see_alone(make_model, batches, monkeypatch,
 def test_the_same_positions_in_every_row_are_the_plain_probe(make_model, batches, monkeypatch, attention, padding):
     """All positions of all rows, row by row and for the whole batch: equal states, statistics, means and decisions."""
     valid, ids, seen = MASKS[padding], batches[0]["input_ids"], []
-    measure, mean_of = decision.Decider._measure, decision.Decider._mean_of
+    measure, mean_of = decider.Decider._measure, decider.Decider._mean_of
 
     def summed(self, cut, x, mask, *columns, **options):
         found = measure(self, cut, x, mask, *columns, **options)
@@ -137,8 +138,8 @@ def test_the_same_positions_in_every_row_are_the_plain_probe(make_model, batches
         seen[-1].append(mean_of(self, *args))
         return seen[-1][-1]
 
-    monkeypatch.setattr(decision.Decider, "_measure", summed)
-    monkeypatch.setattr(decision.Decider, "_mean_of", averaged)
+    monkeypatch.setattr(decider.Decider, "_measure", summed)
+    monkeypatch.setattr(decider.Decider, "_mean_of", averaged)
     options = dict(merger="probe_only", compensate={"name": "probe_mean", "probe": 1.0})
     results = []
     for selector in ("whole_batch", SpreadProbe(positions=1.0)):
@@ -197,7 +198,7 @@ GIVEN = []
 def test_every_token_meets_the_history_of_its_own_position(make_model, batches, padding, monkeypatch):
     """And padding adds neither to the statistic nor from history."""
     valid, ids, scored = MASKS[padding], batches[0]["input_ids"], []
-    scores = decision.Decider._channel_scores
+    scores = decider.Decider._channel_scores
 
     def channel_scores(self, cut, statistic):
         scored.append((cut, statistic))
@@ -207,7 +208,7 @@ def test_every_token_meets_the_history_of_its_own_position(make_model, batches, 
     model = make_model("opt")
     options = dict(ratio=0.4, calibration=batches, selector=SpreadProbe(positions=0.3), merger=Remembered())
     with prune(model, "pp", trace=True, pad_handling="exclude", **options) as pruned, torch.no_grad():
-        monkeypatch.setattr(decision.Decider, "_channel_scores", channel_scores)
+        monkeypatch.setattr(decider.Decider, "_channel_scores", channel_scores)
         model(ids, attention_mask=None if valid is None else valid.long(), use_cache=False)
         positions = torch.tensor([record["positions"] for record in pruned.trace])
     assert len(GIVEN) == len(scored) == len(positions) == 6

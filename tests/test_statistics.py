@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import ChannelHistory, Fluctuation, MeanSquare, kernels, position_sums
+from prunekit.registry import ChannelHistory, Fluctuation, MeanSquare, position_sums
+from prunekit.registry.tensors import kernels
 
 CHANNELS = 7
 
@@ -244,8 +245,8 @@ def test_kernels_that_cannot_be_launched_are_done_without(monkeypatch):
 
     broken = types.ModuleType("triton_reductions")
     broken.position_sums = fail
-    monkeypatch.setitem(sys.modules, "prunekit.registry.triton_reductions", broken)
-    monkeypatch.setattr("prunekit.registry.triton_reductions", broken, raising=False)
+    monkeypatch.setitem(sys.modules, "prunekit.registry.tensors.triton_reductions", broken)
+    monkeypatch.setattr("prunekit.registry.tensors.triton_reductions", broken, raising=False)
     monkeypatch.setattr(kernels, "_installed", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     kernels._runs_on.cache_clear()

@@ -5,8 +5,10 @@ import os
 
 import pytest
 import torch
-from prunekit.compress import Pipeline, pipeline, prune, statistics_file
-from prunekit.compress.statistics_file import StatisticsFile
+from prunekit.compress import Pipeline, prune
+from prunekit.compress.calibration import statistics_file
+from prunekit.compress.calibration.statistics_file import StatisticsFile
+from prunekit.compress.runs import pipeline
 from prunekit.registry import DataError, SpecError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
 from prunekit.registry import STAGES
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from prunekit.compress.text import calibration_batches, fingerprint, read_documents
+from prunekit.compress.runs.text import calibration_batches, fingerprint, read_documents
 from prunekit.registry import DataError, TextSource
-from prunekit.registry.tokens import check_token_ids
-from prunekit.registry.windows import cut_windows, digest, token_stream, with_bos
+from prunekit.registry.tensors.tokens import check_token_ids
+from prunekit.registry.tensors.windows import cut_windows, digest, token_stream, with_bos
 
 WORDS = [f"w{i}" for i in range(90)]
 
@@ -44,7 +44,7 @@ def test_txt_is_one_document_and_jsonl_one_per_line(tmp_path):
 def test_bundled_text_is_read_by_name(tmp_path, monkeypatch):
     bundled = tmp_path / "kind.txt"
     bundled.write_text("text of a kind")
-    monkeypatch.setattr("prunekit.compress.text.TEXTS", {"kind-evaluation": bundled})
+    monkeypatch.setattr("prunekit.compress.runs.text.TEXTS", {"kind-evaluation": bundled})
     assert read_documents(TextSource(bundled="kind-evaluation")) == ["text of a kind"]
     with pytest.raises(DataError, match=r"no bundled text is called 'kind-evaluatoin' \(did you mean 'kind-"):
         read_documents(TextSource(bundled="kind-evaluatoin"))

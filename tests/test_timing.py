@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from prunekit.compress import decision, prune
-from prunekit.compress.calibration import no_progress
-from prunekit.compress.gathering import Gatherer
-from prunekit.compress.loading import Loaded
-from prunekit.compress.measuring import Measuring
+from prunekit.compress import prune
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.engine import decider
+from prunekit.compress.engine.gathering import Gatherer
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators import timing
 from prunekit.evaluators.latency import PARTS, Latency
 from prunekit.evaluators.passes import cached_prefill, prefill
@@ -126,8 +127,8 @@ def broken_down(make_model, batches, now, monkeypatch):
         return wrapped
 
     monkeypatch.setattr(Gatherer, "rows", costly(Gatherer.rows, 100))
-    monkeypatch.setattr(decision.Decider, "_learn", costly(decision.Decider._learn, 1000))
-    monkeypatch.setattr(decision, "probe_states", costly(decision.probe_states, 10_000))
+    monkeypatch.setattr(decider.Decider, "_learn", costly(decider.Decider._learn, 1000))
+    monkeypatch.setattr(decider, "probe_states", costly(decider.probe_states, 10_000))
 
     def measure(use, family="llama-gqa", **options):
         model = make_model(family)

@@ -99,9 +99,9 @@ def vllm(monkeypatch):
 
 def build(family, per_layer, ranks=1, arch=None, **overrides):
     """A model of the family, as vLLM would build it."""
-    from prunekit.compress.export import hetero
+    from prunekit.compress.models.exported import classes
 
-    hetero.register()
+    classes.register()
     config = transformers.AutoConfig.for_model(
         f"prunekit_{family}", **{**SIZES, **overrides}, per_layer_config=per_layer
     )
@@ -127,7 +127,7 @@ def test_register_gives_vllm_names_and_imports_no_model(vllm):
 
 
 def test_registered_names_are_the_exported_architectures_and_have_classes(vllm):
-    from prunekit.compress.export.modeling_prunekit import MODELS as exported
+    from prunekit.compress.models.exported.modeling_prunekit import MODELS as exported
 
     assert {model.__name__ for model in exported} == set(vllm_plugin.ARCHITECTURES)
     module = importlib.import_module(MODELS)
@@ -147,12 +147,12 @@ def test_register_without_vllm_says_what_to_do(monkeypatch):
 
 
 def test_old_transformers_leaves_vllm_alone(vllm, monkeypatch, caplog):
-    from prunekit.compress.export import hetero
+    from prunekit.compress.models.exported import classes
 
     def refuse():
         raise ModelError("transformers is too old")
 
-    monkeypatch.setattr(hetero, "register", refuse)
+    monkeypatch.setattr(classes, "register", refuse)
     vllm_plugin.register()
     assert not vllm.calls
     assert "transformers is too old" in caplog.text

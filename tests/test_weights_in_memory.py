@@ -2,8 +2,8 @@
 
 import torch
 from prunekit.compress import prune
-from prunekit.compress.gathering import is_column_major
-from prunekit.compress.loading import fingerprint
+from prunekit.compress.engine.gathering import is_column_major
+from prunekit.compress.models.loading import fingerprint
 
 # Weights by columns
 

@@ -94,7 +94,7 @@ def test_the_bundled_model_and_text_are_in_it(wheel):
 def test_entry_points_and_licences(wheel):
     (points,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     lines = wheel.read(points).decode().splitlines()
-    assert "prunekit = prunekit.compress.cli:main" in lines
+    assert "prunekit = prunekit.compress.cli.main:main" in lines
     for point in distribution("prunekit").entry_points:
         assert f"{point.name} = {point.value}" in lines
     licences = [name.rsplit("/", 1)[1] for name in wheel.namelist() if ".dist-info/licenses/" in name]

@@ -9,8 +9,8 @@ import torch
 import yaml
 from prunekit.compress import Pipeline, PipelineSpec, prune
 from prunekit.compress.bundled import MODEL
-from prunekit.compress.loading import ModelSource, load
-from prunekit.compress.text import read_documents
+from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.runs.text import read_documents
 from prunekit.evaluators.perplexity import Perplexity
 from prunekit.evaluators.published import check_published
 from prunekit.evaluators.wikitext_words import pages_of

@@ -13,7 +13,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from prunekit.compress import prune
 from prunekit.compress.bundled import MODEL
-from prunekit.compress.spec import PipelineSpec
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.evaluators import harness_files, harness_tasks, zero_shot
 from prunekit.evaluators.zero_shot import PRESETS, ZeroShot
 from prunekit.registry import DataError, SpecError, Subject

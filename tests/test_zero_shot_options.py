@@ -8,7 +8,8 @@ from pathlib import Path
 import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
-from prunekit.compress import Pipeline, pipeline
+from prunekit.compress import Pipeline
+from prunekit.compress.runs import pipeline
 from prunekit.evaluators import harness_tasks, zero_shot
 from prunekit.evaluators.zero_shot import ZeroShot
 from prunekit.registry import SpecError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...registry import near
-from ..building import Place
+from ..files.reader import Place
 from .fields import problem_with
 from .planned import spelt
 

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from ..building import Mistake, Place
+from ..files.reader import Mistake, Place
 from .axes import Draft, Point
 from .planned import spelt
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..results import plain
+from ..output.folders import plain
 from .planned import StoredTrial, spelt
 
 if TYPE_CHECKING:

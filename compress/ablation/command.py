@@ -8,8 +8,8 @@ from pathlib import Path
 import typer
 
 from ...registry import SpecError, near
-from .. import printing
-from ..provenance import versions
+from ..output import printing
+from ..runs.provenance import versions
 from .blame import ranges
 from .display import Display
 from .local import run_local
@@ -25,6 +25,9 @@ ENGINES = ("local", "ray")
 MOST_LABELS = 3
 """Trials of one error that are named by their settings too."""
 
+ShowTrials = Callable[[Path, Sequence[StoredTrial]], None]
+"""Prints the finished trials of a store as a table."""
+
 
 def ablate(
     file: Path,
@@ -36,6 +39,8 @@ def ablate(
     address: str | None = None,
     update: bool = False,
     retry: bool = False,
+    *,
+    show: ShowTrials,
 ) -> None:
     """Run the trials of a study that the store ``out`` (else results/FILE.sqlite) has no results of.
 
@@ -65,7 +70,7 @@ def ablate(
             stop.args = (_interrupted(store, file),)
             raise
         trials = store.trials
-    _finish(trials, store.path, study)
+    _finish(trials, store.path, study, show)
 
 
 def validate(file: Path, settings: Iterable[str] = (), plugins: Iterable[Path] = ()) -> None:
@@ -129,10 +134,11 @@ def _begin(study: Study, stored: Sequence[StoredTrial], waiting: Sequence[Planne
     printing.say(", ".join(said), whole=True)
 
 
-def _finish(trials: Sequence[StoredTrial], path: Path, study: Study) -> None:
+def _finish(trials: Sequence[StoredTrial], path: Path, study: Study, show: ShowTrials) -> None:
     """The table, the failures, and where everything is."""
     failed = [trial for trial in trials if trial.status == "failed"]
-    _show(path, trials)
+    if any(trial.status == "done" for trial in trials):
+        show(path, trials)
     for message in unmeasured(study.published, trials):
         printing.warning(message)
     for error, alike in _by_error(failed).items():
@@ -158,7 +164,7 @@ def _named(trials: Sequence[StoredTrial]) -> str:
     return f"trial{'s' * (len(trials) > 1)} {said}"
 
 
-def _part(count: int, total: int) -> str:
+def part(count: int, total: int) -> str:
     return f"{count} of {_trials(total)} {'is' if count == 1 else 'are'}"
 
 
@@ -166,34 +172,11 @@ def _trials(count: int) -> str:
     return f"{count} trial{'s' * (count != 1)}"
 
 
-def _show(path: Path, trials: Sequence[StoredTrial]) -> None:
-    from ..reporting.aggregate import tabulate
-    from ..reporting.findings import axis_title, read
-    from ..reporting.protocols import Protocols
-    from ..reporting.rows import rows_of
-
-    done = sum(trial.status == "done" for trial in trials)
-    if not done:
-        return
-    if done < len(trials):
-        printing.say(f"{_part(done, len(trials))} done")
-    table = tabulate(read(path))
-    head = [*map(axis_title, table.shown_axes), *(column.title for column in table.columns)]
-    rows = [
-        [*(text for text, _ in row.settings), *(cell.text for cell in row.cells)]
-        for row in rows_of(table, table.columns, Protocols())
-    ]
-    printing.show_wide_table(head, rows, max(1, len(table.shown_axes)), f"prunekit report {path}")
-    if table.repeated:
-        seeds = ", ".join(map(axis_title, table.repeated))
-        printing.say(f"Values are mean ± standard deviation over {seeds}.")
-
-
 def _interrupted(store: Store, file: Path) -> str:
     statuses = [trial.status for trial in store.trials]
     finished = len(statuses) - statuses.count("waiting")
     return (
-        f"interrupted; {_part(finished, len(statuses))} finished and stored in {store.path}; "
+        f"interrupted; {part(finished, len(statuses))} finished and stored in {store.path}; "
         "the same command goes on from there"
     )
 

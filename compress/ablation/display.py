@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Protocol
 
-from ..calibration import Progress
-from ..printing import Bars
+from ..calibration.passes import Progress
+from ..output.printing import Bars
 from .planned import Planned, StoredTrial
 from .worker import Outcome
 

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from pydantic import BaseModel
 
 from ...registry import Catalog
-from ..building import kind_of, role_of, visible
-from ..spec import PipelineSpec
+from ..files.reader import kind_of, role_of, visible
+from ..files.spec import PipelineSpec
 
 NOT_VARIED = {
     "output": "says where results go, which changes no number",

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..results import plain
-from ..spec import PipelineSpec
+from ..files.spec import PipelineSpec
+from ..output.folders import plain
 
 
 @dataclass(frozen=True)

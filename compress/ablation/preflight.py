@@ -7,10 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...registry import PrunekitError
-from ..building import Mistake, Place
-from ..loading import ModelSource, place_of, usable_device
-from ..pruning import sites_within
-from ..spec import PipelineSpec
+from ..files.reader import Mistake, Place
+from ..files.spec import PipelineSpec
+from ..models.loading import ModelSource, place_of, usable_device
+from ..pruning.prune import sites_within
 from .planned import Planned
 
 Check = tuple[Place, Hashable, Callable[[], object]]

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...registry import near
-from ..building import Place
-from ..resolved import resolved_settings
-from ..spec import PipelineSpec
+from ..files.dotted import resolved_settings
+from ..files.reader import Place
+from ..files.spec import PipelineSpec
 from .axes import Axes, Complain, Draft, axes_of, check_settings, matches
 from .planned import StoredTrial, spelt
 
@@ -26,7 +26,7 @@ class Published(BaseModel):
     metric: str = Field(description="EVALUATOR.VALUE, such as perplexity.perplexity")
     value: float = Field(description="the published number")
     source: str = Field(description="where it was published, such as PP, Table 1")
-    dense: bool = Field(False, description="whether it is the unpruned model's")
+    dense: bool = Field(default=False, description="whether it is the unpruned model's")
 
 
 def check_published(
@@ -40,7 +40,7 @@ def check_published(
 
     Nothing is said about the axes in ``untold``.
     """
-    from ..pipeline import labelled
+    from ..runs.pipeline import labelled
 
     axes = axes_of(drafts)
     resolved = _resolved(published, drafts, specs)

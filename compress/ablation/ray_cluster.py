@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...registry import PrunekitError, SpecError
-from ..loading import reason_of
+from ..models.loading import reason_of
 
 OBJECT_STORE = 100 * 2**20
 """Bytes of a local cluster's object store: only pipelines and their results pass through it."""

@@ -14,7 +14,7 @@ import torch
 
 from ... import __version__
 from ...registry import PrunekitError, SpecError
-from ..loading import reason_of
+from ..models.loading import reason_of
 from .display import Watch
 from .planned import Planned
 from .ray_cluster import Demand, connected, demand, resources

@@ -12,7 +12,7 @@ import torch
 
 from ... import __version__
 from ...registry import PrunekitError
-from ..spec import PipelineSpec
+from ..files.spec import PipelineSpec
 from .worker import Outcome, Worker, read_trial
 
 

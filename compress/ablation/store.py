@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from ...registry import StoreError
-from ..results import plain
+from ..output.folders import plain
 from .changes import explain
 from .planned import Planned, StoredTrial
 from .worker import Outcome

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...registry import Catalog, SpecError
-from ..building import Mistake, Mistakes, Place
-from ..provenance import versions
-from ..spec import PipelineSpec, SpecReader
-from ..yaml_file import set_at
+from ..files.reader import Mistake, Mistakes, Place
+from ..files.spec import PipelineSpec, SpecReader
+from ..files.yaml_file import set_at
+from ..runs.provenance import versions
 from .axes import Draft, axes_of, grid, listed, read_axes
 from .blame import blamed
 from .fields import field_names
@@ -29,14 +29,16 @@ class StudyFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    title: str | None = Field(None, description="what reports call the study; the file's name by default")
+    title: str | None = Field(default=None, description="what reports call the study; the file's name by default")
     base: str | dict[str, Any] = Field(description="a pipeline, or the path of a pipeline file")
     vary: dict[Any, Any] = Field(
         default_factory=dict, description="axes: a field and its values, or a free name and labelled settings"
     )
-    exclude: tuple[dict[Any, Any], ...] = Field((), description="grid points to leave out, by their axis values")
-    trials: tuple[dict[Any, Any], ...] = Field((), description="trials besides the grid, one by one")
-    published: tuple[Published, ...] = Field((), description="values from the literature, for reports")
+    exclude: tuple[dict[Any, Any], ...] = Field(
+        default=(), description="grid points to leave out, by their axis values"
+    )
+    trials: tuple[dict[Any, Any], ...] = Field(default=(), description="trials besides the grid, one by one")
+    published: tuple[Published, ...] = Field(default=(), description="values from the literature, for reports")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from ...registry import SpecError, near
-from ..building import Place
-from ..spec import DEFAULT_EVALUATORS, PipelineSpec
-from ..yaml_file import apply_settings, read_yaml
+from ..files.reader import Place
+from ..files.spec import DEFAULT_EVALUATORS, PipelineSpec
+from ..files.yaml_file import apply_settings, read_yaml
 
 SMALLEST = "the smallest ablation file is  {base: {prune: {use: pp}}, vary: {prune.ratio: [0.2, 0.4]}}"
 
@@ -74,12 +74,6 @@ class Source:
 
     def _line(self, place: Place) -> int | None:
         return next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
-
-
-def is_study(path: Path) -> bool:
-    """Whether a file is an ablation file, not a pipeline; raises :class:`SpecError` for one that cannot be read."""
-    data, _ = read_yaml(path)
-    return "prune" not in data and any(key in data for key in ("base", "vary", "trials"))
 
 
 def read_study(path: Path, settings: Iterable[str] = ()) -> Source:

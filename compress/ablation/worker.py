@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from ...registry import Catalog, PrunekitError
-from ..calibration import Progress, no_progress
-from ..loading import Loaded, ModelSource, load
-from ..measuring import Known
-from ..pipeline import Pipeline
-from ..results import plain
-from ..shared_statistics import SharedStatistics
-from ..spec import PipelineSpec
+from ..calibration.passes import Progress, no_progress
+from ..calibration.shared import SharedStatistics
+from ..files.spec import PipelineSpec
+from ..models.loading import Loaded, ModelSource, load
+from ..output.folders import plain
+from ..runs.measuring import Known
+from ..runs.pipeline import Pipeline
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ...registry import Catalog, SpecError
-from ..pruned import Pruned
-from ..pruning import find_sites, prune
+from ..pruning.prune import find_sites, prune
+from ..pruning.pruned import Pruned
 from .presets import VOCABULARY, Preset
 from .reference_way import FullWeightPPsp, IndexedSlice
 from .slicing import sliced, twin

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ...registry import ModelError, SpecError, near
-from .. import printing
-from ..loading import usable_device
-from ..results import RunFolder, write_json
-from ..yaml_file import apply_settings
+from ..files.yaml_file import apply_settings
+from ..models.loading import usable_device
+from ..output import printing
+from ..output.folders import RunFolder, write_json
 from . import table
 from .arms import DEFAULT, Setting, check_names
 from .malloc import keep_freed_memory

@@ -17,8 +17,8 @@ from ...evaluators.allocations import meter, peak_bytes
 from ...evaluators.flop_formulas import formulas
 from ...evaluators.timing import Clock, clock_of, machine
 from ...registry import STAGES
-from ...registry.kernels import usable_on
-from ..calibration import Progress
+from ...registry.tensors.kernels import usable_on
+from ..calibration.passes import Progress
 from .arms import COMPILED, Arm, Setting, batch_of, build, close_all
 from .intervals import LEAST_ROUNDS, Ratio, ratio_of
 

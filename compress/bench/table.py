@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from ...registry import STAGES
-from .. import printing
+from ..output import printing
 from .arms import COMPILED, TITLES
 from .intervals import Ratio
 from .measure import DECIDING, Measured

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..report import number, sentence, share, table
+from ..output.formatting import number, sentence, share, table
 from .constraint import sentence as rounding_sentence
 from .profiles import TOOLS, profile_named
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...registry import SpecError, Strategy
-from ..freezing import MEANINGS, check_freeze
+from ..pruning.freezing import MEANINGS, check_freeze
 from .profiles import Profile
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import SpecError
-from .. import printing
-from ..ablation.study_file import is_study
-from ..report import share
-from ..spec import PipelineSpec
+from ..files.spec import PipelineSpec
+from ..files.yaml_file import is_study
+from ..output import printing
+from ..output.formatting import share
 from .card import metric_heads, metric_rows
 from .constraint import sentence as rounding_sentence
 from .exporting import Exporter

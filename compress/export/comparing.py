@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...evaluators.inputs import clamped, random_ids
 from ...registry import ModelError
-from ...registry.devices import device_of
-from ..loading import Loaded
-from ..pruned import Pruned
+from ...registry.tensors.devices import device_of
+from ..models.loading import Loaded
+from ..pruning.pruned import Pruned
 
 TOLERANCE = 1e-5
 """Of the largest logit, in float32: other shapes add the same numbers up in another order."""

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field
 
 from ...registry import Site, SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
-from ..pruned import Pruned
-from ..pruning import sites_within
-from ..report import share
+from ..output.formatting import share
+from ..pruning.prune import sites_within
+from ..pruning.pruned import Pruned
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class RoundedCounts(SparsityAllocator):
     """Another allocator's counts, made equal over layers and rounded to multiples as a file format asks for."""
 
     name: Literal["rounded_counts"] = "rounded_counts"
-    allocator: SerializeAsAny[SparsityAllocator]
+    allocator: SparsityAllocator
     equal: bool = False
-    multiple: int = Field(1, ge=1)
+    multiple: int = Field(default=1, ge=1)
 
     @property
     def needs_scores(self) -> bool:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import ModelError, Producer, Site, SpecError
-from ...registry.devices import stored_tensor, weights_present
-from ..architectures import heads_of
-from ..cut import SiteCut
-from ..pruned import Pruned
+from ...registry.tensors.devices import stored_tensor, weights_present
+from ..engine.site_cut import SiteCut
+from ..models.architectures import heads_of
+from ..pruning.pruned import Pruned
 from .layers import LayerShape
 from .tensors import PlannedTensor, Tensors
 

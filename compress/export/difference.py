@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import DataError
-from .. import printing
-from ..report import number, share
-from ..resolved import resolved_settings
-from .bundle import RECIPE, read_kept, read_manifest
+from ..files.dotted import resolved_settings
+from ..models.exported.manifest import RECIPE, read_kept, read_manifest
+from ..output import printing
+from ..output.formatting import number, share
 from .card import metric_rows
 
 FACTS = ("profile", "strategy", "weights", "license")

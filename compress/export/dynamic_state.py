@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...registry import Catalog, Compensator, DataError, SpecError, Strategy
-from ..building import Reader
-from ..cut import SiteCut
-from ..pruned import Pruned
-from ..pruning import engine_of
-from ..results import readable
-from ..runtime import Runtime
+from ..engine.runtime import Runtime
+from ..engine.site_cut import SiteCut
+from ..files.reader import Reader
+from ..output.folders import readable
+from ..pruning.prune import engine_of
+from ..pruning.pruned import Pruned
 
 FORMAT = "prunekit pruning state 1"
 STATE = "pruning_state.safetensors"

@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 
 from ...registry import ModelError, SpecError
-from ..calibration import Progress, no_progress
-from ..freezing import MEANINGS
-from ..loading import Loaded, fingerprint, load
-from ..measuring import Measuring
-from ..pipeline import calibration_of, check_lengths, labelled, pinned
-from ..provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
-from ..pruned import Pruned
-from ..pruning import prune
-from ..results import RunFolder
-from ..runtime import Runtime
-from ..spec import PipelineSpec
-from ..statistics_file import StatisticsFile
+from ..calibration.passes import Progress, no_progress
+from ..calibration.statistics_file import StatisticsFile
+from ..engine.runtime import Runtime
+from ..files.spec import PipelineSpec
+from ..models.exported.classes import needs
+from ..models.exported.manifest import CARD, MANIFEST, RECIPE, finish, write_kept
+from ..models.loading import Loaded, fingerprint, load
+from ..output.folders import RunFolder
+from ..pruning.freezing import MEANINGS
+from ..pruning.prune import prune
+from ..pruning.pruned import Pruned
+from ..runs.measuring import Measuring
+from ..runs.pipeline import calibration_of, check_lengths, labelled, pinned
+from ..runs.provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
 from . import reload
-from .bundle import CARD, MANIFEST, RECIPE, finish, write_kept
 from .card import card
 from .checks import check_freezing
 from .comparing import check_tokenizer, compared, logits_of, some_tokens
 from .constraint import rounding
-from .hetero import needs
 from .licence import copy_licence_files, licence_of
 from .measures import entry, measure, repeatable
 from .profiles import profile_named
@@ -218,4 +218,3 @@ class Exporter:
             self._notes.append("the run's other measurements are of another cut: frozen, rounded, or of another text")
             return
         self.manifest["run"] = {"started": self.run["started"], "metrics": self.run["metrics"]}
-

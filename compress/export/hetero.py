@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...registry import ModelError
-from ..architectures import PRUNED, head_size
+from ..models.architectures import PRUNED, head_size
+from ..models.exported import classes
+from ..models.exported.classes import CODE, family_of, register
 from .configs import carried
 from .layers import LayerShape
-
-CODE = "modeling_prunekit.py"
-"""The file with the model classes, here and beside exported weights."""
-
-
-@functools.cache
-def register() -> None:
-    """Make transformers' Auto classes know exported models, so that no code from a folder has to be run.
-
-    Raises :class:`ModelError` where the installed transformers has no per-layer configurations.
-    """
-    import transformers
-
-    for model in _classes():
-        transformers.AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
-        transformers.AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
-
-
-def _classes() -> tuple[Any, ...]:
-    try:
-        from .modeling_prunekit import MODELS
-    except ImportError as error:
-        raise ModelError(str(error)) from error
-    return MODELS
-
-
-def needs() -> dict[str, str]:
-    """Packages, and their oldest versions, that load such a model."""
-    _classes()
-    from .modeling_prunekit import OLDEST
-
-    return {"transformers": OLDEST}
-
-
-def family_of(config: Any) -> str:
-    """The model type, that of an exported model being the family it was made of."""
-    return config.model_type.removeprefix(PRUNED)
 
 
 def homogeneous(config: Any) -> Any:
@@ -65,9 +29,9 @@ def homogeneous(config: Any) -> Any:
 def hetero_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
     """A configuration with a shape for every layer; raises :class:`ModelError` for a family without a class."""
     family = family_of(dense)
-    model = next((m for m in _classes() if m.config_class.model_type == PRUNED + family), None)
+    model = next((m for m in classes.model_classes() if m.config_class.model_type == PRUNED + family), None)
     if model is None:
-        known = ", ".join(m.config_class.model_type.removeprefix(PRUNED) for m in _classes())
+        known = ", ".join(m.config_class.model_type.removeprefix(PRUNED) for m in classes.model_classes())
         raise ModelError(
             f"profile hf-hetero: there is no model class for {family!r}; there are {known}. Nearest: --profile padded "
             "keeps the original class, --profile dynamic needs none"
@@ -94,7 +58,7 @@ def hetero_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
 
 def add_code(folder: Path, config: Any) -> None:
     """Put the model classes' code beside the weights, and say in ``config`` that it is there."""
-    source = Path(__file__).with_name(CODE)
+    source = Path(classes.__file__).with_name(CODE)
     shutil.copyfile(source, folder / CODE)
     module, model = source.stem, config.architectures[0]
     config.auto_map = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundled import MODEL
-from ..loading import ModelSource
+from ..models.loading import ModelSource
 
 UNKNOWN = "unknown"
 FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ...registry import Catalog, DataError, Evaluator, Measurement, SpecError, Subject
-from ...registry.evaluation import checked
-from ..calibration import Progress, no_progress
-from ..loading import Loaded
-from ..measuring import Measuring
-from ..pruned import Pruned
-from ..spec import SpecReader
-from ..text import read_documents
+from ...registry.roles.evaluation import checked
+from ..calibration.passes import Progress, no_progress
+from ..files.spec import SpecReader
+from ..models.loading import Loaded
+from ..pruning.pruned import Pruned
+from ..runs.measuring import Measuring
+from ..runs.text import read_documents
 
 
 def repeatable(evaluators: Iterable[Evaluator]) -> tuple[Evaluator, ...]:

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from ...registry import DataError, ModelError, PluginError, SpecError
-from ..loading import Loaded, ModelSource, fingerprint
-from ..loading import load as load_model
-from ..pruned import Pruned
-from ..spec import PipelineSpec
+from ..files.spec import PipelineSpec
+from ..models.exported.manifest import GGUF, RECIPE, damages, raise_damages, read_manifest
+from ..models.loading import Loaded, ModelSource, fingerprint
+from ..models.loading import load as load_model
+from ..pruning.pruned import Pruned
 from . import dynamic_state
-from .bundle import GGUF, RECIPE, damages, raise_damages, read_manifest
 
 
 @dataclass

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...registry import ModelError, SpecError
-from ..architectures import head_size
+from ..models.architectures import head_size
+from ..models.exported.classes import family_of
 from .configs import carried, window_in_force
-from .hetero import family_of, homogeneous
+from .hetero import homogeneous
 from .layers import LayerShape
 
 WITHOUT_WINDOW = ("llama", "mistral", "qwen2")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...registry import NonFiniteError, PrunekitError
-from .. import printing
-from ..loading import Loaded, fingerprint
-from ..provenance import versions
-from ..pruned import Pruned
-from ..report import number
+from ..models.exported.manifest import GGUF, damages, read_manifest
+from ..models.loading import Loaded, fingerprint
+from ..output import printing
+from ..output.formatting import number
+from ..pruning.pruned import Pruned
+from ..runs.provenance import versions
 from . import reload
-from .bundle import GGUF, damages, read_manifest
 from .measures import measure as measured_by
 from .measures import recorded
 

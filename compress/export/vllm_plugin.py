@@ -31,7 +31,7 @@ def register() -> None:
         raise SpecError(
             f"vLLM cannot be imported ({error}); install it with pip install vllm, or load the export with transformers"
         ) from error
-    from .hetero import register as register_with_transformers
+    from ..models.exported.classes import register as register_with_transformers
 
     try:
         register_with_transformers()

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ...registry import SpecError
-from ..results import readable
+from ..output.folders import readable
 from .tensors import Tensors
 
 SHARD_SIZE = "5GB"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import Catalog, ModelError, SiteScores, SpecError, Strategy
-from ..architectures import PRUNED, heads_of
-from ..loading import Loaded
-from ..pruned import Pruned
-from ..pruning import find_sites, sites_within
-from .bundle import GGUF
+from ..models.architectures import PRUNED, heads_of
+from ..models.exported.manifest import GGUF
+from ..models.loading import Loaded
+from ..pruning.prune import find_sites, sites_within
+from ..pruning.pruned import Pruned
 from .configs import fitted
 from .constraint import RoundedCounts
 from .cut_model import layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import SpecError, TextSource
-from .. import printing
 from ..bundled import TEXTS
 from ..export.card import metric_heads, metric_rows
 from ..export.command import show_end, size
+from ..output import printing
 from .lora import Lora
 from .recovering import Recovery
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import ModelError, NonFiniteError, SpecError
-from ..calibration import Progress
+from ..calibration.passes import Progress
 
 AVERAGED = 10
 """Steps, at most, that the first and the last recorded loss are averages of: one batch's loss says little."""

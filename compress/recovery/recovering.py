@@ -12,21 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import DataError, Evaluator, SpecError, TextSource
-from ...registry.tokens import context_length
-from ...registry.windows import digest
-from ..calibration import Progress, no_progress
+from ...registry.tensors.tokens import context_length
+from ...registry.tensors.windows import digest
+from ..calibration.passes import Progress, no_progress
 from ..export import reload
-from ..export.bundle import CARD, MANIFEST, finish, read_manifest
 from ..export.card import card
 from ..export.comparing import compared, logits_of
 from ..export.cut_model import dense_tensors
 from ..export.measures import entry, measure, recorded
 from ..export.profiles import profile_named
 from ..export.weights_file import INDEX, write_weights
-from ..loading import Loaded, ModelSource, fingerprint
-from ..provenance import versions
-from ..results import RunFolder
-from ..text import read_documents
+from ..models.exported.manifest import CARD, MANIFEST, finish, read_manifest
+from ..models.loading import Loaded, ModelSource, fingerprint
+from ..output.folders import RunFolder
+from ..runs.provenance import versions
+from ..runs.text import read_documents
 from .lora import Lora, check_installed, train
 from .sequences import training_sequences
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...registry import DataError
-from ...registry.windows import cut_windows, token_stream, with_bos
+from ...registry.tensors.windows import cut_windows, token_stream, with_bos
 
 
 def training_sequences(

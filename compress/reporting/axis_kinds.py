@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..resolved import flatten
+from ..files.dotted import flatten
 from .findings import Findings
 
 USE, RATIO = "prune.use", "prune.ratio"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..resolved import resolved_settings
+from ..files.dotted import resolved_settings
 from .columns import Column
 from .configurations import Configuration
 from .contest import ordered

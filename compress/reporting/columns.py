@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..report import number, share
+from ..output.formatting import number, share
 from .findings import Findings, Trial, finite, setting_text
 
 PLUGIN_VALUES = 6

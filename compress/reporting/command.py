@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...registry import SpecError
-from .. import printing
-from ..results import RunFolder
+from ..output import printing
+from ..output.folders import RunFolder
 from .aggregate import Table, tabulate
 from .findings import read
 from .page import html, progress

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import SpecError
-from .. import printing
-from ..report import headline, number
+from ..output import printing
+from ..output.formatting import number
+from ..runs.report import headline
 from . import differences
 from .bootstrap import FEW_WINDOWS, Windows, paired_interval, unpaired
 from .findings import read_results

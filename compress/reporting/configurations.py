@@ -9,7 +9,7 @@ from functools import cached_property
 from statistics import fmean, median, stdev
 from typing import Any
 
-from ..resolved import resolved_settings
+from ..files.dotted import resolved_settings
 from .columns import Column
 from .findings import Findings, Trial, finite
 

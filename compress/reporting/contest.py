@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from ..report import TIE, share
+from ..output.formatting import TIE, share
 from .aggregate import BOUNDS, Table
 from .columns import Column
 from .configurations import Configuration, key

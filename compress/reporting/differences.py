@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..report import number
-from ..resolved import flatten, resolved_settings
+from ..files.dotted import flatten, resolved_settings
+from ..output.formatting import number
 from .findings import finite
 from .protocols import fact
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..report import number
-from ..resolved import resolved_settings
+from ..files.dotted import resolved_settings
+from ..output.formatting import number
 from .findings import Findings, Trial, setting_text
 from .protocols import fact, merged
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import SpecError
-from ..results import FORMAT
+from ..runs.results import FORMAT
 
 SQLITE = b"SQLite format 3\0"
 
@@ -177,8 +177,7 @@ def finite(value: Any) -> float | None:
 
 def setting_text(name: str, value: Any) -> str:
     """A setting's value as people read it: 40%, pp, a mapping as ``name key value``."""
-    from ..demo_report import TITLES
-    from ..report import sentence, share
+    from ..output.formatting import TITLES, sentence, share
 
     if name.endswith("ratio") and finite(value) is not None and 0 <= value <= 1:
         return share(value)

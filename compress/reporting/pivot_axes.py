@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ...registry import SpecError, near
-from ..resolved import resolved_settings
+from ..files.dotted import resolved_settings
 from .axis_kinds import is_circumstance
 from .columns import Column, all_columns, evaluators_of, find, main_columns
 from .configurations import key

@@ -8,12 +8,24 @@ from pathlib import Path
 from rich.text import Text
 
 from ...registry import SpecError
-from .. import printing
-from ..results import RunFolder
+from ..output import printing
+from ..output.folders import RunFolder
 from .findings import read
-from .pivot import Cross, Place, Question, crossed
+from .pivot import Cross, crossed
 from .pivot_axes import Grid, joined
-from .pivot_text import head, heading, markdown, measure, notes, pivot_csv, protocol, row_names, spread_text, value_text
+from .pivot_records import Place, Question
+from .pivot_text import (
+    head,
+    heading,
+    markdown,
+    measure,
+    notes,
+    pivot_csv,
+    protocol,
+    row_names,
+    spread_text,
+    value_text,
+)
 
 PAGE = "pivot.md"
 ELSEWHERE = "--out DIR writes them all"

@@ -16,7 +16,7 @@ from .findings import Trial, axis_title
 from .pivot_axes import Grid
 
 if TYPE_CHECKING:
-    from .pivot import Cell, Place, Question
+    from .pivot_records import Cell, Place, Question
 
 ROUNDING = 1e-12
 """Differences up to this are of rounding."""

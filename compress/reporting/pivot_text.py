@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..report import number
-from ..report import table as markdown_table
+from ..output.formatting import number
+from ..output.formatting import table as markdown_table
 from .columns import Column
 from .facts import facts
 from .findings import axis_title, named_text, setting_text
-from .pivot import Cross, Place, Question
+from .pivot import Cross
 from .pivot_axes import DENSE, Grid
+from .pivot_records import Place, Question
 from .protocols import Protocols
 from .tables import csv_text
 

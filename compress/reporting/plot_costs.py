@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Rectangle
 
-from ...registry.evaluation import STAGES
+from ...registry.roles.evaluation import STAGES
 from .aggregate import Table
 from .configurations import Configuration
 from .figures import COLOURS, HATCHES, INK, PAPER, WIDTH, Plot, drawing, finished, percent

@@ -12,7 +12,8 @@ from matplotlib.colors import Colormap, Normalize
 
 from .figures import MUTED, PAPER, WIDTH, Plot, drawing, finished
 from .findings import axis_title
-from .pivot import Cross, Place, Question
+from .pivot import Cross
+from .pivot_records import Place, Question
 from .pivot_text import head, heading, measure, notes, row_names, spread_text, text_of, value_text
 from .plot_layers import colormap, ink_on
 

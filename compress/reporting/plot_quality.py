@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from ..report import share
+from ..output.formatting import share
 from .aggregate import RATIO, USE, Table
 from .columns import Column
 from .configurations import Configuration

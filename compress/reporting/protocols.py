@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..report import number
+from ..output.formatting import number
 from .findings import Trial, finite
 
 MOST_VALUES = 4

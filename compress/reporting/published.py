@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..resolved import resolved_settings
+from ..files.dotted import resolved_settings
 from .aggregate import Table
 from .columns import Column, all_columns, find
 from .configurations import Configuration, key

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..resolved import resolved_settings
+from ..files.dotted import resolved_settings
 from .columns import KNOWN
 from .configurations import key as key_of
 from .findings import Trial

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..report import number
+from ..output.formatting import number
 from .aggregate import Table
 from .columns import Column
 from .configurations import Cell, Configuration

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..report import table as markdown_table
+from ..output.formatting import table as markdown_table
 from .aggregate import RATIO, Table
 from .columns import Column, all_columns
 from .facts import facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..report import number, share
+from ..output.formatting import number, share
 from .aggregate import RATIO, USE, Table
 from .baseline import baseline
 from .columns import Column

@@ -16,10 +16,10 @@ import transformers
 from page_file import put
 from prunekit.compress.bench.intervals import ratio_of
 from prunekit.compress.bench.presets import PRESETS, VOCABULARY
-from prunekit.compress.building import build_strategy
-from prunekit.compress.calibration import calibrate, no_progress
-from prunekit.compress.engine import Engine
-from prunekit.compress.pruning import find_sites
+from prunekit.compress.calibration.passes import calibrate, no_progress
+from prunekit.compress.engine.engine import Engine
+from prunekit.compress.files.reader import build_strategy
+from prunekit.compress.pruning.prune import find_sites
 from prunekit.evaluators.allocations import peak_bytes
 from prunekit.evaluators.timing import clock_of, processor
 from prunekit.registry import Catalog

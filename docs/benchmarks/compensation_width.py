@@ -25,7 +25,7 @@ from width_sizes import HEADS, TOY, Sizes
 PARTS = "ABCD"
 RATIOS = (0.4, 0.2)
 KINDS = ("mlp", "attention")
-PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "prunekit.compress.pruning"]
+PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "prunekit.compress.pruning.prune"]
 
 
 def fresh_processes() -> BaseContext:

@@ -17,13 +17,13 @@ import torch
 from page_file import put
 from prunekit.compress.bench.intervals import ratio_of
 from prunekit.evaluators.timing import Clock, EventClock, processor
-from prunekit.registry import reductions
+from prunekit.registry.tensors import reductions
 from torch import Tensor
 from torch.nn import functional
 
 try:
-    from prunekit.compress.fused_linear import linear_of_columns, linear_of_rows
-    from prunekit.registry import triton_reductions
+    from prunekit.compress.engine.fused_linear import linear_of_columns, linear_of_rows
+    from prunekit.registry.tensors import triton_reductions
 except ImportError as error:
     raise SystemExit(f"the kernels need Triton: pip install triton ({error})") from None
 

@@ -15,8 +15,8 @@ import transformers
 from page_file import put
 from prunekit.compress import prune
 from prunekit.compress.bundled import MODEL, TEXTS
-from prunekit.compress.text import calibration_batches
-from prunekit.registry.windows import token_stream
+from prunekit.compress.runs.text import calibration_batches
+from prunekit.registry.tensors.windows import token_stream
 from torch import Tensor
 from torch.nn import functional
 

@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from prunekit.compress.pruned import Pruned
-from prunekit.compress.pruning import prune
+from prunekit.compress.pruning.prune import prune
+from prunekit.compress.pruning.pruned import Pruned
 from prunekit.evaluators.flop_formulas import formulas
 from prunekit.registry import ChannelMoments, Site, complement
-from prunekit.registry.moments import CHUNK
+from prunekit.registry.tensors.moments import CHUNK
 from prunekit.strategies.compensation import LeastSquares
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode

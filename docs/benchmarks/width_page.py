@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunekit.compress.provenance import versions
-from prunekit.compress.report import table
+from prunekit.compress.output.formatting import table
+from prunekit.compress.runs.provenance import versions
 from width_sizes import RIDGE, Sizes
 
 NAMES = {"mlp": "MLP", "attention": "heads"}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import transformers
 from prunekit.compress.bundled import MODEL, TEXTS
-from prunekit.compress.compensation import SiteCompensation
-from prunekit.compress.pruning import prune
-from prunekit.compress.text import calibration_batches
+from prunekit.compress.engine.compensation import SiteCompensation
+from prunekit.compress.pruning.prune import prune
+from prunekit.compress.runs.text import calibration_batches
 from prunekit.registry import ChannelMoments, Compensator, Site, complement
-from prunekit.registry.windows import cut_windows, token_stream
+from prunekit.registry.tensors.windows import cut_windows, token_stream
 from prunekit.strategies.compensation import LeastSquares, LowRankLeastSquares
 from torch import Tensor
 from width_measures import Activations, build, cut_one, operations_of, seconds_of, site_of, tokens_of

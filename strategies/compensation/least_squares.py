@@ -28,17 +28,17 @@ class Regression(ProbedMean):
     needs_covariance: ClassVar[bool] = True
 
     ridge: float | None = Field(
-        None,
+        default=None,
         gt=0,
         allow_inf_nan=False,
         description="added to every variance, as a share of the channels' mean variance; null: at every site as much "
         "as its calibration tokens ask for (oracle approximating shrinkage)",
     )
     singular: Literal["error", "mean"] = Field(
-        "error", description="a covariance that cannot be solved: refuse it, or give back the mean alone there"
+        default="error", description="a covariance that cannot be solved: refuse it, or give back the mean alone there"
     )
     memory_gib: float | None = Field(
-        None,
+        default=None,
         gt=0,
         allow_inf_nan=False,
         description="memory that covariances and solving may take; null: most of what is free",
@@ -99,7 +99,7 @@ class LeastSquares(Regression):
     paper: ClassVar[str] = "closed-form updates of OBC (NeurIPS 2022) and SlimGPT (NeurIPS 2024), for one whole cut"
     name: Literal["least_squares"] = "least_squares"
     per_batch: Literal["pivot", "solve", "usual"] = Field(
-        "pivot",
+        default="pivot",
         description="where cuts are made per batch: pivot corrects the solution of the usual cut for the channels that "
         "differ, solve starts afresh (equal results); usual leaves the correction out",
     )

@@ -27,8 +27,8 @@ class LowRankLeastSquares(Regression):
 
     paper: ClassVar[str] = "factor model of the covariance, solved by Woodbury's identity"
     name: Literal["low_rank_least_squares"] = "low_rank_least_squares"
-    rank: int = Field(64, ge=1, description="number of common factors")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the search for the leading factors")
+    rank: int = Field(default=64, ge=1, description="number of common factors")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the search for the leading factors")
 
     def solve(self, covariance: Tensor, kept: Tensor, dropped: Tensor) -> Slope:
         return self.slope(self.prepare(covariance, None), kept, dropped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field
 from torch import Tensor
 
 from ...registry import Compensator, ProbeSelector
@@ -21,10 +21,12 @@ class Mean(Compensator):
 class ProbedMean(Compensator):
     """A compensator whose mean is partly what a probe of the batch shows."""
 
-    probe: float = Field(0.0, ge=0, le=1, description="the probe's share in the mean; the rest is calibration's")
+    probe: float = Field(
+        default=0.0, ge=0, le=1, description="the probe's share in the mean; the rest is calibration's"
+    )
 
-    selector: SerializeAsAny[ProbeSelector] = Field(
-        SpreadProbe(), description="what to probe where the strategy probes nothing"
+    selector: ProbeSelector = Field(
+        default=SpreadProbe(), description="what to probe where the strategy probes nothing"
     )
 
     @property
@@ -46,7 +48,9 @@ class ProbeMean(ProbedMean):
     """The mean contribution in this very batch, as far as a probe shows it, as a bias."""
 
     name: Literal["probe_mean"] = "probe_mean"
-    probe: float = Field(0.5, gt=0, le=1, description="the probe's share in the mean; the rest is calibration's")
+    probe: float = Field(
+        default=0.5, gt=0, le=1, description="the probe's share in the mean; the rest is calibration's"
+    )
 
     def unprobed(self) -> Compensator:
         return Mean()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import SerializeAsAny
-
 from ...registry import Compensator, MaskApplier, Scorer, SparsityAllocator, Strategy, hookimpl
 from ..application import Slice
 from ..compensation.mean import Mean
@@ -20,10 +18,10 @@ class Flap(Strategy):
     paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983"
 
     name: Literal["flap"] = "flap"
-    scorer: SerializeAsAny[Scorer] = FluctuationScorer(square_attention=True)
-    allocator: SerializeAsAny[SparsityAllocator] = GlobalAdaptive()
-    applier: SerializeAsAny[MaskApplier] = Slice()
-    compensate: SerializeAsAny[Compensator] = Mean()
+    scorer: Scorer = FluctuationScorer(square_attention=True)
+    allocator: SparsityAllocator = GlobalAdaptive()
+    applier: MaskApplier = Slice()
+    compensate: Compensator = Mean()
 
 
 @hookimpl

@@ -43,7 +43,7 @@ class GlobalAdaptive(SparsityAllocator):
     needs_scores: ClassVar[bool] = True
     paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983, adaptive structure search"
     name: Literal["global_adaptive"] = "global_adaptive"
-    minimum_units: int = Field(1, ge=0, description="units that every site keeps in any case")
+    minimum_units: int = Field(default=1, ge=0, description="units that every site keeps in any case")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` where ``minimum_units`` puts the ratio out of reach."""

@@ -19,7 +19,7 @@ class FlapShipped(SparsityAllocator):
 
     needs_scores: ClassVar[bool] = True
     name: Literal["flap_shipped"] = "flap_shipped"
-    head_cost: int = Field(170, ge=1, description="channels that one head counts for")
+    head_cost: int = Field(default=170, ge=1, description="channels that one head counts for")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
         if not ratio:  # the code's strict comparison would drop the lowest unit even then
@@ -40,9 +40,11 @@ class PPFlapShipped(SparsityAllocator):
 
     needs_scores: ClassVar[bool] = True
     name: Literal["pp_flap_shipped"] = "pp_flap_shipped"
-    sequence_length: int = Field(1024, ge=1, description="positions T in the price of attention's score products")
-    group: int = Field(128, ge=1, description="channels compared together at attention sites")
-    mlp_multiple: int = Field(64, ge=1, description="kept MLP width rounded up to a multiple of this")
+    sequence_length: int = Field(
+        default=1024, ge=1, description="positions T in the price of attention's score products"
+    )
+    group: int = Field(default=128, ge=1, description="channels compared together at attention sites")
+    mlp_multiple: int = Field(default=64, ge=1, description="kept MLP width rounded up to a multiple of this")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
         first = [standardised(_double(scores), self._group(scores)) for scores in sites]

@@ -66,11 +66,11 @@ class FluctuationScorer(AttentionPower):
 
     name: Literal["fluctuation"] = "fluctuation"
     recurrence: Literal["published", "flap_shipped", "pp_shipped"] = Field(
-        "published",
+        default="published",
         description="published is the paper's variance; flap_shipped and pp_shipped what the codes of FLAP and "
         "of PP's FLAP baseline compute",
     )
-    weighted: bool = Field(True, description="false leaves the weights out (FLAP's IFV)")
+    weighted: bool = Field(default=True, description="false leaves the weights out (FLAP's IFV)")
 
     @property
     def statistic(self) -> Statistic:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field
 
 from ...registry import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, Strategy, hookimpl
 from ..allocation import Uniform
@@ -20,20 +20,18 @@ class PP(Strategy):
     paper: ClassVar[str] = "Probe Pruning, ICLR 2025, arXiv 2502.15618"
 
     name: Literal["pp"] = "pp"
-    scorer: SerializeAsAny[Scorer] = PPsp()
-    allocator: SerializeAsAny[SparsityAllocator] = Uniform()
-    applier: SerializeAsAny[MaskApplier] = Slice()
-    selector: SerializeAsAny[ProbeSelector] | None = Field(ResidualNorm(), description="which part of a batch to probe")
-    merger: SerializeAsAny[HistoryMerger] | None = Field(
-        ImportanceScaled(), description="how the probe and history are merged"
-    )
+    scorer: Scorer = PPsp()
+    allocator: SparsityAllocator = Uniform()
+    applier: MaskApplier = Slice()
+    selector: ProbeSelector | None = Field(default=ResidualNorm(), description="which part of a batch to probe")
+    merger: HistoryMerger | None = Field(default=ImportanceScaled(), description="how the probe and history are merged")
 
 
 class FullBatchProbing(PP):
     """Full-batch probing: PP that probes every row and position; the paper's upper bound, at twice the work."""
 
     name: Literal["full_batch_probing"] = "full_batch_probing"
-    selector: SerializeAsAny[ProbeSelector] | None = Field(WholeBatch(), description="which part of a batch to probe")
+    selector: ProbeSelector | None = Field(default=WholeBatch(), description="which part of a batch to probe")
 
 
 @hookimpl

@@ -15,7 +15,7 @@ from ...registry import HistoryMerger, Site
 class MovingAverage(HistoryMerger):
     """History as an exponential moving average of what whole batches showed."""
 
-    momentum: float = Field(0.99, ge=0, le=1, description="weight of the old history; 1 freezes it")
+    momentum: float = Field(default=0.99, ge=0, le=1, description="weight of the old history; 1 freezes it")
 
     def update(self, history: Tensor, observed: Tensor) -> Tensor:
         return torch.lerp(observed, history, self.momentum)
@@ -39,9 +39,9 @@ class FixedRatio(MovingAverage):
     """A fixed share of probe and history."""
 
     name: Literal["fixed_ratio"] = "fixed_ratio"
-    probe: float = Field(0.5, ge=0, le=1, description="the probe's share")
+    probe: float = Field(default=0.5, ge=0, le=1, description="the probe's share")
     as_shipped: bool = Field(
-        False, description="at MLPs give that share to history instead, as the PP reference's code does"
+        default=False, description="at MLPs give that share to history instead, as the PP reference's code does"
     )
 
     _swapped: bool = PrivateAttr(False)

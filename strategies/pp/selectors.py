@@ -18,8 +18,8 @@ SHORT_PROBE = 10
 class SizedSelector(ProbeSelector):
     """A selector whose probe is a share of the rows and a share of the positions."""
 
-    positions: float = Field(0.5, gt=0, le=1, description="share of the positions to probe, at least two")
-    rows: float = Field(0.05, gt=0, le=1, description="share of the rows to probe, at least one")
+    positions: float = Field(default=0.5, gt=0, le=1, description="share of the positions to probe, at least two")
+    rows: float = Field(default=0.05, gt=0, le=1, description="share of the rows to probe, at least one")
 
     def sizes(self, states: Tensor) -> tuple[int, int]:
         """Number of rows and positions; states (B, T, D) -> (b, t)."""
@@ -76,7 +76,9 @@ class SpreadProbe(ProbeSelector):
     """A few positions of every row, each row's own, drawn at random for every decision."""
 
     name: Literal["spread"] = "spread"
-    positions: float = Field(0.05, gt=0, le=1, description="share of every row's positions to probe, at least two")
+    positions: float = Field(
+        default=0.05, gt=0, le=1, description="share of every row's positions to probe, at least two"
+    )
 
     def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """All rows (B,), and positions (B, t) row by row: real tokens first, as long as a row has any."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from prunekit.compress.cli import app
+from prunekit.compress.cli.main import app
 from prunekit.compress.reporting import command
 from prunekit.compress.reporting.aggregate import tabulate
 from prunekit.compress.reporting.tables import latex, markdown, table_csv, trials_csv

@@ -5,8 +5,8 @@ from math import exp
 
 import numpy as np
 import pytest
-from prunekit.compress import printing
-from prunekit.compress.cli import app
+from prunekit.compress.cli.main import app
+from prunekit.compress.output import printing
 from prunekit.compress.reporting import differences
 from prunekit.compress.reporting.bootstrap import Windows, paired_interval
 from prunekit.compress.reporting.compare import compare, intervals

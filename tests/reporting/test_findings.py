@@ -7,9 +7,9 @@ import pytest
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.worker import Outcome
+from prunekit.compress.files.dotted import flatten
 from prunekit.compress.reporting import command
 from prunekit.compress.reporting.findings import axis_title, named_text, read, setting_text
-from prunekit.compress.resolved import flatten
 from prunekit.registry import PrunekitError, SpecError
 
 STUDY = """

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 from prunekit.compress.reporting.findings import Findings, Trial
-from prunekit.compress.reporting.pivot import Question, crossed, shared_settings
+from prunekit.compress.reporting.pivot import crossed, shared_settings
 from prunekit.compress.reporting.pivot_axes import joined
+from prunekit.compress.reporting.pivot_records import Question
 from prunekit.compress.reporting.pivot_text import heading, measure, notes, spread_text, value_text
 
 DENSE = {"far": 20.0, "near": 30.0}

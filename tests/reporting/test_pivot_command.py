@@ -10,9 +10,10 @@ import pytest
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.worker import Outcome
-from prunekit.compress.cli import app
-from prunekit.compress.reporting.pivot import Question, crossed
+from prunekit.compress.cli.main import app
+from prunekit.compress.reporting.pivot import crossed
 from prunekit.compress.reporting.pivot_axes import joined
+from prunekit.compress.reporting.pivot_records import Question
 from prunekit.compress.reporting.pivot_text import notes
 from prunekit.registry import SpecError
 from typer.testing import CliRunner

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ....registry import ModelError
-from ...loading import Loaded
+from ...models.loading import Loaded
 
 
 class GgufModel:

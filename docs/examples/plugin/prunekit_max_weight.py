@@ -4,7 +4,6 @@ from typing import Literal
 
 from prunekit.registry import Scorer, hookimpl
 from prunekit.strategies.pp import PP
-from pydantic import SerializeAsAny
 
 
 class MaxWeight(Scorer):
@@ -23,7 +22,7 @@ class MaxWeightPP(PP):
     """Probe Pruning that scores channels by their largest weight."""
 
     name: Literal["max_weight_pp"] = "max_weight_pp"
-    scorer: SerializeAsAny[Scorer] = MaxWeight()
+    scorer: Scorer = MaxWeight()
 
 
 @hookimpl

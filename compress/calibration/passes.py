@@ -1,0 +1,168 @@
+"""Filling the channel histories: all sites in one pass over the batches, or layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...registry import DataError, NonFiniteError
+from ...registry.errors import FINITE_REMEDY
+from ...registry.tensors.devices import device_of
+from ..engine.engine import Engine
+from ..engine.forward_pass import Learn
+from ..engine.site_cut import SiteCut
+
+Progress = Callable[[Iterable, str, int], Iterable]
+
+Batch = dict[str, Tensor]
+
+
+def no_progress(items: Iterable, label: str, total: int) -> Iterable:
+    """The progress that shows nothing."""
+    return items
+
+
+class _EnoughSeen(Exception):
+    """Stops a forward pass once the layer that is calibrated has been seen."""
+
+
+def calibration_list(calibration: Iterable[Any]) -> list[Batch]:
+    """The user's batches as ``{"input_ids", "attention_mask"}``; raises :class:`DataError` for what is none.
+
+    The token ids are kept, never the activations: memory does not grow with the number of sequences beyond them.
+    """
+    if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
+        raise DataError(
+            "calibration: expected an iterable of batches, such as a list of {'input_ids': (B, T) tensor}, found "
+            f"{type(calibration).__name__}"
+        )
+    batches = [_batch(item, number) for number, item in enumerate(calibration)]
+    if not batches:
+        raise DataError("calibration: the iterable is empty; give at least one batch of token ids (B, T)")
+    return batches
+
+
+def _batch(item: Any, number: int) -> Batch:
+    place = f"calibration batch {number}"
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise DataError(f"{place}: a mapping needs the key 'input_ids', found {sorted(item)}")
+        ids, mask = item["input_ids"], item.get("attention_mask")
+    else:
+        ids, mask = item, None
+    ids = _tensor(ids, f"{place}: input_ids")
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
+        raise DataError(f"{place}: expected integer token ids of shape (B, T), found {ids.dtype} {tuple(ids.shape)}")
+    batch = {"input_ids": ids.long()}
+    if mask is not None:
+        mask = _tensor(mask, f"{place}: attention_mask")
+        mask = mask[None] if mask.dim() == 1 else mask
+        if mask.shape != ids.shape:
+            shapes = f"attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)}"
+            raise DataError(f"{place}: {shapes} differ in shape")
+        if not bool(mask.any()):
+            raise DataError(f"{place}: the attention_mask hides every token")
+        batch["attention_mask"] = mask.long()
+    return batch
+
+
+def _tensor(value: Any, place: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{place}: expected a tensor of integers (B, T), found {value!r:.80} ({error})") from None
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off while statistics are gathered; every module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def calibrate(engine: Engine, batches: list[Batch], progress: Progress) -> None:
+    """Fill the histories of all sites in one pass of the model over the batches.
+
+    Raises :class:`NonFiniteError` naming the first site whose activations are not finite.
+    """
+    with engine.running("calibrate"):
+        for batch in progress(batches, "calibrating", len(batches)):
+            run_batch(engine, batch)
+    _check_finite(engine)
+
+
+def calibrate_sites(
+    engine: Engine, batches: list[Batch], progress: Progress, cuts: Sequence[SiteCut], learn: Learn, label: str
+) -> None:
+    """Have ``learn`` look at what enters the consumers of ``cuts``; passes stop at the end of the last one's layer."""
+    last = max(cut.site.layer for cut in cuts)
+    with engine.running("calibrate"), engine.learning(cuts, learn):
+        for batch in progress(batches, label, len(batches)):
+            _forward_to(engine, batch, last)
+
+
+def calibrate_sequentially(
+    engine: Engine, batches: list[Batch], learn: Learn, decide_layer: Callable[[int], None], progress: Progress
+) -> None:
+    """Calibrate layer after layer, each on the outputs of the layers that ``decide_layer`` has already cut.
+
+    The pass of a layer stops at its end, so the whole costs about half as many passes as there are layers.
+    """
+    layers = sorted({cut.site.layer for cut in engine.cuts})
+
+    def passes() -> Iterator[tuple[int, Batch]]:
+        return ((layer, batch) for layer in layers for batch in batches)
+
+    done = None
+    with engine.running("calibrate"):
+        for layer, batch in progress(passes(), "calibrating", len(layers) * len(batches)):
+            if done is not None and layer != done:
+                _check_finite(engine)
+                decide_layer(done)
+            done = layer
+            with engine.learning([cut for cut in engine.cuts if cut.site.layer == layer], learn):
+                _forward_to(engine, batch, layer)
+    _check_finite(engine)
+    decide_layer(done)
+
+
+def _forward_to(engine: Engine, batch: Batch, layer: int) -> None:
+    """One pass that stops at the end of a layer."""
+    handle = engine.layer(layer).register_forward_hook(_stop)
+    try:
+        run_batch(engine, batch)
+    except _EnoughSeen:
+        pass
+    finally:
+        handle.remove()
+
+
+def _stop(layer: torch.nn.Module, args: tuple, output: Any) -> None:
+    raise _EnoughSeen
+
+
+@torch.no_grad()
+def run_batch(engine: Engine, batch: Batch) -> None:
+    """One pass through the decoder: neither calibrating nor deciding has any use for logits."""
+    device = device_of(engine.model.get_input_embeddings())
+    engine.decoder(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+
+
+def _check_finite(engine: Engine) -> None:
+    for cut in engine.cuts:
+        for tensor in (cut.history.table, cut.history.mean):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"{cut.site.label}: NaN or infinity in the activations that enter {cut.site.consumer} during "
+                    f"calibration, or in the weights before it; nothing was pruned. {FINITE_REMEDY}"
+                )

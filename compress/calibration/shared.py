@@ -1,0 +1,101 @@
+"""Calibration statistics that several prunings of one model share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict
+
+from torch import Tensor
+
+from ...registry import ChannelHistory, ChannelMoments, Statistic
+from ...registry.tensors.windows import digest
+from ..engine.engine import Engine
+from ..engine.site_cut import SiteCut
+from .passes import Batch, Progress, calibrate
+
+Place = tuple[str, "tuple[type[Statistic], str] | None"]
+"""Path of a consumer, and the statistic kept of it, options included."""
+
+Histories = dict[Place, ChannelHistory]
+
+
+class SharedStatistics:
+    """What one loaded model has shown on the calibration texts used last, so that no text is read twice.
+
+    What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the
+    text, the statistic and how padding counts. At most ``texts`` are remembered, the oldest going first;
+    a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared of small sites
+    alone. Never shared: statistics of sequential calibration, which depend on what was cut before.
+    """
+
+    def __init__(self, texts: int = 4, covariance_bytes: int = 2**28):
+        self.texts = texts
+        self._of: OrderedDict[tuple[str, str], Histories] = OrderedDict()
+        self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
+        self._covariance_bytes = covariance_bytes
+
+    def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
+        """Give every site its history, gathering what is not there yet in one pass over ``batches``."""
+        key = (fingerprint(batches), engine.strategy.pad_handling)
+        known = self._of.setdefault(key, {})
+        self._of.move_to_end(key)
+        if any(_place(cut) not in known for cut in engine.cuts):
+            calibrate_for_all(engine, batches, progress)
+            known.update((_place(cut), cut.history) for cut in engine.cuts)
+            while len(self._of) > self.texts:
+                self._of.popitem(last=False)
+        for cut in engine.cuts:
+            cut.history = known[_place(cut)].clone()
+            drop_unwanted(cut)
+
+    def moments(self, batches: list[Batch]) -> SomeMoments:
+        """Means and covariances of consumers' inputs on the dense model, by the consumer's path.
+
+        They are many times larger than the other statistics, so each text's are kept up to ``covariance_bytes`` only.
+        """
+        key = fingerprint(batches)
+        known = self._moments.setdefault(key, SomeMoments(self._covariance_bytes))
+        self._moments.move_to_end(key)
+        while len(self._moments) > self.texts:
+            self._moments.popitem(last=False)
+        return known
+
+
+def calibrate_for_all(engine: Engine, batches: list[Batch], progress: Progress) -> None:
+    """Calibrate so that strategies that compensate find what they want too."""
+    for cut in engine.cuts:
+        cut.wants_mean = True
+    calibrate(engine, batches, progress)
+
+
+def drop_unwanted(cut: SiteCut) -> None:
+    """Leave a site what would have been gathered for its strategy alone."""
+    statistic = cut.scorer.statistic
+    if not (cut.compensation.wanted or (statistic is not None and statistic.tracks_mean)):
+        cut.history.mean, cut.history.tokens = None, 0.0
+
+
+class SomeMoments(UserDict[str, ChannelMoments]):
+    """Moments of sites by their consumer, copies of as many as fit in ``limit`` bytes; the rest are forgotten."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+
+    def __setitem__(self, consumer: str, moments: ChannelMoments) -> None:
+        held = sum(ChannelMoments.bytes_of(known.channels) for known in self.data.values())
+        if held + ChannelMoments.bytes_of(moments.channels) <= self.limit:
+            self.data[consumer] = moments.clone()
+
+
+def _place(cut: SiteCut) -> Place:
+    statistic = cut.scorer.statistic
+    return cut.site.consumer, None if statistic is None else statistic.identity
+
+
+def fingerprint(batches: list[Batch]) -> str:
+    """sha256 over ids and masks of all batches."""
+
+    def tensors(batch: Batch) -> list[Tensor]:
+        return [batch[key] for key in ("input_ids", "attention_mask") if key in batch]
+
+    return digest(tensor for batch in batches for tensor in tensors(batch))

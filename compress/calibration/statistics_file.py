@@ -1,0 +1,195 @@
+"""Calibration statistics in a file: gathered once, read by every later run on the same model and text.
+
+A safetensors file: for every site and statistic the table (T, C), the rows (T,) and the mean (C,) in float32, and in
+its metadata what they were gathered from. Covariances are not in it: they are many times larger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...registry import ChannelHistory, DataError
+from ..engine.engine import Engine
+from ..engine.site_cut import SiteCut
+from ..models.loading import fingerprint as model_fingerprint
+from ..output.folders import readable
+from .passes import Batch, Progress
+from .shared import SomeMoments, calibrate_for_all, drop_unwanted
+from .shared import fingerprint as text_fingerprint
+
+FORMAT = "prunekit statistics 1"
+
+PARTS = ("table", "rows", "mean")
+
+ORIGINS = {
+    "model": "another model, or the same one with other weights or another dtype",
+    "configuration": "another configuration of this model, such as its rotary embeddings, activations or heads",
+    "text": "other calibration text: other documents, seed, number or length of sequences, or padding",
+    "pad_handling": "another way to count padding",
+}
+"""What a file must have been gathered from, and what a difference means."""
+
+NOT_COMPUTING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Keys of a configuration that say nothing about what the model computes."""
+
+
+@dataclass
+class StatisticsFile:
+    """Statistics that are read from ``path``, or gathered and written there; what is missing is added.
+
+    Raises :class:`DataError`, and changes nothing, for a file of something else: another model, text or padding,
+    another format, or no statistics at all.
+    """
+
+    path: Path
+    used: str | None = field(default=None, init=False)
+    """"read" or "written" once a strategy has been calibrated; None before."""
+
+    def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
+        """Give every site its history."""
+        origin = origin_of(engine.model, batches, engine.strategy.pad_handling)
+        known = self._read(origin, engine.cuts) if self.path.exists() else {}
+        if all(cut in known for cut in engine.cuts):
+            for cut, history in known.items():
+                cut.history = history
+            self.used = "read"
+        else:
+            check_place(self.path)
+            calibrate_for_all(engine, batches, progress)
+            with filelock.FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                self._write(origin, engine.cuts)
+            self.used = "written"
+        for cut in engine.cuts:
+            drop_unwanted(cut)
+
+    def moments(self, batches: list[Batch]) -> SomeMoments:
+        """None are kept."""
+        return SomeMoments(0)
+
+    def _read(self, origin: dict[str, str], cuts: list[SiteCut]) -> dict[SiteCut, ChannelHistory]:
+        """Histories of those sites that the file has, checked."""
+        with opened(self.path) as (file, metadata):
+            self._check_origin(metadata, origin)
+            return {cut: self._history(file, metadata, cut) for cut in cuts if f"{_place(cut)}.tokens" in metadata}
+
+    def _check_origin(self, metadata: dict[str, str], origin: dict[str, str]) -> None:
+        for key, meaning in ORIGINS.items():
+            if metadata.get(key) != origin[key]:
+                raise DataError(
+                    f"{self.path}: these statistics are of {meaning} ({key} {_short(metadata.get(key))}, this run has "
+                    f"{_short(origin[key])}); name another file, or delete this one to gather them anew"
+                )
+
+    def _history(self, file: Any, metadata: dict[str, str], cut: SiteCut) -> ChannelHistory:
+        place, found = _place(cut), {}
+        channels, stored = cut.site.channels, set(file.keys())
+        for name in PARTS if cut.scorer.statistic is not None else ("mean",):
+            if f"{place}.{name}" not in stored:
+                raise self._damaged(f"{place}.{name}", "is not there")
+            tensor = found[name] = file.get_tensor(f"{place}.{name}").to(cut.history.device)
+            positions = found["table"].shape[0] if "table" in found and found["table"].dim() else 0
+            fits = tensor.shape == {"table": (positions, channels), "rows": (positions,), "mean": (channels,)}[name]
+            if tensor.dtype != torch.float32 or not fits or not bool(torch.isfinite(tensor).all()):
+                what = f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
+                raise self._damaged(f"{place}.{name}", f"{what}, where {channels} finite float32 channels belong")
+        try:
+            tokens = float(metadata[f"{place}.tokens"])
+            if not 0 <= tokens < float("inf"):
+                raise ValueError
+        except ValueError:
+            raise self._damaged(f"{place}.tokens", f"{metadata[f'{place}.tokens']!r} is no number of tokens") from None
+        return ChannelHistory(channels, cut.history.device, **found, tokens=tokens)
+
+    def _damaged(self, what: str, how: str) -> DataError:
+        return DataError(f"{self.path}: {what} is damaged: {how}; delete the file to gather it anew")
+
+    def _write(self, origin: dict[str, str], cuts: list[SiteCut]) -> None:
+        """Add these sites' statistics to what the file has, by way of a temporary file."""
+        tensors: dict[str, Tensor] = {}
+        metadata: dict[str, str] = {}
+        if self.path.exists():
+            with opened(self.path) as (file, stored):
+                self._check_origin(stored, origin)  # another run may have written it meanwhile
+                metadata.update(stored)
+                names = file.keys()  # the file itself cannot be gone through
+                tensors.update((name, file.get_tensor(name)) for name in names)
+        for cut in cuts:
+            place, history = _place(cut), cut.history
+            for name in PARTS:
+                if getattr(history, name) is not None:
+                    tensors[f"{place}.{name}"] = getattr(history, name).cpu().contiguous()
+            metadata[f"{place}.tokens"] = repr(history.tokens)
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, {**metadata, **origin, "format": FORMAT})
+            readable(temporary)
+            os.replace(temporary, self.path)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{self.path}: the statistics cannot be written: {error}") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A statistics file that is open for reading, and its metadata."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"{path} cannot be read as statistics ({error}); name another file, or delete this one"
+            ) from error
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise DataError(
+                f"{path} holds no statistics of this version (format {metadata.get('format')!r}, expected {FORMAT!r}); "
+                "name another file, or delete this one to gather them anew"
+            )
+        yield file, metadata
+
+
+def origin_of(model: nn.Module, batches: list[Batch], pad_handling: str) -> dict[str, str]:
+    """What statistics are of: sha256 of weights, configuration and token ids, and how padding counts."""
+    configuration = {key: value for key, value in model.config.to_diff_dict().items() if key not in NOT_COMPUTING}
+    return {
+        "model": model_fingerprint(model),
+        "configuration": hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode()).hexdigest(),
+        "text": text_fingerprint(batches),
+        "pad_handling": pad_handling,
+    }
+
+
+def _place(cut: SiteCut) -> str:
+    """The name of a site's statistic in the file: the consumer's path and what is kept of its input."""
+    statistic = cut.scorer.statistic
+    if statistic is None:
+        return f"{cut.site.consumer}:none"
+    cls, options = statistic.identity
+    return f"{cut.site.consumer}:{cls.__module__}.{cls.__qualname__}:{json.dumps(json.loads(options), sort_keys=True)}"
+
+
+def _short(value: str | None) -> str:
+    return "unknown" if value is None else value[:12] + ("..." if len(value) > 12 else "")
+
+
+def check_place(path: Path) -> None:
+    """Raise :class:`DataError` where the file could not be written, before hours of calibration."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "is a folder" if path.is_dir() else f"cannot be written: {folder} is no folder that can be written to"
+        raise DataError(f"{path} {what}; name a file in a folder that exists")

@@ -1,0 +1,184 @@
+"""The ``prunekit`` command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ... import __version__
+from . import exports, studies
+from .options import OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, Terminated, guarded
+
+if TYPE_CHECKING:
+    from ...registry import Catalog
+
+# Whatever imports torch is imported inside the commands, so that --help and --version answer at once.
+
+app = typer.Typer(
+    help="Structured pruning of language models: pluggable strategies, one pipeline, uniform measurements.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would stop the cleaning up
+    raise Terminated
+
+
+def main() -> None:
+    """Entry point of the command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun
+        sys.exit(130)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prunekit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@guarded
+def run(
+    file: PipelineFile,
+    settings: Settings = None,
+    out: OutFolder = None,
+    plugin: PluginFiles = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a pipeline file and write its results folder.
+
+    Loads the model, calibrates, prunes, and measures the dense and the pruned model.
+    """
+    from ...registry import SpecError
+    from ..files.yaml_file import is_study
+    from ..output import printing
+    from ..runs import report as tables
+    from ..runs.pipeline import Pipeline
+
+    if is_study(file):
+        raise SpecError(f"{file} is an ablation file; use prunekit ablate {file}")
+    spec = _read(file, settings, plugin, overwrite)
+    printing.quiet()
+    with printing.Bars() as bars:
+        results = Pipeline(spec).run(out, progress=bars.track)
+    printing.say(tables.headline(results.data))
+    printing.show_table(tables.HEAD, tables.metric_rows(results.data))
+    for note in results.data["notes"]:
+        printing.warning(note)
+    printing.say(f"results: {results.folder}", whole=True)
+
+
+for command in (*exports.COMMANDS, *studies.COMMANDS):
+    app.command()(command)
+
+
+@app.command()
+@guarded
+def demo(out: OutFolder = None, overwrite: Overwrite = False) -> None:
+    """Compare all strategies, offline, in a few minutes.
+
+    On the bundled model and text; writes a results folder with a pipeline file for each row.
+    """
+    from ..demo import demo as demonstration
+    from ..output import printing
+
+    printing.quiet()
+    demonstration.run(out, overwrite)
+
+
+@app.command()
+@guarded
+def validate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline file or an ablation file (YAML).")],
+    settings: Settings = None,
+    plugin: PluginFiles = None,
+) -> None:
+    """Check a pipeline file or an ablation file without loading a model.
+
+    Reports all mistakes at once, each with its place.
+    """
+    from ..ablation import command
+    from ..files.yaml_file import is_study
+    from ..output import printing
+
+    if is_study(file):
+        return command.validate(file, settings or (), plugin or ())
+    spec = _read(file, settings, plugin)
+    printing.say(f"{file}: valid ({spec.prune.name})", whole=True)
+
+
+@app.command("list")
+@guarded
+def list_components(
+    role: Annotated[str | None, typer.Argument(metavar="[ROLE]", help="Only this role, such as scorers.")] = None,
+    plugin: PluginFiles = None,
+) -> None:
+    """List the components of every role and who provides them."""
+    from . import listing
+
+    listing.show_list(_catalog(plugin), role)
+
+
+@app.command()
+@guarded
+def show(name: Annotated[str, typer.Argument(metavar="NAME")], plugin: PluginFiles = None) -> None:
+    """Show a component's options, defaults and paper."""
+    from . import listing
+
+    listing.show_component(_catalog(plugin), name)
+
+
+@app.command()
+@guarded
+def schema(
+    plugin: PluginFiles = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="Of ablation files instead.")] = False,
+) -> None:
+    """Print the JSON Schema of pipeline files, plugins included."""
+    import json
+
+    from .schema import ablation_schema, pipeline_schema
+
+    made = (ablation_schema if ablation else pipeline_schema)(_catalog(plugin))
+    typer.echo(json.dumps(made, indent=2))
+
+
+def _read(file: Path, settings: list[str] | None, plugins: list[Path] | None, overwrite: bool = False) -> Any:
+    from ..files.spec import PipelineSpec
+    from ..output import printing
+
+    changes = list(settings or ())
+    if overwrite:
+        changes.append("output.overwrite=true")
+    spec = PipelineSpec.load(file, changes, plugins or ())
+    printing.catalog_problems(spec.catalog)
+    return spec
+
+
+def _catalog(plugins: list[Path] | None) -> Catalog:
+    from ...registry import Catalog
+    from ..output import printing
+
+    catalog = Catalog.discover(plugins or ())
+    printing.catalog_problems(catalog)
+    return catalog

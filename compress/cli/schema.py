@@ -1,0 +1,72 @@
+"""The JSON Schema of pipeline files, with the components that are installed here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from ...registry import ROLES, Catalog
+from ..ablation.fields import field_names
+from ..ablation.study import StudyFile
+from ..files.spec import PipelineSpec
+
+REFERENCE = "#/$defs/"
+
+
+def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a pipeline file; a component may be written as its bare name."""
+    classes = {role: [entry.component for entry in catalog.of_role(role)] for role in ROLES if role != "architectures"}
+    models = [PipelineSpec, *(ROLES[role] for role in classes), *(c for found in classes.values() for c in found)]
+    places, schema = models_json_schema([(model, "validation") for model in models], ref_template=REFERENCE + "{model}")
+    names = {model: places[model, "validation"]["$ref"].removeprefix(REFERENCE) for model in models}
+    definitions = schema["$defs"]
+    for role, found in classes.items():
+        for component in found:
+            _mark(definitions[names[component]], role)
+        choices: list[dict[str, Any]] = [{"$ref": REFERENCE + names[component]} for component in found]
+        by_name = [c.model_fields["name"].default for c in found if not _needs_options(c)]
+        if role != "strategies" and by_name:
+            choices.insert(0, {"enum": by_name})
+        definitions[names[ROLES[role]]] = {"title": ROLES[role].__name__, "anyOf": choices}
+    whole = definitions.pop(names[PipelineSpec])
+    whole["required"] = ["prune"]
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "prunekit pipeline file"}
+    return {**whole, **title, "$defs": definitions}
+
+
+def ablation_schema(catalog: Catalog) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of an ablation file; its base may leave to axes what a pipeline file must say."""
+    pipeline = pipeline_schema(catalog)
+    definitions = pipeline.pop("$defs")
+    for definition in definitions.values():
+        if "use" in definition.get("properties", {}):
+            definition["required"] = []
+    base = {key: value for key, value in pipeline.items() if key not in ("$schema", "title", "required")}
+    whole = StudyFile.model_json_schema(ref_template=REFERENCE + "{model}")
+    definitions.update(whole.pop("$defs"))
+    properties = whole["properties"]
+    properties["base"] = {"description": properties["base"]["description"], "anyOf": [{"type": "string"}, base]}
+    values, labels = {"type": "array", "minItems": 1}, {"type": "object", "minProperties": 1}
+    fields = {name: {"anyOf": [values, labels]} for name in sorted(field_names(catalog))}
+    properties["vary"] |= {"properties": fields, "additionalProperties": {"anyOf": [values, labels]}}
+    return {**whole, "$schema": pipeline["$schema"], "title": "prunekit ablation file", "$defs": definitions}
+
+
+def _mark(definition: dict[str, Any], role: str) -> None:
+    """Say how this role's mappings name their component."""
+    properties = definition["properties"]
+    required = [key for key in definition.get("required", []) if key != "name"]
+    if role == "strategies":
+        compensate = properties["compensate"]  # null is the component none
+        about = {key: compensate.pop(key) for key in ("default", "description") if key in compensate}
+        properties["compensate"] = {**about, "anyOf": [compensate, {"type": "null"}]}
+        definition["properties"] = {"use": properties.pop("name"), **properties}
+        required.insert(0, "use")
+    elif role == "evaluators" or required:
+        required.insert(0, "name")
+    definition["required"] = required
+
+
+def _needs_options(component: Any) -> bool:
+    return any(info.is_required() for info in component.model_fields.values())

@@ -1,0 +1,154 @@
+"""The commands that compare: studies, reports on them, and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import PluginFiles, Settings, guarded
+
+if TYPE_CHECKING:
+    from ..ablation.planned import StoredTrial
+
+# Whatever imports torch is imported inside the commands, so that --help and --version answer at once.
+
+
+@guarded
+def ablate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An ablation file (YAML).")],
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="STORE", help="The results store; results/FILE.sqlite by default.")
+    ] = None,
+    plugin: PluginFiles = None,
+    engine: Annotated[str, typer.Option("--engine", metavar="local|ray", help="What runs the trials.")] = "local",
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Workers of the ray engine.")] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="A Ray cluster that runs already, such as auto.")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Go on with a store whose file has changed.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
+) -> None:
+    """Run an ablation study: a pipeline with some of its fields varied.
+
+    Every finished trial is stored at once; the same command goes on where it was stopped.
+    """
+    from ..ablation import command
+    from ..output import printing
+
+    printing.quiet()
+    command.ablate(file, settings or (), plugin or (), out, engine, workers, address, update, retry, show=show_trials)
+
+
+@guarded
+def report(
+    source: Annotated[Path, typer.Argument(metavar="STORE_OR_FOLDER", help="An ablation's store or a results folder.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+) -> None:
+    """Write a report of a study or a run: HTML, tables and plots."""
+    from ..output import printing
+    from ..reporting import command
+
+    printing.quiet()
+    command.report(source, out, overwrite)
+
+
+@guarded
+def pivot(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE", help="Ablations' stores; several are axis store.")],
+    rows: Annotated[str, typer.Option("--rows", metavar="AXIS", help="The axis whose values are rows.")],
+    columns: Annotated[str, typer.Option("--columns", metavar="AXIS", help="The axis whose values are columns.")],
+    by: Annotated[str | None, typer.Option(metavar="AXIS", help="A table for each value, and one over all.")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="LABEL.VALUE", help="Such as prr.prr; else quality.")] = None,
+    relative: Annotated[str, typer.Option(metavar="AXIS=VALUE,...|dense", help="Compare with these.")] = "dense",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write tables and heat maps there too.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing cross tables.")] = False,
+) -> None:
+    """Cross two axes of a study, averaged trial by trial over the rest."""
+    from ..reporting import pivot_command
+
+    pivot_command.pivot(stores, rows, columns, by, metric, relative, out, overwrite)
+
+
+@guarded
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A results folder.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another results folder.")],
+    samples: Annotated[int, typer.Option("--samples", min=100, help="Bootstrap samples.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Compare two runs: what differed in settings, and in results."""
+    from ..reporting import compare as comparing
+
+    comparing.compare(a, b, samples, seed)
+
+
+@guarded
+def bench(
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="llama-2-7b, llama-3-8b, opt-13b or cpu-small.")
+    ] = "cpu-small",
+    arms: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="What is timed; dense, ideal and three of PP by default.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE,...", help="float32, bfloat16, float16.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="ROWSxLENGTH,...", help="Such as 20x256,4x128.")] = None,
+    ratio: Annotated[str | None, typer.Option(metavar="RATIO,...", help="Share of the units to cut.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the preset's by default.")] = None,
+    skip_layers: Annotated[
+        str | None, typer.Option(metavar="LAYER,...", help="Layers left untouched; '' for none.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; all cores by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes of every arm.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed ones before.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Processor seconds, not the wall clock's.")] = False,
+    page_faults: Annotated[bool, typer.Option("--page-faults", help="Time those of the system's malloc, too.")] = False,
+    settings: Settings = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and tokens.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write bench.json and bench.md there.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing benchmark.")] = False,
+) -> None:
+    """Time PP against the dense model and one sliced beforehand.
+
+    Random weights of a chosen shape. Every combination of --dtype, --batch and --ratio is measured; without any of the
+    three, what the preset is usually measured with.
+    """
+    from ..bench import command
+    from ..output import printing
+
+    printing.quiet()
+    what = dict(preset=preset, arms=arms, dtype=dtype, batch=batch, ratio=ratio, layers=layers, skip=skip_layers)
+    how = dict(threads=threads, rounds=rounds, warmup=warmup, device=device, cpu_time=cpu_time, seed=seed)
+    command.bench(**what, **how, page_faults=page_faults, settings=settings or (), out=out, overwrite=overwrite)
+
+
+COMMANDS = (ablate, report, pivot, compare, bench)
+
+
+def show_trials(path: Path, trials: Sequence[StoredTrial]) -> None:
+    """Print the finished trials of a store as a table."""
+    from ..ablation.command import part
+    from ..output import printing
+    from ..reporting.aggregate import tabulate
+    from ..reporting.findings import axis_title, read
+    from ..reporting.protocols import Protocols
+    from ..reporting.rows import rows_of
+
+    done = sum(trial.status == "done" for trial in trials)
+    if done < len(trials):
+        printing.say(f"{part(done, len(trials))} done")
+    table = tabulate(read(path))
+    head = [*map(axis_title, table.shown_axes), *(column.title for column in table.columns)]
+    rows = [
+        [*(text for text, _ in row.settings), *(cell.text for cell in row.cells)]
+        for row in rows_of(table, table.columns, Protocols())
+    ]
+    printing.show_wide_table(head, rows, max(1, len(table.shown_axes)), f"prunekit report {path}")
+    if table.repeated:
+        seeds = ", ".join(map(axis_title, table.repeated))
+        printing.say(f"Values are mean ± standard deviation over {seeds}.")

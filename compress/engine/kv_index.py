@@ -1,0 +1,55 @@
+"""Attention for query heads that were cut unevenly while all key/value heads stay."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...registry import ModelError
+
+KV_INDEX = "prunekit_kv_index"
+"""Attribute of an attention module: the key/value head of every query head that is left, (k,) int64."""
+
+PREFIX = "prunekit_"
+
+
+def _indexed(base: str) -> Callable:
+    """``base`` attention that repeats key/value heads by index where the module carries one."""
+
+    def attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        compute = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+        index = getattr(module, KV_INDEX, None)
+        if index is None:
+            return compute(module, query, key, value, attention_mask, **kwargs)
+        key, value = key.index_select(1, index), value.index_select(1, index)
+        groups, module.num_key_value_groups = module.num_key_value_groups, 1
+        try:
+            return compute(module, query, key, value, attention_mask, **kwargs)
+        finally:
+            module.num_key_value_groups = groups
+
+    return attention
+
+
+def enable_kv_index(model: nn.Module) -> Callable[[], None]:
+    """Switch ``model`` to an attention that honours :data:`KV_INDEX`; returns what switches it back.
+
+    Raises :class:`ModelError` for attention implementations other than eager and sdpa.
+    """
+    base = model.config._attn_implementation
+    if base not in ("eager", "sdpa"):
+        raise ModelError(
+            f"attention_unit: query_head needs attention eager or sdpa under grouped-query attention, this model has "
+            f"{base!r}; load it with attn_implementation='sdpa', or use attention_unit: kv_group"
+        )
+    name = PREFIX + base
+    ALL_ATTENTION_FUNCTIONS.register(name, _indexed(base))
+    # A name without a mask function of its own gets no mask at all, silently.
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    model.set_attn_implementation(name)
+    return lambda: model.set_attn_implementation(base)

@@ -1,0 +1,1 @@
+"""Pipeline files: read, check and build what a YAML file describes."""

@@ -1,0 +1,286 @@
+"""Turns names and options, from a pipeline file or from Python, into components; reports every mistake at once."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from ...registry import ROLES, Catalog, Compensator, Component, HistoryStorage, PluginError, SpecError, Strategy, near
+from ..engine.runtime import Runtime
+
+Model = TypeVar("Model", bound=BaseModel)
+Place = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Where something is wrong (keys and list places from the top) and what, with the remedy."""
+
+    place: Place
+    message: str
+
+    def __str__(self) -> str:
+        where = ".".join(str(part) for part in self.place)
+        return f"{where}: {self.message}" if where else self.message
+
+
+class Mistakes(SpecError):
+    """All mistakes of one piece of data, one by one in ``found``."""
+
+    found: tuple[Mistake, ...] = ()
+
+    def of(self, found: Iterable[Mistake]) -> Mistakes:
+        self.found = tuple(found)
+        return self
+
+
+def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], options: Mapping[str, Any]) -> Strategy:
+    """The strategy called ``strategy`` (or that object) with ``options`` in place of its own settings.
+
+    A component is given as an object, by its name, or as a mapping of ``name`` and options; without a
+    name, or with the name of the component the strategy already uses, the mapping changes only the
+    options it lists. ``None`` removes the selector, merger and compensation. Raises :class:`SpecError` naming every
+    mistake at once.
+    """
+    for key in ("use", "name"):
+        if key in options:
+            raise SpecError(f"{key}: is no option (found {options[key]!r}); the strategy is an argument of its own")
+    reader = Reader(catalog)
+    if isinstance(strategy, str):
+        label = f"strategy {strategy}"
+        built = reader.component("strategies", {"use": strategy, **options}, ())
+    else:
+        if isinstance(strategy, type) and issubclass(strategy, Strategy):
+            strategy = strategy()
+        if not isinstance(strategy, Strategy):
+            raise SpecError(f"expected the name of a strategy or a Strategy object, found {strategy!r}")
+        label = f"strategy {strategy.name}"
+        built = reader.model(type(strategy), options, (), base=strategy)
+    reader.finish(label)
+    return built
+
+
+def build_runtime(runtime: Runtime | Mapping[str, Any] | None) -> Runtime:
+    """A :class:`Runtime` from options; raises :class:`SpecError` naming every mistake at once."""
+    reader = Reader(Catalog())
+    built = reader.model(Runtime, {} if runtime is None else runtime, ("runtime",))
+    reader.finish("runtime")
+    return built
+
+
+class Reader:
+    """Reads plain data (dicts, lists, numbers, names) into pydantic models and collects the mistakes."""
+
+    def __init__(self, catalog: Catalog):
+        self.catalog = catalog
+        self.mistakes: list[Mistake] = []
+        self._notes: list[str] = []
+
+    def finish(self, label: str, at: Callable[[Place], str] = lambda place: "") -> None:
+        """Raise one :class:`SpecError` with all mistakes, if there were any; ``at`` says where in a file."""
+        if len(self.mistakes) == 1:
+            only = self.mistakes[0]
+            raise Mistakes("\n".join([f"{label}: {at(only.place)}{only}", *self._notes])).of(self.mistakes)
+        if self.mistakes:
+            lines = [f"  {at(mistake.place)}{mistake}" for mistake in self.mistakes]
+            text = "\n".join([f"{label}: {len(self.mistakes)} mistakes", *lines, *self._notes])
+            raise Mistakes(text).of(self.mistakes)
+
+    def mistake(self, place: Place, message: str) -> None:
+        self.mistakes.append(Mistake(place, message))
+
+    def model(self, cls: type[Model], raw: Any, place: Place, base: BaseModel | None = None) -> Model | None:
+        """An instance of ``cls`` from a mapping; fields that it leaves out are those of ``base``."""
+        if isinstance(raw, cls):
+            return raw
+        if not isinstance(raw, Mapping):
+            self.mistake(place, f"expected a mapping of {', '.join(visible(cls))} (found {raw!r})")
+            return None
+        start = len(self.mistakes)
+        values = {} if base is None else {key: getattr(base, key) for key in base.model_fields_set}
+        for key, value in raw.items():
+            here = (*place, key)
+            if key not in visible(cls):
+                self.mistake(here, f"unknown key{self._instead(cls, key, base)}")
+                continue
+            default = default_of(cls, key) if base is None else getattr(base, key)
+            values[key] = self._value(cls.model_fields[key].annotation, value, here, default)
+        if issubclass(cls, Strategy):
+            self._check_ratio(cls, values, place)
+        flawed = {mistake.place[len(place)] for mistake in self.mistakes[start:] if len(mistake.place) > len(place)}
+        kept = {key: value for key, value in values.items() if key not in flawed}
+        try:
+            built = cls.model_validate(kept)
+        except ValidationError as error:
+            for problem in error.errors():
+                loc = problem["loc"]
+                # What a whole model says about itself means nothing while one of its parts is missing.
+                if (loc and loc[0] in flawed) or (not loc and flawed):
+                    continue
+                about = cls.model_fields[loc[0]].description if len(loc) == 1 and loc[0] in cls.model_fields else None
+                self.mistake((*place, *loc), describe(problem, about))
+            return None
+        if isinstance(built, Strategy):
+            built = seed_parts(built)
+        return built if len(self.mistakes) == start else None
+
+    def component(self, role: str, raw: Any, place: Place, default: Component | None = None) -> Component | None:
+        """A role's component from an object, a name, or a mapping of its name and options."""
+        title, tag = ROLES[role].__name__, "use" if role == "strategies" else "name"
+        if isinstance(raw, ROLES[role]):
+            return seed_parts(raw) if isinstance(raw, Strategy) else raw
+        options = {tag: raw} if isinstance(raw, str) else raw
+        if not isinstance(options, Mapping):
+            self.mistake(place, f"expected a {title}, by name or as {{{tag}: NAME, options}} (found {raw!r})")
+            return None
+        options = dict(options)
+        name = options.pop(tag, None if default is None else default.name)
+        at_name = place if isinstance(raw, str) else (*place, tag)
+        if not isinstance(name, str):
+            known = ", ".join(self.catalog.names(role))
+            found = "" if name is None else f" (found {name!r})"
+            self.mistake(at_name, f"name the {title}{found}; there are {known}")
+            return None
+        if default is not None and name == default.name:
+            return self.model(type(default), options, place, base=default)
+        try:
+            cls = self.catalog.get(role, name)
+        except PluginError as error:
+            message, *notes = str(error).split("\n")
+            self.mistake(at_name, message)
+            self._notes = notes
+            likely = get_close_matches(name, [entry.name for entry in self.catalog.of_role(role)], n=1)
+            if likely:  # look at its options as if it had been spelt right
+                self.model(self.catalog.get(role, likely[0]), options, place)
+            return None
+        return self.model(cls, options, place)
+
+    def _value(self, annotation: Any, raw: Any, place: Place, default: Any) -> Any:
+        """``raw`` with components and nested models built, as the field's annotation asks for them."""
+        cls, optional, many = kind_of(annotation)
+        if cls is None or (raw is None and (optional or issubclass(cls, Compensator))):
+            return raw  # a strategy reads no compensator as the component none
+        if many:
+            if not isinstance(raw, (list, tuple)):
+                self.mistake(place, f"expected a list (found {raw!r})")
+                return None
+            return [self._one(cls, item, (*place, index), None) for index, item in enumerate(raw)]
+        return self._one(cls, raw, place, default)
+
+    def _one(self, cls: type[BaseModel], raw: Any, place: Place, default: Any) -> Any:
+        role = role_of(cls)
+        if role is None:  # a text source is given whole: its keys exclude each other
+            return self.model(cls, raw, place, base=default if isinstance(default, HistoryStorage) else None)
+        return self.component(role, raw, place, default if isinstance(default, Component) else None)
+
+    def _check_ratio(self, cls: type[Strategy], values: Mapping[str, Any], place: Place) -> None:
+        """Whether there is a ratio depends on who divides it up; pydantic checks its range."""
+        allocator = values.get("allocator", default_of(cls, "allocator"))
+        ratio = values.get("ratio", default_of(cls, "ratio"))
+        if not isinstance(allocator, Component):
+            return
+        if allocator.takes_ratio and ratio is None:
+            self.mistake((*place, "ratio"), "is required: the share of the model's units to cut, 0 <= ratio < 1")
+        elif not allocator.takes_ratio and ratio is not None:
+            self.mistake(
+                (*place, "ratio"), f"allocator {allocator.name} takes no ratio (found {ratio!r}); leave it out"
+            )
+
+    def _instead(self, cls: type[BaseModel], key: Any, base: BaseModel | None) -> str:
+        """Where ``key`` belongs, in use or in another component; else the key that is near, or the keys there are."""
+        for field in cls.model_fields:
+            part = default_of(cls, field) if base is None else getattr(base, field)
+            if isinstance(part, Component) and key in visible(type(part)):
+                return f"; it is an option of {field} {part.name}: write {field}: {{{key}: ...}}"
+        roles = {field: role_in(info.annotation) for field, info in cls.model_fields.items()}
+        found = {field: self._owner(role, key) for field, role in roles.items() if role}
+        owners = [f"of {name}: write {field}: {{name: {name}, {key}: ...}}" for field, name in found.items() if name]
+        if owners and issubclass(cls, Strategy):
+            return f"; it is an option {', or '.join(owners[:2])}"
+        role = role_of(cls)
+        if visible(cls) or role is None:
+            return near(key, visible(cls)) or f"; there are {', '.join(visible(cls)) or 'none'}"
+        owner = self._owner(role, key)
+        such = f", such as {{name: {owner}, {key}: ...}}" if owner else f" (prunekit list {role})"
+        name = cls.model_fields["name"].default
+        return f"; {ROLES[role].__name__} {name} has no options, so name the one that is meant{such}"
+
+    def _owner(self, role: str, key: Any) -> str | None:
+        """The first of a role's components that has the option ``key``."""
+        return next((entry.name for entry in self.catalog.of_role(role) if key in visible(entry.component)), None)
+
+
+def seed_parts(strategy: Strategy) -> Strategy:
+    """``strategy`` with its seed, where it was given one, handed to its components that draw and name none."""
+    if "seed" not in strategy.model_fields_set:
+        return strategy
+    parts = {field: getattr(strategy, field) for field in type(strategy).model_fields}
+    seeded = {key: with_seed(part, strategy.seed) for key, part in parts.items() if isinstance(part, Component)}
+    changed = {key: part for key, part in seeded.items() if part is not parts[key]}
+    for part in changed.values():
+        part.model_fields_set.discard("seed")  # still not its own: another seed of the strategy reaches it again
+    return strategy.model_copy(update=changed)
+
+
+def with_seed(part: Model, seed: int) -> Model:
+    """``part`` with this seed, if it has a seed and names none of its own."""
+    draws = "seed" in type(part).model_fields and "seed" not in part.model_fields_set
+    return part.model_copy(update={"seed": seed}) if draws else part
+
+
+def visible(cls: type[BaseModel]) -> list[str]:
+    """The options of a model that a user can set: a component's name says which it is."""
+    return [key for key in cls.model_fields if not (key == "name" and issubclass(cls, Component))]
+
+
+def default_of(cls: type[BaseModel], field: str) -> Any:
+    """A field's default, or ``None`` where it has none."""
+    info = cls.model_fields.get(field)
+    return None if info is None or info.is_required() else info.get_default(call_default_factory=True)
+
+
+def role_of(cls: type) -> str | None:
+    """The role whose component ``cls`` is."""
+    return next((role for role, base in ROLES.items() if issubclass(cls, base)), None)
+
+
+def role_in(annotation: Any) -> str | None:
+    """The role that an annotation asks a component of, if it does."""
+    cls = kind_of(annotation)[0]
+    return None if cls is None else role_of(cls)
+
+
+def kind_of(annotation: Any) -> tuple[type[BaseModel] | None, bool, bool]:
+    """The model in an annotation (or None), whether ``None`` is allowed, and whether it is a list of them."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind_of(arguments[0])
+    if origin in (Union, types.UnionType):
+        found = [kind_of(part) for part in arguments if part is not type(None)]
+        models = [kind for kind in found if kind[0] is not None]
+        cls, _, many = models[0] if models else (None, False, False)
+        return cls, type(None) in arguments, many
+    if origin in (list, tuple) and arguments:
+        return kind_of(arguments[0])[0], False, True
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return (annotation if is_model else None), False, False
+
+
+def describe(problem: Mapping[str, Any], about: str | None = None) -> str:
+    """One of pydantic's errors in a sentence that names the value found, or what is missing."""
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if problem["type"] == "missing":
+        return f"is required: {about}" if about else "is required"
+    if problem["type"] == "value_error":
+        return message
+    message = message.replace("Input should", "should").replace("tuple", "list").replace("Tuple", "List")
+    found = problem["input"]
+    if problem["type"] == "literal_error" and isinstance(found, str):
+        choices = [part.strip("'") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        return f"{message} (found {found!r}){near(found, choices)}"
+    return f"{message} (found {found!r})"

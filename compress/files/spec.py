@@ -1,0 +1,203 @@
+"""What a pipeline file says, as pydantic models, and how one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, near
+from ..bundled import TEXTS
+from ..engine.runtime import Runtime
+from ..models.loading import ModelSource
+from .reader import Place, Reader, seed_parts, with_seed
+from .yaml_file import apply_settings, read_yaml
+
+DEFAULT_EVALUATORS = ("perplexity", "cost")
+
+
+class Calibration(TextSource):
+    """The text that static decisions and PP's history are calibrated on; the bundled text unless told otherwise."""
+
+    bundled: str | None = Field(
+        default=None, description="a bundled text; reference-calibration where neither file nor dataset is given"
+    )
+    sequences: int = Field(default=32, ge=1, description="number of sequences; text that holds fewer is refused")
+    length: int = Field(
+        default=512,
+        ge=1,
+        description="tokens of a sequence; never shortened: longer than the model's context is refused",
+    )
+    batch_size: int = Field(default=8, ge=1, description="sequences run at once; the result does not depend on it")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the places that sequences are taken from")
+    statistics: Path | None = Field(
+        default=None,
+        description="a .safetensors file that the statistics are written to, or read from where it is there; one of "
+        "another model or text is refused",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bundled_by_default(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not any(data.get(key) for key in ("bundled", "file", "dataset")):
+            return {**data, "bundled": "reference-calibration"}
+        return data
+
+    @property
+    def source(self) -> TextSource:
+        """The text alone, without how it is cut up."""
+        return TextSource(**{key: getattr(self, key) for key in TextSource.model_fields})
+
+
+class Output(BaseModel):
+    """Where results go and what they hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dir: str | None = Field(default=None, description="results folder; results/STRATEGY-RATIO-TIME where not given")
+    trace: bool = Field(default=False, description="write every pruning decision to decisions.jsonl")
+    overwrite: bool = Field(default=False, description="replace an existing results folder")
+
+
+class PipelineSpec(BaseModel):
+    """A whole pipeline file; ``prune: {use: pp, ratio: 0.4}`` alone is one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plugins: tuple[Path, ...] = Field(
+        default=(), description="Python files with plugins, relative to the pipeline file"
+    )
+    model: ModelSource = Field(default_factory=ModelSource, description="the model; the bundled one by default")
+    calibration: Calibration = Field(default_factory=Calibration, description="the text to calibrate on")
+    prune: Strategy = Field(description="the strategy and the ratio, such as {use: pp, ratio: 0.4}")
+    evaluate: tuple[Evaluator, ...] = Field(
+        description=f"measurements, dense beside pruned; {' and '.join(DEFAULT_EVALUATORS)} by default",
+        json_schema_extra={"minItems": 1},
+    )
+    runtime: Runtime = Field(default_factory=Runtime, description="how a pruned model computes, not what")
+    output: Output = Field(default_factory=Output, description="the results folder")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every part that names none of its own")
+
+    _catalog: Catalog | None = PrivateAttr(None)
+
+    @field_validator("evaluate")
+    @classmethod
+    def _measures_something(cls, evaluate: tuple[Evaluator, ...]) -> tuple[Evaluator, ...]:
+        if not evaluate:
+            raise ValueError("name at least one evaluator (found []); prunekit list evaluators names them")
+        return evaluate
+
+    @property
+    def catalog(self) -> Catalog:
+        """The components that the spec was read with."""
+        return self._catalog or Catalog.discover(self.plugins)
+
+    @classmethod
+    def load(cls, path: str | Path, settings: Iterable[str] = (), plugins: Iterable[str | Path] = ()) -> PipelineSpec:
+        """Read a pipeline file, changed by ``--set`` like ``settings``; ``plugins`` come before the file's own.
+
+        Raises :class:`SpecError` naming every mistake with its place, and :class:`PluginError` for a plugin
+        file that does not load.
+        """
+        path = Path(path)
+        data, lines = read_yaml(path)
+        if data.get("evaluate") is None:
+            data["evaluate"] = list(DEFAULT_EVALUATORS)  # so that --set evaluate.0.window=256 finds it
+        changed = apply_settings(data, settings)
+
+        def at(place: Place) -> str:
+            if any(place[: len(setting)] == setting for setting in changed):
+                return "--set "
+            known = next((lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in lines), None)
+            return "" if known is None else f"line {known}: "
+
+        return cls.of(data, folder=path.resolve().parent, plugins=plugins, label=str(path), at=at)
+
+    @classmethod
+    def of(
+        cls,
+        data: Mapping[str, Any],
+        folder: Path | None = None,
+        plugins: Iterable[str | Path] = (),
+        catalog: Catalog | None = None,
+        label: str = "pipeline",
+        at=lambda place: "",
+    ) -> PipelineSpec:
+        """The spec that a pipeline file with this content would give; relative paths start at ``folder``."""
+        folder = folder or Path.cwd()
+        listed = data.get("plugins") or []
+        if not (isinstance(listed, (list, tuple)) and all(isinstance(item, (str, Path)) for item in listed)):
+            raise SpecError(f"{label}: {at(('plugins',))}plugins: expected a list of Python files (found {listed!r})")
+        files = list(dict.fromkeys([*(Path(p).resolve() for p in plugins), *(_absolute(p, folder) for p in listed)]))
+        reader = SpecReader(catalog or Catalog.discover(files), folder)
+        data = dict(data, plugins=files)
+        for section in [key for key, value in data.items() if value is None]:
+            del data[section]
+        data.setdefault("evaluate", list(DEFAULT_EVALUATORS))
+        spec = reader.model(cls, data, ())
+        reader.finish(label, at)
+        if "seed" in data:
+            seeded = {
+                "calibration": with_seed(spec.calibration, spec.seed),
+                "prune": seed_parts(with_seed(spec.prune, spec.seed)),
+                "evaluate": tuple(with_seed(evaluator, spec.seed) for evaluator in spec.evaluate),
+            }
+            spec = spec.model_copy(update=seeded)
+        spec._catalog = reader.catalog
+        return spec
+
+    def to_yaml(self) -> str:
+        """The pipeline file with every default written out; it gives the same results, in a new folder."""
+        data = self.model_dump(mode="json", serialize_as_any=True)
+        data["prune"] = {"use": data["prune"].pop("name"), **data["prune"]}
+        data["output"] = {"dir": None, "trace": self.output.trace, "overwrite": False}
+        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+
+
+class SpecReader(Reader):
+    """Also makes paths absolute and looks for the texts that are named."""
+
+    def __init__(self, catalog: Catalog, folder: Path):
+        super().__init__(catalog)
+        self.folder = folder
+
+    def model(self, cls, raw, place, base=None):
+        if isinstance(raw, Mapping) and issubclass(cls, TextSource):
+            raw = self._text(dict(raw), place)
+        if isinstance(raw, Mapping) and cls is ModelSource and (self.folder / str(raw.get("name"))).is_dir():
+            raw = {**raw, "name": str(_absolute(raw["name"], self.folder))}
+        return super().model(cls, raw, place, base)
+
+    def _value(self, annotation, raw, place, default):
+        if _holds(annotation, Path):
+            if isinstance(raw, (list, tuple)):
+                raw = [_absolute(one, self.folder) if isinstance(one, (str, Path)) else one for one in raw]
+            elif isinstance(raw, (str, Path)):
+                raw = _absolute(raw, self.folder)
+        return super()._value(annotation, raw, place, default)
+
+    def _text(self, raw: dict[str, Any], place: Place) -> dict[str, Any]:
+        bundled, file = raw.get("bundled"), raw.get("file")
+        if isinstance(bundled, str) and bundled not in TEXTS:
+            self.mistake(
+                (*place, "bundled"),
+                f"no bundled text is called {bundled!r}{near(bundled, TEXTS)}; there are {', '.join(TEXTS)}",
+            )
+        if isinstance(file, (str, Path)):
+            raw["file"] = _absolute(file, self.folder)
+            if not raw["file"].is_file():
+                folder = f"{raw['file']} is a folder; name a .txt or .jsonl file"
+                self.mistake((*place, "file"), folder if raw["file"].is_dir() else f"there is no file {raw['file']}")
+        return raw
+
+
+def _holds(annotation: Any, wanted: type) -> bool:
+    """Whether ``wanted`` is somewhere in an annotation: ``tuple[Path, ...]`` holds ``Path``."""
+    return annotation is wanted or any(_holds(part, wanted) for part in get_args(annotation))
+
+
+def _absolute(path: str | Path, folder: Path) -> Path:
+    return (folder / Path(path).expanduser()).resolve()

@@ -1,0 +1,1 @@
+"""Models from anywhere: families, loading, devices, and models that prunekit exported."""

@@ -1,0 +1,1 @@
+"""Loading what prunekit exported: its manifest, model classes and checks."""

@@ -1,0 +1,298 @@
+"""Loads a causal language model and its tokenizer from the package, a folder or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from torch import Tensor, nn
+
+from ...registry import ModelError
+from ...registry.tensors.devices import place_name, places_of, stored_tensor
+from ..bundled import MODEL
+from . import device_map
+from .device_map import MaxMemory
+
+
+class ModelSource(BaseModel):
+    """Which model to load, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(default=None, description="hub id or local folder; null: the bundled model")
+    revision: str | None = Field(default=None, description="the hub model's revision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: the checkpoint's own (the bundled model on a CPU: float32)"
+    )
+    device: str = Field(
+        default="auto",
+        description="auto (one CUDA device, else all of them, else the CPU; what does not fit is offloaded to memory "
+        "and disk), cpu, cuda, cuda:1, ...",
+    )
+    max_memory: MaxMemory = Field(
+        default=None,
+        description="with device: auto, the most that weights may take on a device, such as "
+        f"{device_map.EXAMPLE}; 90% of what is free where not said",
+    )
+    offload_folder: str | None = Field(
+        default=None,
+        description="with device: auto, where weights go that fit nowhere else and cannot be read from the checkpoint; "
+        "null: where temporary files go; removed with the model",
+    )
+    attention: Literal["sdpa", "eager"] | None = Field(
+        default=None, description="attention kernel; null: transformers' choice"
+    )
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _spreads_only_by_itself(self) -> ModelSource:
+        for key in ("max_memory", "offload_folder"):
+            if self.device != "auto" and getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} is for models that are placed automatically, but device is {self.device}; set device: "
+                    f"auto, or leave {key} out"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _limits_as_mapping(self, handler: Any) -> dict[str, Any]:
+        data = handler(self)
+        if data.get("max_memory") is not None:
+            data["max_memory"] = dict(data["max_memory"])
+        return data
+
+    @property
+    def label(self) -> str:
+        """How reports name the model."""
+        return self.name or "bundled"
+
+
+@dataclass
+class Loaded:
+    """A model in evaluation mode without gradients, its tokenizer, and where they came from.
+
+    ``identity``: name, revision asked for, commit found on the hub, whether its own code was run.
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, Any]
+
+
+def load(source: ModelSource, check: bool = True) -> Loaded:
+    """Model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy.
+
+    An exported folder is compared with its manifest first, unless ``check`` is false: :class:`DataError` says what is
+    damaged.
+    """
+    import transformers
+
+    from .exported import prepare
+
+    device = usable_device(source.device)
+    place = place_of(source)
+    prepare.prepare(place, source.revision, check)
+    options = {"trust_remote_code": source.trust_remote_code}
+    if source.revision is not None:
+        options["revision"] = source.revision
+    dtype = source.dtype
+    if source.name is None and dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    model, report = _placed(source, place, device, dtype, options)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model.name: the checkpoint {source.label} lacks {len(missing)} of the model's weights ({missing[0]}...), "
+            "which would stay random; name the complete checkpoint of a causal language model"
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:
+        raise ModelError(_loading_failed("tokenizer", source, place, error)) from error
+    model.eval().requires_grad_(False)
+    identity = {
+        "name": source.label,
+        "revision": source.revision,
+        "commit": getattr(model.config, "_commit_hash", None),
+        "trust_remote_code": source.trust_remote_code,
+    }
+    return Loaded(model, tokenizer, identity)
+
+
+def _placed(
+    source: ModelSource, place: str, device: torch.device, dtype: str, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model on its device, or on several and on disk, and transformers' report of what it loaded."""
+    import transformers
+
+    spread: dict[str, Any] = {}
+    folder = None
+    if source.device == "auto" and device_map.can_spread(bool(source.max_memory or source.offload_folder)):
+        limits = dict(source.max_memory or ())
+        budgets = device_map.budgets(limits, device.type == "cuda", lambda: _size(source, place, dtype, options))
+        folder = device_map.new_folder(source.offload_folder)
+        spread = {"device_map": "auto", "max_memory": budgets, "offload_folder": folder}
+    try:
+        with device_map.quiet_offloading():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, attn_implementation=source.attention, output_loading_info=True, **spread, **options
+            )
+        if not spread:
+            model = model.to(device)
+        elif set(places_of(model)) == {"disk"}:
+            largest = max(weight.numel() * weight.element_size() for weight in model.parameters())
+            held = ", ".join(f"{place_name(key)} {size:,} bytes" for key, size in budgets.items())
+            raise ModelError(
+                f"model.max_memory: no device can hold any part of {source.label} (for weights: {held}; its largest "
+                f"weight takes {largest:,} bytes, and a device needs room for a whole layer); allow more, or free some"
+            )
+        if folder is not None and "disk" in places_of(model):
+            weakref.finalize(model, device_map.remove_folder, folder)
+            folder = None
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"model.device: {source.label} does not fit on {device}; set model.dtype: bfloat16, or let "
+            "model.device: auto with model.max_memory spread it"
+        ) from error
+    except ModelError:
+        raise
+    except Exception as error:  # a loader of everyone's checkpoints fails in every way there is
+        raise ModelError(_loading_failed("model", source, place, error)) from error
+    finally:
+        if folder is not None:
+            device_map.remove_folder(folder)
+    return model, report
+
+
+def _size(source: ModelSource, place: str, dtype: str, options: dict[str, Any]) -> int:
+    """Bytes that the model takes, from its configuration alone."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, **options)
+        code = {"trust_remote_code": source.trust_remote_code}
+        with torch.device("meta"):
+            kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+            model = transformers.AutoModelForCausalLM.from_config(config, **kind, **code)
+    except Exception as error:
+        raise ModelError(_loading_failed("model", source, place, error)) from error
+    return model.get_memory_footprint()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the state dict in name order: name, dtype, shape and bytes of every tensor, one at a time.
+
+    Offloaded tensors are read from where they are kept. Raises :class:`ModelError` for one that is nowhere.
+    """
+    total = hashlib.sha256()
+    state = model.state_dict()
+    for name in sorted(state):
+        tensor = state[name]
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device.type == "meta":
+            tensor = stored_tensor(model, name)
+        if tensor is None:
+            raise ModelError(f"{name} has no values, so the model has no fingerprint; load it with from_pretrained")
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # In logical order whatever the storage; cast to bytes by torch, because numpy has no bfloat16.
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; raises :class:`ModelError` where this machine has none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:0") from None
+    if device.type == "meta":
+        raise ModelError("model.device: meta holds no weights, so nothing runs on it; use auto, cpu or cuda")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ModelError(
+                f"model.device: {name} was asked for, but torch {torch.__version__} sees {count or 'no'} CUDA "
+                f"device{'s' if count > 1 else ''}; set model.device: auto, or check torch's CUDA build and the driver"
+            )
+        return device
+    try:
+        torch.empty(1, device=device).cpu()
+    except Exception as error:  # each kind of device says in its own way that it is not there
+        reason = reason_of(error).split(". ")[0]
+        raise ModelError(
+            f"model.device: torch {torch.__version__} cannot use {name} here ({reason}); set model.device: auto"
+        ) from None
+    return device
+
+
+def place_of(source: ModelSource) -> str:
+    """The folder or hub id to give to transformers, after the checks that it words badly."""
+    if source.name is None:
+        folder = MODEL
+    else:
+        folder = Path(source.name).expanduser()
+        if not folder.exists():
+            if _looks_like_path(source.name):
+                raise ModelError(
+                    f"model.name: folder {source.name} does not exist; name a folder with config.json and weights, "
+                    "or a hub id such as facebook/opt-125m"
+                )
+            return source.name
+    if not folder.is_dir():
+        if source.name is None:
+            raise ModelError(f"the bundled model is missing from {folder}; install prunekit again, or set model.name")
+        raise ModelError(f"model.name: {source.name} is a file; name the folder that holds it and config.json")
+    if not (folder / "config.json").is_file():
+        if (folder / "prunekit.json").is_file():
+            raise ModelError(
+                f"model.name: {folder} is an export that holds no model of transformers (profile gguf or dynamic); "
+                "name the model that was pruned, or export with --profile hf-hetero"
+            )
+        raise ModelError(
+            f"model.name: folder {folder} has no config.json; name a folder written by save_pretrained, or a hub id"
+        )
+    return str(folder)
+
+
+def _looks_like_path(name: str) -> bool:
+    """A hub id is NAME or OWNER/NAME; anything else can only mean a place on this machine."""
+    weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(("/", *weights))
+
+
+def reason_of(error: Exception) -> str:
+    """An error's kind and first line, without the trace of its causes or the title of a list that would follow."""
+    lines = str(error).strip().splitlines()
+    brief = bool(lines) and not lines[0].rstrip().endswith(":")
+    return f"{type(error).__name__}: {lines[0][:300]}" if brief else type(error).__name__
+
+
+def _loading_failed(what: str, source: ModelSource, place: str, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    reason = reason_of(error)
+    if "trust_remote_code" in str(error) and not source.trust_remote_code:
+        return (
+            f"model.trust_remote_code: the {what} of {source.label} needs Python code that comes with it; read that "
+            "code, then set trust_remote_code: true to run it"
+        )
+    if isinstance(error, ImportError):
+        return f"model.name: the {what} of {source.label} cannot be loaded ({reason}); install the package it names"
+    if Path(place).is_dir():
+        remedy = "name a folder that save_pretrained wrote, tokenizer included"
+    elif constants.HF_HUB_OFFLINE:
+        remedy = (
+            "it is neither a folder here nor in the cache, and the hub is switched off (HF_HUB_OFFLINE): download it "
+            "first, unset the variable, or name a local folder"
+        )
+    else:
+        remedy = "check hub id, revision, network and, for a gated model, your access; or name a local folder"
+    return f"model.name: the {what} of {source.label} cannot be loaded ({reason}); {remedy}"

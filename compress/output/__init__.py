@@ -1,0 +1,1 @@
+"""How numbers are written, tables printed, and results folders created."""

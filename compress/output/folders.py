@@ -1,0 +1,123 @@
+"""Folders and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...registry import SpecError
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON that every reader accepts: infinity and NaN become their names as strings."""
+    path.write_text(json.dumps(plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON holds it; NaN and infinity become their names, what JSON does not know its text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether this is the disk's word that it takes no more; safetensors passes it on in a sentence."""
+    if isinstance(error, OSError):
+        return error.errno in FULL or error.errno is None  # numpy says how much it could write, and no number
+    return type(error).__name__ == "SafetensorError" and any(os.strerror(code) in str(error) for code in FULL)
+
+
+def readable(path: Path) -> None:
+    """Give a file the permissions of any new one: safetensors lets nobody but its owner read what it writes."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+@dataclass
+class RunFolder:
+    """A results folder, or another one, in the making: filled under another name beside it, then renamed."""
+
+    target: Path
+    overwrite: bool = False
+    what: str = "results folder"
+    marker: str = "results.json"
+    """The file by which a folder of this kind is known; others are never replaced."""
+    partial: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.target = Path(self.target).expanduser()
+        self.target = self.target.parent.resolve() / self.target.name if self.target.name else self.target.resolve()
+        self.partial = self.target.with_name(f".{self.target.name}.partial-{os.getpid()}")
+
+    def check(self) -> None:
+        """Raise :class:`SpecError` where the folder exists and may not be replaced, or cannot be made."""
+        if not os.path.lexists(self.target):
+            above = next(folder for folder in self.target.parents if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise SpecError(
+                    f"{self.what} {self.target} cannot be made: {above} is no folder that can be written to; name "
+                    "another place with --out"
+                )
+            return
+        is_folder = self.target.is_dir() and not self.target.is_symlink()
+        if not is_folder or (any(self.target.iterdir()) and not (self.target / self.marker).is_file()):
+            why = f"no {self.marker} in it" if is_folder else "not a folder"
+            raise SpecError(
+                f"{self.target} exists and is no {self.what} ({why}), so it is left alone, with --overwrite too; "
+                "choose another with --out"
+            )
+        if not self.overwrite:
+            raise SpecError(
+                f"{self.what} {self.target} exists; choose another with --out, or replace it with --overwrite"
+            )
+
+    @contextmanager
+    def open(self) -> Iterator[Path]:
+        """The folder to write into; it appears under its name when the block ends, and goes if it fails.
+
+        Raises :class:`SpecError` where the disk takes no more.
+        """
+        self.check()
+        made = [folder for folder in self.target.parents if not folder.exists()]
+        try:
+            try:
+                self.partial.mkdir(parents=True)
+            except OSError as error:
+                raise SpecError(f"{self.what} {self.target} cannot be made: {error}") from None
+            yield self.partial
+            self._appear()
+        except BaseException as error:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+            if disk_is_full(error):
+                raise SpecError(
+                    f"{self.what} {self.target} cannot be written: {getattr(error, 'strerror', None) or error}; make "
+                    "room there, or name another place with --out"
+                ) from error
+            raise
+
+    def _appear(self) -> None:
+        self.check()
+        old = self.target.with_name(f"{self.partial.name}-old")
+        if self.target.exists():
+            os.replace(self.target, old)
+        os.replace(self.partial, self.target)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Numbers, shares and tables as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+TIE = 0.01
+"""Perplexities closer than this share are called equal, where nothing is known of their spread."""
+
+TITLES = {
+    "random": "random",
+    "magnitude": "magnitude",
+    "wanda_sp": "Wanda-sp",
+    "flap": "FLAP",
+    "pp": "PP",
+    "full_batch_probing": "full-batch probing",
+}
+"""Display names of the built-in strategies."""
+
+
+def number(value: Any) -> str:
+    """A value as people read it: four significant digits, thousands apart."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value != value or abs(value) == float("inf"):
+        return str(value)
+    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
+        return f"{value:.3e}"
+    digits = max(0, 3 - len(str(int(abs(value)))) + 1)
+    return f"{value:,.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    """0.4 -> 40%, 11.4 -> 1,140%."""
+    if value is None:
+        return "-"
+    text = f"{100 * value:.3g}"
+    return f"{float(text):,.0f}%" if "e+" in text else f"{text}%"
+
+
+def extent(ends: dict[str, float]) -> str:
+    """The ``least`` and ``largest`` as one number, or "0.02 to 0.31"."""
+    least, largest = (f"{ends[key]:.3g}" for key in ("least", "largest"))
+    return least if least == largest else f"{least} to {largest}"
+
+
+def sentence(facts: dict[str, Any]) -> str:
+    """``key value`` pairs in a row."""
+    return ", ".join(f"{key.replace('_', ' ')} {_fact(value)}" for key, value in facts.items() if value is not None)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"({sentence(value)})"
+    if isinstance(value, str) and value != value.strip():
+        return repr(value)
+    if isinstance(value, str) and len(value) == 64:
+        return f"`{value[:12]}`"  # a sha256: results.json has it whole
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table, its columns aligned in the source too."""
+    rows = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|").ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "| " + " | ".join("-" * width for width in widths) + " |"
+    return [lines[0], rule, *lines[1:]]

@@ -1,0 +1,161 @@
+"""What the commands show on a terminal: tables on stdout; progress, warnings and errors on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.segment import Segments
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ...registry import Catalog
+
+Item = TypeVar("Item")
+
+PIPED_WIDTH = 100
+
+WIDEST = 100_000
+"""Characters; more than any table has."""
+
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
+err = Console(stderr=True)
+
+
+def error(message: object) -> None:
+    """One red message on stderr; long words such as paths are not broken."""
+    err.print(f"[red]error:[/red] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+
+def warning(message: object) -> None:
+    """A yellow message on stderr."""
+    err.print(f"[yellow]warning:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+
+def catalog_problems(catalog: Catalog) -> None:
+    """Warnings about plugins that are broken or switched off."""
+    for problem in catalog.problems:
+        warning(problem)
+    for blocked in catalog.blocked:
+        warning(f"plugin {blocked} is switched off by PRUNEKIT_BLOCK")
+
+
+def say(line: str, whole: bool = False) -> None:
+    """A line on stdout, as it is; ``whole`` keeps long words such as paths in one piece."""
+    out.print(line, highlight=False, markup=False, soft_wrap=whole)
+
+
+def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, title: str | None = None) -> None:
+    """A table whose first ``left`` columns are text and the others numbers."""
+    out.print(_table(head, rows, left, title))
+    out.print()
+
+
+def show_wide_table(head: Sequence[str], rows: Sequence[Sequence[str | Text]], left: int, elsewhere: str) -> None:
+    """A table whose words and numbers stay in one piece: as wide as it is in a pipe or a file.
+
+    On a terminal the columns that do not fit are left out from the right, and a line says how many there are and
+    where, ``elsewhere``.
+    """
+    least, count = min(left + 1, len(head)), len(head)
+    shown, width = _whole(head, rows, left)
+    if out.is_terminal and width > out.width:
+        head = [name.replace(" ", "\n") for name in head]
+        shown, width = _whole(head, rows, left)
+        while width > out.width and count > least:
+            count -= 1
+            shown, width = _whole(head[:count], [row[:count] for row in rows], left)
+    drawn = out.render(shown, out.options.update(width=width))
+    out.print(Segments(drawn), end="", crop=False, soft_wrap=True)
+    out.print()
+    if count < len(head):
+        more = len(head) - count
+        say(f"{more} more column{'s' * (more > 1)}: {elsewhere}", whole=True)
+
+
+def narrow() -> bool:
+    """Whether a terminal has no room for tables with intervals in them."""
+    return out.is_terminal and out.width < 130
+
+
+def _whole(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> tuple[Table, int]:
+    """A table that is never wrapped, and the width that it needs."""
+    table = _table(head, rows, left, whole=True)
+    return table, Measurement.get(out, out.options.update(width=WIDEST), table).maximum
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], left: int, title: str | None = None, whole: bool = False
+) -> Table:
+    shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
+    for index, name in enumerate(head):
+        side = "left" if index < left else "right"
+        shown.add_column(escape(name), justify=side, overflow="fold", no_wrap=whole)
+    for row in rows:
+        shown.add_row(*(cell if isinstance(cell, Text) else escape(cell) for cell in row))
+    return shown
+
+
+class Bars:
+    """Progress bars on stderr; where that is no terminal, one line for each stage."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=err, transient=True, disable=not self.shown)
+
+    @property
+    def shown(self) -> bool:
+        """Whether bars can be drawn: stderr is a terminal."""
+        return err.is_terminal
+
+    def say(self, line: str) -> None:
+        """A line in place of a bar."""
+        err.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def track(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+        """``items``, with a bar of ``total`` steps while they are used."""
+        if not self.shown:
+            self.say(label)
+        task = self._progress.add_task(escape(label), total=total)
+        try:
+            for item in items:
+                yield item
+                self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
+
+    def add(self, label: str, total: int, done: int = 0) -> TaskID:
+        """A bar that :meth:`update` moves; nothing is said where no bars are shown."""
+        return self._progress.add_task(escape(label), total=total, completed=done)
+
+    def update(self, task: TaskID, label: str, done: int) -> None:
+        """Move a bar to ``done`` steps and change what is said beside it."""
+        self._progress.update(task, description=escape(label), completed=done)
+
+
+def quiet() -> None:
+    """Silence the libraries' own bars and chatter: what matters is said by this program."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""Prune a loaded model: the call, its handle, and freezing a dynamic strategy."""

@@ -1,0 +1,79 @@
+"""One cut for all batches, made of the decisions that a dynamic strategy takes batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ...registry import DataError, SpecError, near
+from ..calibration.passes import Progress, calibration_list, evaluating, run_batch
+from ..engine.decider import keep_highest
+from ..engine.engine import Engine
+from ..engine.site_cut import SiteCut
+
+Freeze = Literal["mean-score", "last", "calibration"]
+
+MEANINGS = {
+    "mean-score": "the units whose score is highest on average over the calibration batches",
+    "last": "what the last calibration batch kept",
+    "calibration": "what the calibrated history alone would keep, without any probe",
+}
+"""What each way of freezing keeps."""
+
+
+def frozen_units(engine: Engine, how: Freeze, batches: Iterable[Any] | None, progress: Progress) -> list[Tensor]:
+    """The units (k,) int64 ascending that every site of a dynamic strategy is to keep from now on.
+
+    ``mean-score`` and ``last`` run ``batches`` through the pruned model. A site that decides once keeps its units.
+    Raises :class:`SpecError` for an unknown way or one that this strategy has nothing for, :class:`DataError` where
+    batches are missing.
+    """
+    check_freeze(how)
+    if not engine.strategy.dynamic:
+        return [_all(cut) if cut.fixed is None else cut.fixed for cut in engine.cuts]
+    if how == "calibration":
+        if not engine.strategy.merger.uses_history:
+            raise SpecError(
+                f"freeze: merger {engine.strategy.merger.name} uses no history, so calibration alone keeps nothing; "
+                "use mean-score or last"
+            )
+        with torch.no_grad():
+            return [_all(cut) if cut.whole else engine.decider.usual(cut) for cut in engine.cuts]
+    if batches is None:
+        raise DataError(f"freeze: {how} runs batches through the pruned model; give it calibration batches")
+    sums: dict[SiteCut, Tensor] = {}
+
+    def add(cut: SiteCut, scores: Tensor) -> None:
+        sums[cut] = sums[cut] + scores.double() if cut in sums else scores.double()
+
+    listed = calibration_list(batches)
+    with _shown(engine, add if how == "mean-score" else None), evaluating(engine.model):
+        for batch in progress(listed, "freezing", len(listed)):
+            run_batch(engine, batch)
+    if how == "mean-score":
+        return [_all(cut) if cut.whole else keep_highest(sums[cut], cut.count) for cut in engine.cuts]
+    return [_all(cut) if cut.whole else cut.computed for cut in engine.cuts]
+
+
+def check_freeze(how: str) -> None:
+    """Raise :class:`SpecError` for a way to freeze that does not exist."""
+    ways = get_args(Freeze)
+    if how not in ways:
+        raise SpecError(f"freeze: there is no way {how!r}{near(how, ways)}; there are {', '.join(ways)}")
+
+
+def _all(cut: SiteCut) -> Tensor:
+    return torch.arange(cut.site.units, device=cut.history.device)
+
+
+@contextmanager
+def _shown(engine: Engine, show: Any) -> Iterator[None]:
+    engine.decider.seen = show
+    try:
+        yield
+    finally:
+        engine.decider.seen = None

@@ -1,0 +1,226 @@
+"""``prune``: one call that cuts a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...registry import AttentionUnit, Catalog, DataError, ModelError, Site, SiteScores, SpecError, Strategy
+from ...registry.tensors.tokens import check_token_ids
+from ..calibration.covariance import check_layers, gather_covariances, settle
+from ..calibration.passes import (
+    Progress,
+    calibrate,
+    calibrate_sequentially,
+    calibration_list,
+    evaluating,
+    no_progress,
+)
+from ..calibration.shared import SharedStatistics, SomeMoments
+from ..calibration.statistics_file import StatisticsFile
+from ..engine.engine import Engine
+from ..engine.look_ahead import check_same_attention
+from ..engine.records import Decision
+from ..engine.runtime import Runtime
+from ..engine.site_cut import SiteCut
+from ..files.reader import build_runtime, build_strategy
+from .pruned import Pruned
+
+
+def prune(
+    model: nn.Module,
+    strategy: str | Strategy,
+    *,
+    calibration: Iterable[Any] | None = None,
+    trace: bool = False,
+    catalog: Catalog | None = None,
+    progress: Progress = no_progress,
+    statistics: SharedStatistics | StatisticsFile | str | Path | None = None,
+    runtime: Runtime | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Pruned:
+    """Prune a loaded causal language model in place; undo with :meth:`Pruned.remove` or ``with``.
+
+    ``strategy`` is a catalogued name (``"pp"``, ``"flap"``, ...) or a :class:`~prunekit.registry.Strategy`;
+    ``options`` are the keys of a pipeline file's ``prune`` section (``ratio``, ``skip_layers``, ``scorer``, ...).
+    ``calibration`` is an iterable of ``{"input_ids", "attention_mask"}`` tensors (B, T) int64, or of ids alone;
+    strategies that look at activations need it. Statistics are float32, whatever the model's dtype; what
+    ``statistics`` already holds of them for this very text is not gathered again: a file, which is written where there
+    is none, or an object that several prunings of one model share.
+    ``runtime`` is a :class:`~prunekit.compress.Runtime`, or a mapping of its options: how to compute, not what.
+
+    Raises :class:`SpecError` (options that cannot work), :class:`ModelError` (a model that no adapter knows),
+    :class:`DataError` (calibration missing or unusable), :class:`NonFiniteError` (NaN or infinity met); the model
+    is then as it was.
+    """
+    catalog = Catalog.discover() if catalog is None else catalog
+    chosen = build_strategy(catalog, strategy, options)
+    if isinstance(statistics, (str, Path)):
+        statistics = StatisticsFile(Path(statistics))
+    if isinstance(statistics, StatisticsFile) and chosen.sequential and chosen.needs_calibration:
+        raise SpecError(
+            f"statistics: strategy {chosen.name} calibrates layer after layer, so its statistics depend on what was "
+            f"cut before and serve no other run; leave {statistics.path} out, or set sequential: false"
+        )
+    how = build_runtime(runtime)
+    if trace and how.compile is not None:
+        raise SpecError(
+            f"runtime.compile: {how.compile} and a trace exclude each other: a trace reads every decision, a compiled "
+            "pass runs through; leave one of them out"
+        )
+    engine, ratio = engine_of(model, chosen, catalog, [] if trace else None, how)
+    try:
+        batches = None
+        if chosen.needs_calibration:
+            if calibration is None:
+                decides = chosen.decides_by_activations
+                who = f"strategy {chosen.name}" if decides else f"compensator {chosen.compensate.name}"
+                raise DataError(f"{who} looks at activations: give it calibration batches")
+            batches = calibration_list(calibration)
+            for number, batch in enumerate(batches):
+                vocabulary = model.get_input_embeddings().num_embeddings
+                check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            _decide(engine, ratio, batches, progress, statistics)
+            if chosen.dynamic:
+                for cut in engine.cuts:
+                    cut.history.store(chosen.history)
+            engine.start()
+            return Pruned(engine, catalog)
+    except BaseException:
+        engine.remove()
+        raise
+
+
+def engine_of(
+    model: nn.Module, strategy: Strategy, catalog: Catalog, trace: list | None, runtime: Runtime
+) -> tuple[Engine, float | None]:
+    """The engine on the model's sites, nothing decided yet, and the share that sites that are not skipped must lose."""
+    layers, all_sites = find_sites(model, catalog, strategy.attention_unit)
+    sites, ratio = sites_within(strategy, all_sites, layers=1 + max(site.layer for site in all_sites))
+    if strategy.decides_ahead:
+        check_same_attention(model)
+    return Engine(model, layers, sites, strategy, trace, all_sites, runtime), ratio
+
+
+def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple[str, list[Site]]:
+    """Path of the decoder layers and all sites, by the architecture that serves the model's type."""
+    entries = catalog.of_role("architectures")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    serving = [entry for entry in entries if kind in entry.component().model_types]
+    if len(serving) > 1:
+        both = " and ".join(f"{entry.name} (plugin {entry.plugin} of {entry.provider})" for entry in serving)
+        raise ModelError(f"model type {kind!r} is served by architectures {both}; switch one off with PRUNEKIT_BLOCK")
+    if serving:
+        architecture = serving[0].component()
+        try:
+            return architecture.layers, architecture.sites(model, unit)
+        except AttributeError as error:
+            raise ModelError(
+                f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
+                f"built differently ({error}); pass the causal language model itself, without wrappers"
+            ) from error
+    known = "; ".join(f"{e.name} ({', '.join(e.component().model_types)})" for e in entries)
+    raise ModelError(
+        f"no architecture serves model type {kind!r}; tried {known}. "
+        "Write one as a plugin: a prunekit.registry.Architecture with the model's names (docs/plugins.md)"
+    )
+
+
+def sites_within(strategy: Strategy, sites: list[Site], layers: int) -> tuple[list[Site], float | None]:
+    """Sites of the layers that are not skipped, and the share that they must lose."""
+    beyond = [layer for layer in strategy.skip_layers if not 0 <= layer < layers]
+    if beyond:
+        raise SpecError(f"skip_layers: the model has layers 0 to {layers - 1}, found {beyond[0]}")
+    kept_whole = set(strategy.skip_layers)
+    inside = [site for site in sites if site.layer not in kept_whole]
+    if not strategy.allocator.takes_ratio or not strategy.ratio:
+        return inside, strategy.ratio
+    others = layers - len(kept_whole)
+    if not others:
+        raise SpecError(f"skip_layers: all {layers} layers are skipped, so a ratio of {strategy.ratio} is out of reach")
+    ratio = strategy.ratio
+    if strategy.rescale != "off":
+        ratio = ratio * layers / others
+    if strategy.rescale == "two_decimals":
+        ratio = round(ratio, 2)
+    if ratio >= 1:
+        raise SpecError(
+            f"ratio {strategy.ratio} is out of reach: with {len(kept_whole)} of {layers} layers skipped the others "
+            f"would have to lose {ratio:.3g} of their units; skip fewer layers, ask for less than "
+            f"{others / layers:.3g}, or set rescale: off"
+        )
+    return inside, ratio
+
+
+def _decide(
+    engine: Engine,
+    ratio: float | None,
+    batches: list | None,
+    progress: Progress,
+    statistics: SharedStatistics | StatisticsFile | None,
+) -> None:
+    """Calibrate, set every site's count, and let strategies that decide once decide."""
+    strategy = engine.strategy
+    if strategy.sequential and batches is not None:
+        _allocate(engine, ratio)
+        cuts = engine.cuts
+
+        def learn(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
+            engine.decider.calibrate(cut, x, valid)
+            if strategy.compensate.needs_covariance and not cut.whole:
+                cut.compensation.learn(x, valid)
+
+        def decide_layer(layer: int) -> None:
+            for cut in cuts:
+                if cut.site.layer == layer:
+                    _fix(engine, cut)
+                    if cut.compensation.moments is not None:
+                        settle(engine, cut)
+
+        if strategy.compensate.needs_covariance:
+            check_layers(engine.cuts)
+        calibrate_sequentially(engine, batches, learn, decide_layer, progress)
+        return
+    if batches is not None and statistics is not None:
+        statistics.calibrate(engine, batches, progress)
+    elif batches is not None:
+        calibrate(engine, batches, progress)
+    _allocate(engine, ratio)
+    if not strategy.dynamic:
+        for cut in engine.cuts:
+            _fix(engine, cut)
+    if batches is not None and strategy.compensate.needs_covariance:
+        known = SomeMoments(0) if statistics is None else statistics.moments(batches)
+        gather_covariances(engine, batches, progress, known)
+
+
+def _allocate(engine: Engine, ratio: float | None) -> None:
+    allocator = engine.strategy.allocator
+    if allocator.needs_scores:
+        scores = [engine.decider.compared_scores(cut) for cut in engine.cuts]
+    else:
+        scores = [SiteScores(cut.site, None, None) for cut in engine.cuts]
+    counts = allocator.allocate(scores, ratio) if scores else []
+    for cut, count in zip(engine.cuts, counts, strict=True):
+        if not 0 <= count <= cut.site.units:
+            raise SpecError(
+                f"allocator {allocator.name} keeps {count} of {cut.site.units} units at {cut.site.label}; "
+                "it must keep between 0 and all"
+            )
+        cut.count = int(count)
+
+
+def _fix(engine: Engine, cut: SiteCut) -> None:
+    """Decide once for a site, by its calibrated scores."""
+    kept = engine.decider.usual(cut)
+    nothing = torch.empty(0, dtype=torch.int64)
+    engine.running_pass.record(cut, None, Decision(kept, nothing, nothing))
+    if not cut.whole:
+        cut.fixed = kept
+        if engine.strategy.sequential:
+            cut.open(kept, stays=True)

@@ -1,0 +1,187 @@
+"""The handle of a pruned model, which measures, pauses and undoes what was done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...registry import Catalog, Site, SiteKind, SiteScores, SpecError, Stage, Strategy
+from ..calibration.passes import Progress, no_progress
+from ..engine.engine import Engine
+from ..engine.site_cut import SiteCut
+from .freezing import Freeze, frozen_units
+from .notes import about_compensation, notes_on
+
+
+class Pruned:
+    """A pruned model: use the model as before; this handle knows what was cut, and takes it back.
+
+    A context manager: leaving it calls :meth:`remove`.
+    """
+
+    def __init__(self, engine: Engine, catalog: Catalog):
+        self._engine = engine
+        self._calibrated = engine.histories() if engine.decider.learns else None
+        self.catalog = catalog
+
+    @property
+    def model(self) -> nn.Module:
+        return self._engine.model
+
+    @property
+    def strategy(self) -> Strategy:
+        return self._engine.strategy
+
+    @property
+    def trace(self) -> list[dict[str, Any]] | None:
+        """One record per decision, where ``trace=True`` was asked for.
+
+        Keys: ``batch`` (None for a strategy that decides once), ``layer``, ``kind``, ``rows`` and
+        ``positions`` of the probe, ``kept`` units, ascending.
+        """
+        return self._engine.running_pass.trace
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that can be cut; those of skipped layers are not among them."""
+        return [cut.site for cut in self._engine.cuts]
+
+    @property
+    def cuts(self) -> Sequence[SiteCut]:
+        """The sites with everything that is known of their cuts, for what writes them out."""
+        return self._engine.cuts
+
+    @property
+    def all_sites(self) -> Sequence[Site]:
+        """Every site of the model, those of skipped layers too."""
+        return self._engine.all_sites
+
+    @property
+    def sites_kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        """The units that every site of the model keeps once and for all, ascending, skipped layers included.
+
+        Of a strategy that decides per batch: all units, where nothing has been decided once.
+        """
+        found = {(site.layer, site.kind): tuple(range(site.units)) for site in self.all_sites}
+        for cut in self.cuts:
+            if not cut.whole and cut.fixed is not None:
+                found[cut.site.layer, cut.site.kind] = tuple(cut.fixed.tolist())
+        return found
+
+    def calibrated_scores(self, cut: SiteCut) -> SiteScores | None:
+        """A site's scores by calibration alone, on the CPU; None where nothing but a batch gives any."""
+        if cut.scorer.statistic is not None and cut.history.table is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._engine.decider.compared_scores(cut)
+
+    @property
+    def counts(self) -> dict[tuple[int, SiteKind], int]:
+        """Kept units by layer and kind, constant over batches."""
+        return {(cut.site.layer, cut.site.kind): cut.count for cut in self._engine.cuts}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of this pruning, in sentences: a covariance of too few tokens, sites that fell back."""
+        return notes_on([cut.compensation for cut in self._engine.cuts])
+
+    def about_compensation(self) -> dict[str, Any] | None:
+        """The compensator with its options, tokens of its covariances, labels of sites that fell back; None: none."""
+        return about_compensation(self.strategy.compensate, [cut.compensation for cut in self._engine.cuts])
+
+    @contextmanager
+    def dense(self) -> Iterator[nn.Module]:
+        """Within it the model runs unpruned, and no history is touched."""
+        with self._engine.running("dense"):
+            yield self.model
+
+    def reset(self) -> None:
+        """Put the channel histories back to their calibrated state, so that a measurement can be repeated.
+
+        Batches are counted from 0 again and random components draw from the start; the trace is kept.
+        """
+        with torch.inference_mode(False):
+            self._engine.restore(self._calibrated)
+
+    def freeze(
+        self, how: Freeze, calibration: Iterable[Any] | None = None, progress: Progress = no_progress
+    ) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        """Cut once and for all from now on, and return the units by layer and kind.
+
+        ``how``: ``mean-score``, the units with the highest score on average over the ``calibration`` batches;
+        ``last``, what the last of them kept; ``calibration``, what the calibrated history alone would keep. What a
+        probe said of the mean that is given back becomes what calibration says. Strategies that decide once keep
+        their units. Raises :class:`SpecError` and :class:`DataError`; nothing has changed then.
+        """
+        if self.is_dense or self._engine.is_suspended:
+            raise SpecError("freeze: the model runs unpruned here; freeze it outside of dense() and suspended()")
+        self.reset()
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                kept = frozen_units(self._engine, how, calibration, progress)
+            finally:
+                self.reset()
+            self._engine.freeze([units.clone() for units in kept])
+        self._calibrated = None
+        return self.kept()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model runs unpruned now, as it does within :meth:`dense`."""
+        return self._engine.mode == "dense"
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """Within it the model is as it was before pruning, hooks included, and may be pruned by another strategy."""
+        return self._engine.suspended()
+
+    def watch(self, stage: Stage) -> AbstractContextManager[None]:
+        """Within it the steps of every decision (:data:`~prunekit.registry.STAGES`) are announced to ``stage``."""
+        return self._engine.stages.watched(stage)
+
+    def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        """The units, by layer and kind, that the last forward pass computed with, ascending."""
+        found = {}
+        for cut in self._engine.cuts:
+            computed = None if self.is_dense or cut.whole else cut.computed
+            units = range(cut.site.units) if computed is None else computed.tolist()
+            found[cut.site.layer, cut.site.kind] = tuple(units)
+        return found
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes held besides the model now: ``statistics`` of all sites, and ``gathered`` copies of kept weights."""
+        statistics = sum(cut.statistics_bytes for cut in self._engine.cuts)
+        statistics += sum(history.bytes for history in self._calibrated or ())
+        copies = [*self._engine.gatherer.buffers, *(t for cut in self._engine.cuts for t in cut.weights.gathered())]
+        pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in copies}
+        return {"statistics": statistics, "gathered": sum(pieces.values())}
+
+    def active_parameters(self) -> int:
+        """Parameters of the model without those of the units that go; a probe still computes with all of them."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.is_dense or not self.strategy.applier.resizes:
+            return total
+        for cut in self._engine.cuts:
+            total -= (cut.site.units - cut.count) * cut.site.unit_parameters
+            if cut.compensation.wanted and cut.consumer.bias is None and not cut.whole:
+                total += cut.site.outputs
+        return total
+
+    def remove(self) -> None:
+        """Undo everything: the model is bit-identical to before. Calling it again does nothing."""
+        if hasattr(self, "_engine"):
+            self._engine.remove()
+
+    def forget(self) -> None:
+        """After :meth:`remove`: hold the model no longer, so that its memory can be given back."""
+        self.remove()
+        del self._engine
+
+    def __enter__(self) -> Pruned:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()

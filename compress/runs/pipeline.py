@@ -1,0 +1,239 @@
+"""The pipeline: load once, calibrate and prune, measure dense and pruned in the same run, write the results."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...registry import DataError, Evaluator, Measurement
+from ...registry.tensors.tokens import context_length
+from ..calibration.passes import Progress, no_progress
+from ..calibration.shared import SharedStatistics
+from ..calibration.statistics_file import StatisticsFile, check_place
+from ..files.spec import Calibration, PipelineSpec
+from ..models.loading import Loaded, load
+from ..output.folders import RunFolder
+from ..pruning.prune import prune
+from .measuring import Known, Measuring
+from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
+from .results import FORMAT, Results
+from .text import calibration_batches, read_documents
+from .text import fingerprint as text_fingerprint
+
+
+class Pipeline:
+    """Runs a :class:`PipelineSpec`, or the mapping that a pipeline file would hold."""
+
+    def __init__(self, spec: PipelineSpec | Mapping[str, Any]):
+        self.spec = spec if isinstance(spec, PipelineSpec) else PipelineSpec.of(spec)
+
+    @property
+    def default_folder(self) -> Path:
+        """Where the results go if neither the spec nor the caller says."""
+        ratio = "" if self.spec.prune.ratio is None else f"-{self.spec.prune.ratio:g}"
+        return Path("results") / f"{self.spec.prune.name}{ratio}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    def run(
+        self, out: str | Path | None = None, progress: Progress = no_progress, loaded: Loaded | None = None
+    ) -> Results:
+        """Run everything and write the results folder ``out`` (else ``output.dir``, else :attr:`default_folder`).
+
+        The folder appears whole when all is done; an error or an interruption leaves nothing behind.
+        ``loaded`` is the model, where it is loaded already; it is unpruned again afterwards. Raises the
+        errors of :func:`prune` and :class:`SpecError` for a folder that exists.
+        """
+        output = self.spec.output
+        folder = RunFolder(Path(out or output.dir or self.default_folder), output.overwrite)
+        with folder.open() as partial:
+            results = self.measure(progress, loaded)
+            results.write(partial)
+        results.folder = folder.target
+        return results
+
+    def measure(
+        self,
+        progress: Progress = no_progress,
+        loaded: Loaded | None = None,
+        dense: Known | None = None,
+        statistics: SharedStatistics | None = None,
+    ) -> Results:
+        """Run everything and write nothing.
+
+        Runs on one ``loaded`` model may share ``dense``, what evaluators measured on it unpruned, and
+        ``statistics``, what calibration showed of it; both are filled here.
+        """
+        dense = {} if dense is None else dense
+        spec, began = self.spec, time.perf_counter()
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        torch.manual_seed(spec.seed)
+        for evaluator in spec.evaluate:
+            evaluator.check_options()
+        file = spec.calibration.statistics
+        if file is not None and not file.exists():
+            check_place(file)
+        loaded = loaded or load(spec.model)
+        check_lengths(spec, loaded)
+        batches, about_calibration = self._calibration(loaded)
+        if file is not None and batches is not None:
+            statistics = StatisticsFile(file)
+        seconds = {"load": time.perf_counter() - began}
+        with prune(
+            loaded.model,
+            spec.prune,
+            calibration=batches,
+            trace=spec.output.trace,
+            catalog=spec.catalog,
+            progress=progress,
+            statistics=statistics,
+            runtime=spec.runtime,
+        ) as pruned:
+            seconds["prune"] = time.perf_counter() - began - seconds["load"]
+            trace = None if pruned.trace is None else [{"evaluator": None, **record} for record in pruned.trace]
+            outcomes = []
+            measuring = Measuring(loaded, pruned, progress, dense, spec.evaluate, spec.seed)
+            for label, evaluator in labelled(spec.evaluate):
+                before = len(pruned.trace or ())
+                outcomes.append(self._evaluate(label, evaluator, measuring))
+                if trace is not None:
+                    trace += [{"evaluator": label, **record} for record in pruned.trace[before:]]
+            cut, cut_notes = about_cut(pruned), notes_on_cut(pruned)
+        seconds["total"] = time.perf_counter() - began
+        if isinstance(statistics, StatisticsFile):
+            about_calibration["statistics"] = statistics.used
+        data = {
+            "format": FORMAT,
+            "started": started,
+            "strategy": spec.prune.name,
+            "ratio": cut.pop("ratio"),
+            "metrics": outcomes,
+            "model": about_model(loaded),
+            "calibration": about_calibration,
+            **cut,
+            "runtime": spec.runtime.model_dump(mode="json"),
+            "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
+            "versions": versions(),
+            "plugins": plugins_used(spec),
+            "notes": [*cut_notes, *(note for outcome in outcomes for note in outcome["notes"])],
+            "seconds": {key: round(value, 2) for key, value in seconds.items()},
+        }
+        return Results(data, pinned(spec, loaded).to_yaml(), trace)
+
+    def _calibration(self, loaded: Loaded) -> tuple[list | None, dict[str, Any] | None]:
+        """Calibration batches, where the strategy needs any, and what results say about them."""
+        if not self.spec.prune.needs_calibration:
+            return None, None
+        return calibration_of(self.spec.calibration, loaded)
+
+    @staticmethod
+    def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> dict[str, Any]:
+        """One evaluator's values, dense beside pruned, unless it measures dense itself."""
+        began, dense = time.perf_counter(), None
+        notes: list[str] = []
+        details = {}
+        if not evaluator.paired:
+            measured = measuring.measure(evaluator, dense=True)
+            dense, details["dense"] = measured.values, measured.details
+            notes = [f"{label}, dense: {note}" for note in measured.notes]
+            notes += published_warnings(measuring.loaded, measured)
+        measured = measuring.measure(evaluator)
+        notes += [f"{label}: {note}" for note in measured.notes]
+        values, details["pruned"] = measured.values, measured.details
+        if evaluator.paired:
+            dense = {key.removeprefix("dense_"): value for key, value in values.items() if key.startswith("dense_")}
+            values = {key: value for key, value in values.items() if not key.startswith("dense_")}
+        return {
+            "evaluator": evaluator.name,
+            "label": label,
+            "dense": dense,
+            "pruned": values,
+            "protocol": measured.protocol,
+            "details": {key: found for key, found in details.items() if found},
+            "notes": list(dict.fromkeys(notes)),
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+
+
+def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, dict[str, Any]]:
+    """Calibration batches and their description; raises :class:`DataError` where they exceed the model's context."""
+    context = context_length(loaded.model)
+    if context is not None and calibration.length > context:
+        raise DataError(
+            f"calibration.length: the model's context is {context} tokens, found {calibration.length}; "
+            f"set calibration.length to {context} or less"
+        )
+    documents = read_documents(calibration.source)
+    batches = calibration_batches(
+        documents,
+        loaded.tokenizer,
+        sequences=calibration.sequences,
+        length=calibration.length,
+        batch_size=calibration.batch_size,
+        seed=calibration.seed,
+        label=calibration.label,
+    )
+    return batches, {
+        "text": calibration.label,
+        "sequences": calibration.sequences,
+        "length": calibration.length,
+        "batch_size": calibration.batch_size,
+        "seed": calibration.seed,
+        "fingerprint": text_fingerprint(batches),
+    }
+
+
+def pinned(spec: PipelineSpec, loaded: Loaded) -> PipelineSpec:
+    """``spec`` with the hub commit and the dtype that were really loaded."""
+    model = spec.model.model_copy(
+        update={
+            "revision": loaded.identity["commit"] or spec.model.revision,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        }
+    )
+    return spec.model_copy(update={"model": model})
+
+
+def check_lengths(spec: PipelineSpec, loaded: Loaded) -> None:
+    """Raise, before hours of calibration, for evaluators that do not fit the model or the history.
+
+    The error is the evaluator's own, or :class:`DataError` for batches that will be longer than the history.
+    """
+    for evaluator in spec.evaluate:
+        evaluator.check(loaded.model)
+    if not (spec.prune.dynamic and spec.prune.merger.uses_history):
+        return
+    context = context_length(loaded.model)
+    for index, evaluator in enumerate(spec.evaluate):
+        for key in {"window", "length"} & set(type(evaluator).model_fields):
+            asked = getattr(evaluator, key) or context
+            needed = asked if asked is None or context is None else min(asked, context)
+            if isinstance(needed, int) and needed > spec.calibration.length:
+                raise DataError(
+                    f"evaluate.{index}.{key}: {evaluator.name} runs batches of {needed} tokens, but {spec.prune.name} "
+                    f"keeps a history of calibration.length = {spec.calibration.length} positions; lower "
+                    f"evaluate.{index}.{key} to {spec.calibration.length}, or raise calibration.length to {needed}"
+                )
+
+
+def labelled(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
+    """Evaluators with the names that results call them by: several of one kind are numbered."""
+    total, seen = Counter(evaluator.name for evaluator in evaluators), Counter()
+    found = []
+    for evaluator in evaluators:
+        seen[evaluator.name] += 1
+        number = f" {seen[evaluator.name]}" if total[evaluator.name] > 1 else ""
+        found.append((evaluator.name + number, evaluator))
+    return found
+
+
+def published_warnings(loaded: Loaded, dense: Measurement) -> list[str]:
+    """A warning where a known model's dense perplexity is far from what its protocol should give."""
+    from ...evaluators.published import check_published
+
+    warning = check_published(loaded.identity["name"], dense.protocol, dense.values)
+    return [warning] if warning else []

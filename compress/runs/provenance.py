@@ -1,0 +1,103 @@
+"""What results say about where they come from: the model, the cut, the code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from ... import __version__
+from ...registry import Component
+from ...registry.tensors.devices import device_of, places_of
+from ..files.spec import PipelineSpec
+from ..models.loading import Loaded, fingerprint
+from ..output.formatting import share
+from ..pruning.prune import find_sites
+from ..pruning.pruned import Pruned
+
+FAR = 0.02
+"""Difference of the ratios asked for and achieved from which it is worth a note."""
+
+
+def about_model(loaded: Loaded) -> dict[str, Any]:
+    """What identifies the model, its weights' fingerprint included, and how it was run."""
+    model = loaded.model
+    return {
+        **loaded.identity,
+        "fingerprint": fingerprint(model),
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(device_of(model.get_input_embeddings())),
+        "device_map": _device_map(model),
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
+
+
+def _device_map(model: Any) -> str | None:
+    """Such as "cpu+disk: 12 modules on cpu, 20 on disk"; None for a model in one place."""
+    places = places_of(model)
+    first, *others = [f"{count} on {place}" for place, count in places.items()] or [""]
+    return f"{'+'.join(places)}: {', '.join([first.replace(' ', ' modules ', 1), *others])}" if places else None
+
+
+def about_cut(pruned: Pruned) -> dict[str, Any]:
+    """Kept units of every layer, skipped ones included, the ratio asked for and achieved, and the compensation."""
+    _, sites = find_sites(pruned.model, pruned.catalog, pruned.strategy.attention_unit)
+    layers: dict[int, dict[str, Any]] = {}
+    shares, lost, whole = [], 0, 0
+    for site in sites:
+        kept = pruned.counts.get((site.layer, site.kind), site.units)
+        layers.setdefault(site.layer, {"layer": site.layer})[site.kind] = {"kept": kept, "units": site.units}
+        shares.append(1 - kept / site.units)
+        lost += (site.units - kept) * site.unit_parameters
+        whole += site.units * site.unit_parameters
+    return {
+        "ratio": {
+            "asked": pruned.strategy.ratio,
+            "units_cut": round(sum(shares) / len(shares), 6),
+            "prunable_parameters_cut": round(lost / whole, 6),
+        },
+        "compensation": pruned.about_compensation(),
+        "attention_unit": pruned.strategy.attention_unit,
+        "layers": [layers[index] for index in sorted(layers)],
+    }
+
+
+def notes_on_cut(pruned: Pruned) -> list[str]:
+    """One where much more or less is cut than asked, or a share of few units is none; and the pruning's own."""
+    asked, allocator = pruned.strategy.ratio, pruned.strategy.allocator
+    if not asked:
+        return [*pruned.notes]
+    achieved = about_cut(pruned)["ratio"]["units_cut"]
+    said = [f"{share(asked)} of the units were asked, {share(achieved)} are cut"] if abs(achieved - asked) > FAR else []
+    # Where scores divide the ratio up, a site that keeps everything is their decision, and no rounding.
+    whole = [] if allocator.needs_scores else [s for s in pruned.sites if pruned.counts[s.layer, s.kind] == s.units]
+    for kind, units in dict.fromkeys((site.kind, site.units) for site in whole):
+        layers = sum((site.kind, site.units) == (kind, units) for site in whole)
+        said.append(f"{kind}: {units} units cannot lose {share(asked)}, so none is dropped in {layers} layers")
+    return [*(["; ".join(said)] if said else []), *pruned.notes]
+
+
+def plugins_used(spec: PipelineSpec) -> dict[str, list[str]]:
+    """Who provides the components in use: provider -> names."""
+    used: list[Component] = [spec.prune, *spec.evaluate]
+    parts = (getattr(spec.prune, field) for field in type(spec.prune).model_fields)
+    used += [part for part in parts if isinstance(part, Component)]
+    providers: dict[str, list[str]] = {}
+    for component in used:
+        for entry in spec.catalog.entries:
+            if entry.component is type(component):
+                providers.setdefault(entry.provider, []).append(f"{entry.role}/{entry.name}")
+    return {provider: sorted(set(names)) for provider, names in sorted(providers.items())}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    found = {"python": platform.python_version(), "prunekit": __version__}
+    for package in ("torch", "transformers", "tokenizers", "datasets"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

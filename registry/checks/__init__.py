@@ -1,0 +1,173 @@
+"""Checks that every component has to pass, ours and everyone's: ``check_component(MaxWeight)`` in a plugin's tests.
+
+They run on made-up tensors of a few numbers. An architecture is held against a model by :func:`check_sites`
+and an evaluator is run by :func:`check_evaluation`. What is wrong is an :class:`AssertionError` that names
+the component and the rule.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..catalog import complaint
+from ..component import Component
+from ..errors import PluginError
+from ..roles.compensation import Compensator
+from ..roles.evaluation import Evaluator, Subject, checked
+from ..roles.hookspecs import ROLES
+from ..roles.strategy import Strategy
+from .compensators import COMPENSATOR_CHECKS
+from .parts import ROLE_CHECKS, check_sites, expect
+
+Check = Callable[[Component], None]
+
+__all__ = ["check_component", "check_evaluation", "check_sites", "checks_of"]
+
+
+def check_component(component: type[Component] | Component) -> None:
+    """Run every check on a component, or on a class with its default options.
+
+    Give an object where a class has options without a default. Raises :class:`AssertionError`.
+    """
+    for check in checks_of(component):
+        check(built(component))
+
+
+def checks_of(component: type[Component] | Component) -> list[Check]:
+    """The checks that apply, each a function of the component: for ``pytest.mark.parametrize``."""
+    cls = component if inspect.isclass(component) else type(component)
+    return COMMON + [check for role, checks in ALL_ROLE_CHECKS.items() if issubclass(cls, role) for check in checks]
+
+
+def built(component: type[Component] | Component) -> Component:
+    """The component itself, or the class with its defaults."""
+    if not inspect.isclass(component):
+        return component
+    required = [name for name, field in component.model_fields.items() if field.is_required()]
+    expect(
+        not required,
+        component,
+        f"cannot be made by its name alone, {', '.join(required)} has no default; give one, or check an object",
+    )
+    return component()
+
+
+def check_declaration(component: Component) -> None:
+    """It has a role, implements it, and declares its name as a literal."""
+    role = next((role for role in ROLES.values() if isinstance(component, role)), None)
+    expect(role is not None, component, f"derives from none of {', '.join(role.__name__ for role in ROLES.values())}")
+    found = complaint(type(component), role)
+    expect(found is None, component, str(found))
+
+
+def check_description(component: Component) -> None:
+    """It says in one line what it does: ``prunekit list`` shows it."""
+    expect(bool(type(component).summary()), component, "has no docstring of its own; its first line is shown by list")
+
+
+def check_options_are_frozen(component: Component) -> None:
+    """Options cannot be changed, and make it hashable."""
+    try:
+        component.name = "another"
+    except ValidationError:
+        pass
+    else:
+        expect(False, component, "can be changed after it is made; keep the frozen model_config of Component")
+    try:
+        hash(component)
+    except TypeError as error:
+        expect(False, component, f"is not hashable ({error}); use tuples instead of lists in options")
+
+
+def check_unknown_option(component: Component) -> None:
+    """An option that it does not have is refused."""
+    try:
+        type(component).model_validate({**dict(component), "surely_no_option": 1})
+    except ValidationError:
+        return
+    expect(False, component, 'takes options it does not have; keep extra="forbid"')
+
+
+def check_round_trip(component: Component) -> None:
+    """Written to JSON and read again it is the same, parts and all: results can be rerun from ``resolved.yaml``."""
+    try:
+        # Every part is written by its own class, as resolved.yaml has it, and read by it, as the catalog does.
+        data = json.loads(json.dumps(component.model_dump(mode="json", serialize_as_any=True)))
+        again = _read_like(component, data)
+    except (TypeError, ValueError) as error:
+        expect(False, component, f"cannot be written to JSON and read again: {error}")
+    expect(again == component, component, f"reads {again!r} from what it writes, {data}")
+
+
+def _read_like(original: Any, data: Any) -> Any:
+    """Plain ``data`` made into what ``original`` is, every component of it by its class."""
+    if isinstance(original, Component):
+        options = type(original).model_fields
+        lost = sorted(set(options) - set(data)) if isinstance(data, dict) else list(options)
+        expect(not lost, original, f"does not write its options {', '.join(lost)}")
+        return type(original).model_validate({key: _read_like(getattr(original, key), data[key]) for key in options})
+    if isinstance(original, tuple) and any(isinstance(part, Component) for part in original):
+        return tuple(_read_like(part, item) for part, item in zip(original, data, strict=True))
+    return data
+
+
+def check_strategy_ratio(strategy: Strategy) -> None:
+    """The ratio is a share, and a strategy with another ratio is otherwise the same."""
+    options = dict(strategy)
+    for ratio in (-0.1, 1.0, math.nan):
+        try:
+            type(strategy).model_validate({**options, "ratio": ratio})
+        except ValidationError:
+            continue
+        expect(False, strategy, f"takes a ratio of {ratio}")
+    expect(type(strategy).model_validate({**options, "ratio": 0.4}).ratio == 0.4, strategy, "does not take a ratio")
+
+
+def check_strategy_parts(strategy: Strategy) -> None:
+    """Every part is a sound component, and a strategy that probes has both parts that it takes."""
+    for part in (value for _, value in strategy if isinstance(value, Component)):
+        for check in checks_of(part):
+            check(part)
+    expect(strategy.dynamic == (strategy.merger is not None), strategy, "has a selector without a merger")
+
+
+def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
+    """Run on ``subject`` it returns finite numbers with their protocol, and leaves the model as it was."""
+    before = {name: parameter.clone() for name, parameter in subject.model.named_parameters()}
+    mode = subject.model.training
+    found = evaluator.evaluate(subject)
+    try:
+        found = checked(evaluator, found)
+    except PluginError as error:
+        expect(False, evaluator, f"breaks a rule: {error}")
+    expect(bool(found.values) and bool(found.protocol), evaluator, "must return values and the protocol behind them")
+    for name, value in found.values.items():
+        finite = value is None or math.isfinite(value)
+        expect(finite, evaluator, f"measures {name!r} as {value!r}, which is not finite")
+    try:
+        json.dumps([found.protocol, found.notes, found.details], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        expect(False, evaluator, f"has a protocol, notes or details that JSON cannot hold ({error})")
+    after = dict(subject.model.named_parameters())
+    same = before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+    expect(same and subject.model.training == mode, evaluator, "changes the model it measures")
+
+
+COMMON: list[Check] = [
+    check_declaration,
+    check_description,
+    check_options_are_frozen,
+    check_unknown_option,
+    check_round_trip,
+]
+ALL_ROLE_CHECKS: dict[type[Component], list[Check]] = {
+    **ROLE_CHECKS,
+    Compensator: COMPENSATOR_CHECKS,
+    Strategy: [check_strategy_ratio, check_strategy_parts],
+}

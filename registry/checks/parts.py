@@ -1,0 +1,297 @@
+"""The checks of each role, on made-up tensors; :mod:`prunekit.registry.checks` runs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..component import Component
+from ..errors import SpecError
+from ..roles.parts import (
+    Architecture,
+    HistoryMerger,
+    MaskApplier,
+    ProbeSelector,
+    Scorer,
+    SiteScores,
+    SparsityAllocator,
+)
+from ..sites import AttentionUnit, Producer, Rows, Site, SiteKind
+from ..tensors.statistics import ChannelHistory, Statistic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+UNITS, UNIT_SIZE = 6, 4
+
+
+def expect(condition: bool, component: Any, message: str) -> None:
+    """Raise :class:`AssertionError` naming the component unless ``condition`` holds."""
+    if not condition:
+        name = component.__name__ if isinstance(component, type) else type(component).__name__
+        raise AssertionError(f"{name} {message}")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_site(kind: SiteKind, layer: int = 0) -> Site:
+    """A site of 24 channels: six heads of four, or 24 MLP channels."""
+    units, size = (UNITS, UNIT_SIZE) if kind == "attention" else (UNITS * UNIT_SIZE, 1)
+    producer = Producer("up", (Rows(0, size),))
+    return Site(layer, kind, "norm", kind, (producer,), "down", units, size, unit_parameters=40 * size, outputs=20)
+
+
+def both_kinds(component: Component) -> Iterator[tuple[Site, Any]]:
+    """A site of either kind, and the component to use there."""
+    for kind in ("attention", "mlp"):
+        site = some_site(kind)
+        here = component.at(site)
+        expect(type(here) is type(component), component, f"turns into a {type(here).__name__} by at({kind})")
+        yield site, here
+
+
+def expect_tensor(value: Any, component: Any, what: str, shape: tuple[int, ...], dtype=torch.float32) -> None:
+    """``value`` is a finite tensor of this shape and dtype."""
+    expect(isinstance(value, Tensor), component, f"must return {what} as a tensor, found {value!r}")
+    found = f"found {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    wanted = f"{str(dtype).removeprefix('torch.')} {shape}"
+    expect(value.shape == shape and value.dtype == dtype, component, f"must return {what} as {wanted}, {found}")
+    expect(bool(value.isfinite().all()), component, f"returns {what} with NaN or infinity for finite input")
+
+
+def expect_unchanged(component: Any, what: str, before: Tensor, after: Tensor) -> None:
+    expect(torch.equal(before, after), component, f"changes the {what} it was given")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside ``value``."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))
+
+
+def check_scores(scorer: Scorer) -> None:
+    """Channel scores are (C,) float32 and finite, unit scores (U,), the same every time."""
+    for site, here in both_kinds(scorer):
+        for statistic in (draw(site.channels, seed=1).square(), torch.zeros(site.channels)):
+            weight, given = draw(20, site.channels), statistic.clone()
+            prepared = here.prepare(weight)
+            expect_unchanged(scorer, "weight", draw(20, site.channels), weight)
+            given = None if here.statistic is None else given
+            scores = here.score(prepared, given)
+            expect_tensor(scores, scorer, "channel scores", (site.channels,))
+            if given is not None:
+                expect_unchanged(scorer, "statistic", statistic, given)
+            first = scores.clone()
+            expect(torch.equal(first, here.score(prepared, given)), scorer, "scores the same input differently")
+            units = here.unit_scores(scores, site.unit_size)
+            expect_tensor(units, scorer, "unit scores", (site.units,))
+
+
+def check_score_cost(scorer: Scorer) -> None:
+    """A decision costs O(C): what ``prepare`` hands on does not grow with the number of outputs."""
+    sizes = []
+    for outputs in (20, 80):
+        prepared = scorer.prepare(draw(outputs, UNITS * UNIT_SIZE))
+        sizes.append(sum(tensor.numel() for tensor in tensors_in(prepared)))
+    expect(
+        sizes[0] == sizes[1],
+        scorer,
+        "prepares something as large as the weight, so that every decision costs O(O x C); reduce over outputs first",
+    )
+
+
+def check_statistic(scorer: Scorer) -> None:
+    """Its statistic, where it wants one, keeps float32 tables per position and ignores padding."""
+    statistic = scorer.statistic
+    if statistic is None:
+        return
+    expect(isinstance(statistic, Statistic), scorer, f"must have a Statistic or None, found {statistic!r}")
+    history = ChannelHistory(3, torch.device("cpu"))
+    for seed, dtype in enumerate((torch.float32, torch.float16)):
+        statistic.observe(history, draw(4, 5, 3, seed=seed).to(dtype), None)
+    expect_tensor(history.table, statistic, "history", (5, 3))
+    valid = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    x = draw(2, 5, 3)
+    measured = statistic.measure(x, valid, history.mean)
+    expect_tensor(measured, statistic, "measure", (5, 3))
+    expect(bool((measured >= 0).all()), statistic, "measures something negative")
+    again = statistic.measure(x.masked_fill(~valid[..., None], 1e4), valid, history.mean)
+    expect(torch.equal(measured, again), statistic, "looks at padded tokens")
+
+
+def padding_masks(batch: int, length: int) -> Iterator[Tensor | None]:
+    """No padding, right, left, and all tokens but one."""
+    yield None
+    lengths = torch.arange(batch)[:, None] % length + 1
+    places = torch.arange(length)
+    yield places < lengths
+    yield places >= length - lengths
+    lonely = torch.zeros(batch, length, dtype=torch.bool)
+    lonely[-1, -1] = True
+    yield lonely
+
+
+def check_selection(selector: ProbeSelector) -> None:
+    """Rows and positions are int64, ascending, unique, in range and not empty, whatever the batch looks like."""
+    for batch, length in ((1, 1), (1, 2), (2, 1), (1, 30), (3, 7), (20, 64)):
+        for valid in padding_masks(batch, length):
+            states = draw(batch, length, 8)
+            chosen = selector.select(states, valid, torch.Generator().manual_seed(1))
+            expect(isinstance(chosen, tuple) and len(chosen) == 2, selector, "must return (rows, positions)")
+            for what, indices, count in (("rows", chosen[0], batch), ("positions", chosen[1], length)):
+                where = f"of a batch of {batch} x {length}"
+                by_row = what == "positions" and isinstance(indices, Tensor) and indices.dim() == 2
+                shape = (len(chosen[0]), indices.shape[1]) if by_row else (indices.numel(),)
+                expect_tensor(indices, selector, what, shape, torch.int64)
+                inside = indices.numel() > 0 and int(indices.min()) >= 0 and int(indices.max()) < count
+                expect(inside, selector, f"picks {what} {indices.tolist()} {where}")
+                ascending = bool((indices.diff() > 0).all())
+                expect(ascending, selector, f"must pick ascending, unique {what}, found {indices.tolist()} {where}")
+            expect_unchanged(selector, "states", draw(batch, length, 8), states)
+            again = selector.select(states, valid, torch.Generator().manual_seed(1))
+            same = all(torch.equal(a, b) for a, b in zip(chosen, again, strict=True))
+            expect(same, selector, "picks differently with the same generator; draw from the one it is given")
+
+
+def check_merge(merger: HistoryMerger) -> None:
+    """The merged statistic is (t, C), float32, finite and not negative; it looks only at what it says."""
+    for _, here in both_kinds(merger):
+        for scale in (1.0, 0.0, 1e-12, 1e12):
+            probe, history = draw(5, 24).square() * scale, draw(5, 24, seed=1).square() * scale
+            seen = (probe.clone() if here.uses_probe else None, history.clone() if here.uses_history else None)
+            merged = here.merge(*seen)
+            expect_tensor(merged, merger, "the merged statistic", (5, 24))
+            expect(bool((merged >= 0).all()), merger, "merges two statistics into something negative")
+            for what, before, after in (("probe", probe, seen[0]), ("history", history, seen[1])):
+                if after is not None:
+                    expect_unchanged(merger, what, before, after)
+
+
+def check_update(merger: HistoryMerger) -> None:
+    """The updated history is (T, c), and there is one exactly where ``updates`` says so."""
+    history, observed = draw(5, 10).square(), draw(5, 10, seed=1).square()
+    updated = merger.update(history.clone(), observed.clone())
+    if merger.updates:
+        expect_tensor(updated, merger, "the updated history", (5, 10))
+        expect(not torch.equal(updated, history), merger, "says that it updates history, and leaves it as it was")
+    else:
+        unchanged = updated is None or torch.equal(updated, history)
+        expect(unchanged, merger, "updates history although its property updates is false: it would never be asked")
+
+
+def check_application(applier: MaskApplier) -> None:
+    """Producers and consumer cut alike: together they compute what the kept channels contribute."""
+    weight, bias, consumer, x = draw(24, 16), draw(24, seed=1), draw(20, 24, seed=2), draw(16, seed=3)
+    kept = torch.tensor([0, 3, 4, 11, 23])
+    expected = consumer[:, kept] @ (weight @ x + bias)[kept]
+    rows, row_bias = applier.producer(weight, bias, kept)
+    columns = applier.consumer(consumer, kept)
+    width = len(kept) if applier.resizes else 24
+    expect_tensor(rows, applier, "the producer's weight", (width, 16))
+    expect_tensor(row_bias, applier, "the producer's bias", (width,))
+    expect_tensor(columns, applier, "the consumer's weight", (20, width))
+    same = torch.allclose(columns @ (rows @ x + row_bias), expected, rtol=1e-4, atol=1e-5)
+    expect(same, applier, "computes something else than the kept channels' contribution")
+    expect(applier.producer(weight, None, kept)[1] is None, applier, "makes a bias where the producer has none")
+    if applier.gathers:
+        copied = torch.equal(rows, weight[kept]) and torch.equal(row_bias, bias[kept])
+        copied = copied and torch.equal(columns, consumer[:, kept])
+        expect(copied, applier, "says that it gathers, and does something else; its methods would never be called")
+    expect_unchanged(applier, "weight", draw(24, 16), weight)
+    expect_unchanged(applier, "weight", draw(20, 24, seed=2), consumer)
+
+
+def check_allocation(allocator: SparsityAllocator) -> None:
+    """Counts are whole numbers of units the site has; ratio 0 keeps all, a larger ratio never keeps more.
+
+    More than half may be out of an allocator's reach: it then raises :class:`SpecError`.
+    """
+    sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
+    scores = [_site_scores(site, seed, allocator) for seed, site in enumerate(sites)]
+    total = math.inf
+    for ratio in (0.0, 0.1, 0.2, 0.4, 0.5, 0.9, 0.99) if allocator.takes_ratio else (None,):
+        try:
+            counts = allocator.allocate(scores, ratio)
+        except SpecError:
+            expect(ratio is not None and ratio > 0.5, allocator, f"refuses ratio {ratio}")
+            continue
+        expect(len(counts) == len(sites), allocator, f"gives {len(counts)} counts for {len(sites)} sites")
+        for site, count in zip(sites, counts, strict=True):
+            fits = isinstance(count, int) and 0 <= count <= site.units
+            expect(fits, allocator, f"keeps {count!r} of {site.units} units at ratio {ratio}")
+        if ratio == 0:
+            expect(counts == [site.units for site in sites], allocator, f"keeps {counts} where nothing is to be cut")
+        expect(sum(counts) <= total, allocator, f"keeps more at ratio {ratio} than at a smaller one")
+        total = sum(counts)
+
+
+def _site_scores(site: Site, seed: int, allocator: SparsityAllocator) -> SiteScores:
+    if not allocator.needs_scores:
+        return SiteScores(site, None, None)
+    channels = draw(site.channels, seed=seed).square()
+    return SiteScores(site, channels, channels.view(site.units, -1).sum(1))
+
+
+def check_model_types(architecture: Architecture) -> None:
+    """It says which models it serves."""
+    types = architecture.model_types
+    expect(bool(types) and all(isinstance(t, str) for t in types), architecture, "names no config.model_type")
+
+
+def check_sites(architecture: Architecture, model: nn.Module, attention_unit: AttentionUnit = "kv_group") -> None:
+    """An architecture's sites fit the model: names, shapes, parameters, order. Raises :class:`AssertionError`."""
+    layers = len(model.get_submodule(architecture.layers))
+    sites = architecture.sites(model, attention_unit)
+    wanted = [(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]
+    found = [(site.layer, site.kind) for site in sites]
+    expect(found == wanted, architecture, f"must list sites layer by layer, attention before MLP, found {found}")
+    for site in sites:
+        consumer = model.get_submodule(site.consumer)
+        shape = (site.outputs, site.channels)
+        real = tuple(consumer.weight.shape)
+        expect(real == shape, architecture, f"{site.label}: {site.consumer} is {real}, the site says {shape}")
+        paths = (site.norm, site.entry, *((site.activation,) if site.activation else ()))
+        for path in paths:
+            model.get_submodule(path)
+        unit, parameters = torch.tensor([0]), site.unit_size * site.outputs
+        for producer in site.producers:
+            linear = model.get_submodule(producer.path)
+            rows = producer.rows(torch.arange(site.units)).sort().values
+            whole = torch.equal(rows, torch.arange(linear.out_features))
+            expect(whole, architecture, f"{site.label}: units own {len(rows)} rows of {producer.path}, not all once")
+            owned = len(producer.rows(unit))
+            parameters += owned * (linear.in_features + (linear.bias is not None))
+        expect(
+            site.unit_parameters == parameters,
+            architecture,
+            f"{site.label}: a unit has {parameters} parameters, the site says {site.unit_parameters}",
+        )
+        for attribute in site.shape_attributes:
+            value = getattr(model.get_submodule(attribute.path), attribute.attribute)
+            stated = site.units * attribute.per_unit
+            expect(value == stated, architecture, f"{attribute.path}.{attribute.attribute} is {value}, not {stated}")
+
+
+ROLE_CHECKS: dict[type[Component], list[Callable]] = {
+    Scorer: [check_scores, check_score_cost, check_statistic],
+    ProbeSelector: [check_selection],
+    HistoryMerger: [check_merge, check_update],
+    MaskApplier: [check_application],
+    SparsityAllocator: [check_allocation],
+    Architecture: [check_model_types],
+}
+"""Role -> its checks, each a function of one component."""

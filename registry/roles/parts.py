@@ -1,0 +1,151 @@
+"""The roles: base classes that every plugin, built in or a stranger's, is written against.
+
+Letters: B rows of a batch, T positions, D hidden size, C channels entering the consumer, U units,
+O consumer outputs; b, t: the probe's rows and positions; k: kept units.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..component import Component
+from ..sites import AttentionUnit, Site
+from ..tensors.statistics import MeanSquare, Statistic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Scorer(Component):
+    """Turns a statistic of the channels and the consumer's weight into scores; the lowest are cut.
+
+    Every score is *statistic x a constant of the weights*, so it has two steps: the O(O x C) part runs
+    once per site, and a decision costs O(C).
+    """
+
+    statistic: ClassVar[Statistic | None] = MeanSquare()
+    """What to keep of the activations; ``None`` for a score of the weights alone."""
+
+    @abstractmethod
+    def prepare(self, weight: Tensor) -> Any:
+        """The weights' part of the score, once per site; weight (O, C) float32 -> anything."""
+
+    @abstractmethod
+    def score(self, prepared: Any, statistic: Tensor | None) -> Tensor:
+        """Channel scores; statistic (C,) float32, summed over the positions looked at -> (C,) float32."""
+
+    def unit_scores(self, scores: Tensor, unit_size: int) -> Tensor:
+        """Scores of whole units from those of their channels: the sum; (C,) -> (U,)."""
+        return scores if unit_size == 1 else scores.view(-1, unit_size).sum(1)
+
+
+class ProbeSelector(Component):
+    """Picks which rows and positions of a batch the probe looks at."""
+
+    looks_at: ClassVar[Literal["residual", "hidden"]] = "residual"
+    """The residual stream before the block's norm, or the normed hidden states."""
+
+    ahead: bool = Field(
+        default=False,
+        description="decide for every block while the one before it runs, from the residual stream that that one reads "
+        "(PP's probing in parallel); a CUDA device does both at once",
+    )
+
+    @abstractmethod
+    def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows (b,) and positions (t,) of the probe, int64, ascending; states (B, T, D), valid (B, T) or None.
+
+        Positions (b, t) give every row its own; the probe's statistic is then taken token by token.
+
+        ``generator`` is a CPU generator seeded by the strategy, for selectors that draw.
+        """
+
+
+class HistoryMerger(Component):
+    """Merges what the probe saw with history, and history with what the whole batch then showed."""
+
+    uses_probe: ClassVar[bool] = True
+    uses_history: ClassVar[bool] = True
+
+    @abstractmethod
+    def merge(self, probe: Tensor, history: Tensor | None) -> Tensor:
+        """The statistic to score by; probe (t, C), history at the same positions (t, C) -> (t, C).
+
+        A merger with ``uses_probe`` or ``uses_history`` false gets ``None`` for what it does not use.
+        """
+
+    def update(self, history: Tensor, observed: Tensor) -> Tensor | None:
+        """History after the batch, on its kept channels; (T, c), (T, c) -> (T, c), or None for no change."""
+        return None
+
+    @property
+    def updates(self) -> bool:
+        """Whether ``update`` changes anything: if not, the batch is not even measured."""
+        return False
+
+
+class MaskApplier(Component):
+    """How a decision reaches the weights: what the producers and the consumer compute with."""
+
+    resizes: ClassVar[bool] = True
+    """Whether the cut site is really smaller: the model's size attributes are then told."""
+    gathers: ClassVar[bool] = False
+    """Whether both methods copy the kept rows or columns together and do nothing else: they then only say what is
+    meant, and the copying is done in whichever way is fastest on the device."""
+
+    @abstractmethod
+    def producer(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight (R, D) and bias (R,) of a producer, cut to its kept rows (r,)."""
+
+    @abstractmethod
+    def consumer(self, weight: Tensor, columns: Tensor) -> Tensor:
+        """Weight (O, C) of the consumer, cut to its kept columns (c,)."""
+
+
+@dataclass(frozen=True)
+class SiteScores:
+    """What an allocator may look at: a site, and its scores where the strategy has calibrated any."""
+
+    site: Site
+    channels: Tensor | None
+    """(C,) float32"""
+    units: Tensor | None
+    """(U,) float32"""
+
+
+class SparsityAllocator(Component):
+    """Decides how many units every site keeps."""
+
+    needs_scores: ClassVar[bool] = False
+    takes_ratio: ClassVar[bool] = True
+
+    @abstractmethod
+    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+        """Kept units of every site, in the order given.
+
+        ``ratio`` is the share to cut of these sites (layers left untouched are not among them), already
+        rescaled so that the whole model loses what was asked; ``None`` where ``takes_ratio`` is false.
+        """
+
+
+class Architecture(Component):
+    """Declares a model family's prunable sites."""
+
+    model_types: tuple[str, ...]
+    """``config.model_type`` values it serves."""
+    layers: str
+    """Path of the decoder layers' list."""
+
+    @abstractmethod
+    def sites(self, model: nn.Module, attention_unit: AttentionUnit) -> list[Site]:
+        """All sites of ``model``, layer by layer, attention before MLP.
+
+        Raises :class:`~prunekit.registry.ModelError` where this model's shapes cannot be cut.
+        """

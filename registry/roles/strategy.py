@@ -1,0 +1,137 @@
+"""The strategy's role: a named composition of components with defaults."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..component import Component
+from ..sites import AttentionUnit
+from ..tensors.history_storage import HistoryStorage
+from .compensation import Compensator, NoCompensation
+from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
+
+
+class Strategy(Component):
+    """What to score by, how much to cut where, how to cut, and (with a selector) how to probe every batch.
+
+    With a ``selector`` and a ``merger`` the decision is made anew for every batch; without them it is made once,
+    from the calibration statistics. A ``selector`` alone probes every batch for compensation only. Any field can be
+    overridden from YAML or Python.
+    """
+
+    # The ratio's exact place depends on the allocator, so the model cannot declare it required.
+    ratio: float | None = Field(default=None, description="share of the model's units to cut, 0 <= ratio < 1")
+    skip_layers: tuple[int, ...] = Field(default=(), description="layers left untouched")
+    rescale: Literal["exact", "two_decimals", "off"] = Field(
+        default="exact",
+        description="cut the other layers harder so that the mean over all layers is the ratio asked for; "
+        "two_decimals rounds the harder ratio as the PP reference does; off leaves it",
+    )
+    attention_unit: AttentionUnit = Field(
+        default="kv_group",
+        description="kv_group cuts a key/value head with its query heads (all four projections and the KV cache); "
+        "query_head cuts query heads only, as the PP reference does under grouped-query attention",
+    )
+    scorer: Scorer
+    allocator: SparsityAllocator
+    applier: MaskApplier
+    selector: ProbeSelector | None = Field(default=None, description="which part of a batch to probe")
+    merger: HistoryMerger | None = Field(default=None, description="how the probe and history are merged")
+    compensate: Compensator = Field(
+        default=NoCompensation(),
+        description="how what the dropped channels contributed is given back; null: not at all",
+    )
+    history: HistoryStorage = Field(
+        default=HistoryStorage(), description="where decisions are made per batch: how the channels' history is stored"
+    )
+    sequential: bool = Field(
+        default=False,
+        description="calibrate every layer on the outputs of the layers already cut (static strategies; slower)",
+    )
+    probe_mask: Literal["selected", "first"] = Field(
+        default="selected",
+        description="attention mask of the probe: that of the selected positions, or, as the PP reference "
+        "has it, of as many first positions (wrong under left padding)",
+    )
+    pad_handling: Literal["exclude", "reference"] = Field(
+        default="exclude",
+        description="exclude keeps padding out of probe and statistics; reference does what the PP code does "
+        "(1e-3 in the denominators, padded embeddings and attention outputs zeroed, pads ranked like tokens)",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of parts that draw and name no seed of their own")
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratio_in_range(cls, ratio: float | None) -> float | None:
+        if ratio is not None and not 0 <= ratio < 1:
+            raise ValueError(f"the ratio is the share that is cut, 0 <= ratio < 1; found {ratio}")
+        return ratio
+
+    @field_validator("compensate", mode="before")
+    @classmethod
+    def _null_is_none(cls, compensate: Any) -> Any:
+        return NoCompensation() if compensate is None else compensate
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Strategy:
+        if self.merger is not None and self.selector is None:
+            raise ValueError("deciding per batch needs both a selector and a merger (or neither, to decide once)")
+        if self.selector is not None and self.merger is None and not self.compensate.uses_probe:
+            raise ValueError(
+                "a selector needs a merger, to decide per batch, or a compensator that looks at the probe, such as "
+                "probe_mean; set both to null to decide once"
+            )
+        if self.compensate.uses_probe and self.probes_with is None:
+            raise ValueError(
+                f"compensator {self.compensate.name} looks at a probe of every batch, and this strategy has none; give "
+                "it a selector (selector: spread), or use compensate: mean"
+            )
+        if self.dynamic and self.scorer.statistic is None:
+            raise ValueError(
+                f"scorer {self.scorer.name} looks at no activations, so a probe has nothing to tell it; "
+                "set selector and merger to null to decide once, or choose another scorer"
+            )
+        if self.dynamic and self.sequential:
+            raise ValueError(
+                "sequential calibration is for strategies that decide once (no merger): set selector and merger to "
+                "null, or sequential to false"
+            )
+        if self.sequential and self.needs_calibration and self.allocator.needs_scores:
+            raise ValueError(
+                f"sequential calibration cuts layer after layer, but allocator {self.allocator.name} needs the "
+                "scores of all layers at once; use allocator uniform or explicit"
+            )
+        return self
+
+    @property
+    def probes_with(self) -> ProbeSelector | None:
+        """The selector of every batch's probe: the strategy's, else what its compensation needs one for; None: none."""
+        if self.selector is None and self.compensate.uses_probe:
+            return self.compensate.probes_with
+        return self.selector
+
+    @property
+    def decides_ahead(self) -> bool:
+        """Whether every block is probed while the one before it runs."""
+        return self.probes_with is not None and self.probes_with.ahead
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the decision is made anew for every batch."""
+        return self.merger is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the strategy must see calibration batches before it can decide."""
+        return self.compensate.keeps_mean or self.decides_by_activations
+
+    @property
+    def decides_by_activations(self) -> bool:
+        """Whether calibration batches say what is kept."""
+        if self.allocator.needs_scores and self.scorer.statistic is not None:
+            return True
+        if self.dynamic:
+            return self.merger.uses_history
+        return self.scorer.statistic is not None

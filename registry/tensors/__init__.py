@@ -1,0 +1,1 @@
+"""Tensor mathematics that components share: statistics of channels, moments, reductions, devices."""

@@ -1,0 +1,108 @@
+"""Where a module computes and where its weights lie: accelerate may spread a model over devices, memory and disk.
+
+An offloaded module's weights are placeholders on torch's ``meta`` device. The hook that accelerate puts around the
+module's forward brings them for as long as that forward runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """Accelerate's hooks on a module itself, those chained to one another one by one."""
+    hook = getattr(module, "_hf_hook", None)
+    waiting = [] if hook is None else [hook]
+    while waiting:
+        hook = waiting.pop(0)
+        waiting += getattr(hook, "hooks", ())
+        yield hook
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the module's own weights are there only while its forward runs."""
+    return hasattr(module, "_hf_hook") and any(getattr(hook, "offload", False) for hook in _hooks(module))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a module with a ``weight`` computes on, wherever that weight lies meanwhile.
+
+    Raises :class:`ModelError` for a weight that holds no values and that nothing will bring.
+    """
+    device = module.weight.device
+    if device.type != "meta":
+        return device
+    brought = (hook.execution_device for hook in _hooks(module) if getattr(hook, "offload", False))
+    found = next((device for device in brought if device is not None), None)
+    if found is None:
+        raise ModelError(
+            f"a {type(module).__name__} {tuple(module.weight.shape)} of the model is on the meta device, where it "
+            "holds no values, and no hook of accelerate brings them; load the model with from_pretrained"
+        )
+    return torch.device(found)
+
+
+def unautocast(tensor: Tensor) -> AbstractContextManager:
+    """Within it products of tensors on this one's device keep their dtype, although the caller's autocast lowers it."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+@contextmanager
+def weights_present(module: nn.Module) -> Iterator[None]:
+    """Within it the module's own weights hold their values on the device that it computes on."""
+    if not is_offloaded(module) or module.weight.device.type != "meta":
+        yield
+        return
+    module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        module._hf_hook.post_forward(module, None)
+
+
+def stored_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """The values of an offloaded parameter or buffer, read from where accelerate keeps them; None where it does not.
+
+    ``name`` is its key in the state dict.
+    """
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        owner, rest = ".".join(parts[:depth]), ".".join(parts[depth:])
+        for hook in _hooks(model.get_submodule(owner)):
+            stored = getattr(hook, "weights_map", None)
+            try:
+                return stored[rest]
+            except (KeyError, TypeError):  # not kept here, or nothing is
+                continue
+    return None
+
+
+def places_of(model: nn.Module) -> dict[str, int]:
+    """How many modules with weights of their own accelerate's device map puts in each place, in the model's order.
+
+    Places are "cuda:0", "cpu", "disk". Empty where the model lies in one place and runs there.
+    """
+    mapped = getattr(model, "hf_device_map", {})
+    if len(set(mapped.values())) < 2 and "disk" not in mapped.values():
+        return {}
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            above = [key for key in mapped if key in ("", name) or name.startswith(f"{key}.")]
+            if above:
+                found[place_name(mapped[max(above, key=len)])] += 1
+    return dict(found)
+
+
+def place_name(place: int | str | torch.device) -> str:
+    """How messages name a device of accelerate's, which numbers CUDA devices."""
+    return f"cuda:{place}" if isinstance(place, int) else str(place)

@@ -1,0 +1,182 @@
+"""Running statistics of the channels that enter a site's consumer.
+
+Letters: B rows, T positions, C channels. Everything is float32, whatever the model's dtype.
+Padded tokens count neither in the sums nor in the number of tokens.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..component import Component
+from .history_storage import HistoryStorage
+from .reductions import position_means, position_sums
+
+PLAIN = HistoryStorage()
+
+
+@dataclass
+class ChannelHistory:
+    """What one site's consumer input has shown so far: the only mutable thing in prunekit's decisions.
+
+    ``table`` (T, C) is the running statistic per position, ``rows`` (T,) how many rows reached each
+    position, ``mean`` (C,) and ``tokens`` the running mean over all tokens. After :meth:`store` the table is as
+    ``storage`` says, and read and written by the methods below it.
+    """
+
+    channels: int
+    device: torch.device
+    table: Tensor | None = None
+    rows: Tensor | None = None
+    mean: Tensor | None = None
+    tokens: float = 0.0
+    storage: HistoryStorage = PLAIN
+    stored_positions: int = 0
+
+    @property
+    def positions(self) -> int:
+        """Positions that calibration has filled."""
+        return self.stored_positions or (0 if self.table is None else self.table.shape[0])
+
+    def grow(self, positions: int) -> None:
+        """Make room for ``positions`` positions; new ones start at zero."""
+        missing = positions - self.positions
+        if missing <= 0:
+            return
+        new = torch.zeros(missing, self.channels, dtype=torch.float32, device=self.device)
+        count = torch.zeros(missing, dtype=torch.float32, device=self.device)
+        self.table = new if self.table is None else torch.cat([self.table, new])
+        self.rows = count if self.rows is None else torch.cat([self.rows, count])
+
+    def observe_mean(self, x: Tensor, valid: Tensor | None) -> None:
+        """Take the tokens of ``x`` (B, T, C) into the running mean over all tokens."""
+        total, _ = position_sums(x, valid)
+        count = float(x.shape[0] * x.shape[1] if valid is None else valid.sum())
+        if count == 0:
+            return
+        self.tokens += count
+        batch_mean = total.sum(0) / count
+        old = torch.zeros_like(batch_mean) if self.mean is None else self.mean
+        self.mean = old + (batch_mean - old) * (count / self.tokens)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.table, self.rows, self.mean) if t is not None)
+
+    def clone(self) -> ChannelHistory:
+        """A history of its own that has seen the same."""
+        tensors = (None if t is None else t.clone() for t in (self.table, self.rows, self.mean))
+        return ChannelHistory(self.channels, self.device, *tensors, self.tokens, self.storage, self.stored_positions)
+
+    # What decisions read and write, per batch.
+
+    def store(self, storage: HistoryStorage) -> None:
+        """Calibration is over: keep the table in this form from now on."""
+        if self.table is None or storage == self.storage:
+            return
+        self.storage, self.stored_positions = storage, self.positions
+        table, self.rows = storage.pooled(self.table, self.rows)
+        self.table = storage.encode(table)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The statistic at ``positions`` (t,) int64, never negative; (t, C) float32, a tensor of its own."""
+        return self.storage.decode(self.table.index_select(0, self.storage.row_of(positions))).clamp_(min=0)
+
+    def summed(self) -> Tensor:
+        """The statistic summed over all positions, (C,) float32."""
+        table = self.storage.decode(self.table).clamp(min=0)
+        if self.storage.pool == 1:
+            return table.sum(0)
+        rows = self.storage.row_of(torch.arange(self.positions, device=table.device))
+        return torch.bincount(rows, minlength=len(table)).float() @ table
+
+    def of_columns(self, positions: int, columns: Tensor) -> Tensor:
+        """Rows of the first ``positions`` positions, of ``columns`` (c,) int64 alone; (R, c) float32."""
+        return self.storage.decode(self.table[: self.storage.rows_for(positions)].index_select(1, columns))
+
+    def write(self, columns: Tensor, values: Tensor) -> None:
+        """Put values (R, c) where :meth:`of_columns` read them."""
+        self.table[: len(values)].index_copy_(1, columns, self.storage.encode(values))
+
+
+class Statistic(Component):
+    """What a scorer wants to know of its channels. ``observe`` calibrates, ``measure`` looks at one batch."""
+
+    tracks_mean: bool = False
+    """Whether ``observe`` keeps ``history.mean`` itself."""
+
+    @abstractmethod
+    def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
+        """Update the running statistic with a calibration batch; x (B, T, C), valid (B, T) bool or None."""
+
+    @abstractmethod
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
+        """The statistic of one batch (or probe) per position; x (B, T, c) -> (T, c).
+
+        ``mean`` (c,) is the history's mean of these channels, where there is one.
+        """
+
+
+class MeanSquare(Statistic):
+    """Mean over rows of x^2 at each position, the "energy" of PP and Wanda-sp."""
+
+    name: Literal["mean_square"] = "mean_square"
+
+    def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
+        sums, counts = position_sums(x, valid, square=True)
+        merge_mean(history, sums, counts)
+
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
+        return position_means(x, valid, square=True)
+
+
+class Fluctuation(Statistic):
+    """Squared deviation from the channel's running mean, per position: FLAP's fluctuation.
+
+    Summed over positions the table is exactly the sum of squares about the mean (the parallel update
+    of Chan, Golub and LeVeque), divided by the number of rows.
+    """
+
+    name: Literal["fluctuation"] = "fluctuation"
+    tracks_mean: bool = True
+
+    def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
+        old = torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device) if history.mean is None else history.mean
+        first = history.tokens == 0
+        history.observe_mean(x, valid)
+        if history.mean is None:
+            return
+        # sum (x - old)(x - new) = sum (x - centre)^2 - n (half the step)^2, and both are exact: with
+        # nothing seen before, old := new makes it the batch's own sum of squares.
+        centre = history.mean if first else (old + history.mean) / 2
+        half_step = torch.zeros_like(centre) if first else (history.mean - old) / 2
+        sums, counts = position_sums(x, valid, square=True, centre=centre)
+        merge_mean(history, sums - counts[:, None] * half_step.square(), counts)
+
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
+        if mean is None:
+            counted = x.float() if valid is None else x.float().masked_fill(~valid[..., None], 0)
+            tokens = x.shape[0] * x.shape[1] if valid is None else valid.sum().clamp(min=1)
+            mean = counted.sum((0, 1)) / tokens
+        return position_means(x, valid, square=True, centre=mean)
+
+
+def per_row(sums: Tensor, counts: Tensor) -> Tensor:
+    """Sums (T, C) divided by the tokens counted at each position (T,); a position with none gives 0."""
+    return sums / counts.clamp(min=1)[:, None]
+
+
+def merge_mean(history: ChannelHistory, sums: Tensor, counts: Tensor) -> None:
+    """Running mean per position: ``table <- table*n/(n+b) + sums/(n+b)``, n and b counted per position."""
+    positions = sums.shape[0]
+    history.grow(positions)
+    seen = history.rows[:positions]
+    total = (seen + counts).clamp(min=1)
+    history.table[:positions].mul_((seen / total)[:, None]).add_(sums / total[:, None])
+    history.rows[:positions] = seen + counts
