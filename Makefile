@@ -1,15 +1,21 @@
-# Two commands set everything up: `make demo` and `make test`. Both need python3, pip, make and nothing else.
+# Every target sets up its own environment. They need python3, pip, make and nothing else.
 
 PYTHON ?= python3
 VENV ?= .venv
 # More arguments for the command that runs, such as ARGS="-k catalog" or ARGS="--out elsewhere".
 ARGS ?=
+# Processes that run tests at once: one for each core, at most four.
+WORKERS ?= auto
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 4
 
-.PHONY: help demo test test-kernels test-gguf clean
+.PHONY: help demo test test-fast check lint format types test-kernels test-gguf clean
 
 help:
-	@echo "make demo   prune the bundled model by every strategy and print the table"
-	@echo "make test   run all tests"
+	@echo "make demo   prune the bundled model with every strategy and print the table (4 minutes)"
+	@echo "make test   run all tests (6 minutes on two cores)"
+	@echo "make test-fast  run the tests that are not marked slow"
+	@echo "make check  run the linter and the smoke tests (under a minute)"
+	@echo "make lint   check style, format and types; make format repairs the first two"
 	@echo "make test-kernels  install Triton (1 GB) and test the kernels for CUDA devices in its interpreter"
 	@echo "make test-gguf  build llama.cpp (some minutes) and test that it serves exported models"
 	@echo "make clean  remove $(VENV) and what building left behind"
@@ -19,7 +25,27 @@ demo: $(VENV)/.demo-ready
 	@$(VENV)/bin/prunekit demo $(ARGS)
 
 test: $(VENV)/.test-ready
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/.test-ready
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+check: $(VENV)/.dev-ready
+	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --check --quiet .
+	@$(PYTEST) -m smoke $(ARGS)
+
+lint: $(VENV)/.dev-ready types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.dev-ready
+	@$(VENV)/bin/ruff check --quiet --fix .
+	@$(VENV)/bin/ruff format .
+
+# mypy finds the package by its import name through a link; it does not follow editable installations.
+types: $(VENV)/.dev-ready
+	@mkdir -p build/types && ln -sfn ../.. build/types/prunekit
+	@$(VENV)/bin/mypy
 
 test-kernels: $(VENV)/.test-ready
 	@"$(VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt triton
@@ -31,12 +57,15 @@ test-gguf: $(VENV)/.test-ready
 	@"$(VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt llama-cpp-python
 	@$(VENV)/bin/python -m pytest tests/test_gguf_llama_cpp.py tests/test_gguf_served.py $(ARGS)
 
-# Each stamp says "installed as these two files have it"; a checkout that did not change is not installed twice.
+# Each stamp records an installation from these two files; a checkout that did not change is not installed twice.
 $(VENV)/.demo-ready: pyproject.toml constraints.txt
 	$(call install,.)
 
 $(VENV)/.test-ready: pyproject.toml constraints.txt
 	$(call install,.[test])
+
+$(VENV)/.dev-ready: pyproject.toml constraints.txt
+	$(call install,.[dev])
 
 # The stamp is made only where pip succeeds: the pipe would hide its exit status.
 define install
@@ -55,5 +84,5 @@ define install
 endef
 
 clean:
-	rm -rf "$(VENV)" build dist prunekit.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" build dist prunekit.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
