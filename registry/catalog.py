@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pluggy
 
-from .component import Component
+from .component import Component, wrong_signature
 from .errors import PluginError
 from .roles.hookspecs import PROJECT, ROLES, Hooks
 
@@ -213,6 +213,9 @@ def complaint(component: Any, role: type[Component]) -> str | None:
     name = component.model_fields["name"]
     if get_origin(name.annotation) is not Literal or get_args(name.annotation) != (name.default,):
         return f'{component.__name__} must declare its name: name: Literal["..."] = "..."'
+    signature = wrong_signature(component)
+    if signature:
+        return signature
     for option, declared in component.model_fields.items():
         if _unhashable(declared.annotation):
             return (

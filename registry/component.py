@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
-
-if TYPE_CHECKING:
-    from .sites import Site
 
 
 class Component(BaseModel):
@@ -30,10 +27,6 @@ class Component(BaseModel):
 
     name: str
 
-    def at(self, site: Site) -> Self:
-        """The component to use at ``site``: itself, unless the method treats sites differently."""
-        return self
-
     @property
     def identity(self) -> tuple[type[Self], str]:
         """Class and options, equal for components that do the same; hashable whatever a plugin's options are."""
@@ -44,3 +37,20 @@ class Component(BaseModel):
         """First line of the class's own docstring, shown by ``prunekit list``."""
         doc = cls.__dict__.get("__doc__") or ""
         return inspect.cleandoc(doc).splitlines()[0] if doc.strip() else ""
+
+
+def wrong_signature(component: type[Component]) -> str | None:
+    """One sentence on the first method whose parameters are not those of its role; None where all fit."""
+    role = next((base for base in component.__mro__ if Component in base.__bases__), Component)
+    for name, method in vars(role).items():
+        if name.startswith("_") or not inspect.isfunction(method):
+            continue
+        wanted, found = (inspect.signature(f).parameters for f in (method, getattr(component, name)))
+        try:
+            inspect.signature(getattr(component, name)).bind(*wanted)
+        except TypeError:
+            return (
+                f"{component.__name__}.{name} takes ({', '.join(found)}); a {role.__name__} must have "
+                f"def {name}({', '.join(wanted)})"
+            )
+    return None

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..registry import MaskApplier, Scorer, SparsityAllocator, Statistic, Strategy, hookimpl
+from ..registry import MaskApplier, Scorer, Site, SparsityAllocator, Statistic, Strategy, hookimpl
 from .allocation import Uniform
 from .application import Slice
 
@@ -17,7 +17,7 @@ class MagnitudeScorer(Scorer):
     statistic: ClassVar[Statistic | None] = None
     name: Literal["magnitude"] = "magnitude"
 
-    def prepare(self, weight: Tensor) -> Tensor:
+    def prepare(self, weight: Tensor, site: Site) -> Tensor:
         """``||W[:,c]||_2``; (O, C) -> (C,)."""
         return weight.norm(dim=0)
 

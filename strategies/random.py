@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
-from typing_extensions import Self
 
 from ..registry import MaskApplier, Scorer, Site, SparsityAllocator, Statistic, Strategy, hookimpl
 from .allocation import Uniform
@@ -21,16 +20,10 @@ class RandomScorer(Scorer):
     name: Literal["random"] = "random"
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the draw")
 
-    _site: int = PrivateAttr(0)
-
-    def at(self, site: Site) -> Self:
-        here = self.model_copy()
-        here._site = 2 * site.layer + (site.kind == "mlp")
-        return here
-
-    def prepare(self, weight: Tensor) -> Tensor:
+    def prepare(self, weight: Tensor, site: Site) -> Tensor:
         """Uniform draws; (O, C) -> (C,)."""
-        generator = torch.Generator().manual_seed((self.seed * 100_003 + self._site) % 2**63)
+        number = 2 * site.layer + (site.kind == "mlp")
+        generator = torch.Generator().manual_seed((self.seed * 100_003 + number) % 2**63)
         return torch.rand(weight.shape[1], generator=generator).to(weight.device)
 
     def score(self, prepared: Tensor, statistic: Tensor | None) -> Tensor:

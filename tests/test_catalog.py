@@ -29,7 +29,7 @@ from prunekit.registry import Scorer, hookimpl
 class Mine(Scorer):
     """A scorer."""
     name: Literal["{name}"] = "{name}"
-    def prepare(self, weight): return weight.abs().amax(0)
+    def prepare(self, weight, site): return weight.abs().amax(0)
     def score(self, prepared, statistic): return prepared * statistic
 
 @hookimpl
@@ -204,6 +204,7 @@ def test_a_hook_that_takes_an_argument(site):
         ("return [Half]", "Half does not implement score"),
         ("return [Nameless]", 'Nameless must declare its name: name: Literal["..."] = "..."'),
         ("return [Plain]", "Plain must declare its name"),
+        ("return [Old]", "Old.prepare takes (self, weight); a Scorer must have def prepare(self, weight, site)"),
         ("return [Other]", "Other must declare its name"),
         ("return [Listed]", "Listed has an option that cannot be hashed, sizes: list[int]; use tuple[...]"),
         ("raise RuntimeError('not today')", "raised RuntimeError: not today"),
@@ -216,12 +217,16 @@ def test_a_hook_that_returns_the_wrong_thing(site, returned, complaint):
 from prunekit.registry import HistoryMerger
 class Merger(HistoryMerger):
     name: Literal["merger"] = "merger"
-    def merge(self, probe, history): return probe
+    def merge(self, probe, history, site): return probe
 class Half(Scorer):
     name: Literal["half"] = "half"
+    def prepare(self, weight, site): return weight
+class Old(Scorer):
+    name: Literal["old"] = "old"
     def prepare(self, weight): return weight
+    def score(self, prepared, statistic): return statistic
 class Nameless(Scorer):
-    def prepare(self, weight): return weight
+    def prepare(self, weight, site): return weight
     def score(self, prepared, statistic): return statistic
 class Plain(Nameless):
     name: str = "plain"
@@ -234,7 +239,7 @@ class Listed(Mine):
     site.install("wrong-dist", wrong=source, well=SCORER.format(name="well"))
     catalog = Catalog.discover()
     site.only_problem(catalog, "hook scorers of plugin wrong (wrong-dist 1.0)", complaint)
-    assert not {"mine", "half", "plain", "other", "listed", "merger"} & set(catalog.names("scorers"))
+    assert not {"mine", "half", "old", "plain", "other", "listed", "merger"} & set(catalog.names("scorers"))
     assert catalog.get("scorers", "well") and rest_works(catalog)
 
 

@@ -34,7 +34,7 @@ class Good(Scorer):
 
     name: Literal["good"] = "good"
 
-    def prepare(self, weight):
+    def prepare(self, weight, site):
         return weight.abs().amax(0)
 
     def score(self, prepared, statistic):
@@ -55,7 +55,7 @@ class Merge(HistoryMerger):
 
     name: Literal["merge"] = "merge"
 
-    def merge(self, probe, history):
+    def merge(self, probe, history, site):
         return probe
 
 
@@ -130,7 +130,16 @@ BROKEN = [
     (variant(Good, annotations={"device": torch.device}, **DEVICE), "cannot be written to JSON"),
     (variant(Good, model_config=ConfigDict(extra="ignore")), "options it does not have"),
     (variant(Good, annotations={"sizes": Any}, sizes=(1, 2)), "from what it writes"),
-    (variant(Good, prepare=lambda self, w: w, score=lambda self, w, s: w.abs().amax(0) * s), "as large as the weight"),
+    (variant(Good, prepare=lambda self, w: w.sum(0)), "a Scorer must have def prepare(self, weight, site)"),
+    (variant(Merge, merge=lambda self, probe, h: probe), "must have def merge(self, probe, history, site)"),
+    (
+        variant(PP, annotations={"merger": Any}, merger=variant(Merge, merge=lambda self, p, h: p)()),
+        "merge(self, probe",
+    ),
+    (
+        variant(Good, prepare=lambda self, w, _: w, score=lambda self, w, s: w.abs().amax(0) * s),
+        "as large as the weight",
+    ),
     (variant(Good, score=lambda self, prepared, statistic: (prepared * statistic).double()), "found float64 (24,)"),
     (variant(Good, score=lambda self, prepared, statistic: (prepared * statistic)[:5]), "found float32 (5,)"),
     (variant(Good, score=lambda self, prepared, statistic: prepared / statistic), "NaN or infinity"),
@@ -145,10 +154,10 @@ BROKEN = [
     (variant(Select, select=lambda self, s, v, g: (torch.tensor([0]), torch.tensor([]).long())), "picks positions []"),
     (variant(Select, select=lambda self, s, v, g: torch.tensor([0])), "must return (rows, positions)"),
     (variant(Select, select=drawing), "differently with the same generator"),
-    (variant(Merge, merge=lambda self, probe, history: probe.sum(0)), "merged statistic as float32 (5, 24)"),
-    (variant(Merge, merge=lambda self, probe, history: probe / history), "NaN or infinity"),
-    (variant(Merge, merge=lambda self, probe, history: probe - history), "something negative"),
-    (variant(Merge, merge=lambda self, probe, history: probe.add_(history)), "changes the probe"),
+    (variant(Merge, merge=lambda self, probe, history, site: probe.sum(0)), "merged statistic as float32 (5, 24)"),
+    (variant(Merge, merge=lambda self, probe, history, site: probe / history), "NaN or infinity"),
+    (variant(Merge, merge=lambda self, probe, history, site: probe - history), "something negative"),
+    (variant(Merge, merge=lambda self, probe, history, site: probe.add_(history)), "changes the probe"),
     (variant(Merge, update=lambda self, history, observed: observed), "property updates is false"),
     (variant(Merge, updates=property(lambda self: True), update=lambda self, h, o: h), "leaves it as it was"),
     (variant(Slice, consumer=lambda self, weight, columns: weight), "consumer's weight as float32 (20, 5)"),

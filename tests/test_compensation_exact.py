@@ -25,7 +25,7 @@ class LastGo(Scorer):
 
     name: Literal["last_go"] = "last_go"
 
-    def prepare(self, weight):
+    def prepare(self, weight, site):
         return -torch.arange(weight.shape[1], dtype=torch.float32)
 
     def score(self, prepared, statistic):

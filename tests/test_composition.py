@@ -9,9 +9,9 @@ def test_the_weights_part_of_a_score_is_computed_once(make_model, batches):
     calls = []
 
     class Counting(PPsp):
-        def prepare(self, weight):
+        def prepare(self, weight, site):
             calls.append(tuple(weight.shape))
-            return super().prepare(weight)
+            return super().prepare(weight, site)
 
     model = make_model("llama-gqa")
     with prune(model, "pp", ratio=0.4, calibration=batches, scorer=Counting()):

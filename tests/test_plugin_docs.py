@@ -23,7 +23,7 @@ class EveryOther(Scorer):
 
     name: Literal["every_other"] = "every_other"
 
-    def prepare(self, weight):
+    def prepare(self, weight, site):
         return 1.0 - torch.arange(weight.shape[1]) % 2
 
     def score(self, prepared, statistic):

@@ -13,7 +13,7 @@ from prunekit.registry import Scorer, hookimpl
 class Mine(Scorer):
     """A scorer."""
     name: Literal["{name}"] = "{name}"
-    def prepare(self, weight): return weight.abs().amax(0)
+    def prepare(self, weight, site): return weight.abs().amax(0)
     def score(self, prepared, statistic): return prepared * statistic
 
 @hookimpl

@@ -56,6 +56,9 @@ def test_probe_selection(units, tensors):
     assert checked == 14
 
 
+PLACES = {"mlp": site("mlp", 16), "attn": site("attention", 2, 8)}
+
+
 def metric(tensors, kind: str, scorer, merger, padded: bool) -> torch.Tensor:
     """Channel scores as the reference's pad handling has them: padded attention outputs zeroed, those of MLPs not."""
     rows, positions = tensors["metric/bsz"], tensors["metric/seq"]
@@ -66,8 +69,8 @@ def metric(tensors, kind: str, scorer, merger, padded: bool) -> torch.Tensor:
     measured = scorer.statistic.measure(probe, None, None)
     if padded:
         measured *= (len(rows) / (real.sum(0) + PAD_EPSILON))[:, None]
-    merged = merger.merge(measured, tensors["metric/hist"][positions]).sum(0)
-    return scorer.score(scorer.prepare(tensors["metric/W"]), merged)
+    merged = merger.merge(measured, tensors["metric/hist"][positions], PLACES[kind]).sum(0)
+    return scorer.score(scorer.prepare(tensors["metric/W"], PLACES[kind]), merged)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attn"])
@@ -88,15 +91,14 @@ def test_metrics(tensors, units, kind, name, padded, with_history):
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("mlp", "mlp"), ("attn", "attention")])
-def test_fixed_ratio(tensors, kind, name):
+@pytest.mark.parametrize("kind", PLACES)
+def test_fixed_ratio(tensors, kind):
     """The reference gives the share to the probe in attention and to history in the MLP."""
     expected = tensors[f"metric/{kind}/ppwandasp/probefixratio0.3"]
-    place = site(name, 2, 8) if name == "attention" else site(name, 16)
 
     def scores(**options) -> torch.Tensor:
-        merger = FixedRatio(probe=0.3, **options).at(place)
-        return PPsp().unit_scores(metric(tensors, kind, PPsp(), merger, padded=False), place.unit_size)
+        merger = FixedRatio(probe=0.3, **options)
+        return PPsp().unit_scores(metric(tensors, kind, PPsp(), merger, padded=False), PLACES[kind].unit_size)
 
     torch.testing.assert_close(scores(as_shipped=True), expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(scores(), expected, rtol=1e-3) is (kind == "attn")
@@ -227,8 +229,9 @@ BATCH += [[-0.53796, -0.43096], [-1.17793, 0.40578], [0.16696, -0.67373]]
 def test_recorded_score_of_one_mlp_channel(name, merger, expected):
     scorer = SCORERS[name]
     probe, history = torch.tensor(PROBE)[..., None], torch.tensor(HISTORY)[:, None]
-    merged = merger.at(site("mlp", 1)).merge(scorer.statistic.measure(probe, None, None), history).sum(0)
-    score = scorer.score(scorer.prepare(torch.tensor(WEIGHT)[:, None]), merged)
+    place = site("mlp", 1)
+    merged = merger.merge(scorer.statistic.measure(probe, None, None), history, place).sum(0)
+    score = scorer.score(scorer.prepare(torch.tensor(WEIGHT)[:, None], place), merged)
     assert score.item() == pytest.approx(expected, rel=1e-4)
 
 

@@ -19,7 +19,7 @@ class MaxWeight(Scorer):
     """Largest weight times mean square activation."""
     name: Literal["max_weight"] = "max_weight"
     power: int = Field(1, ge=1)
-    def prepare(self, weight): return weight.abs().amax(0)
+    def prepare(self, weight, site): return weight.abs().amax(0)
     def score(self, prepared, statistic): return prepared * statistic
 
 @hookimpl

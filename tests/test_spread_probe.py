@@ -186,7 +186,7 @@ class Remembered(HistoryMerger):
 
     name: Literal["remembered"] = "remembered"
 
-    def merge(self, probe, history):
+    def merge(self, probe, history, site):
         GIVEN.append((probe, history))
         return probe + history
 

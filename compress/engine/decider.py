@@ -125,7 +125,7 @@ class Decider:
         A site whose cut was made once keeps its units: there the probe serves compensation alone.
         """
         strategy, merger, valid = self.strategy, cut.merger, given.valid
-        selector, uses_mean = strategy.probes_with.at(cut.site), cut.compensation.compensator.uses_probe
+        selector, uses_mean = strategy.probes_with, cut.compensation.compensator.uses_probe
         counted = valid if strategy.pad_handling == "exclude" else None
         with self.stages("select"):
             rows, positions = selector.select(given.states(cut, selector.looks_at), counted, self.generator)
@@ -148,7 +148,7 @@ class Decider:
             history = None
             if merger.uses_history:
                 history = cut.history.at(positions.reshape(-1))
-            merged = merger.merge(measured, history)
+            merged = merger.merge(measured, history, cut.site)
             if valid is not None and positions.dim() == 2:
                 # Where every row has positions of its own, one that holds padding stands for nothing.
                 merged = merged.masked_fill(~pick_tokens(valid, rows, positions).reshape(-1, 1), 0)

@@ -71,12 +71,12 @@ class SiteCut:
     def resolve(cls, site: Site, model: nn.Module, strategy: Strategy, stages: Stages, gatherer: Gatherer) -> SiteCut:
         """Look up the site's modules in ``model`` and the components that serve it."""
         consumer = model.get_submodule(site.consumer)
-        applier, compensation = strategy.applier.at(site), SiteCompensation(site, strategy.compensate.at(site))
+        applier, compensation = strategy.applier, SiteCompensation(site, strategy.compensate)
         return cls(
             site=site,
             applier=applier,
-            scorer=strategy.scorer.at(site),
-            merger=strategy.merger.at(site) if strategy.merger else None,
+            scorer=strategy.scorer,
+            merger=strategy.merger,
             entry=model.get_submodule(site.entry),
             norm=model.get_submodule(site.norm),
             consumer=consumer,
@@ -106,7 +106,8 @@ class SiteCut:
         state = state_of(self.consumer)
         if self._prepared_of != state:
             with torch.no_grad(), weights_present(self.consumer):
-                self.prepared, self._prepared_of = self.scorer.prepare(self.consumer.weight.detach().float()), state
+                weight = self.consumer.weight.detach().float()
+                self.prepared, self._prepared_of = self.scorer.prepare(weight, self.site), state
 
     def open(self, kept: Tensor, probe_mean: Tensor | None = None, stays: bool = False) -> None:
         """Compute with ``kept`` (k,) int64 from now on; what was gathered for the same set is reused.

@@ -42,15 +42,17 @@ def some_cuts() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
 
 def check_mean(compensator: Compensator) -> None:
     """The mean is (C,) float32 and finite, the same every time, and both that it is made of stay unchanged."""
-    for site, here in both_kinds(compensator):
+    for site in both_kinds():
         calibrated, probe = draw(site.channels), draw(site.channels, seed=1)
-        given = calibrated.clone(), probe.clone() if here.uses_probe else None
-        mean = here.mean(*given)
+        given = calibrated.clone(), probe.clone() if compensator.uses_probe else None
+        mean = compensator.mean(*given)
         expect_tensor(mean, compensator, "the mean", (site.channels,))
         expect_unchanged(compensator, "calibrated mean", calibrated, given[0])
         if given[1] is not None:
             expect_unchanged(compensator, "probe's mean", probe, given[1])
-        expect(torch.equal(mean.clone(), here.mean(*given)), compensator, "gives another mean for the same input")
+        expect(
+            torch.equal(mean.clone(), compensator.mean(*given)), compensator, "gives another mean for the same input"
+        )
 
 
 def check_demands(compensator: Compensator) -> None:
@@ -101,39 +103,37 @@ def check_solve(compensator: Compensator) -> None:
         never = type(compensator).solve is Compensator.solve and type(compensator).slope is Compensator.slope
         expect(never, compensator, "has a slope although its needs_covariance is false: it would never be asked")
         return
-    for _, here in both_kinds(compensator):
-        for kept, dropped, _ in some_cuts():
+    for kept, dropped, _ in some_cuts():
 
-            def solved(covariance: Tensor, here=here, kept=kept, dropped=dropped) -> Slope:
-                return here.solve(covariance, kept, dropped)
+        def solved(covariance: Tensor, kept=kept, dropped=dropped) -> Slope:
+            return compensator.solve(covariance, kept, dropped)
 
-            _check_slope(compensator, "solve", solved, kept, dropped)
+        _check_slope(compensator, "solve", solved, kept, dropped)
 
 
 def check_slope(compensator: Compensator) -> None:
     """The slope of a batch's cut keeps the same rules, and leaves what was prepared as it is."""
     if not compensator.needs_covariance:
         return
-    for _, here in both_kinds(compensator):
-        for kept, dropped, usual in some_cuts():
-            try:
-                here.prepare(some_covariance(), usual)
-            except SpecError:
-                expect(usual is None, compensator, "refuses to prepare although it is told the usual channels")
-                continue
+    for kept, dropped, usual in some_cuts():
+        try:
+            compensator.prepare(some_covariance(), usual)
+        except SpecError:
+            expect(usual is None, compensator, "refuses to prepare although it is told the usual channels")
+            continue
 
-            def sloped(covariance: Tensor, here=here, kept=kept, dropped=dropped, usual=usual) -> Slope:
-                return _sloped(compensator, here, here.prepare(covariance, usual), kept, dropped)
+        def sloped(covariance: Tensor, kept=kept, dropped=dropped, usual=usual) -> Slope:
+            return _sloped(compensator, compensator.prepare(covariance, usual), kept, dropped)
 
-            _check_slope(compensator, "slope", sloped, kept, dropped)
-            alike = bool(here.solve(some_covariance(), kept, dropped)) == bool(sloped(some_covariance()))
-            expect(alike, compensator, "has a slope only for cuts made once, or only per batch; write solve and slope")
+        _check_slope(compensator, "slope", sloped, kept, dropped)
+        alike = bool(compensator.solve(some_covariance(), kept, dropped)) == bool(sloped(some_covariance()))
+        expect(alike, compensator, "has a slope only for cuts made once, or only per batch; write solve and slope")
 
 
-def _sloped(compensator: Compensator, here: Compensator, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
+def _sloped(compensator: Compensator, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
     """The slope, held against what was prepared before and after."""
     before = [tensor.clone() for tensor in tensors_in(prepared)]
-    slope = here.slope(prepared, kept, dropped)
+    slope = compensator.slope(prepared, kept, dropped)
     for one, other in zip(before, tensors_in(prepared), strict=True):
         expect_unchanged(compensator, "prepared part", one, other)
     return slope

@@ -47,13 +47,9 @@ def some_site(kind: SiteKind, layer: int = 0) -> Site:
     return Site(layer, kind, "norm", kind, (producer,), "down", units, size, unit_parameters=40 * size, outputs=20)
 
 
-def both_kinds(component: Component) -> Iterator[tuple[Site, Any]]:
-    """A site of either kind, and the component to use there."""
-    for kind in ("attention", "mlp"):
-        site = some_site(kind)
-        here = component.at(site)
-        expect(type(here) is type(component), component, f"turns into a {type(here).__name__} by at({kind})")
-        yield site, here
+def both_kinds() -> tuple[Site, Site]:
+    """A site of either kind."""
+    return some_site("attention"), some_site("mlp")
 
 
 def expect_tensor(value: Any, component: Any, what: str, shape: tuple[int, ...], dtype=torch.float32) -> None:
@@ -85,19 +81,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def check_scores(scorer: Scorer) -> None:
     """Channel scores are (C,) float32 and finite, unit scores (U,), the same every time."""
-    for site, here in both_kinds(scorer):
+    for site in both_kinds():
         for statistic in (draw(site.channels, seed=1).square(), torch.zeros(site.channels)):
-            weight, given = draw(20, site.channels), statistic.clone()
-            prepared = here.prepare(weight)
+            weight = draw(20, site.channels)
+            prepared = scorer.prepare(weight, site)
             expect_unchanged(scorer, "weight", draw(20, site.channels), weight)
-            given = None if here.statistic is None else given
-            scores = here.score(prepared, given)
+            given = None if scorer.statistic is None else statistic.clone()
+            scores = scorer.score(prepared, given)
             expect_tensor(scores, scorer, "channel scores", (site.channels,))
             if given is not None:
                 expect_unchanged(scorer, "statistic", statistic, given)
             first = scores.clone()
-            expect(torch.equal(first, here.score(prepared, given)), scorer, "scores the same input differently")
-            units = here.unit_scores(scores, site.unit_size)
+            expect(torch.equal(first, scorer.score(prepared, given)), scorer, "scores the same input differently")
+            units = scorer.unit_scores(scores, site.unit_size)
             expect_tensor(units, scorer, "unit scores", (site.units,))
 
 
@@ -105,7 +101,7 @@ def check_score_cost(scorer: Scorer) -> None:
     """A decision costs O(C): what ``prepare`` hands on does not grow with the number of outputs."""
     sizes = []
     for outputs in (20, 80):
-        prepared = scorer.prepare(draw(outputs, UNITS * UNIT_SIZE))
+        prepared = scorer.prepare(draw(outputs, UNITS * UNIT_SIZE), some_site("mlp"))
         sizes.append(sum(tensor.numel() for tensor in tensors_in(prepared)))
     expect(
         sizes[0] == sizes[1],
@@ -169,11 +165,11 @@ def check_selection(selector: ProbeSelector) -> None:
 
 def check_merge(merger: HistoryMerger) -> None:
     """The merged statistic is (t, C), float32, finite and not negative; it looks only at what it says."""
-    for _, here in both_kinds(merger):
+    for site in both_kinds():
         for scale in (1.0, 0.0, 1e-12, 1e12):
             probe, history = draw(5, 24).square() * scale, draw(5, 24, seed=1).square() * scale
-            seen = (probe.clone() if here.uses_probe else None, history.clone() if here.uses_history else None)
-            merged = here.merge(*seen)
+            seen = (probe.clone() if merger.uses_probe else None, history.clone() if merger.uses_history else None)
+            merged = merger.merge(*seen, site)
             expect_tensor(merged, merger, "the merged statistic", (5, 24))
             expect(bool((merged >= 0).all()), merger, "merges two statistics into something negative")
             for what, before, after in (("probe", probe, seen[0]), ("history", history, seen[1])):

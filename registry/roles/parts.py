@@ -34,8 +34,8 @@ class Scorer(Component):
     """What to keep of the activations; ``None`` for a score of the weights alone."""
 
     @abstractmethod
-    def prepare(self, weight: Tensor) -> Any:
-        """The weights' part of the score, once per site; weight (O, C) float32 -> anything."""
+    def prepare(self, weight: Tensor, site: Site) -> Any:
+        """The weights' part of the score, computed once per site; weight (O, C) float32 -> anything."""
 
     @abstractmethod
     def score(self, prepared: Any, statistic: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ class HistoryMerger(Component):
     uses_history: ClassVar[bool] = True
 
     @abstractmethod
-    def merge(self, probe: Tensor, history: Tensor | None) -> Tensor:
+    def merge(self, probe: Tensor | None, history: Tensor | None, site: Site) -> Tensor:
         """The statistic to score by; probe (t, C), history at the same positions (t, C) -> (t, C).
 
         A merger with ``uses_probe`` or ``uses_history`` false gets ``None`` for what it does not use.

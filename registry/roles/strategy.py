@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..component import Component
+from ..component import Component, wrong_signature
 from ..sites import AttentionUnit
 from ..tensors.history_storage import HistoryStorage
 from .compensation import Compensator, NoCompensation
@@ -76,6 +76,9 @@ class Strategy(Component):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Strategy:
+        for part in (value for _, value in self if isinstance(value, Component)):
+            if wrong := wrong_signature(type(part)):
+                raise ValueError(wrong)
         if self.merger is not None and self.selector is None:
             raise ValueError("deciding per batch needs both a selector and a merger (or neither, to decide once)")
         if self.selector is not None and self.merger is None and not self.compensate.uses_probe:

@@ -8,8 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...registry import ChannelHistory, Fluctuation, Statistic, position_sums
-from ..scoring import AttentionPower
+from ...registry import ChannelHistory, Fluctuation, Scorer, Site, Statistic, position_sums
 
 
 class FlapShippedFluctuation(Fluctuation):
@@ -59,7 +58,7 @@ RECURRENCES: dict[str, Statistic] = {
 }
 
 
-class FluctuationScorer(AttentionPower):
+class FluctuationScorer(Scorer):
     """Fluctuation of the channel about its mean times its squared weights (FLAP, WIFV)."""
 
     paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983, metric WIFV"
@@ -70,15 +69,18 @@ class FluctuationScorer(AttentionPower):
         description="published is the paper's variance; flap_shipped and pp_shipped what the codes of FLAP and "
         "of PP's FLAP baseline compute",
     )
+    square_attention: bool = Field(default=False, description="square the channel scores of attention, as FLAP does")
     weighted: bool = Field(default=True, description="false leaves the weights out (FLAP's IFV)")
 
     @property
     def statistic(self) -> Statistic:
         return RECURRENCES[self.recurrence]
 
-    def prepare(self, weight: Tensor) -> Tensor:
-        """``sum_o W[o,c]^2``; (O, C) -> (C,)."""
-        return weight.square().sum(0) if self.weighted else torch.ones(weight.shape[1], device=weight.device)
+    def prepare(self, weight: Tensor, site: Site) -> tuple[Tensor, int]:
+        """``sum_o W[o,c]^2`` and the power of the score; (O, C) -> (C,), 1 or 2."""
+        weights = weight.square().sum(0) if self.weighted else torch.ones(weight.shape[1], device=weight.device)
+        return weights, 2 if self.square_attention and site.kind == "attention" else 1
 
-    def score(self, prepared: Tensor, statistic: Tensor) -> Tensor:
-        return self.powered(statistic * prepared)
+    def score(self, prepared: tuple[Tensor, int], statistic: Tensor) -> Tensor:
+        weights, power = prepared
+        return (statistic * weights).pow(power)

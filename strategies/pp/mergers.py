@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
-from typing_extensions import Self
 
 from ...registry import HistoryMerger, Site
 
@@ -31,7 +30,7 @@ class ImportanceScaled(MovingAverage):
     paper: ClassVar[str] = "Probe Pruning, ICLR 2025, arXiv 2502.15618, importance-scaled fusion"
     name: Literal["importance_scaled"] = "importance_scaled"
 
-    def merge(self, probe: Tensor, history: Tensor) -> Tensor:
+    def merge(self, probe: Tensor, history: Tensor, site: Site) -> Tensor:
         return torch.lerp(history, probe, probe / (probe + history + 1e-6))
 
 
@@ -44,17 +43,9 @@ class FixedRatio(MovingAverage):
         default=False, description="at MLPs give that share to history instead, as the PP reference's code does"
     )
 
-    _swapped: bool = PrivateAttr(False)
-
-    def at(self, site: Site) -> Self:
-        if not (self.as_shipped and site.kind == "mlp"):
-            return self
-        here = self.model_copy()
-        here._swapped = True
-        return here
-
-    def merge(self, probe: Tensor, history: Tensor) -> Tensor:
-        return torch.lerp(history, probe, 1 - self.probe if self._swapped else self.probe)
+    def merge(self, probe: Tensor, history: Tensor, site: Site) -> Tensor:
+        swapped = self.as_shipped and site.kind == "mlp"
+        return torch.lerp(history, probe, 1 - self.probe if swapped else self.probe)
 
 
 class ProbeOnly(HistoryMerger):
@@ -63,7 +54,7 @@ class ProbeOnly(HistoryMerger):
     uses_history: ClassVar[bool] = False
     name: Literal["probe_only"] = "probe_only"
 
-    def merge(self, probe: Tensor, history: Tensor | None) -> Tensor:
+    def merge(self, probe: Tensor, history: Tensor | None, site: Site) -> Tensor:
         return probe
 
 
@@ -73,5 +64,5 @@ class HistoryOnly(MovingAverage):
     uses_probe: ClassVar[bool] = False
     name: Literal["history_only"] = "history_only"
 
-    def merge(self, probe: Tensor | None, history: Tensor) -> Tensor:
+    def merge(self, probe: Tensor | None, history: Tensor, site: Site) -> Tensor:
         return history

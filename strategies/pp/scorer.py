@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ...registry import Scorer
+from ...registry import Scorer, Site
 
 
 class PPsp(Scorer):
@@ -16,7 +16,7 @@ class PPsp(Scorer):
 
     name: Literal["ppsp"] = "ppsp"
 
-    def prepare(self, weight: Tensor) -> Tensor:
+    def prepare(self, weight: Tensor, site: Site) -> Tensor:
         """``sqrt(sum_o W[o,c]^4)``; (O, C) -> (C,)."""
         return weight.square().square().sum(0).sqrt()
 

@@ -11,7 +11,7 @@ class MaxWeight(Scorer):
 
     name: Literal["max_weight"] = "max_weight"
 
-    def prepare(self, weight):
+    def prepare(self, weight, site):
         return weight.abs().amax(0)
 
     def score(self, prepared, statistic):
