@@ -1,41 +1,47 @@
-"""A model as lm-evaluation-harness wants it, which tells the model what is padding. Imports lm-eval: import it late."""
+"""lm-evaluation-harness: the model it calls, and the tasks it runs. Import it late: lm-eval takes seconds to import."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.api.task
 import torch
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import load_yaml
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..registry import DataError, NonFiniteError, Subject
+from ..registry import DataError, NonFiniteError, SpecError, Subject, near
 from ..registry.tensors.tokens import check_token_ids
 from .inputs import device_of, setting, vocabulary_size
+from .tasks import FOLDER
 
 LOGGERS = ("lm_eval", "transformers.tokenization_utils_base", "datasets", "huggingface_hub")
 
 
 class MaskedLM(HFLM):
-    """The subject's model for lm-eval, with an attention mask wherever a batch has padding.
+    """The subject's model for lm-eval, with an attention mask for every batch that has padding.
 
-    lm-eval fills shorter rows of a batch up with token 0 on the right and passes no mask, and token 0 may well be a
-    real token. So all ids are one higher while lm-eval handles them: 0 is then padding and nothing else. They are put
-    back before the model sees them, and the logits get a column in front to agree with lm-eval's ids. The order of
-    the requests, by length and then by ids, stays the same.
+    lm-eval pads shorter rows with token 0 on the right and passes no mask, but token 0 may be a real token. So lm-eval
+    gets all ids plus one: 0 is then padding and nothing else. The model gets the original ids, and the logits get one
+    more column in front to match lm-eval's ids. The order of the requests, by length and then by ids, does not change.
 
-    Requests run task by task, each beginning with the calibrated histories: no result depends on the other tasks.
+    Requests run task by task. Each task starts from the calibrated histories, so that no result depends on the other
+    tasks.
     """
 
     def __init__(self, subject: Subject, batch_size: int, max_length: int | None):
-        # lm-eval gives a tokenizer without a padding token one; ours stays as it is.
+        # lm-eval adds a padding token where there is none; the subject's tokenizer must not change.
         tokenizer = copy.deepcopy(subject.tokenizer)
         super().__init__(
             pretrained=subject.model,
@@ -51,15 +57,15 @@ class MaskedLM(HFLM):
         self._task = ""
         self._steps: Iterator = iter(())
         self.shortened = 0
-        """Prompts of which the beginning was cut away because they were longer than ``max_length``."""
+        """Number of prompts that lost their beginning because they were longer than ``max_length``."""
 
     @property
     def adds_bos(self) -> bool:
-        """Whether lm-eval begins prompts with the tokenizer's BOS."""
+        """Whether lm-eval starts prompts with the tokenizer's BOS token."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tok_encode("a")[:1] == [bos]
 
-    # What lm-eval calls. Its progress bars are off, ours shows batches.
+    # The methods that lm-eval calls. Its progress bars are off: the subject's shows the batches.
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return self._by_task(super().loglikelihood, requests)
@@ -87,13 +93,13 @@ class MaskedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihoods of (key, context ids, continuation ids), and whether each is the model's first choice."""
+        """Log-likelihood in nats of each (key, context ids, continuation ids), and whether it is the greedy choice."""
         requests = list(requests)
         self._check(requests)
         shifted = [(key, [i + 1 for i in context], [i + 1 for i in then]) for key, context, then in requests]
-        # lm-eval runs requests that differ in their last token only as one row.
+        # lm-eval computes requests that differ only in their last token as one row.
         rows = len({(*context, *then[:-1]) for _, context, then in shifted})
-        # A rolling log-likelihood comes in one call per batch: that is no progress to speak of.
+        # Rolling log-likelihoods come in one call per batch, too short to show progress.
         with self._progress(0 if override_bs else math.ceil(rows / self.batch_size)):
             answers = super()._loglikelihood_tokens(shifted, disable_tqdm=True, override_bs=override_bs)
         if any(math.isnan(value) for value, _ in answers):
@@ -111,13 +117,13 @@ class MaskedLM(HFLM):
                 "raise it, or leave the task out"
             )
         if not all(context and then for _, context, then in requests):
-            raise DataError(f"task {self._task}: an answer, or the context before it, has no tokens; mend the task")
+            raise DataError(f"task {self._task}: an answer, or the context before it, has no tokens; fix the task")
         ids = [(min(part), max(part)) for _, *parts in requests for part in parts]
         check_token_ids(torch.tensor(ids), vocabulary_size(self.model), f"task {self._task}")
         self.shortened += sum(len(context) + len(then) > self.max_length + 1 for _, context, then in requests)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, T, 1 + V) for ids one higher than the tokenizer's and 0 for padding (B, T)."""
+        """Logits (B, T, 1 + V) of ids (B, T) that are the tokenizer's plus one, 0 for padding."""
         real = inps != 0
         masked = {} if bool(real.all()) else {"attention_mask": real.long()}
         next(self._steps, None)
@@ -132,7 +138,7 @@ class MaskedLM(HFLM):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Says what to do about prompts that the model, as it was pruned, cannot take."""
+        """Adds the task and the remedy to the error of a prompt that the pruned model cannot process."""
         try:
             yield
         except DataError as error:
@@ -147,7 +153,7 @@ class MaskedLM(HFLM):
         self._steps = iter(self._subject.progress(iter(range(batches)), label, batches)) if batches else iter(())
         try:
             yield
-            for _ in self._steps:  # so that the display ends
+            for _ in self._steps:  # closes the progress display
                 pass
         finally:
             self._steps = iter(())
@@ -155,7 +161,7 @@ class MaskedLM(HFLM):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it lm-eval and the libraries it loads data with write nothing to the terminal."""
+    """A context in which lm-eval and the libraries that load its data print nothing."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     bars = datasets.are_progress_bars_disabled()
@@ -172,3 +178,141 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | None, seed: int) -> dict[str, dict]:
+    """The tasks behind each name, in the form that lm-eval's ``evaluate`` takes.
+
+    ``fewshot`` is the number of examples before each question, for tasks that do not fix it; ``seed`` chooses them.
+    Relative data files of a task in ``folders`` start at the folder of its file. Raises :class:`SpecError` for an
+    unknown name or a task that lm-eval cannot build, and :class:`DataError` for data that cannot be loaded.
+    """
+    local, manager = _managers(names, folders)
+    loaded = {}
+    with _data_next_to(local):
+        for name in names:
+            try:
+                loaded[name] = manager.load([name])
+            except DataError:
+                raise
+            except Exception as error:
+                raise SpecError(
+                    f"zero_shot.tasks: lm-eval cannot load {name!r}: {first_line(error)}; fix its file"
+                ) from error
+    for found in loaded.values():
+        for task in found["tasks"].values():
+            fixed = task.get_config("num_fewshot")
+            if fixed is None or (fewshot is not None and fixed != 0):
+                task.set_config(key="num_fewshot", value=fewshot or 0)
+            task.set_fewshot_seed(seed=seed)
+    return loaded
+
+
+def listed_metrics(names: Sequence[str], folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The metrics of each task behind ``names`` whose file lists them, from lm-eval's index; no data is loaded.
+
+    Raises :class:`SpecError` for an unknown name.
+    """
+    index = _managers(names, folders)[1].task_index
+    found: dict[str, list[str]] = {}
+    asked, seen = list(names), set()
+    while asked:
+        entry = index.get(asked.pop())
+        if entry is None or entry.name in seen:  # a group may define members in its own file: loading checks those
+            continue
+        seen.add(entry.name)
+        if entry.kind.name == "TAG":
+            asked += sorted(entry.tags)
+        elif entry.kind.name == "GROUP":
+            members = entry.cfg.get("task")
+            asked += [name for name in members if isinstance(name, str)] if isinstance(members, list) else []
+        elif metrics := _metrics(entry.cfg):
+            found[entry.name] = metrics
+    return found
+
+
+def _metrics(config: Mapping[str, Any]) -> list[str]:
+    """The metrics that a task's file lists; none where only loading or running the task tells them."""
+    if config.keys() & {"class", "process_results"} or config.get("output_type") == "generate_until":
+        return []
+    names = [metric.get("metric") for metric in config.get("metric_list") or () if isinstance(metric, Mapping)]
+    # The index has the path of its file for a function, whose name is known only after it is loaded.
+    return names if all(isinstance(name, str) and "/" not in name and "\\" not in name for name in names) else []
+
+
+def _managers(names: Sequence[str], folders: Sequence[Path]) -> tuple[TaskManager, TaskManager]:
+    """lm-eval's index of the bundled tasks and ``folders``, and one that has all ``names``: the same where it can be.
+
+    lm-eval's own 14,000 tasks take many seconds to index, so they are read only for names that are not local. Raises
+    :class:`SpecError` for an unknown name, and for a file in ``folders`` that cannot be read where a name is not local.
+    """
+    places = (FOLDER, *folders)
+    local = TaskManager(include_path=[str(place) for place in places], include_defaults=False)
+    # A group is not enough: its members may be lm-eval's own.
+    if set(names) <= {*local.all_subtasks, *local.all_tags}:
+        return local, local
+    for path in [path for folder in folders for path in sorted(folder.rglob("*.yaml"))]:
+        try:  # the index leaves out a file with an error
+            load_yaml(path, resolve_func=False)
+        except Exception as error:
+            raise SpecError(f"zero_shot.task_folder: lm-eval cannot read {path}: {first_line(error)}; fix it") from None
+    everything = _everything(places, tuple(local.all_tasks))
+    for name in names:
+        if name not in everything.all_tasks:
+            raise SpecError(
+                f"zero_shot.tasks: lm-eval knows no task or group {name!r}{near(name, everything.all_tasks)}; "
+                "`lm_eval ls tasks` lists its own, and task_folder adds yours"
+            )
+    return local, everything
+
+
+@lru_cache(maxsize=2)
+def _everything(folders: tuple[Path, ...], local: tuple[str, ...]) -> TaskManager:
+    """lm-eval's tasks and those of ``folders``; ``local`` are their names, so that a new task makes a new index."""
+    return TaskManager(include_path=[str(folder) for folder in folders])
+
+
+@contextmanager
+def _data_next_to(local: TaskManager) -> Iterator[None]:
+    """A context in which relative data files of ``local`` tasks start at the folder of the task's file.
+
+    lm-eval starts at the current folder, and does not tell a task where its file is.
+    """
+    stock = ConfigurableTask.download
+
+    def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        options, name = dict(dataset_kwargs or {}), task.config.task
+        if name in local.task_index:
+            folder = local.task_index[name].yaml_path.parent
+            options |= {key: _located(options[key], folder) for key in ("data_files", "data_dir") if key in options}
+        try:
+            stock(task, options, **kwargs)
+        except Exception as error:
+            source = " ".join(str(part) for part in (task.config.dataset_path, task.config.dataset_name) if part)
+            raise DataError(
+                f"zero_shot: the data of task {name} ({source}) cannot be loaded: {first_line(error)}; without a "
+                "network, fetch it once where there is one, or describe a local copy in a task_folder"
+            ) from error
+
+    ConfigurableTask.download = download
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = stock
+
+
+def _located(files: Any, folder: Path) -> Any:
+    """Paths of data files in nested lists and dicts, relative ones from ``folder``; addresses do not change."""
+    if isinstance(files, Mapping):
+        return {key: _located(value, folder) for key, value in files.items()}
+    if isinstance(files, (list, tuple)):
+        return [_located(value, folder) for value in files]
+    if not isinstance(files, str) or "://" in files:
+        return files
+    return str(folder / Path(files).expanduser())
+
+
+def first_line(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

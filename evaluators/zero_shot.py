@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -15,24 +15,20 @@ from pydantic import Field, field_validator
 
 from ..registry import Evaluator, Measurement, SpecError, Subject, hookimpl, near
 from ..registry.tensors.tokens import context_length
-from .harness_files import metrics_of, own_configs
 from .inputs import setting
-
-OLDEST = (0, 4, 12)
-REMEDY = f"pip install 'lm-eval>={'.'.join(map(str, OLDEST))}'"
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "paper7": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 }
-"""Names for several tasks: paper7 are the seven of LLM-Pruner's, FLAP's and PP's tables."""
+"""Names that stand for several tasks. paper7: the seven tasks in the tables of LLM-Pruner, FLAP and PP."""
 
 LLM_PRUNER: dict[str, str] = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm"}
-"""Tasks for which LLM-Pruner's table, and those that repeat its dense row, have acc_norm; acc for all others."""
+"""Tasks with acc_norm in LLM-Pruner's table and in tables that repeat its dense row. All other tasks have acc."""
 
 
 @contextmanager
 def _drawing_from(seed: int) -> Iterator[None]:
-    """Seeds the two generators that tasks draw from, and puts them back."""
+    """A context in which the two random generators that tasks use start from ``seed``; restores their states."""
     states = random.getstate(), numpy.random.get_state()
     random.seed(seed)
     numpy.random.seed(seed)
@@ -44,7 +40,7 @@ def _drawing_from(seed: int) -> Iterator[None]:
 
 
 def _or_alone(schema: dict[str, Any]) -> None:
-    """JSON Schema of a list whose only item may be written without the brackets."""
+    """Change the JSON Schema of a list so that a single item needs no brackets."""
     listed = {key: schema.pop(key) for key in ("type", "items", "minItems") if key in schema}
     schema["anyOf"] = [listed["items"], listed]
 
@@ -53,9 +49,9 @@ class ZeroShot(Evaluator):
     """Accuracy on tasks of lm-evaluation-harness with its standard error, and the mean over the tasks.
 
     Answers are compared by their log-likelihood after the prompt, from a float32 log-softmax. lm-eval sorts a task's
-    requests by length, longest first, and runs ``batch_size`` at a time. What a strategy that probes answers depends
-    on both, so both are fixed and recorded, and every task begins with the calibrated histories. Batches whose rows
-    differ in length are padded on the right and come with an attention mask, which lm-eval by itself leaves out.
+    requests by length, longest first, and runs ``batch_size`` at a time. The answers of a strategy that probes depend
+    on both, so both are fixed and recorded, and every task starts from the calibrated histories. Batches with rows of
+    different lengths are padded on the right and get an attention mask, which lm-eval alone does not pass.
     """
 
     name: Literal["zero_shot"] = "zero_shot"
@@ -69,7 +65,7 @@ class ZeroShot(Evaluator):
     task_folder: tuple[Path, ...] = Field(
         default=(),
         json_schema_extra=_or_alone,
-        description="folders with task files (.yaml) of your own; their relative data files lie beside them",
+        description="folders with task files (.yaml) of your own; relative data files start at the folder of their task file",
     )
     metric: str = Field(
         default="acc",
@@ -82,10 +78,13 @@ class ZeroShot(Evaluator):
     limit: int | None = Field(default=None, ge=1, description="use at most this many documents of each task")
     batch_size: int = Field(default=32, ge=1, description="rows per batch; strategies that probe decide per batch")
     max_length: int | None = Field(
-        default=None, ge=2, description="tokens that the model sees at most, the last ones; null: the model's context"
+        default=None, ge=2, description="most tokens of a prompt, the last ones; null: the model's context"
     )
     seed: int = Field(
-        default=1234, ge=0, lt=2**32, description="which examples are shown, and what tasks draw; 1234 is lm-eval's own"
+        default=1234,
+        ge=0,
+        lt=2**32,
+        description="seed of the solved examples and of whatever tasks draw; 1234 is lm-eval's default",
     )
 
     @field_validator("tasks", "task_folder", mode="before")
@@ -98,8 +97,8 @@ class ZeroShot(Evaluator):
     def _a_number(cls, value: Any) -> Any:
         if isinstance(value, str) and value.startswith("auto"):
             raise ValueError(
-                f"give a number (found {value!r}): lm-eval would choose by the memory that is free, but the answers of "
-                "a strategy that probes depend on the batch; and its trials would teach the history made-up tokens"
+                f"give a number (found {value!r}): lm-eval would choose by the free memory, but the answers of a strategy "
+                "that probes depend on the batch, and lm-eval's trial batches would change the histories"
             )
         return value
 
@@ -115,24 +114,17 @@ class ZeroShot(Evaluator):
 
     @property
     def _names(self) -> tuple[str, ...]:
-        """Tasks and groups, each once, with the presets written out."""
+        """Names of tasks and groups, each once, presets replaced by their tasks."""
         return tuple(dict.fromkeys(name for task in self.tasks for name in PRESETS.get(task, (task,))))
 
     def check_options(self) -> None:
-        """Raise SpecError for an unknown task, a metric that a task's file does not list, or no usable lm-eval.
+        """Raise SpecError for an unknown task, and for a metric that the task's file does not list."""
+        from . import harness
 
-        lm-eval is imported only where names are not those of the bundled tasks and ``task_folder``.
-        """
-        _found_version()
-        configs = own_configs(self._names, self.task_folder)
-        if configs is None:
-            harness, harness_tasks, _ = _lm_eval()
-            with harness.quiet():
-                configs = harness_tasks.indexed_configs(self._names, self.task_folder)
-        for task, config in configs.items():
-            metrics = metrics_of(config)
-            if metrics is not None:
-                self._key(task, {f"{metric},": None for metric in metrics})
+        with harness.quiet():
+            listed = harness.listed_metrics(self._names, self.task_folder)
+        for task, metrics in listed.items():
+            self._key(task, {f"{metric},": None for metric in metrics})
 
     def check(self, model: Any) -> None:
         """Raise SpecError where ``max_length`` is beyond the model's context."""
@@ -146,42 +138,45 @@ class ZeroShot(Evaluator):
     def evaluate(self, subject: Subject) -> Measurement:
         """Run the tasks.
 
-        Raises SpecError (no usable lm-eval, unknown task or metric, context exceeded) and DataError (a task's data,
-        or a prompt, that cannot be had or used).
+        Raises SpecError (unknown task or metric, context exceeded) and DataError (data of a task that cannot be
+        loaded, a prompt that cannot be used).
         """
-        harness, harness_tasks, found = _lm_eval()
+        from . import harness
+
         self.check(subject.model)
         context = context_length(subject.model)
         names = self._names
         with harness.quiet(), _drawing_from(self.seed):
-            loaded = harness_tasks.load_tasks(names, self.task_folder, self.num_fewshot, self.seed)
+            loaded = harness.load_tasks(names, self.task_folder, self.num_fewshot, self.seed)
             for name, task in [pair for one in loaded.values() for pair in one["tasks"].items()]:
                 if task.OUTPUT_TYPE != "generate_until" and not callable(task.config.process_results):
                     self._key(name, {f"{metric},": None for metric in task.aggregation()})
             lm = harness.MaskedLM(subject, self.batch_size, self.max_length or context)
             results = {name: self._run(lm, loaded[name]) for name in names}
-        return self._measurement(subject, lm, results, found)
+        return self._measurement(subject, lm, results)
 
     def _run(self, lm: Any, task_dict: Mapping[str, Any]) -> dict[str, Any]:
         from lm_eval.api.metrics import mean
         from lm_eval.evaluator import evaluate
 
-        # The standard error of a mean has a formula; lm-eval finds all others by running processes for minutes.
+        # The standard error of a mean has a formula; for all others lm-eval bootstraps for minutes.
         plain = all(each is mean for task in task_dict["tasks"].values() for each in task.aggregation().values())
         try:
             return evaluate(lm=lm, task_dict=task_dict, limit=self.limit, bootstrap_iters=int(plain), log_samples=True)
-        except (AssertionError, ValueError) as error:  # how lm-eval refuses a task's settings
+        except (AssertionError, ValueError) as error:  # lm-eval raises these for bad settings of a task
             raise SpecError(f"zero_shot: lm-eval cannot run {', '.join(task_dict['tasks'])}: {error}") from error
 
-    def _measurement(self, subject: Subject, lm: Any, results: Mapping[str, Any], found: str) -> Measurement:
-        values: dict[str, float | None] = {}
-        protocol_tasks, scores, errors = {}, {}, {}
+    def _measurement(self, subject: Subject, lm: Any, results: Mapping[str, Any]) -> Measurement:
+        scored: dict[str, float] = {}
+        protocol_tasks: dict[str, dict[str, Any]] = {}
+        scores: dict[str, list[float | None]] = {}
+        errors: dict[str, float | None] = {}
         for name, result in results.items():
             measured = result["results"]
             whole = name in measured and any("," in key for key in measured[name])
             for task in (name,) if whole else tuple(result["samples"]):
                 key = self._key(task, measured[task])
-                values[task] = measured[task][key]
+                scored[task] = measured[task][key]
                 metric, _, filter_name = key.partition(",")
                 error = measured[task].get(f"{metric}_stderr,{filter_name}")
                 errors[f"{task}_stderr"] = error if isinstance(error, float) else None
@@ -192,9 +187,8 @@ class ZeroShot(Evaluator):
                 scores[task] = [float(one) if isinstance(one, (int, float)) else None for one in chosen]
                 protocol_tasks.setdefault(task, {"part_of": name, "version": str(result["versions"].get(task))})
                 protocol_tasks[task] |= {"documents": len(chosen), "num_fewshot": result["n-shot"].get(task)}
-        mean = fmean(values.values())
         protocol = {
-            "lm_eval": found,
+            "lm_eval": version("lm_eval"),
             "tasks": protocol_tasks,
             "limit": self.limit,
             "batch_size": self.batch_size,
@@ -209,11 +203,14 @@ class ZeroShot(Evaluator):
         }
         cut = f"{lm.shortened} prompts were longer than {lm.max_length} tokens and lost their beginning"
         return Measurement(
-            {**values, **errors, "mean": mean}, protocol, [cut] if lm.shortened else [], {"scores": scores}
+            {**scored, **errors, "mean": fmean(scored.values())},
+            protocol,
+            [cut] if lm.shortened else [],
+            {"scores": scores},
         )
 
     def _key(self, task: str, measured: Mapping[str, Any]) -> str:
-        """How lm-eval's results call the metric, with its filter: ``acc,none``; raises SpecError."""
+        """The metric's key in lm-eval's results, with its filter, such as ``acc,none``; raises SpecError."""
         wanted = LLM_PRUNER.get(task, "acc") if self.metric == "llm_pruner" else self.metric
         keys = [key for key in measured if "," in key and "_stderr," not in key]
         for key in keys:
@@ -223,29 +220,8 @@ class ZeroShot(Evaluator):
         known = ", ".join(dict.fromkeys(key.removesuffix(",none").rstrip(",") for key in keys))
         raise SpecError(
             f"zero_shot.metric: task {task} has no metric {wanted!r}{near(wanted, known.split(', '))}; it has "
-            f"{known or 'none'}. Tasks that need different metrics go into a zero_shot each"
+            f"{known or 'none'}. List one zero_shot per metric"
         )
-
-
-def _found_version() -> str:
-    """lm-eval's version, by its metadata; raises SpecError where it will not do."""
-    try:
-        found = version("lm_eval")
-    except PackageNotFoundError:
-        raise SpecError(f"zero_shot needs lm-eval, which is not installed: {REMEDY}") from None
-    if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < OLDEST:
-        raise SpecError(f"zero_shot cannot use lm-eval {found}: {REMEDY}")
-    return found
-
-
-def _lm_eval() -> tuple[Any, Any, str]:
-    """Our modules that need lm-eval, and its version; importing it takes a second, so nothing does before it must."""
-    found = _found_version()
-    try:
-        from . import harness, harness_tasks
-    except ImportError as error:
-        raise SpecError(f"zero_shot cannot import lm-eval {found} ({error}): {REMEDY}") from error
-    return harness, harness_tasks, found
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from prunekit.compress import prune
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.files.spec import PipelineSpec
-from prunekit.evaluators import harness_files, harness_tasks, zero_shot
+from prunekit.evaluators import harness
 from prunekit.evaluators.zero_shot import PRESETS, ZeroShot
 from prunekit.registry import DataError, SpecError, Subject
 from prunekit.registry.checks import check_evaluation
@@ -54,10 +54,10 @@ def few_tasks(monkeypatch):
     folder = Path(lm_eval.__file__).parent / "tasks"
     paths = [str(folder / part) for part in STOCK]
 
-    def index(folders, own):
+    def index(folders, local):
         return TaskManager(include_path=[*paths, *map(str, folders)], include_defaults=False)
 
-    monkeypatch.setattr(harness_tasks, "_everything", index)
+    monkeypatch.setattr(harness, "_everything", index)
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def test_published_tasks_from_files(subject, shared, tmp_path):
         (tmp_path / "tasks" / path.name).symlink_to(path)
     found = ZeroShot(tasks=[f"{name}_local" for name in names], task_folder=tmp_path, limit=3).evaluate(subject)
     assert [len(scores) for scores in found.details["scores"].values()] == [3] * 5
-    with harness_tasks._data_beside(harness_files.own_tasks([tmp_path])):
-        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    with harness._data_next_to(manager):
         (task,) = manager.load(["hellaswag_local"])["tasks"].values()
     asked = task.doc_to_text(task.eval_docs[0])
     assert asked == "Roof shingle removal: A man is sitting on a roof. He"
@@ -191,7 +191,7 @@ def test_data_that_is_not_there_and_files_that_are_no_yaml(subject, folder):
     with pytest.raises(DataError, match=r"the data of task one .json. cannot be loaded: .*same_name\.jsonl"):
         ZeroShot(tasks=("one",), task_folder=folder).evaluate(subject)
     (folder / "two" / "task.yaml").write_text("task: [")
-    with pytest.raises(SpecError, match=r"task_folder: .*task\.yaml is not valid YAML"):
+    with pytest.raises(SpecError, match=r"task_folder: lm-eval cannot read .*two.task\.yaml: ParserError"):
         ZeroShot(tasks=("two",), task_folder=folder).evaluate(subject)
 
 
@@ -204,19 +204,6 @@ def test_prompts_longer_than_history(subject):
             ZeroShot(limit=4).evaluate(subject)
         found = ZeroShot(limit=4, max_length=28).evaluate(subject)
     assert "lost their beginning" in found.notes[0]
-
-
-def test_an_lm_eval_that_will_not_do(subject, monkeypatch):
-    monkeypatch.setattr(zero_shot, "version", lambda name: "0.4.9")
-    with pytest.raises(SpecError, match=r"cannot use lm-eval 0\.4\.9: pip install 'lm-eval>=0\.4\.12'"):
-        ZeroShot().evaluate(subject)
-
-    def missing(name):
-        raise zero_shot.PackageNotFoundError(name)
-
-    monkeypatch.setattr(zero_shot, "version", missing)
-    with pytest.raises(SpecError, match="lm-eval, which is not installed"):
-        ZeroShot().evaluate(subject)
 
 
 def test_the_catalog_does_not_import_lm_eval():
