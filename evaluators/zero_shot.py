@@ -65,7 +65,7 @@ class ZeroShot(Evaluator):
     task_folder: tuple[Path, ...] = Field(
         default=(),
         json_schema_extra=_or_alone,
-        description="folders with task files (.yaml) of your own; relative data files start at the folder of their task file",
+        description="folders with task files (.yaml) of your own; relative data files start at their task file's folder",
     )
     metric: str = Field(
         default="acc",
@@ -97,8 +97,8 @@ class ZeroShot(Evaluator):
     def _a_number(cls, value: Any) -> Any:
         if isinstance(value, str) and value.startswith("auto"):
             raise ValueError(
-                f"give a number (found {value!r}): lm-eval would choose by the free memory, but the answers of a strategy "
-                "that probes depend on the batch, and lm-eval's trial batches would change the histories"
+                f"give a number (found {value!r}): lm-eval would choose by the free memory, but the answers of a "
+                "strategy that probes depend on the batch, and lm-eval's trial batches would change the histories"
             )
         return value
 
@@ -202,12 +202,8 @@ class ZeroShot(Evaluator):
             **setting(subject.model),
         }
         cut = f"{lm.shortened} prompts were longer than {lm.max_length} tokens and lost their beginning"
-        return Measurement(
-            {**scored, **errors, "mean": fmean(scored.values())},
-            protocol,
-            [cut] if lm.shortened else [],
-            {"scores": scores},
-        )
+        values = {**scored, **errors, "mean": fmean(scored.values())}
+        return Measurement(values, protocol, [cut] if lm.shortened else [], {"scores": scores})
 
     def _key(self, task: str, measured: Mapping[str, Any]) -> str:
         """The metric's key in lm-eval's results, with its filter, such as ``acc,none``; raises SpecError."""
