@@ -65,7 +65,7 @@ class ZeroShot(Evaluator):
     task_folder: tuple[Path, ...] = Field(
         default=(),
         json_schema_extra=_or_alone,
-        description="folders with task files (.yaml) of your own; relative data files start at their task file's folder",
+        description="folders with task files (.yaml) of your own; relative data files start at the task file's folder",
     )
     metric: str = Field(
         default="acc",
