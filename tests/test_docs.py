@@ -1,0 +1,121 @@
+"""The pages as a whole: links, the index, the front page, the picture of the rooms, the hooks for commits."""
+
+import csv
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "compress/bundled/README.md")]
+PAGES = sorted([*DOCS.rglob("*.md"), *OUTSIDE])
+MOST_WORDS = 800
+"""Of the front page."""
+ROOMS: dict[str, tuple[str, ...]] = runpy.run_path(str(ROOT / "tests" / "test_layers.py"))["ROOMS"]
+
+
+NAMES = {"Wanda-sp": "wanda_sp", "FLAP": "flap", "PP": "pp"}
+
+
+def prose(page: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^(```|~~~).*?^\1", "", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def links(path: Path) -> list[str]:
+    """Targets of a page's links and pictures that lead to this checkout."""
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text(encoding="utf-8")))
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(path.read_text(encoding="utf-8")), re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in plain}
+
+
+def broken(path: Path) -> list[str]:
+    """The links of a page that lead nowhere."""
+    found = []
+    for target in links(path):
+        name, _, anchor = target.partition("#")
+        place = (path.parent / name).resolve() if name else path
+        if not place.exists() or (anchor and anchor not in anchors(place)):
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert broken(path) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One heading\n[a](#one-heading) [b](#another) [c](page.md) [d](other.md) [e](https://x.example)\n"
+    )
+    assert broken(page) == ["#another", "other.md"]
+
+
+def test_every_page_is_reached_from_the_index():
+    seen, waiting = set(), [DOCS / "index.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in seen:
+            seen.add(page)
+            targets = [(page.parent / target.partition("#")[0]).resolve() for target in links(page)]
+            waiting += [target for target in targets if target.suffix == ".md" and target.is_file()]
+    assert [str(page.relative_to(ROOT)) for page in PAGES if page not in seen] == []
+
+
+def test_the_front_page_is_short():
+    assert len(README.split()) <= MOST_WORDS
+
+
+def test_the_example_of_the_front_page_runs(tmp_path):
+    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(block)
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(7, 'mlp'): 308" in done.stdout
+
+
+def test_the_figures_of_the_front_page_are_recorded():
+    with (DOCS / "results" / "compare.csv").open(encoding="utf-8") as stream:
+        records = list(csv.DictReader(stream))
+    for title, cells in re.findall(r"^\| (Wanda-sp|FLAP|PP)[^|]* \| (.+?) \|$", README, re.MULTILINE):
+        quoted = [cell.strip("* ") for cell in cells.split("|")][:2]
+        found = {
+            record["text"]: f"{float(record['perplexity.perplexity']):.2f}"
+            for record in records
+            if record["prune.use"] == NAMES[title] and record["prune.ratio"] == "0.4"
+        }
+        assert quoted == [found["other"], found["same"]], title
+
+
+def test_the_picture_shows_every_room_in_order():
+    drawn = re.findall(r'font-weight="bold"[^>]*>(\w+)<', (DOCS / "rooms.svg").read_text(encoding="utf-8"))
+    assert drawn == [*ROOMS["compress"], *ROOMS["registry"]]
+
+
+@pytest.mark.parametrize("floor", ROOMS)
+def test_contributors_read_the_order_of_the_rooms(floor):
+    words = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
+    assert f"`{floor}/`: {', '.join(ROOMS[floor])}" in words
+
+
+def test_commit_hooks_use_the_version_of_the_constraints():
+    pinned = re.search(r"^ruff==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["additional_dependencies"] for hook in hooks] == [[pinned]] * 2
