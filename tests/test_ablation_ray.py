@@ -21,6 +21,8 @@ from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import PrunekitError
 
+pytestmark = pytest.mark.slow
+
 # A cluster of the tests' own, which nobody else may join, and no token written to the user's home.
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 

@@ -93,6 +93,7 @@ def results(store) -> list:
         return [timeless({**vars(copy.copy(trial)), "seconds": None}) for trial in opened.trials]
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_recorded_and_the_others_run(study):
     planned, outcomes, heard = study(FRAGILE).trials, [], Heard()
     run_local(planned, lambda trial, outcome: outcomes.append(outcome), heard)
@@ -132,6 +133,7 @@ def test_one_model_one_dense_baseline(study, monkeypatch):
     assert all(outcome.error is None for outcome in outcomes.values())
 
 
+@pytest.mark.slow
 def test_another_model_shares_nothing(study, monkeypatch):
     load = worker_module.load
 
@@ -168,6 +170,7 @@ def test_a_trial_runs_from_its_yaml_in_a_process_that_knows_nothing(study):
     assert Worker().run(first).error is None
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(study, tmp_path, capfd):
     file = study(SMALL).file
     command = f"from prunekit.compress.cli.main import main; main()  # {tmp_path}"

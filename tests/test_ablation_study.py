@@ -6,6 +6,8 @@ import pytest
 from prunekit.compress.ablation.study import Study
 from prunekit.registry import SpecError
 
+pytestmark = pytest.mark.smoke
+
 BASE = "base: {calibration: {sequences: 4, length: 64}, prune: {skip_layers: [0]}, evaluate: [perplexity]}\n"
 FULL = "base: {prune: {use: pp, ratio: 0.4}}\n"
 

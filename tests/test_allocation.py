@@ -9,6 +9,8 @@ from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.allocation import Explicit
 from prunekit.strategies.flap.adaptive import GlobalAdaptive
 
+pytestmark = pytest.mark.smoke
+
 HEAD, CHANNEL = 160, 40  # parameters of the units of some_site
 
 

@@ -6,6 +6,8 @@ from prunekit.compress.files.reader import build_strategy
 from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import Catalog, SpecError
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def catalog():

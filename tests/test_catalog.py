@@ -8,6 +8,8 @@ import textwrap
 import pytest
 from prunekit.registry import ROLES, Catalog, PluginError, Scorer
 
+pytestmark = pytest.mark.smoke
+
 BUILT_IN = {
     "strategies": {"pp", "full_batch_probing", "flap", "wanda_sp", "magnitude", "random", "reconstruct"},
     "scorers": {"ppsp", "wanda_sp", "fluctuation", "magnitude", "random"},

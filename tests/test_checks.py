@@ -28,6 +28,8 @@ from prunekit.strategies.pp import PP
 from prunekit.strategies.pp.scorer import PPsp
 from pydantic import ConfigDict, Field, field_serializer
 
+pytestmark = pytest.mark.smoke
+
 
 class Good(Scorer):
     """A scorer that keeps all rules."""

@@ -121,6 +121,7 @@ def test_validate(command, quick):
     refused(command("validate", quick, "--set", "prune.scorr=x", "--set", "seed=x"), "2 mistakes", "scorer", "seed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "sent", "code"),
     [

@@ -88,6 +88,7 @@ def test_a_file_says_what_python_says(make_model, batches, tmp_path, family, str
         assert not torch.equal(logits(model, ids), told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy, compensator", ISSUED)
 def test_a_whole_pipeline_measures_another_model(strategy, compensator):
     def perplexity(compensate):

@@ -75,6 +75,7 @@ SMALL = {"batch_size": 2, "length": 16, "window": 64, "limit": 2, "pairs": 1, "w
 SMALL |= {"breakdown": False, "batches": 2, "max_length": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [cls for cls in OURS if issubclass(cls, Evaluator)], ids=lambda cls: cls.__name__)
 def test_evaluators_measure(cls, measuring):
     subject, catalog = measuring.subject(), Catalog.discover(block="")

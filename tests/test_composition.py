@@ -20,6 +20,7 @@ def test_the_weights_part_of_a_score_is_computed_once(make_model, batches):
     assert len(calls) == 6
 
 
+@pytest.mark.slow
 def test_calibration_memory(make_model, batches):
     """Statistics are as long as the calibration sequences, however many there are and whatever the context."""
     model = make_model("llama-gqa", max_position_embeddings=131072)
@@ -39,6 +40,7 @@ def test_sequential_calibration_sees_the_layers_already_cut(make_model, batches)
     assert kept[True][2, "mlp"] != kept[False][2, "mlp"]
 
 
+@pytest.mark.slow
 def test_compositions(make_model, batches):
     """Any piece can be swapped for any other that fits."""
     model = make_model("llama-gqa")

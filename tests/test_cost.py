@@ -7,6 +7,8 @@ import torch
 from prunekit.evaluators.cost import Cost, operations
 from prunekit.registry import Catalog, DataError, Subject, TextSource
 
+pytestmark = pytest.mark.smoke
+
 B, T = 2, 24
 
 

@@ -10,6 +10,8 @@ from prunekit.compress.models.loading import ModelSource
 from prunekit.compress.models.loading import load as load_model
 from prunekit.registry import DataError, ModelError
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture
 def export(small_pipeline, tmp_path):

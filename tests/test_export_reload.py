@@ -12,6 +12,8 @@ from prunekit.compress.export.profiles import profile_named
 from prunekit.compress.export.writing import write_model
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = 8
 CACHES = ({}, {"cache_implementation": "static"}, {"use_cache": False})
 

@@ -8,6 +8,8 @@ from prunekit.compress import prune
 from prunekit.registry import DataError
 from transformers import DynamicCache, StaticCache
 
+pytestmark = pytest.mark.smoke
+
 
 def zeroed_copy(model, pruned, records):
     """The dense model with the dropped units' consumer columns set to zero: what generation must equal."""

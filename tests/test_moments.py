@@ -5,6 +5,8 @@ import torch
 from prunekit.registry import ChannelMoments
 from prunekit.registry.tensors import moments as module
 
+pytestmark = pytest.mark.smoke
+
 CPU = torch.device("cpu")
 
 

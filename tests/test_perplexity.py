@@ -234,6 +234,7 @@ def test_dtype_of_half_precision_models_is_stated(subject):
     assert found.protocol["dtype"] == "bfloat16" and math.isfinite(found.values["perplexity"])
 
 
+@pytest.mark.slow
 def test_a_trained_model_gets_the_loss_that_transformers_computes(shared):
     folder = shared / "models" / "stories260k-hf"
     text = shared / "corpus" / "tinystories-valid-excerpt.txt"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).resolve().parents[1] / "docs" / "examples" / "plugin"
 PIPELINE = """
 prune: {use: max_weight_pp, ratio: 0.4}

@@ -6,6 +6,8 @@ from prunekit.compress import prune
 from prunekit.registry import DataError, ModelError, NonFiniteError, SpecError
 from torch import nn
 
+pytestmark = pytest.mark.smoke
+
 STRATEGIES = ["pp", "full_batch_probing", "flap", "wanda_sp", "magnitude", "random"]
 
 

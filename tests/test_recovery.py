@@ -46,6 +46,7 @@ def recover(tmp_path, save_model):
     return start
 
 
+@pytest.mark.slow
 def test_a_short_run_lowers_the_perplexity_of_the_bundled_model(tmp_path, command):
     file, folder, out = tmp_path / "flap.yaml", tmp_path / "flap", tmp_path / "recovered"
     evaluate = [{"name": "perplexity", "window": 128, "limit": 16}]

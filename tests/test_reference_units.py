@@ -17,6 +17,8 @@ from prunekit.strategies.pp.scorer import PPsp
 from prunekit.strategies.pp.selectors import HiddenNorm, ResidualNorm
 from prunekit.strategies.wanda_sp import WandaSpScorer
 
+pytestmark = pytest.mark.smoke
+
 SCORERS = {"ppwandasp": PPsp(), "wandasp": WandaSpScorer(), "flap": FluctuationScorer()}
 PAD_EPSILON = 1e-3
 EMA_CHANNELS = [0, 3, 4, 9, 15]  # units.json, stats_note

@@ -154,6 +154,7 @@ def test_the_demos_table_fits_its_head():
     assert [line[0] for line in cells] == ["", "40%", "", "", ""]
 
 
+@pytest.mark.slow
 def test_the_demo_compares_and_each_row_reruns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "WINDOW", 96)
     monkeypatch.setattr(demo, "QUESTIONS", 4)

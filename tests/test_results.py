@@ -8,6 +8,8 @@ from prunekit.compress.output.folders import RunFolder
 from prunekit.compress.runs.results import Results
 from prunekit.registry import SpecError
 
+pytestmark = pytest.mark.smoke
+
 
 def test_overwriting_replaces_only_when_all_is_done(tmp_path):
     target = tmp_path / "run"

@@ -214,6 +214,7 @@ def calibration_memory(model, number: int, strategy: str, **options) -> int:
     return seen[-1] - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["pp", "flap"])
 def test_calibration_takes_no_more_memory_for_more_batches(make_model, strategy, monkeypatch):
     model = make_model("llama-gqa", num_hidden_layers=1)
