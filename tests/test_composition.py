@@ -1,5 +1,6 @@
 """Calibration and compositions: what is computed once, what is remembered, and that any part can be swapped."""
 
+import pytest
 from prunekit.compress import prune
 
 
