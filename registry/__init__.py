@@ -21,6 +21,7 @@ from .roles.parts import (
     MaskApplier,
     ProbeSelector,
     Scorer,
+    Selection,
     SiteScores,
     SparsityAllocator,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "PrunekitError",
     "Rows",
     "Scorer",
+    "Selection",
     "ShapeAttribute",
     "SingularError",
     "Site",

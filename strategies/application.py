@@ -7,20 +7,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..registry import MaskApplier, hookimpl
+from ..registry import MaskApplier, Selection, hookimpl
 
 
 class Slice(MaskApplier):
     """Compute with the kept rows and columns only: really smaller and faster."""
 
-    gathers: ClassVar[bool] = True
     name: Literal["slice"] = "slice"
 
-    def producer(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        return weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+    def producer(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> tuple[Selection, Selection | None]:
+        return Selection(weight, rows), None if bias is None else Selection(bias, rows)
 
-    def consumer(self, weight: Tensor, columns: Tensor) -> Tensor:
-        return weight.index_select(1, columns)
+    def consumer(self, weight: Tensor, columns: Tensor) -> Selection:
+        return Selection(weight, columns, dim=1)
 
 
 class Zero(MaskApplier):

@@ -18,9 +18,13 @@ FAMILIES = ["llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "opt"]
 
 
 class Plain(Slice):
-    """Slices by its own methods."""
+    """Copies rows and columns itself, as a stranger's applier does."""
 
-    gathers = False
+    def producer(self, weight, bias, rows):
+        return weight[rows], None if bias is None else bias[rows]
+
+    def consumer(self, weight, columns):
+        return weight[:, columns]
 
 
 def run(model, batches, mask=None, **options):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, MaskApplier, Producer, Rows, Site
+from ...registry import ChannelHistory, MaskApplier, Producer, Rows, Selection, Site
 from ...registry.tensors.devices import is_offloaded, unautocast
 from ...registry.tensors.kernels import usable_on
 from .compensation import SiteCompensation
@@ -30,6 +30,8 @@ class CutWeights:
     gatherer: Gatherer
     compensation: SiteCompensation
     stages: Stages
+    selects: bool
+    """Whether the applier returns selections."""
     units: Tensor | None = None
     """(k,) int64 ascending: the units to compute with, since :meth:`of`."""
     stays: bool = False
@@ -90,11 +92,10 @@ class CutWeights:
 
         def gather() -> tuple[Tensor, Tensor | None]:
             with self.stages("gather"):
-                rows = self.rows(producer.segments)
-                if not self.applier.gathers:
-                    return self.applier.producer(linear.weight, linear.bias, rows)
-                weight = self.gatherer.rows(linear, rows, self._memory(producer.path))
-                return weight, None if linear.bias is None else linear.bias.index_select(0, rows)
+                weight, bias = self.applier.producer(linear.weight, linear.bias, self.rows(producer.segments))
+                if isinstance(weight, Selection):
+                    weight = self.gatherer.rows(linear, weight, self._memory(producer.path))
+                return weight, bias.copied() if isinstance(bias, Selection) else bias
 
         return self._kept(linear, "weights", gather)
 
@@ -112,7 +113,7 @@ class CutWeights:
 
         Not where a copy serves several passes, nor across the grain: a row, or a column, must lie in one piece.
         """
-        wanted = self.gatherer.runtime.fused_gather and self.applier.gathers and not self.stays
+        wanted = self.gatherer.runtime.fused_gather and self.selects and not self.stays
         if not wanted or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not len(self._of):
             return False
         weight = linear.weight
@@ -139,10 +140,11 @@ class CutWeights:
         # What is kept beside a weight folded from it would only take room.
         folded = self.stays and self.compensation.has_slope
         with self.stages("gather"):
-            if self.applier.gathers and not folded:
-                weight = self.gatherer.columns(linear, self.columns, self._memory(self.site.consumer), self.fixed)
-            else:
-                weight = self.applier.consumer(linear.weight, self.columns)
+            weight = self.applier.consumer(linear.weight, self.columns)
+            if isinstance(weight, Selection):
+                memory = None if folded else self._memory(self.site.consumer)
+                once = self.fixed or folded
+                weight = self.gatherer.columns(linear, weight, memory, once)
         if not len(self._of):
             return torch.zeros_like(weight)
         if not self.compensation.has_slope:
@@ -190,6 +192,13 @@ class CutWeights:
             if known is None or known[0] != state:
                 self._made[linear, what] = known = state, make()
             return known[1]
+
+
+def selects(applier: MaskApplier) -> bool:
+    """Whether an applier returns selections, which the engine may copy in its own way, or read in place."""
+    weight, first = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+    made = (*applier.producer(weight, weight[0], first), applier.consumer(weight, first))
+    return all(isinstance(part, Selection) for part in made)
 
 
 def differentiates(linear: nn.Linear) -> bool:

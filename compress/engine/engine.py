@@ -184,7 +184,7 @@ class Engine:
             self.gatherer.release()
         if mode == "prune" and self.runtime.column_major:
             for cut in self._cut_per_batch():
-                undo = store_column_major(cut.consumer) if cut.applier.gathers else None
+                undo = store_column_major(cut.consumer) if cut.weights.selects else None
                 if undo is not None:
                     self._undo.append(undo)
 

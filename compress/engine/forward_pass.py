@@ -138,7 +138,7 @@ class ForwardPass:
 
     def _reuses(self, cut: SiteCut, hidden: Tensor) -> bool:
         """Whether what the probe computes serves the batch, too."""
-        if not (self.runtime.reuse_probe and cut.applier.gathers and cut.fixed is None and hidden.is_contiguous()):
+        if not (self.runtime.reuse_probe and cut.weights.selects and cut.fixed is None and hidden.is_contiguous()):
             return False
         plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
         return plain and probe_reuse.pays(hidden)

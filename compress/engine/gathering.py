@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ...registry import Selection
 from ...registry.tensors.devices import is_offloaded
 from .runtime import Runtime
 
@@ -28,19 +29,19 @@ class Gatherer:
         self.runtime = runtime
         self._buffers: dict[tuple[Key, torch.device, torch.dtype], Tensor] = {}
 
-    def rows(self, linear: nn.Linear, index: Tensor, key: Key | None) -> Tensor:
-        """Rows ``index`` (r,) of the weight (R, D) -> (r, D)."""
-        return self._gathered(linear, linear.weight, 0, index, key)
+    def rows(self, linear: nn.Linear, chosen: Selection, key: Key | None) -> Tensor:
+        """The chosen rows (r,) of the weight (R, D) -> (r, D)."""
+        return self._gathered(linear, chosen.source, chosen.dim, chosen.index, key)
 
-    def columns(self, linear: nn.Linear, index: Tensor, key: Key | None, once: bool) -> Tensor:
-        """Columns ``index`` (c,) of the weight (O, C) -> (O, c), stored row by row if cut ``once``, else by columns.
+    def columns(self, linear: nn.Linear, chosen: Selection, key: Key | None, once: bool) -> Tensor:
+        """The chosen columns (c,) of the weight (O, C) -> (O, c), by rows if cut ``once``, else by columns.
 
         One that is offloaded is stored by rows and its columns are gathered across the grain, but laid down as those
         of any other: products then agree to the last bit.
         """
         if once or not self.runtime.column_major:
-            return self._gathered(linear, linear.weight, 1, index, key)
-        return self._gathered(linear, linear.weight.t(), 0, index, key).t()
+            return self._gathered(linear, chosen.source, 1, chosen.index, key)
+        return self._gathered(linear, chosen.source.t(), 0, chosen.index, key).t()
 
     def _gathered(self, linear: nn.Linear, weight: Tensor, dim: int, index: Tensor, key: Key | None) -> Tensor:
         shares = key is not None and self.runtime.shared_buffers and not is_offloaded(linear)

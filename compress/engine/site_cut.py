@@ -13,7 +13,7 @@ from torch.nn import functional
 from ...registry import ChannelHistory, HistoryMerger, MaskApplier, Producer, Scorer, Site, Strategy
 from ...registry.tensors.devices import device_of, weights_present
 from .compensation import SiteCompensation
-from .cut_weights import CutWeights, state_of
+from .cut_weights import CutWeights, selects, state_of
 from .gathering import Gatherer
 from .kv_index import KV_INDEX
 from .probe_reuse import Probed
@@ -84,7 +84,7 @@ class SiteCut:
             attributes=[(model.get_submodule(a.path), a.attribute, a.per_unit) for a in site.shape_attributes],
             history=ChannelHistory(site.channels, device_of(consumer)),
             compensation=compensation,
-            weights=CutWeights(site, applier, gatherer, compensation, stages),
+            weights=CutWeights(site, applier, gatherer, compensation, stages, selects(applier)),
             activation=model.get_submodule(site.activation) if site.activation else None,
             count=site.units,
         )

@@ -91,22 +91,43 @@ class HistoryMerger(Component):
         return False
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Some rows or columns of a weight, not copied yet.
+
+    The engine copies them in the way that is fastest on the device, or reads them inside the matrix product.
+    """
+
+    source: Tensor
+    index: Tensor
+    """int64, ascending."""
+    dim: int = 0
+    """0 for rows or the entries of a bias, 1 for columns."""
+
+    def copied(self) -> Tensor:
+        """The selected rows or columns as a tensor of their own."""
+        return self.source.index_select(self.dim, self.index)
+
+
 class MaskApplier(Component):
-    """How a decision reaches the weights: what the producers and the consumer compute with."""
+    """How a decision reaches the weights: what the producers and the consumer compute with.
+
+    Both methods are called for every cut. They return tensors, or a :class:`Selection` where plain copies of rows or
+    columns are meant: then nothing is copied that the engine can read where it lies.
+    """
 
     resizes: ClassVar[bool] = True
-    """Whether the cut site is really smaller: the model's size attributes are then told."""
-    gathers: ClassVar[bool] = False
-    """Whether both methods copy the kept rows or columns together and do nothing else: they then only say what is
-    meant, and the copying is done in whichever way is fastest on the device."""
+    """Whether the cut site is really smaller: the sizes that the model's modules hold are then changed."""
 
     @abstractmethod
-    def producer(self, weight: Tensor, bias: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight (R, D) and bias (R,) of a producer, cut to its kept rows (r,)."""
+    def producer(
+        self, weight: Tensor, bias: Tensor | None, rows: Tensor
+    ) -> tuple[Tensor | Selection, Tensor | Selection | None]:
+        """Weight (R, D) and bias (R,) of a producer, cut to its kept rows (r,) int64 ascending."""
 
     @abstractmethod
-    def consumer(self, weight: Tensor, columns: Tensor) -> Tensor:
-        """Weight (O, C) of the consumer, cut to its kept columns (c,)."""
+    def consumer(self, weight: Tensor, columns: Tensor) -> Tensor | Selection:
+        """Weight (O, C) of the consumer, cut to its kept columns (c,) int64 ascending."""
 
 
 @dataclass(frozen=True)
