@@ -72,6 +72,12 @@ def test_help_and_version_answer_without_torch():
         assert ("prunekit" if "help" in arguments else __version__) in done.stdout
 
 
+@pytest.mark.parametrize("name", [None, *main.COMMANDS])
+def test_help_has_a_short_name(command, name):
+    long, short = (command(*([name] if name else []), option) for option in ("--help", "-h"))
+    assert short.exit_code == 0 and short.stdout == long.stdout != ""
+
+
 def test_run_writes_where_it_is_told_and_says_so(command, quick, tmp_path):
     result = command("run", quick, "--out", "out/it", "--set", "prune.ratio=0.2", "--set", "output.trace=true")
     assert result.exit_code == 0, result.output

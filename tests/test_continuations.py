@@ -1,7 +1,10 @@
 """The bundled multiple-choice task is what its script makes, and gives nothing away without the context."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from prunekit.compress.bundled import TEXTS
@@ -52,3 +55,11 @@ def test_answers_to_a_question_are_of_one_length(questions):
 def test_a_text_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="tiny has 0 paragraphs"):
         continuations.questions_of("A few words.", "tiny")
+
+
+@pytest.mark.parametrize("script", ["continuations", "corpus", pytest.param("train", marks=pytest.mark.slow)])
+def test_the_scripts_run_in_a_checkout(script):
+    root = Path(__file__).resolve().parents[1]
+    call = [sys.executable, "-m", f"tools.bundled_model.{script}", "--help"]
+    done = subprocess.run(call, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: {script}.py" in done.stdout, done.stderr

@@ -1,4 +1,7 @@
-"""What is in the wheel, and that it works where there is no checkout; .ci/run builds one and names it."""
+"""The content of the wheel, and that it works without a checkout. .ci/run builds a wheel and names it.
+
+Without a wheel, only the package list of pyproject.toml is compared with the tree.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ["registry", "strategies", "evaluators", "compress"]
@@ -29,11 +33,49 @@ base:
 vary: {prune.ratio: [0.2, 0.4]}
 """
 
-pytestmark = pytest.mark.skipif(not WHEEL, reason="needs a wheel in PRUNEKIT_WHEEL; .ci/run builds one")
+SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+NO_WHEEL = "needs a wheel in PRUNEKIT_WHEEL; .ci/run builds one"
+
+
+def package_of(folder: Path) -> str:
+    return ".".join(("prunekit", *folder.relative_to(ROOT).parts))
+
+
+def files_of_the_package() -> list[Path]:
+    """Every file of the four floors, and those of the package itself."""
+    below = [path for floor in FLOORS for path in (ROOT / floor).rglob("*")]
+    files = [path for path in below if path.is_file() and "__pycache__" not in path.parts]
+    return [ROOT / "__init__.py", *ROOT.glob("py.typed"), *files]
+
+
+def test_every_package_of_the_tree_is_listed():
+    """A folder that pyproject.toml forgets is missing from the wheel, and only there."""
+    bundled = ROOT / "compress" / "bundled"
+    there = {path.parent for path in files_of_the_package() if path.suffix == ".py"}
+    there |= {bundled / "model", bundled / "text"}
+    assert sorted(SETUP["packages"]) == sorted(map(package_of, there))
+
+
+def test_every_data_file_of_the_tree_is_listed():
+    for path in files_of_the_package():
+        if path.suffix == ".py":
+            continue
+        listed = [
+            pattern
+            for folder in path.parents
+            if folder.is_relative_to(ROOT)
+            for pattern in SETUP["package-data"].get(package_of(folder), ())
+            if path in folder.glob(pattern)
+        ]
+        assert listed, f"{path.relative_to(ROOT)} is missing from package-data in pyproject.toml"
 
 
 @pytest.fixture(scope="module")
 def wheel():
+    if not WHEEL:
+        pytest.skip(NO_WHEEL)
     with zipfile.ZipFile(WHEEL) as archive:
         yield archive
 
@@ -41,6 +83,8 @@ def wheel():
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Path:
     """A new environment with the wheel in it, and links to everything else that is installed here but prunekit."""
+    if not WHEEL:
+        pytest.skip(NO_WHEEL)
     folder = tmp_path_factory.mktemp("wheel") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
@@ -76,10 +120,12 @@ def test_one_name_at_top_level(wheel):
     assert top == {"prunekit", info}
 
 
-def test_every_module_is_in_it_and_nothing_else(wheel):
-    modules = {name for name in wheel.namelist() if name.endswith(".py")}
-    paths = [ROOT / "__init__.py", *(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))]
-    assert modules == {f"prunekit/{path.relative_to(ROOT)}" for path in paths}
+def test_every_file_of_the_package_is_in_it_and_nothing_else(wheel):
+    """No test, no tool and no training script is in it."""
+    found = {name for name in wheel.namelist() if name.startswith("prunekit/")}
+    assert found == {f"prunekit/{path.relative_to(ROOT)}" for path in files_of_the_package()}
+    assert not [name for name in found if {"tests", "tools", "docs"} & set(Path(name).parts)]
+    assert not [name for name in found if Path(name).name in ("train.py", "corpus.py", "continuations.py")]
 
 
 def test_the_bundled_model_and_text_are_in_it(wheel):

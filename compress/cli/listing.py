@@ -21,7 +21,7 @@ SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
 def show_list(catalog: Catalog, role: str | None = None) -> None:
-    """Print the components of one role or of all; raises :class:`SpecError` for a role there is not."""
+    """Print the components of one role or of all; raises :class:`SpecError` for an unknown role."""
     if role is not None and role not in ROLES:
         raise SpecError(f"there is no role {role!r}{near(role, ROLES)}; there are {', '.join(ROLES)}")
     for each in [role] if role else ROLES:
@@ -37,7 +37,7 @@ def show_component(catalog: Catalog, name: str) -> None:
     """
     for role in ROLES:
         if name in catalog.names(role):
-            catalog.get(role, name)  # says so where several plugins provide it
+            catalog.get(role, name)  # raises PluginError if several plugins provide it
     found = [entry for role in ROLES for entry in catalog.of_role(role) if entry.name == name]
     if not found:
         every = sorted({entry.name for entry in catalog.entries})
@@ -69,7 +69,7 @@ def _say(text: str, indent: int) -> None:
 
 
 def about(info: FieldInfo) -> str:
-    """An option's description, its range, and where its choices are listed."""
+    """An option's description, its range, and the command that lists its choices."""
     bounds = [f"{sign} {getattr(limit, key)}" for limit in info.metadata for key, sign in SIGNS if hasattr(limit, key)]
     role = role_in(info.annotation)
     choices = None if role is None else f"choices: prunekit list {role}"
@@ -77,7 +77,7 @@ def about(info: FieldInfo) -> str:
 
 
 def type_name(info: FieldInfo) -> str:
-    """An option's type as people write it: a role's title, the choices of a literal, ``int``."""
+    """An option's type as text: a role's title, the choices of a literal, ``int``."""
     cls, optional, _ = kind_of(info.annotation)
     if cls is not None:
         return cls.__name__ + (" | null" if optional else "")

@@ -15,8 +15,9 @@ from .options import OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, 
 
 if TYPE_CHECKING:
     from ...registry import Catalog
+    from ..files.spec import PipelineSpec
 
-# Whatever imports torch is imported inside the commands, so that --help and --version answer at once.
+# The commands import torch and what needs it when they run, so that --help and --version answer at once.
 
 app = typer.Typer(
     help="Structured pruning of language models: pluggable strategies, one pipeline, uniform measurements.",
@@ -24,11 +25,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 def _terminate(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would stop the cleaning up
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal would interrupt the cleanup
     raise Terminated
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
-    except KeyboardInterrupt:  # before a command has begun
+    except KeyboardInterrupt:  # no command has started yet
         sys.exit(130)
 
 
@@ -56,8 +58,6 @@ def _options(
     pass
 
 
-@app.command()
-@guarded
 def run(
     file: PipelineFile,
     settings: Settings = None,
@@ -88,16 +88,10 @@ def run(
     printing.say(f"results: {results.folder}", whole=True)
 
 
-for command in (*exports.COMMANDS, *studies.COMMANDS):
-    app.command()(command)
-
-
-@app.command()
-@guarded
 def demo(out: OutFolder = None, overwrite: Overwrite = False) -> None:
     """Compare all strategies, offline, in a few minutes.
 
-    On the bundled model and text; writes a results folder with a pipeline file for each row.
+    Uses the bundled model and text, and writes a results folder with a pipeline file for each row.
     """
     from ..demo import demo as demonstration
     from ..output import printing
@@ -106,8 +100,6 @@ def demo(out: OutFolder = None, overwrite: Overwrite = False) -> None:
     demonstration.run(out, overwrite)
 
 
-@app.command()
-@guarded
 def validate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline file or an ablation file (YAML).")],
     settings: Settings = None,
@@ -115,7 +107,7 @@ def validate(
 ) -> None:
     """Check a pipeline file or an ablation file without loading a model.
 
-    Reports all mistakes at once, each with its place.
+    All mistakes are reported at once, each with its place.
     """
     from ..ablation import command
     from ..files.yaml_file import is_study
@@ -127,20 +119,16 @@ def validate(
     printing.say(f"{file}: valid ({spec.prune.name})", whole=True)
 
 
-@app.command("list")
-@guarded
 def list_components(
     role: Annotated[str | None, typer.Argument(metavar="[ROLE]", help="Only this role, such as scorers.")] = None,
     plugin: PluginFiles = None,
 ) -> None:
-    """List the components of every role and who provides them."""
+    """List the components of every role and their providers."""
     from . import listing
 
     listing.show_list(_catalog(plugin), role)
 
 
-@app.command()
-@guarded
 def show(name: Annotated[str, typer.Argument(metavar="NAME")], plugin: PluginFiles = None) -> None:
     """Show a component's options, defaults and paper."""
     from . import listing
@@ -148,11 +136,9 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")], plugin: PluginFil
     listing.show_component(_catalog(plugin), name)
 
 
-@app.command()
-@guarded
 def schema(
     plugin: PluginFiles = None,
-    ablation: Annotated[bool, typer.Option("--ablation", help="Of ablation files instead.")] = False,
+    ablation: Annotated[bool, typer.Option("--ablation", help="The schema of ablation files instead.")] = False,
 ) -> None:
     """Print the JSON Schema of pipeline files, plugins included."""
     import json
@@ -163,7 +149,21 @@ def schema(
     typer.echo(json.dumps(made, indent=2))
 
 
-def _read(file: Path, settings: list[str] | None, plugins: list[Path] | None, overwrite: bool = False) -> Any:
+COMMANDS = {
+    "run": run,
+    **exports.COMMANDS,
+    **studies.COMMANDS,
+    "demo": demo,
+    "validate": validate,
+    "list": list_components,
+    "show": show,
+    "schema": schema,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(guarded(command))
+
+
+def _read(file: Path, settings: list[str] | None, plugins: list[Path] | None, overwrite: bool = False) -> PipelineSpec:
     from ..files.spec import PipelineSpec
     from ..output import printing
 

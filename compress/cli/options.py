@@ -1,4 +1,4 @@
-"""What the commands have in common: options, and how mistakes and interruptions end."""
+"""Options that several commands have, and how mistakes and interruptions end a command."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PipelineFile = Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline f
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: stop as for Ctrl-C, with its own exit code."""
+    """SIGTERM was received: stop as for Ctrl-C, with another exit code."""
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's mistakes become one message and exit code 2; an interruption, one line and 130 (SIGTERM: 143)."""
+    """Wrap a command: mistakes end it with one message and exit code 2, an interruption with 130 (SIGTERM: 143)."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,10 @@
-"""The JSON Schema of pipeline files, with the components that are installed here."""
+"""The JSON Schema of pipeline and ablation files, with the installed components."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from ...registry import ROLES, Catalog
@@ -17,7 +18,8 @@ REFERENCE = "#/$defs/"
 def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a pipeline file; a component may be written as its bare name."""
     classes = {role: [entry.component for entry in catalog.of_role(role)] for role in ROLES if role != "architectures"}
-    models = [PipelineSpec, *(ROLES[role] for role in classes), *(c for found in classes.values() for c in found)]
+    roles = [ROLES[role] for role in classes]
+    models: list[type[BaseModel]] = [PipelineSpec, *roles, *(c for found in classes.values() for c in found)]
     places, schema = models_json_schema([(model, "validation") for model in models], ref_template=REFERENCE + "{model}")
     names = {model: places[model, "validation"]["$ref"].removeprefix(REFERENCE) for model in models}
     definitions = schema["$defs"]
@@ -36,7 +38,7 @@ def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
 
 
 def ablation_schema(catalog: Catalog) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of an ablation file; its base may leave to axes what a pipeline file must say."""
+    """JSON Schema (draft 2020-12) of an ablation file; its base may omit required fields, which axes can set."""
     pipeline = pipeline_schema(catalog)
     definitions = pipeline.pop("$defs")
     for definition in definitions.values():
@@ -54,11 +56,11 @@ def ablation_schema(catalog: Catalog) -> dict[str, Any]:
 
 
 def _mark(definition: dict[str, Any], role: str) -> None:
-    """Say how this role's mappings name their component."""
+    """Add the key by which a mapping of this role names its component."""
     properties = definition["properties"]
     required = [key for key in definition.get("required", []) if key != "name"]
     if role == "strategies":
-        compensate = properties["compensate"]  # null is the component none
+        compensate = properties["compensate"]  # null means the component none
         about = {key: compensate.pop(key) for key in ("default", "description") if key in compensate}
         properties["compensate"] = {**about, "anyOf": [compensate, {"type": "null"}]}
         definition["properties"] = {"use": properties.pop("name"), **properties}
