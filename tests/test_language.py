@@ -32,7 +32,7 @@ INSTEAD = {
     r"by way of": "through",
     r"gone on with|goes on where": "resumed, resumes",
     r"strangers?(?:'s?)?": "third party",
-    r"(?<!there )(?:is|are|was|were) no (?!longer\b|more\b|less\b|fewer\b|greater\b|larger\b|smaller\b|\w+er than\b)\w+": (
+    r"(?<!there )(?:is|are|was|were) no (?!longer\b|more\b|less\b|\w+er than\b)\w+": (
         "is not a ..., has no ..., or there is no ..."
     ),
 }
