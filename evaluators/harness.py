@@ -235,9 +235,9 @@ def _metrics(config: Mapping[str, Any]) -> list[str]:
     """The metrics that a task's file lists; none where only loading or running the task tells them."""
     if config.keys() & {"class", "process_results"} or config.get("output_type") == "generate_until":
         return []
-    names = [metric.get("metric") for metric in config.get("metric_list") or () if isinstance(metric, Mapping)]
+    names = [str(metric.get("metric")) for metric in config.get("metric_list") or () if isinstance(metric, Mapping)]
     # The index has the path of its file for a function, whose name is known only after it is loaded.
-    return names if all(isinstance(name, str) and "/" not in name and "\\" not in name for name in names) else []
+    return [] if any("/" in name or "\\" in name for name in names) else names
 
 
 def _managers(names: Sequence[str], folders: Sequence[Path]) -> tuple[TaskManager, TaskManager]:

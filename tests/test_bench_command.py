@@ -19,12 +19,12 @@ TINY = Preset("llama", 64, 192, 4, 2, 2, cases=(Case("float32", 3, 16),))
 def test_layers_that_the_paper_skips_are_skipped_at_full_depth_only():
     chosen = dict(dtype=None, batch=None, ratio=None, skip=None, device="cpu", options={}, seed=0)
     (full,) = command.settings_of("llama-2-7b", layers=None, **chosen)
-    assert (full.layers, full.skipped, full.dtype, full.ratio) == (32, (0, 1, 2), "bfloat16", 0.4)
+    assert (full.layers, full.skipped_layers, full.dtype, full.ratio) == (32, (0, 1, 2), "bfloat16", 0.4)
     assert (full.batch, full.length) == (20, 1024)
     (few,) = command.settings_of("llama-2-7b", layers=4, **chosen)
-    assert few.skipped == ()
+    assert few.skipped_layers == ()
     (asked,) = command.settings_of("llama-2-7b", layers=8, **{**chosen, "skip": "0,1"})
-    assert asked.skipped == (0, 1)
+    assert asked.skipped_layers == (0, 1)
     several = command.settings_of("cpu-small", layers=1, **{**chosen, "dtype": "float32,bfloat16", "batch": "4x8,2x4"})
     assert [(s.dtype, s.batch) for s in several] == [("float32", 4), ("bfloat16", 4), ("float32", 2), ("bfloat16", 2)]
 
@@ -87,20 +87,20 @@ def test_the_command_prints_tables_and_writes_them(small, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "llama-2-7"], "--preset: there is no preset 'llama-2-7' (did you mean 'llama-2-7b'?)"),
-        (["--arms", "dense,ideel"], "--arms: there is no arm 'ideel' (did you mean 'ideal'?)"),
-        (["--arms", "ideal,pp"], "--arms: the arm dense must be among them"),
-        (["--dtype", "float64"], "--dtype: there are float32, bfloat16 and float16, found 'float64'"),
-        (["--batch", "20"], "--batch: write sequences x tokens, such as 20x256; found '20'"),
-        (["--ratio", "1.5"], "--ratio: a ratio is the share that is cut, between 0 and 1; found 1.5"),
-        (["--ratio", "x"], "--ratio: expected a number, found 'x'"),
+        (["--preset", "llama-2-7"], "--preset: unknown preset 'llama-2-7' (did you mean 'llama-2-7b'?)"),
+        (["--arms", "dense,ideel"], "--arms: unknown arm 'ideel' (did you mean 'ideal'?)"),
+        (["--arms", "ideal,pp"], "--arms: add the arm dense"),
+        (["--dtype", "float64"], "--dtype: expected any of float32, bfloat16, float16; found 'float64'"),
+        (["--batch", "20"], "--batch: expected sequences x tokens, such as 20x256; found '20'"),
+        (["--ratio", "1.5"], "--ratio: expected shares to cut, between 0 and 1; found '1.5'"),
+        (["--ratio", "x"], "--ratio: expected shares to cut, between 0 and 1; found 'x'"),
         (["--skip-layers", "0,1", "--layers", "2"], "all 2 layers are skipped"),
-        (["--cpu-time", "--threads", "2"], "--cpu-time counts what the processor did for one thread"),
-        (["--set", "model.name=x"], "--set model: a benchmark runs PP alone"),
-        (["--set", "prune.ratio=0.2"], "--set prune.ratio: PP is what is measured"),
+        (["--cpu-time", "--threads", "2"], "--cpu-time measures one thread on a processor"),
+        (["--set", "model.name=x"], "--set model: a benchmark runs only PP"),
+        (["--set", "prune.ratio=0.2"], "--set prune.ratio: a benchmark runs PP"),
         (["--set", "prune.history.pol=4"], "history.pol: unknown key (did you mean 'pool'?)"),
         (["--set", "prune=3"], "--set prune: set one of its keys, such as prune.history.pool=16; found 3"),
-        (["--set", "prune.scorer=wanda_sp"], "--set prune.scorer: the arm pp-reference has one of its own"),
+        (["--set", "prune.scorer=wanda_sp"], "--set prune.scorer: the arm pp-reference has its own"),
         (["--set", "prune.attention_unit=query_head"], "there is no ideal arm where query heads are cut under"),
         (["--device", "cuda"], "cuda was asked for"),
     ],
@@ -125,7 +125,7 @@ def test_a_full_device_is_one_message(small, monkeypatch, tmp_path):
 
 
 def test_the_command_is_told_without_its_folder():
-    said = command.without_place
+    said = command.without_folder
     assert said(["bench", "--out", "bench", "--rounds", "9"]) == ["bench", "--out", "DIR", "--rounds", "9"]
     assert said(["bench", "--out=/a/b"]) == ["bench", "--out=DIR"] and said(["bench"]) == ["bench"]
 

@@ -6,10 +6,10 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,10 @@ from .presets import PRESETS, Case
 
 RESULT = "bench.json"
 FORMAT = 1
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Value = TypeVar("Value")
 
 
 def bench(
@@ -47,28 +51,28 @@ def bench(
     out: Path | None,
     overwrite: bool,
 ) -> None:
-    """Measure every combination of dtypes, shapes and ratios, print tables, and write them with ``out``.
+    """Measure every combination of dtypes, shapes and ratios, print tables, and write them to ``out``.
 
-    Raises :class:`SpecError` naming the option and the value that cannot be.
+    Raises :class:`SpecError` naming the option and the bad value, and :class:`ModelError` if a device's memory is full.
     """
     kept = not page_faults and keep_freed_memory()
     folder = RunFolder(Path(out), overwrite, what="benchmark", marker=RESULT) if out else None
     if folder:
         folder.check()
-    names = list(dict.fromkeys(name.strip() for name in arms.split(",") if name.strip())) if arms else list(DEFAULT)
+    names = list(dict.fromkeys(_each("--arms", arms, str, "names"))) if arms else list(DEFAULT)
     check_names(names)
     if "dense" not in names:
-        raise SpecError("--arms: the arm dense must be among them: every ratio is to it")
+        raise SpecError("--arms: add the arm dense; all ratios are relative to it")
     try:
         kind = usable_device(device).type
     except ModelError as error:
         raise SpecError(str(error).replace("model.device", "--device")) from None
     if kind not in ("cpu", "cuda"):
-        raise SpecError(f"--device: memory can be measured on cpu and cuda alone, found {device}")
+        raise SpecError(f"--device: memory can be measured on cpu and cuda only, found {device}")
     wanted = settings_of(preset, dtype, batch, ratio, layers, skip, device, strategy_options(settings, names), seed)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     if cpu_time and (torch.get_num_threads() > 1 or device != "cpu"):
-        raise SpecError("--cpu-time counts what the processor did for one thread: give --threads 1, and --device cpu")
+        raise SpecError("--cpu-time measures one thread on a processor: add --threads 1 and --device cpu")
     measured: list[Measured] = []
     with printing.Bars() as bars:
         for setting in wanted:
@@ -82,27 +86,25 @@ def bench(
             found.protocol["malloc"] = "freed memory stays with the process" if kept else "the system's default"
             measured.append(found)
             table.show(found)
-    if len(measured) > 1:
-        table.show_summary(measured)
-    printing.say(table.NOTE + (" A wider terminal, or --out, shows the intervals." if printing.narrow() else ""))
+    table.show_summary(measured)
     if folder:
         with folder.open() as partial:
-            command = shlex.join(["prunekit", *without_place(sys.argv[1:])])
+            command = shlex.join(["prunekit", *without_folder(sys.argv[1:])])
             data = [table.data(found) for found in measured]
             write_json(partial / RESULT, {"format": FORMAT, "command": command, "settings": data})
             (partial / "bench.md").write_text(table.markdown(measured, command), encoding="utf-8", newline="\n")
         printing.say(f"benchmark: {folder.target}", whole=True)
 
 
-def without_place(arguments: Sequence[str]) -> list[str]:
-    """A command's arguments with DIR for the folder of ``--out``: where that is concerns nobody else."""
-    said = list(arguments)
+def without_folder(arguments: Sequence[str]) -> list[str]:
+    """A command's arguments with DIR instead of the folder of ``--out``."""
+    found = list(arguments)
     for at, argument in enumerate(arguments):
         if argument.startswith("--out="):
-            said[at] = "--out=DIR"
+            found[at] = "--out=DIR"
         elif argument == "--out":
-            said[at + 1 : at + 2] = ["DIR"]
-    return said
+            found[at + 1 : at + 2] = ["DIR"]
+    return found
 
 
 def settings_of(
@@ -116,80 +118,79 @@ def settings_of(
     options: dict[str, Any],
     seed: int,
 ) -> list[Setting]:
-    """Every combination of what the options list, or what the preset is measured with where they list nothing.
+    """Every combination of the options' values, or the preset's cases if ``dtype``, ``batch`` and ``ratio`` are None.
 
-    Raises :class:`SpecError` for what cannot be.
+    Raises :class:`SpecError` for a bad value.
     """
     if preset not in PRESETS:
         raise SpecError(
-            f"--preset: there is no preset {preset!r}{near(preset, PRESETS)}; there are {', '.join(PRESETS)}"
+            f"--preset: unknown preset {preset!r}{near(preset, PRESETS)}; choose among {', '.join(PRESETS)}"
         )
     chosen = PRESETS[preset]
     count = layers or chosen.layers
-    skipped = chosen.skipped if count >= chosen.layers else ()
+    skipped = chosen.skipped_layers if count >= chosen.layers else ()
     if skip is not None:
-        skipped = tuple(_number("--skip-layers", part, int, 0) for part in skip.split(",") if part.strip())
+        skipped = tuple(_each("--skip-layers", skip, _layer, "numbers of layers, the first is 0"))
+    cases: Sequence[Case] = chosen.cases
+    if dtype or batch or ratio:
+        first = cases[0]
+        dtypes = _each("--dtype", dtype, _dtype, f"any of {', '.join(DTYPES)}") or [first.dtype]
+        shapes = _each("--batch", batch, _shape, "sequences x tokens, such as 20x256") or [(first.batch, first.length)]
+        ratios = _each("--ratio", ratio, _ratio, "shares to cut, between 0 and 1") or [first.ratio]
+        cases = [Case(name, *shape, share) for shape, name, share in itertools.product(shapes, dtypes, ratios)]
     base = Setting(preset, chosen, count, "", 0, 0, 0.0, skipped, device, options, seed)
-    return [
-        replace(base, dtype=case.dtype, batch=case.batch, length=case.length, ratio=case.ratio)
-        for case in _cases(chosen.cases, dtype, batch, ratio)
-    ]
+    return [replace(base, dtype=c.dtype, batch=c.batch, length=c.length, ratio=c.ratio) for c in cases]
 
 
 def strategy_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Options of the strategy from settings like ``prune.history.pool=16``."""
+    """Options of the strategy from settings like ``prune.history.pool=16``; raises :class:`SpecError` for others."""
     data: dict[str, Any] = {}
     apply_settings(data, settings)
     for key in data:
         if key != "prune":
-            raise SpecError(f"--set {key}: a benchmark runs PP alone, so that only prune.* can be set")
+            raise SpecError(f"--set {key}: a benchmark runs only PP; set prune.* only")
     options = data.get("prune", {})
     if not isinstance(options, dict):
         raise SpecError(f"--set prune: set one of its keys, such as prune.history.pool=16; found {options!r}")
     for key in ("use", "ratio", "skip_layers"):
         if key in options:
-            raise SpecError(
-                f"--set prune.{key}: PP is what is measured; --ratio and --skip-layers have options of their own"
-            )
+            raise SpecError(f"--set prune.{key}: a benchmark runs PP; for the others use --ratio and --skip-layers")
     for key in ("scorer", "applier"):
         if key in options and "pp-reference" in names:
-            raise SpecError(f"--set prune.{key}: the arm pp-reference has one of its own; leave it out of --arms")
+            raise SpecError(f"--set prune.{key}: the arm pp-reference has its own; leave that arm out of --arms")
     return options
 
 
-def _cases(usual: Sequence[Case], dtype: str | None, batch: str | None, ratio: str | None) -> Sequence[Case]:
-    if dtype is batch is ratio is None:
-        return usual
-    first = usual[0]
-    dtypes = [part.strip() for part in (dtype or first.dtype).split(",")]
-    for name in dtypes:
-        if name not in ("float32", "bfloat16", "float16"):
-            raise SpecError(f"--dtype: there are float32, bfloat16 and float16, found {name!r}")
-    shapes = [_shape(part) for part in batch.split(",")] if batch else [(first.batch, first.length)]
-    ratios = [_number("--ratio", part, float, 0) for part in ratio.split(",")] if ratio else [first.ratio]
-    for value in ratios:
-        if not 0 < value < 1:
-            raise SpecError(f"--ratio: a ratio is the share that is cut, between 0 and 1; found {value:g}")
-    combined = itertools.product(shapes, dtypes, ratios)
-    return [Case(name, rows, length, value) for (rows, length), name, value in combined]
-
-
-def _shape(text: str) -> tuple[int, int]:
-    rows, _, length = text.strip().lower().partition("x")
-    try:
-        found = int(rows), int(length)
-    except ValueError:
-        found = (0, 0)
-    if min(found) < 1 or found[1] < 2:
-        raise SpecError(f"--batch: write sequences x tokens, such as 20x256; found {text!r}")
+def _each(option: str, text: str | None, parse: Callable[[str], Value], expected: str) -> list[Value]:
+    """The values of a comma-separated list; raises :class:`SpecError` where ``parse`` raises ValueError."""
+    found = []
+    for part in filter(None, map(str.strip, (text or "").split(","))):
+        try:
+            found.append(parse(part))
+        except ValueError:
+            raise SpecError(f"{option}: expected {expected}; found {part!r}") from None
     return found
 
 
-def _number(option: str, text: str, kind: type, least: float) -> Any:
-    try:
-        value = kind(text.strip())
-    except ValueError:
-        raise SpecError(f"{option}: expected a number, found {text.strip()!r}") from None
-    if value < least:
-        raise SpecError(f"{option}: {least:g} or more, found {value:g}")
+def _checked(value: Value, good: bool) -> Value:
+    if not good:
+        raise ValueError
     return value
+
+
+def _dtype(text: str) -> str:
+    return _checked(text, text in DTYPES)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, length = map(int, text.lower().split("x"))
+    return _checked((rows, length), rows >= 1 and length >= 2)
+
+
+def _ratio(text: str) -> float:
+    share = float(text)
+    return _checked(share, 0 < share < 1)
+
+
+def _layer(text: str) -> int:
+    return _checked(int(text), int(text) >= 0)

@@ -1,21 +1,23 @@
-"""Ratios of paired times, and whether there are enough of them to say one."""
+"""Ratios of paired times, each with a confidence interval of its median."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
 from statistics import median
+
+import numpy
+from scipy.stats import quantile_test
 
 CONFIDENCE = 0.95
 
 LEAST_ROUNDS = 6
-"""Of fewer, not even the whole range holds the median with that probability."""
+"""With fewer rounds even the whole range contains the true median with less than 95% probability."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of paired ratios, with the interval that holds the true median."""
+    """The median of paired ratios and its confidence interval; the range of the ratios if the rounds are too few."""
 
     median: float
     low: float
@@ -23,44 +25,34 @@ class Ratio:
     rounds: int
 
     @property
-    def told_apart(self) -> bool:
-        """Whether the noise is smaller than the effect: 1 lies outside of an interval that deserves the name."""
+    def significant(self) -> bool:
+        """Whether there is an interval and 1 lies outside of it: the effect is larger than the noise."""
         return self.rounds >= LEAST_ROUNDS and not self.low <= 1 <= self.high
-
-    def __str__(self) -> str:
-        between = f"{self.low:.3f} to {self.high:.3f}"
-        if self.rounds < LEAST_ROUNDS:
-            return f"too few rounds ({between})"
-        return f"{self.median:.3f} ({between})" if self.told_apart else f"noise ({between})"
 
     @property
     def short(self) -> str:
-        """Without the interval."""
+        """The ratio without its interval, or one word on why there is none."""
         if self.rounds < LEAST_ROUNDS:
             return "too few"
-        return f"{self.median:.3f}" if self.told_apart else "noise"
+        return f"{self.median:.3f}" if self.significant else "noise"
+
+    def __str__(self) -> str:
+        few = " rounds" if self.rounds < LEAST_ROUNDS else ""
+        return f"{self.short}{few} ({self.low:.3f} to {self.high:.3f})"
 
     def data(self) -> dict[str, float | int | None]:
-        """For JSON: no ratio where there is only noise."""
-        said = self.median if self.told_apart else None
-        return {"ratio": said, "low": self.low, "high": self.high, "rounds": self.rounds}
+        """For JSON; ``ratio`` is None if it is not significant."""
+        ratio = self.median if self.significant else None
+        return {"ratio": ratio, "low": self.low, "high": self.high, "rounds": self.rounds}
 
 
-def ratio_of(one: Sequence[float], other: Sequence[float]) -> Ratio:
-    """Of times taken round by round, one to the other.
+def ratio_of(times: Sequence[float], base: Sequence[float]) -> Ratio:
+    """The median of ``times / base``, measured round by round.
 
-    The interval is that of order statistics: whatever the distribution, the median lies between the ranks with at least
-    95% probability. Fewer than six rounds cannot give that: the interval is then everything seen, and says no ratio.
+    Its interval consists of order statistics, and so holds for any distribution of the times.
     """
-    ratios = sorted(a / b for a, b in zip(one, other, strict=True))
-    rank = rank_of(len(ratios))
-    return Ratio(median(ratios), ratios[rank], ratios[-1 - rank], len(ratios))
-
-
-def rank_of(count: int) -> int:
-    """How many of ``count`` sorted values can be left out on either side with the median still between."""
-
-    def covered(rank: int) -> float:
-        return 1 - 2 * sum(comb(count, below) for below in range(rank + 1)) / 2**count
-
-    return max((rank for rank in range(count // 2) if covered(rank) >= CONFIDENCE), default=0)
+    ratios = [a / b for a, b in zip(times, base, strict=True)]
+    if len(ratios) < LEAST_ROUNDS:
+        return Ratio(median(ratios), min(ratios), max(ratios), len(ratios))
+    low, high = numpy.array(quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)).tolist()
+    return Ratio(median(ratios), low, high, len(ratios))

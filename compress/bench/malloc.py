@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process, so that a benchmark does not time the operating system's paging."""
+"""Keeps freed memory in the process, so that a benchmark does not time the operating system's paging."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc serve all sizes from memory that it never gives back; False where this C library has no such thing.
+    """Let malloc never return memory to the system; False if the C library has no such setting.
 
-    By default glibc gives large blocks, such as a batch's activations, back to the system at once and takes them anew,
-    zeroed page by page, in every operation: a fifth of a dense pass in float32 here, and more or less of it by chance.
+    By default glibc returns large blocks, such as activations, at once, and every operation gets new ones, zeroed page
+    by page. That took a fifth of a dense float32 pass where it was measured, and varies by chance.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """What a shape is measured with."""
+    """What a shape is measured with: dtype, sequences, tokens of each, ratio."""
 
     dtype: str = "bfloat16"
     batch: int = 20
@@ -18,7 +18,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's shape, and what it is measured with unless told otherwise."""
+    """A model's shape, and its default cases."""
 
     family: str
     """llama or opt."""
@@ -27,26 +27,31 @@ class Preset:
     heads: int
     kv_heads: int
     layers: int
-    skipped: tuple[int, ...] = ()
-    """Layers that the PP paper leaves untouched; of fewer layers than ``layers`` none are."""
+    skipped_layers: tuple[int, ...] = ()
+    """Layers that the PP paper does not prune; with fewer layers than ``layers`` all are pruned."""
     cases: tuple[Case, ...] = (Case(),)
-    """All of them are measured where nothing is asked for; what is not asked for is the first one's."""
+    """All are measured by default; an option that is not given has the value of the first case."""
 
     def config(self, layers: int, length: int) -> Any:
-        """The configuration of a model of so many layers; its vocabulary is small, because no logits are computed."""
+        """The configuration of a model of ``layers`` layers, with a small vocabulary because no logits are computed."""
         import transformers
 
-        shared = {"vocab_size": VOCABULARY, "num_hidden_layers": layers, "num_attention_heads": self.heads}
-        shared["max_position_embeddings"] = max(length, 2048)
+        shared: dict[str, Any] = dict(
+            vocab_size=VOCABULARY,
+            num_hidden_layers=layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=max(length, 2048),
+            hidden_size=self.hidden,
+        )
         if self.family == "opt":
-            sizes = {"hidden_size": self.hidden, "ffn_dim": self.intermediate, "word_embed_proj_dim": self.hidden}
-            return transformers.OPTConfig(**shared, **sizes, dropout=0.0)
-        sizes = {"hidden_size": self.hidden, "intermediate_size": self.intermediate}
-        return transformers.LlamaConfig(**shared, **sizes, num_key_value_heads=self.kv_heads)
+            shared |= {"ffn_dim": self.intermediate, "word_embed_proj_dim": self.hidden, "dropout": 0.0}
+            return transformers.OPTConfig(**shared)
+        shared |= {"intermediate_size": self.intermediate, "num_key_value_heads": self.kv_heads}
+        return transformers.LlamaConfig(**shared)
 
     @property
     def words(self) -> str:
-        """The shape in a protocol's words."""
+        """The shape, for a protocol."""
         heads = f"{self.heads} heads" + (f" in {self.kv_heads} groups" if self.kv_heads != self.heads else "")
         return f"hidden {self.hidden}, {heads}, MLP {self.intermediate}"
 

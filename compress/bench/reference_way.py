@@ -1,7 +1,7 @@
-"""PP as its public code computes it, without what prunekit does for speed: the "before" of a benchmark.
+"""PP computed as in its public code, without what prunekit does for speed: the baseline of a benchmark.
 
-The arithmetic is the same, so are the decisions: the score is taken of the full weight in every batch, history from
-vector norms over the batch axis, and weights are indexed as they lie, row by row.
+Arithmetic and decisions are the same. The score uses the full weight in every batch, the history uses vector norms over
+the batch axis, and weights are indexed in their row-major layout.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...registry import MaskApplier, MeanSquare, Statistic
+from ...registry import MaskApplier, MeanSquare, Site, Statistic
 from ...strategies.pp.scorer import PPsp
 
 
 class VectorNorms(MeanSquare):
-    """Mean square activation by way of the vector norm over rows."""
-
-    name: Literal["vector_norms"] = "vector_norms"
+    """Mean square activation, computed by the vector norm over rows."""
 
     def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
         if valid is not None:
@@ -30,19 +28,19 @@ class FullWeightPPsp(PPsp):
     """PPsp of the whole weight matrix, computed anew for every decision."""
 
     statistic: ClassVar[Statistic | None] = VectorNorms()
-    name: Literal["full_weight_ppsp"] = "full_weight_ppsp"
     dtype: str = "float32"
 
-    def prepare(self, weight: Tensor) -> Tensor:
-        """The weight (O, C) itself, as the model has it."""
+    def prepare(self, weight: Tensor, site: Site) -> Tensor:
+        """The weight (O, C) itself, in the model's dtype."""
         return weight.to(getattr(torch, self.dtype))
 
     def score(self, prepared: Tensor, statistic: Tensor) -> Tensor:
+        """L2 norm over outputs of ``statistic[c] * W[o,c]^2``; (O, C), (C,) -> (C,)."""
         return (prepared.float().square() * statistic).norm(dim=0)
 
 
 class IndexedSlice(MaskApplier):
-    """Kept rows and columns by indexing."""
+    """Kept rows and columns, by indexing."""
 
     name: Literal["indexed_slice"] = "indexed_slice"
 

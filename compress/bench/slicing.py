@@ -1,4 +1,4 @@
-"""A model that is really smaller, without anything of ours in it: what no dynamic method can beat."""
+"""A plain transformers model sliced to given widths: the lower bound of what a decision per batch can take."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from ...registry import Site, SiteKind, SpecError
 
 
-def twin(model: nn.Module) -> Any:
-    """A copy of ``model`` whose weights lie in the same memory until one of the two replaces them."""
+def sharing_copy(model: nn.Module) -> Any:
+    """A copy of ``model`` with its weights in the same memory until one of the two replaces them."""
     shared = {id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in model.parameters()}
     return copy.deepcopy(model, shared)
 
 
 @torch.no_grad()
 def sliced(model: nn.Module, sites: Sequence[Site], counts: Mapping[tuple[int, SiteKind], int]) -> Any:
-    """A twin of ``model`` that keeps the first ``counts`` units of each site, in linear layers of that size.
+    """A copy of ``model`` with the first ``counts`` units of each site, in linear layers of that size.
 
-    Raises :class:`SpecError` for query heads of key/value groups: a plain model has as many in each group.
+    Raises :class:`SpecError` for query heads of key/value groups: a plain model has the same number in each group.
     """
     cut = [site for site in sites if counts.get((site.layer, site.kind), site.units) < site.units]
     if any(site.query_heads_per_kv for site in cut):
@@ -30,7 +30,7 @@ def sliced(model: nn.Module, sites: Sequence[Site], counts: Mapping[tuple[int, S
             "--arms: there is no ideal arm where query heads are cut under grouped-query attention, because no plain "
             "model has such shapes; leave it out, or cut whole key/value groups"
         )
-    small = twin(model)
+    small = sharing_copy(model)
     for site in cut:
         count = counts[site.layer, site.kind]
         units = torch.arange(count, device=next(model.parameters()).device)
