@@ -12,7 +12,7 @@ from .errors import (
     SpecError,
     StoreError,
 )
-from .roles.compensation import Compensator, NoCompensation, Slope
+from .roles.compensation import Compensator, MemoryPlan, NoCompensation, Prepared, SiteCovariance, Slope
 from .roles.evaluation import STAGES, Evaluator, Measurement, Stage, Subject
 from .roles.hookspecs import ROLES, hookimpl
 from .roles.parts import (
@@ -52,10 +52,12 @@ __all__ = [
     "MaskApplier",
     "MeanSquare",
     "Measurement",
+    "MemoryPlan",
     "ModelError",
     "NoCompensation",
     "NonFiniteError",
     "PluginError",
+    "Prepared",
     "ProbeSelector",
     "Producer",
     "PrunekitError",
@@ -65,6 +67,7 @@ __all__ = [
     "ShapeAttribute",
     "SingularError",
     "Site",
+    "SiteCovariance",
     "SiteKind",
     "SiteScores",
     "Slope",

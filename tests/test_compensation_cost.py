@@ -10,6 +10,7 @@ from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators.cost import PARTS, Cost
 from prunekit.evaluators.flop_formulas import FORMULAS, formulas
 from prunekit.evaluators.latency import Latency
+from prunekit.registry import SiteCovariance
 from prunekit.strategies.compensation.least_squares import LeastSquares
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -159,7 +160,7 @@ def test_the_usual_cuts_solution_is_only_folded(measure):
 def test_correcting_a_pivot_takes_a_system_of_the_channels_that_differ():
     """12 channels; usual are 0 to 7, kept are 2 to 9: 4 channels differ."""
     compensator, base = LeastSquares(), torch.arange(8)
-    prepared = compensator.prepare(torch.eye(12) + 0.1, base)
+    prepared = compensator.prepare(SiteCovariance(torch.eye(12) + 0.1, 24, base, once=False))
     kept, dropped = torch.arange(2, 10), torch.tensor([0, 1, 10, 11])
     m, k, d = 4, 8, 4
     for cut, expected in ((kept, 2 * m**3 // 3 + 2 * m * m * k + 2 * d * m * k), (base, 0)):

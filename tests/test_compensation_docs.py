@@ -26,7 +26,7 @@ def catalog():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_pages_pipelines_are_valid(catalog, block):
-    assert PipelineSpec.of(yaml.safe_load(block), catalog=catalog).prune.compensate.keeps_mean
+    assert PipelineSpec.of(yaml.safe_load(block), catalog=catalog).prune.compensates
 
 
 @pytest.mark.parametrize("compensator", compensators(), ids=lambda compensator: compensator().name)
@@ -57,10 +57,11 @@ def test_the_memory_is_what_the_code_reckons():
     cells = re.findall(r"^\| (?:while|afterwards).*?\| (.+?) \| (.+?) \|$", PAGE, re.MULTILINE)
     exact, low = LeastSquares(), LowRankLeastSquares()
     for row, per_batch in zip(cells, (False, True), strict=False):
-        solving = (covariance + c.working_bytes(WIDTH, DROPPED, per_batch) for c in (exact, low))
+        solving = (covariance + c.memory_plan(WIDTH, DROPPED, per_batch).working for c in (exact, low))
         assert row == tuple(gigabytes(size) for size in solving)
     assert cells[2] == (f"{4 * DROPPED * kept / 1e6:.0f} MB", f"{4 * WIDTH * low.rank / 1e6:.1f} MB")
-    assert cells[3] == (f"{exact.held_bytes(WIDTH) / 1e6:.0f} MB", f"{low.held_bytes(WIDTH) / 1e6:.1f} MB")
+    held = [c.memory_plan(WIDTH, DROPPED, True).held / 1e6 for c in (exact, low)]
+    assert cells[3] == (f"{held[0]:.0f} MB", f"{held[1]:.1f} MB")
     assert f"{covariance / 1e6:.0f} MB for C = 11,008" in PAGE
 
 

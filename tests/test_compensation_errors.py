@@ -35,9 +35,9 @@ def test_fewer_tokens_than_channels_are_one_note(make_model, batches, use):
     compensate = {"name": "least_squares", "ridge": 0.01}
     with prune(model, use, ratio=0.4, calibration=batches[:1], compensate=compensate) as pruned:
         assert pruned.notes == (
-            "compensator least_squares: the covariance was gathered from 96 tokens, fewer than 2 for each channel at "
-            "layers 0 to 2 attention (128 channels) and layers 0 to 2 mlp (192 channels); what is given back there "
-            "rests on a ridge of 0.01 times the mean variance; calibrate with more text",
+            "compensator least_squares: the covariance was computed from 96 tokens, fewer than 2 for each channel at "
+            "layers 0 to 2 attention (128 channels) and layers 0 to 2 mlp (192 channels); it was solved with "
+            "a ridge of 0.01 times the mean variance; calibrate with more text",
         )
 
 
@@ -90,7 +90,7 @@ def test_told_to_fall_back_such_sites_get_the_mean_and_a_note(make_model, batche
         assert pruned.about_compensation()["fell_back"] == ["layer 1 mlp"]
         assert pruned.notes[-1] == (
             f"compensator {compensate}: the covariance could not be solved at layer 1 mlp, where the mean alone is "
-            "given back"
+            "compensated"
         )
 
 
@@ -172,6 +172,9 @@ def test_a_probe_where_nothing_says_what_to_probe(make_model, batches):
     class Looks(Compensator):
         name: Literal["looks"] = "looks"
         uses_probe: ClassVar[bool] = True
+
+        def mean(self, calibrated, probe):
+            return calibrated if probe is None else probe
 
     with pytest.raises(SpecError, match=r"compensator looks looks at a probe .*selector: spread"):
         prune(make_model("llama-gqa"), "wanda_sp", ratio=0.4, calibration=batches, compensate=Looks())

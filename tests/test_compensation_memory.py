@@ -8,7 +8,7 @@ import torch
 from prunekit.compress import prune
 from prunekit.compress.calibration import covariance as covariances
 from prunekit.compress.calibration.covariance import check_layers, grouped
-from prunekit.registry import ChannelMoments, ModelError
+from prunekit.registry import ChannelMoments, ModelError, SiteCovariance
 from prunekit.strategies.compensation import LeastSquares
 
 GIB = 2**30
@@ -18,6 +18,10 @@ ATTENTION, MLP = 4 * 128 * 128, 4 * 192 * 192
 
 def least_squares(size=None, **options):
     return {"name": "least_squares", "memory_gib": None if size is None else size / GIB, **options}
+
+
+def working(channels, dropped, per_batch=False):
+    return LeastSquares().memory_plan(channels, dropped, per_batch).working
 
 
 def passes():
@@ -66,10 +70,7 @@ def test_several_passes_give_what_one_gives(make_model, batches, use, compensate
 
 def test_groups_fill_the_room_that_there_is(make_model, batches):
     cuts = cuts_of(make_model, batches, compensate=least_squares())
-    here = cuts[0].compensation.compensator
-    work = {
-        c.site.kind: here.working_bytes(c.site.channels, c.site.channels - len(c.site.columns(c.fixed))) for c in cuts
-    }
+    work = {c.site.kind: working(c.site.channels, c.site.channels - len(c.site.columns(c.fixed))) for c in cuts}
 
     def sizes(budget):
         for cut in cuts:
@@ -83,8 +84,8 @@ def test_groups_fill_the_room_that_there_is(make_model, batches):
 def test_the_largest_work_of_a_group_counts_wherever_it_stands(make_model, batches):
     """The MLP is solved while the attention's covariance, gathered after it, waits."""
     attention, mlp = cuts_of(make_model, batches, compensate=least_squares())[:2]
-    working = LeastSquares().working_bytes(192, 192 - mlp.count)
-    for budget, expected in ((MLP + ATTENTION + working + 1, [2]), (MLP + ATTENTION + working - 9, [1, 1])):
+    work = working(192, 192 - mlp.count)
+    for budget, expected in ((MLP + ATTENTION + work + 1, [2]), (MLP + ATTENTION + work - 9, [1, 1])):
         for cut in (attention, mlp):
             cut.compensation.compensator = LeastSquares(memory_gib=budget / GIB)
         assert [len(group) for group in grouped([mlp, attention], per_batch=False)] == expected
@@ -93,7 +94,7 @@ def test_the_largest_work_of_a_group_counts_wherever_it_stands(make_model, batch
 def test_every_device_has_room_of_its_own(make_model, batches, monkeypatch):
     """Two sites that are too large for one device together are gathered at once where they lie on two."""
     cuts = cuts_of(make_model, batches, compensate=least_squares())[1::2]
-    work = LeastSquares().working_bytes(192, 192 - cuts[1].count)
+    work = working(192, 192 - cuts[1].count)
     for cut in cuts:
         cut.compensation.compensator = LeastSquares(memory_gib=(2 * MLP + work - 9) / GIB)
     assert [len(group) for group in grouped(cuts, per_batch=False)] == [1, 1, 1]
@@ -136,7 +137,7 @@ def test_what_earlier_sites_hold_counts_where_cuts_are_made_per_batch(make_model
 
 def test_sequential_calibration_needs_room_for_both_sites_of_a_layer(make_model, batches):
     model, (labels, progress) = make_model("llama-gqa"), passes()
-    work = LeastSquares().working_bytes(192, 77)
+    work = working(192, 77)
     options = dict(ratio=0.4, calibration=batches, sequential=True, progress=progress)
     with pytest.raises(ModelError, match=r"layer 0: sequential .* both its sites .*sequential: false"):
         prune(model, "wanda_sp", compensate=least_squares(MLP + work + ATTENTION // 2), **options)
@@ -147,7 +148,7 @@ def test_sequential_calibration_needs_room_for_both_sites_of_a_layer(make_model,
 
 def test_slopes_of_earlier_layers_count_in_sequential_calibration(make_model, batches):
     cuts = cuts_of(make_model, batches, compensate=least_squares())
-    work = LeastSquares().working_bytes(192, 192 - cuts[1].count)
+    work = working(192, 192 - cuts[1].count)
     for cut in cuts:
         cut.compensation.compensator = LeastSquares(memory_gib=(MLP + ATTENTION + work + 9) / GIB)
     check_layers(cuts[:2])
@@ -204,9 +205,10 @@ def test_what_is_stated_is_near_what_is_allocated(share):
         made = covariance.clone()
 
         def work(compensator=compensator, per_batch=per_batch, made=made):
-            return compensator.prepare(made, kept) if per_batch else compensator.solve(made, kept, dropped)
+            prepared = compensator.prepare(SiteCovariance(made, 2 * channels, kept, once=not per_batch))
+            return prepared if per_batch else compensator.slope(prepared, kept, dropped)
 
-        stated = compensator.working_bytes(channels, len(dropped), per_batch)
+        stated = working(channels, len(dropped), per_batch)
         assert stated / 1.3 < peak_of(work) < stated * 1.3, (compensator.name, per_batch)
 
 

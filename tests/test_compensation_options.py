@@ -180,7 +180,7 @@ def test_a_chosen_ridge_is_reported_as_numbers_and_in_words(tmp_path):
     least, largest = (data["compensation"]["ridge"][key] for key in ("least", "largest"))
     assert 0 < least < largest
     words = f"{least:.3g} to {largest:.3g} times the mean variance"
-    assert [note for note in data["notes"] if f"rests on a ridge of {words}" in note]
+    assert [note for note in data["notes"] if f"with a ridge of {words}" in note]
     line = compensation_line(results)
     assert f"ridge {words}" in line and "selector" not in line and "probe 0.0" in line
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
-from prunekit.registry import Compensator, SpecError
+from prunekit.registry import Compensator, MemoryPlan, SpecError
 from prunekit.registry.checks import check_component
 from prunekit.registry.checks.compensators import some_covariance
 from prunekit.strategies.compensation import LeastSquares, Mean, ProbeMean
@@ -23,29 +23,21 @@ class Good(Compensator):
     needs_covariance: ClassVar[bool] = True
     name: Literal["good"] = "good"
 
-    def solve(self, covariance, kept, dropped):
-        found = regression(self, covariance, kept, dropped)
-        covariance.zero_()
-        return found
-
-    def prepare(self, covariance, usual):
-        return covariance.mul_(2)
+    def prepare(self, covariance):
+        return covariance.matrix.mul_(2)
 
     slope = regression
 
 
 class Factored(Good):
-    """Two matrices; it must know the usual channels, and says so."""
+    """Two matrices; it requires the channels that calibration keeps."""
 
     name: Literal["factored"] = "factored"
 
-    def solve(self, covariance, kept, dropped):
-        return self.slope(covariance, kept, dropped)
-
-    def prepare(self, covariance, usual):
-        if usual is None:
-            raise SpecError("needs the usual channels")
-        return covariance
+    def prepare(self, covariance):
+        if covariance.kept is None:
+            raise SpecError("needs the calibrated channels")
+        return covariance.matrix
 
     def slope(self, prepared, kept, dropped):
         (found,) = regression(self, prepared, kept, dropped)
@@ -79,15 +71,19 @@ def only_where(self, covariance, kept, dropped):
     return (covariance[dropped][:, kept] / covariance.diagonal()[kept],)
 
 
-def twice(self, covariance, usual):
-    return covariance, covariance.clone()
+def only_once(self, covariance):
+    return covariance.matrix if covariance.once else None
+
+
+def twice(self, covariance):
+    return covariance.matrix, covariance.matrix.clone()
 
 
 def of_the_first(self, prepared, kept, dropped):
     return regression(self, prepared[0], kept, dropped)
 
 
-def refusing(self, covariance, usual):
+def refusing(self, covariance):
     raise SpecError("cannot")
 
 
@@ -97,13 +93,15 @@ def variant(base, **body):
 
 
 def made(method):
-    """A compensator whose slope is ``method``, whenever its cuts are made."""
-    return variant(Good, solve=method, slope=method)
+    """A compensator whose slope is ``method``."""
+    return variant(Good, slope=method)
 
 
-def stating(**constants):
-    """A compensator with other properties."""
-    return variant(Mean, **{name: property(lambda self, value=value: value) for name, value in constants.items()})
+def planning(**sizes):
+    """A compensator with another memory plan."""
+    return variant(
+        Mean, memory_plan=lambda self, channels, dropped, often: MemoryPlan(**{"working": 0, "held": 0} | sizes)
+    )
 
 
 BROKEN = [
@@ -118,11 +116,9 @@ BROKEN = [
     (made(lambda self, c, kept, dropped: (torch.zeros(len(dropped), len(kept)).double(),)), "found float64"),
     (made(lambda self, c, kept, dropped: (c[dropped][:, kept] * torch.inf,)), "NaN or infinity"),
     (made(only_where), "NaN or infinity"),
-    (made(lambda self, c, kept, dropped: (c[dropped][:, kept],)), "blows up: solve of a covariance times 1e+06"),
-    (made(drawing), "gives another slope (solve) for the same input"),
-    (variant(Good, slope=drawing), "gives another slope (slope) for the same input"),
-    (variant(Good, solve=reordering), "changes the kept channels"),
-    (variant(Good, slope=reordering), "changes the kept channels"),
+    (made(lambda self, c, kept, dropped: (c[dropped][:, kept],)), "blows up: the slope of a covariance times 1e+06"),
+    (made(drawing), "gives another slope (cut once) for the same input"),
+    (made(reordering), "changes the kept channels"),
     (
         variant(Good, slope=lambda self, c, kept, dropped: regression(self, c.add_(torch.eye(24)), kept, dropped)),
         "changes the prepared part",
@@ -130,27 +126,21 @@ BROKEN = [
     (
         variant(
             Good,
-            prepare=lambda self, c, usual: Counted(c, torch.zeros(1)),
+            prepare=lambda self, c: Counted(c.matrix, torch.zeros(1)),
             slope=counting,
-            held_bytes=lambda self, channels: 4 * channels * channels + 4,
+            memory_plan=lambda self, channels, dropped, often: MemoryPlan(0, 4 * channels * channels + 4),
         ),
         "changes the prepared part",
     ),
-    (variant(Good, slope=Compensator.slope), "write solve and slope"),
-    (variant(Good, solve=Compensator.solve), "write solve and slope"),
-    (variant(Good, needs_covariance=False, __annotations__={"needs_covariance": ClassVar[bool]}), "never be asked"),
-    (variant(Good, prepare=twice, slope=of_the_first), "prepares 4608 bytes of 24 channels"),
-    (variant(Good, prepare=refusing), "refuses to prepare although it is told the usual channels"),
-    (variant(Good, keeps_mean=False, __annotations__={"keeps_mean": ClassVar[bool]}), "its keeps_mean is false"),
-    (stating(uses_probe=True), "so probes_with must be a ProbeSelector"),
-    (stating(memory=0), "a memory of at least one byte, or None, found 0"),
-    (stating(memory=2.5), "found 2.5"),
-    (stating(falls_back=None), "by falls_back True or False"),
-    (
-        variant(Mean, working_bytes=lambda self, channels, dropped, often: 12 - dropped),
-        "working_bytes as an int of 0 or more",
-    ),
-    (variant(Mean, held_bytes=lambda self, channels: channels / 2), "held_bytes as an int of 0 or more, found 12.0"),
+    (variant(Good, slope=Compensator.slope), "has no slope (cut once)"),
+    (variant(Good, prepare=only_once), "has no slope (per batch)"),
+    (variant(Good, needs_covariance=False, __annotations__={"needs_covariance": ClassVar[bool]}), "never be called"),
+    (variant(Good, prepare=twice, slope=of_the_first), "prepares 4608 bytes for 24 channels"),
+    (variant(Good, prepare=refusing), "refuses to prepare although it gets the calibrated channels"),
+    (planning(limit=0), "limit as an int of at least 1, or None, found 0"),
+    (planning(limit=2.5), "found 2.5"),
+    (planning(working=-1), "working as an int of 0 or more, found -1"),
+    (planning(held=12.0), "held as an int of 0 or more, found 12.0"),
     (
         variant(Mean, mean=lambda self, calibrated, probe: calibrated[:5]),
         "the mean as float32 (24,), found float32 (5,)",
@@ -166,7 +156,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("component", [Good, Factored, LeastSquares, ProbeMean, stating(memory=1)])
+@pytest.mark.parametrize("component", [Good, Factored, LeastSquares, ProbeMean, planning(limit=1)])
 def test_what_keeps_the_rules_passes(component):
     check_component(component)
 

@@ -2,13 +2,19 @@
 
 import pytest
 import torch
-from prunekit.registry import SpecError, complement
+from prunekit.registry import SiteCovariance, SpecError, complement
 from prunekit.strategies.compensation import LeastSquares, LowRankLeastSquares, Mean, ProbeMean
-from prunekit.strategies.compensation.low_rank import Factors, leading_eigenpairs
+from prunekit.strategies.compensation.low_rank import leading_eigenpairs
 from prunekit.strategies.compensation.pivot import pivot, regression_on
 
 C = 40
 EVERYTHING = torch.arange(C)
+RIDGE = 0.01
+METHODS = [
+    LeastSquares(ridge=RIDGE),
+    LeastSquares(per_batch="solve", ridge=RIDGE),
+    LowRankLeastSquares(rank=4, ridge=RIDGE),
+]
 
 
 def covariance_of(seed=0, factors=12, scale=1.0):
@@ -26,11 +32,21 @@ def cut_of(count, seed=0):
     return kept, complement(kept, C)
 
 
-def reference(covariance, kept, dropped, ridge=0.01):
+def reference(covariance, kept, dropped, ridge=RIDGE):
     """The ridge regression of dropped on kept channels in float64; (C, C) -> (d, k)."""
     ridged = covariance.double()
     ridged = ridged + ridge * ridged.diagonal().mean() * torch.eye(C, dtype=torch.float64)
     return ridged[dropped][:, kept] @ torch.linalg.inv(ridged[kept][:, kept])
+
+
+def of(matrix, kept=None, once=False):
+    """A covariance as compensators get it, of so many tokens that they need not count."""
+    return SiteCovariance(matrix, 10**6, kept, once)
+
+
+def solved(method, covariance, kept, dropped):
+    """The slope of a cut that is made once."""
+    return method.slope(method.prepare(of(covariance, kept, once=True)), kept, dropped)
 
 
 def product(slope):
@@ -50,7 +66,7 @@ def test_solve_is_the_ridge_regression(count, ridge, scale):
     kept, dropped = cut_of(count)
     covariance = covariance_of(scale=scale)
     wanted = reference(covariance, kept, dropped, ridge)
-    (found,) = LeastSquares(ridge=ridge).solve(covariance, kept, dropped)
+    (found,) = solved(LeastSquares(ridge=ridge), covariance, kept, dropped)
     close(found, wanted)
 
 
@@ -98,8 +114,8 @@ def test_without_correction_it_is_the_usual_cuts_regression_where_its_channels_a
     usual, left = cut_of(20)
     covariance = covariance_of()
     whole = reference(covariance, usual, left)
-    method = LeastSquares(per_batch="usual")
-    prepared = method.prepare(covariance.clone(), usual)
+    method = LeastSquares(per_batch="usual", ridge=RIDGE)
+    prepared = method.prepare(of(covariance.clone(), usual))
     close(method.slope(prepared, usual, left)[0], whole)
     kept = torch.cat([usual[:15], left[:5]]).sort().values
     dropped = complement(kept, C)
@@ -116,24 +132,28 @@ def test_pivot_solve_and_a_cut_made_once_agree(usual):
     kept, dropped = cut_of(20)
     covariance = covariance_of()
     wanted = reference(covariance, kept, dropped)
-    for method in (LeastSquares(per_batch="pivot"), LeastSquares(per_batch="solve"), LowRankLeastSquares(rank=C)):
-        prepared = method.prepare(covariance.clone(), usual)
+    for method in (
+        LeastSquares(per_batch="pivot", ridge=RIDGE),
+        LeastSquares(per_batch="solve", ridge=RIDGE),
+        LowRankLeastSquares(rank=C, ridge=RIDGE),
+    ):
+        prepared = method.prepare(of(covariance.clone(), usual))
         close(product(method.slope(prepared, kept, dropped)), wanted, 1e-3)
-        close(product(method.solve(covariance.clone(), kept, dropped)), wanted, 1e-3)
+        close(product(solved(method, covariance.clone(), kept, dropped)), wanted, 1e-3)
 
 
 def test_the_usual_cut_must_be_known():
     with pytest.raises(SpecError, match="per_batch usual needs calibrated scores; use pivot"):
-        LeastSquares(per_batch="usual").prepare(covariance_of(), None)
+        LeastSquares(per_batch="usual", ridge=RIDGE).prepare(of(covariance_of()))
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12, C, 500])
 def test_a_low_rank_slope_is_that_of_its_own_covariance(rank):
     kept, dropped = cut_of(17)
-    method = LowRankLeastSquares(rank=rank)
-    factors = method.prepare(covariance_of(), None)
-    assert factors.loadings.shape == (C, min(rank, C)) and factors.specific.shape == (C,)
-    loadings, specific = factors.loadings.double(), factors.specific.double()
+    method = LowRankLeastSquares(rank=rank, ridge=RIDGE)
+    factors = method.prepare(of(covariance_of()))
+    assert [factor.shape for factor in factors] == [(C, min(rank, C)), (C,)]
+    loadings, specific = (factor.double() for factor in factors)
     model = loadings @ loadings.T + specific.diag()
     wanted = model[dropped][:, kept] @ torch.linalg.inv(model[kept][:, kept])
     slope = method.slope(factors, kept, dropped)
@@ -150,7 +170,7 @@ def test_more_factors_explain_more():
     wanted = reference(covariance_of(), kept, dropped)
     errors = []
     for rank in (1, 6, 12, C):
-        slope = LowRankLeastSquares(rank=rank).solve(covariance_of(), kept, dropped)
+        slope = solved(LowRankLeastSquares(rank=rank, ridge=RIDGE), covariance_of(), kept, dropped)
         errors.append(float((product(slope) - wanted).norm() / wanted.norm()))
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.3 > 0.01 > errors[-1]
 
@@ -177,22 +197,19 @@ def test_the_search_draws_from_its_own_seed():
     again, other = leading_eigenpairs(matrix, 3, seed=5), leading_eigenpairs(matrix, 3, seed=6)
     assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
     torch.testing.assert_close(first[1], other[1], rtol=1e-3, atol=0)
-    assert isinstance(LowRankLeastSquares(seed=5).prepare(matrix, None), Factors)
-
-
-METHODS = [LeastSquares(), LeastSquares(per_batch="solve"), LowRankLeastSquares(rank=4)]
+    assert isinstance(LowRankLeastSquares(seed=5).prepare(of(matrix)), tuple)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.name}-{getattr(method, 'per_batch', '')}")
 def test_fewer_tokens_than_channels_need_the_ridge_and_constant_channels_cannot_be_solved(method):
     kept, dropped = cut_of(30)
     few = torch.randn(10, C, generator=torch.Generator().manual_seed(0)).T.cov(correction=0)
-    assert product(method.solve(few.clone(), kept, dropped)).isfinite().all()
-    assert product(method.slope(method.prepare(few.clone(), None), kept, dropped)).isfinite().all()
+    assert product(solved(method, few.clone(), kept, dropped)).isfinite().all()
+    assert product(method.slope(method.prepare(of(few.clone())), kept, dropped)).isfinite().all()
     with pytest.raises(torch.linalg.LinAlgError):
-        method.solve(torch.zeros(C, C), kept, dropped)
+        solved(method, torch.zeros(C, C), kept, dropped)
     with pytest.raises(torch.linalg.LinAlgError):
-        method.slope(method.prepare(torch.zeros(C, C), None), kept, dropped)
+        method.slope(method.prepare(of(torch.zeros(C, C))), kept, dropped)
 
 
 def test_the_mean_is_calibrated_or_partly_the_probes():
@@ -200,5 +217,5 @@ def test_the_mean_is_calibrated_or_partly_the_probes():
     assert torch.equal(Mean().mean(calibrated, None), calibrated)
     assert torch.equal(LeastSquares().mean(calibrated, None), calibrated)
     for method in (ProbeMean(probe=0.25), LeastSquares(probe=0.25), LowRankLeastSquares(probe=0.25)):
-        assert method.uses_probe and method.probes_with is not None
+        assert method.uses_probe and method.selector is not None
         assert method.mean(calibrated, probe).tolist() == [0.5, 3.0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.registry import SiteCovariance
 from prunekit.strategies.compensation.least_squares import DEPENDENCE, LeastSquares, shrinkage_ridge
 from prunekit.strategies.compensation.low_rank import LowRankLeastSquares
 
@@ -50,9 +51,13 @@ def test_fewer_samples_ask_for_more_and_the_scale_for_nothing():
 @pytest.mark.parametrize("method", [LeastSquares, LowRankLeastSquares])
 def test_a_ridge_of_the_user_stays(method):
     covariance = sampled(20)
-    assert method(ridge=0.3).fitted(covariance, 20).ridge_share == 0.3
-    fitted = method().fitted(covariance, 20)
-    assert fitted.ridge_share == shrinkage_ridge(covariance, 20 / DEPENDENCE) and method().ridge_share is None
+
+    def ridge(**options):
+        here = SiteCovariance(covariance.clone(), 20, None, once=True)
+        method(**options).prepare(here)
+        return here.diagnostics["ridge"]
+
+    assert ridge(ridge=0.3) == 0.3 and ridge() == shrinkage_ridge(covariance, 20 / DEPENDENCE)
 
 
 @pytest.mark.parametrize("use", ["wanda_sp", "pp"])
@@ -62,9 +67,9 @@ def test_a_run_takes_the_ridge_of_its_tokens_and_says_so(make_model, batches, us
         options = dict(ratio=0.4, calibration=text, compensate="least_squares")
         with prune(make_model("llama-gqa"), use, **options) as pruned:
             here = [cut.compensation for cut in pruned._engine.cuts]
-            assert all(c.compensator.ridge_share and len({c.compensator.ridge_share for c in here}) > 1 for c in here)
+            assert all(c.diagnostics["ridge"] for c in here) and len({c.diagnostics["ridge"] for c in here}) > 1
             ridge = pruned.about_compensation()["ridge"]
             assert "a ridge of " in pruned.notes[0] and f" to {ridge['largest']:.3g} times the mean" in pruned.notes[0]
             assert pruned.strategy.compensate.ridge is None
-            ridges.append([c.compensator.ridge_share for c in here])
+            ridges.append([c.diagnostics["ridge"] for c in here])
     assert all(few > more for few, more in zip(*ridges, strict=True)), "more text wants smaller ridges"

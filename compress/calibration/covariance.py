@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import get_max_memory
 
-from ...registry import ChannelMoments, Compensator, ModelError
+from ...registry import ChannelMoments, ModelError
 from ...registry.tensors.devices import device_of, weights_present
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
@@ -88,16 +88,14 @@ def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None
     for cut in cuts:
         device = device_of(cut.consumer)
         compensator, channels = cut.compensation.compensator, cut.site.channels
-        if device not in rooms:
-            rooms[device] = _Room(_budget(compensator, device))
-        room, covariance = rooms[device], ChannelMoments.bytes_of(channels)
         dropped = (cut.site.units - cut.count) * cut.site.unit_size
-        working = compensator.working_bytes(channels, dropped, per_batch)
-        # Of a cut made once the slope stays, reckoned at its full size (d, k), which thin factors do not reach.
-        made = compensator.held_bytes(channels) if per_batch else 4 * dropped * (channels - dropped)
+        working, made, limit = compensator.memory_plan(channels, dropped, per_batch)
+        if device not in rooms:
+            rooms[device] = _Room(_free(device) if limit is None else limit)
+        room, covariance = rooms[device], ChannelMoments.bytes_of(channels)
         size = max(covariance, made)
         if size + working + room.made + room.staying > room.budget:
-            raise ModelError(_too_large(cut, size, working, room, device))
+            raise ModelError(_too_large(cut, size, working, room, None if limit is not None else device))
         if not groups or room.staying + room.group + size + max(room.working, working) > room.budget:
             groups.append([])
             for other in rooms.values():
@@ -122,9 +120,7 @@ def check_layers(cuts: Sequence[SiteCut]) -> None:
             )
 
 
-def _budget(compensator: Compensator, device: torch.device) -> int:
-    if compensator.memory is not None:
-        return compensator.memory
+def _free(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier passes left over is free too, but counted as taken
     free = get_max_memory()
@@ -133,12 +129,11 @@ def _budget(compensator: Compensator, device: torch.device) -> int:
     return int(SHARE * free.get(key, max(free.values(), default=0)))
 
 
-def _too_large(cut: SiteCut, covariance: int, working: int, room: _Room, device: torch.device) -> str:
+def _too_large(cut: SiteCut, covariance: int, working: int, room: _Room, device: torch.device | None) -> str:
     name, held = cut.compensation.compensator.name, room.made + room.staying
     staying = f" beside {_size(held)} held for the sites before it" if held else ""
-    limited = cut.compensation.compensator.memory is not None
-    whose = "may be used" if limited else f"may be taken on {device}"
-    remedy = "Allow more (memory_gib)" if limited else "Free memory or allow more of it (memory_gib)"
+    whose = "may be used" if device is None else f"may be taken on {device}"
+    remedy = "Allow more (memory_gib)" if device is None else "Free memory or allow more of it (memory_gib)"
     return (
         f"{cut.site.label}: compensator {name} needs {_size(covariance)} for the covariance of {cut.site.channels:,} "
         f"channels and {_size(working)} to solve it{staying}, and {_size(room.budget)} {whose}; nothing was taken. "

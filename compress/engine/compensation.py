@@ -1,15 +1,27 @@
-"""How one site gives back what it drops: the slope of its cut, folded into the consumer's weight, and a bias."""
+"""Compensation at one site: the slope of its cut, folded into the consumer's weight, and a bias."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelMoments, Compensator, NonFiniteError, SingularError, Site, Slope, complement
+from ...registry import (
+    ChannelMoments,
+    Compensator,
+    NoCompensation,
+    NonFiniteError,
+    Prepared,
+    SingularError,
+    Site,
+    SiteCovariance,
+    Slope,
+    SpecError,
+    complement,
+)
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import unautocast
 
@@ -18,73 +30,77 @@ Solved = TypeVar("Solved")
 
 @dataclass(eq=False)
 class SiteCompensation:
-    """A site's compensator with everything that it has learnt there."""
+    """A site's compensator with everything that calibration has found for it."""
 
     site: Site
     compensator: Compensator
     moments: ChannelMoments | None = None
-    """While calibration gathers the covariance."""
-    prepared: Any = None
-    """Of the covariance, where cuts are made per batch."""
+    """While calibration computes the covariance."""
+    prepared: Prepared | None = None
+    """What slopes are computed from, where cuts are made per batch."""
     fixed: Slope | None = None
-    """Where the cut is made once."""
+    """The slope of a cut made once."""
     fell_back: bool = False
-    """Whether the covariance could not be solved, so that the mean alone is given back."""
+    """Whether the covariance could not be solved, so that the mean alone is compensated."""
     tokens: int | None = None
-    """Tokens that the covariance was gathered from."""
+    """Tokens that the covariance was computed from."""
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    """Numbers that the compensator has reported of the solution."""
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to give back."""
-        return self.compensator.keeps_mean
+        """Whether anything is compensated."""
+        return not isinstance(self.compensator, NoCompensation)
 
     @property
     def has_slope(self) -> bool:
-        """Whether kept channels absorb anything of the dropped ones."""
+        """Whether kept channels take over anything of the dropped ones."""
         return bool(self.fixed) or self.prepared is not None
 
     @property
     def bytes(self) -> int:
-        """Memory of what is held: moments, the prepared part, the slope."""
-        products = None if self.moments is None else self.moments.products
-        tensors = [products, *(self.fixed or ()), *(self.prepared if isinstance(self.prepared, tuple) else ())]
-        if isinstance(self.prepared, Tensor):
-            tensors.append(self.prepared)
+        """Memory of the moments, the prepared part and the slope."""
+        prepared = (self.prepared,) if isinstance(self.prepared, Tensor) else self.prepared
+        tensors = [*(self.fixed or ()), *(prepared or ())]
+        if self.moments is not None and self.moments.products is not None:
+            tensors.append(self.moments.products)
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
     def learn(self, x: Tensor, valid: Tensor | None) -> None:
-        """Take a calibration batch x (B, T, C) into the moments."""
+        """Add a calibration batch x (B, T, C) to the moments."""
         if self.moments is None:
             self.moments = ChannelMoments(self.site.channels, x.device)
         with unautocast(x):
             self.moments.observe(x, valid)
 
     def settle(self, kept: Tensor | None, usual: Tensor | None) -> None:
-        """Make of the moments what cuts need, and let the covariance go.
+        """Compute from the moments what cuts need, and drop the covariance.
 
-        ``kept`` (k,) are the channels of a cut made once, else None; ``usual`` (k,) what calibration alone would
-        keep. Raises :class:`NonFiniteError` and :class:`SingularError`, naming the site.
+        ``kept`` (k,) are the channels of a cut made once, else None; ``usual`` (k,) those that calibration alone keeps.
+        Raises :class:`NonFiniteError` and :class:`SingularError`, naming the site.
         """
         moments, self.moments = self.moments, None
+        if moments is None:
+            return
         self.tokens = moments.tokens
-        covariance = moments.take_covariance()
-        if not bool(torch.isfinite(covariance.diagonal()).all()):
-            if self.compensator.falls_back:
+        covariance = SiteCovariance(
+            moments.take_covariance(), moments.tokens, usual if kept is None else kept, once=kept is not None
+        )
+        if kept is not None and not len(kept):
+            self.fixed = ()
+            return
+        finite = bool(torch.isfinite(covariance.matrix.diagonal()).all())
+        with unautocast(covariance.matrix):
+            prepared = self._solved(lambda: self.compensator.prepare(covariance), finite)
+            self.diagnostics = covariance.diagnostics
+            if prepared is None:
                 self.fell_back = True
-                return
-            raise NonFiniteError(
-                f"{self.site.label}: the covariance of what enters {self.site.consumer} is NaN or infinite, so the "
-                f"activations here are, or their squares; {self._mean_alone}. {FINITE_REMEDY}"
-            )
-        with unautocast(covariance):
-            self.compensator = self.compensator.fitted(covariance, self.tokens)
-            if kept is None:
-                self.prepared = self._solved(lambda: self.compensator.prepare(covariance, usual))
-            elif len(kept):
-                dropped = complement(kept, self.site.channels)
-                self.fixed = self._solved(lambda: self.compensator.solve(covariance, kept, dropped))
+            elif not finite:
+                raise NonFiniteError(self._not_finite)
+            elif kept is None:
+                self.prepared = prepared
             else:
-                self.fixed = ()
+                self.fixed = self._slope_of(prepared, kept, complement(kept, self.site.channels))
 
     def weight(self, whole: Tensor, cut: Tensor, kept: Tensor) -> Tensor:
         """The consumer's weight with the slope folded in: ``W_kept + W_cut @ slope``, in the dtype of W.
@@ -115,15 +131,19 @@ class SiteCompensation:
     def _slope(self, kept: Tensor, dropped: Tensor) -> Slope:
         if self.fixed is not None:
             return self.fixed
-        return self._solved(lambda: self.compensator.slope(self.prepared, kept, dropped)) or ()
+        return () if self.prepared is None else self._slope_of(self.prepared, kept, dropped)
 
-    def _solved(self, solve: Callable[[], Solved]) -> Solved | None:
+    def _slope_of(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
+        slope = self._solved(lambda: self.compensator.slope(prepared, kept, dropped))
+        self.fell_back = self.fell_back or not slope
+        return slope
+
+    def _solved(self, solve: Callable[[], Solved], finite: bool = True) -> Solved:
         try:
             return solve()
         except torch.linalg.LinAlgError as error:
-            if self.compensator.falls_back:
-                self.fell_back = True
-                return None
+            if not finite:
+                raise NonFiniteError(self._not_finite) from error
             raise SingularError(
                 f"{self.site.label}: compensator {self.compensator.name} cannot solve the covariance of what enters "
                 f"{self.site.consumer} ({' '.join(str(error).split())}); calibrate with more text, raise its ridge, or "
@@ -131,12 +151,19 @@ class SiteCompensation:
             ) from error
 
     @property
+    def _not_finite(self) -> str:
+        return (
+            f"{self.site.label}: the covariance of what enters {self.site.consumer} is NaN or infinite, so the "
+            f"activations here are, or their squares; {self._mean_alone}. {FINITE_REMEDY}"
+        )
+
+    @property
     def _mean_alone(self) -> str:
-        """The remedy that is left where a covariance is of no use."""
+        """The remedy where a covariance cannot be used."""
         name = self.compensator.name
         if "singular" in type(self.compensator).model_fields:
-            return f"give back the mean alone at such sites (compensate: {{name: {name}, singular: mean}})"
-        return "give back the mean alone (compensate: mean)"
+            return f"compensate the mean alone at such sites (compensate: {{name: {name}, singular: mean}})"
+        return "compensate the mean alone (compensate: mean)"
 
     def bias(self, linear: nn.Linear, weight: Tensor, kept: Tensor, mean: Tensor, whole: Tensor) -> Tensor:
         """``bias + W @ mean - W' @ mean[kept]`` (O,): with it the mean output is what it was before the cut.
@@ -146,3 +173,18 @@ class SiteCompensation:
         there = mean if weight.shape[1] == self.site.channels else mean[kept]
         bias = whole - weight.float() @ there
         return (bias if linear.bias is None else bias + linear.bias).to(linear.weight.dtype)
+
+
+def without_probe(compensator: Compensator) -> Compensator:
+    """The same compensator with its option ``probe`` at 0, for cuts that are made once and exported.
+
+    Raises :class:`SpecError` for one that uses a probe and has no such option.
+    """
+    if not compensator.uses_probe:
+        return compensator
+    if "probe" not in type(compensator).model_fields:
+        raise SpecError(
+            f"compensator {compensator.name} reads a probe of every batch, and a model that is cut once has none; use "
+            "compensate: mean, or export the strategy as it is (--profile dynamic)"
+        )
+    return compensator.model_copy(update={"probe": 0.0})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...registry import ChannelHistory, Site, Strategy
 from . import reference_padding, site_linear
 from .call_arguments import learn_names
+from .compensation import without_probe
 from .compiling import compile_decoder
 from .decider import Decider
 from .forward_pass import ForwardPass, Learn, Mode
@@ -122,15 +123,15 @@ class Engine:
         What is given back becomes what calibration alone knows of. Raises :class:`SpecError` where a compensator
         cannot do without a probe; nothing has changed then.
         """
-        unprobed = [cut.compensation.compensator.unprobed() for cut in self.cuts]
-        changes = {"selector": None, "merger": None, "compensate": self.strategy.compensate.unprobed()}
+        compensator = without_probe(self.strategy.compensate)
+        changes = {"selector": None, "merger": None, "compensate": compensator}
         previous, trace = self.mode, self.running_pass.trace
         self._switch("dense")
         self._uninstall()
         self.strategy = self.strategy.model_copy(update=changes)
         self.decider = Decider(self.strategy, self.stages)
         self.running_pass = ForwardPass(self.cuts, self.strategy, self.decider, self.runtime, trace)
-        for cut, units, compensator in zip(self.cuts, kept, unprobed, strict=True):
+        for cut, units in zip(self.cuts, kept, strict=True):
             cut.fixed, cut.merger = (None if cut.whole else units), None
             cut.compensation.compensator = compensator
         self._install()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...registry import Catalog, Compensator, DataError, SpecError, Strategy
 from ..engine.runtime import Runtime
 from ..engine.site_cut import SiteCut
-from ..files.reader import Reader
 from ..output.folders import readable
 from ..pruning.prune import engine_of
 from ..pruning.pruned import Pruned
@@ -50,7 +49,7 @@ def save_state(pruned: Pruned, folder: Path) -> None:
             "positions": history.positions,
             "slope": None if compensation.fixed is None else len(compensation.fixed),
             "prepared": len(prepared),
-            "compensator": _fitted(compensation.compensator, pruned.strategy.compensate),
+            "diagnostics": compensation.diagnostics,
             "fell_back": compensation.fell_back,
             "covariance_tokens": compensation.tokens,
         }
@@ -77,7 +76,7 @@ def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path
             names = set(file.keys())
             with torch.inference_mode(False), torch.no_grad():
                 for cut in engine.cuts:
-                    _restore(cut, sites[cut.site.consumer], file, names, strategy, catalog)
+                    _restore(cut, sites[cut.site.consumer], file, names, strategy)
                 engine.start()
         return Pruned(engine, catalog)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -88,9 +87,7 @@ def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path
         raise
 
 
-def _restore(
-    cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], strategy: Strategy, catalog: Catalog
-) -> None:
+def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], strategy: Strategy) -> None:
     label, device, compensation = cut.site.consumer, cut.history.device, cut.compensation
 
     def tensor(name: str) -> Tensor | None:
@@ -112,20 +109,16 @@ def _restore(
     cut.fixed = tensor("fixed")
     if about["slope"] is not None:
         compensation.fixed = tuple(tensor(f"slope.{number}") for number in range(about["slope"]))
-    if about["compensator"]:
-        reader = Reader(catalog)
-        compensation.compensator = reader.component("compensators", about["compensator"], ())
-        reader.finish(f"the compensator of {label}")
     if about["prepared"]:
         parts = tuple(tensor(f"prepared.{number}") for number in range(about["prepared"]))
-        compensation.prepared = compensation.compensator.prepared_from(parts)
+        compensation.prepared = parts[0] if len(parts) == 1 else parts
     compensation.fell_back, compensation.tokens = about["fell_back"], about["covariance_tokens"]
-
-
-def _fitted(compensator: Compensator, given: Compensator) -> dict[str, Any] | None:
-    """What calibration has chosen of a compensator's options; None: they are the strategy's."""
-    same = compensator.identity == given.identity
-    return None if same else compensator.model_dump(mode="json", serialize_as_any=True)
+    # Files written by 0.1 have the site's compensator, with the ridge that calibration chose, instead of diagnostics.
+    if "diagnostics" in about:
+        compensation.diagnostics = about["diagnostics"]
+    else:
+        ridge = {**dict(strategy.compensate), **(about["compensator"] or {})}.get("ridge")
+        compensation.diagnostics = {} if ridge is None else {"ridge": ridge}
 
 
 def _parts(prepared: Any, compensator: Compensator) -> tuple[Tensor, ...]:

@@ -104,7 +104,7 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
 
     def has_bias(site: Any) -> bool:
         cut = counts[site.layer, site.kind] < site.units
-        return f"{site.consumer}.bias" in parameters or (cut and strategy.compensate.keeps_mean)
+        return f"{site.consumer}.bias" in parameters or (cut and strategy.compensates)
 
     if profile.name != "gguf":
         with _quiet():

@@ -1,4 +1,4 @@
-"""What people are told of how compensation went: a record for results, and notes where it lacked something."""
+"""How compensation went: a record for results, and notes on too little text and on sites that fell back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from ...registry import Compensator, Site
+from ...registry import Compensator, NoCompensation, Site
 from ..engine.compensation import SiteCompensation
 from ..output.formatting import extent
 
@@ -16,7 +16,7 @@ ENOUGH = 2
 
 def about_compensation(compensator: Compensator, sites: Sequence[SiteCompensation]) -> dict[str, Any] | None:
     """The compensator with its options, tokens and ridges of the covariances, sites that fell back; None: none."""
-    if not compensator.keeps_mean:
+    if isinstance(compensator, NoCompensation):
         return None
     tokens = [here.tokens for here in sites if here.tokens is not None]
     return {
@@ -35,23 +35,22 @@ def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
     if short:
         tokens, compensator = min(here.tokens for here in short), short[0].compensator
         ridge = _ridge(short)
-        resting = ridge and f"what is given back there rests on a ridge of {extent(ridge)} times the mean variance; "
+        solved = f"it was solved with a ridge of {extent(ridge)} times the mean variance; " if ridge else ""
         notes.append(
-            f"compensator {compensator.name}: the covariance was gathered from {tokens:,} tokens, fewer than {ENOUGH} "
-            f"for each channel at {_places(short, with_channels=True)}; {resting or ''}calibrate with more text"
+            f"compensator {compensator.name}: the covariance was computed from {tokens:,} tokens, fewer than {ENOUGH} "
+            f"for each channel at {_places(short, with_channels=True)}; {solved}calibrate with more text"
         )
     if fallen:
         notes.append(
             f"compensator {fallen[0].compensator.name}: the covariance could not be solved at {_places(fallen)}, where "
-            "the mean alone is given back"
+            "the mean alone is compensated"
         )
     return tuple(notes)
 
 
 def _ridge(sites: Iterable[SiteCompensation]) -> dict[str, float] | None:
-    """The least and the largest ridge of all sites, as shares of the mean variance; None: none known."""
-    shares = [here.compensator.ridge_share for here in sites]
-    known = [share for share in shares if share is not None]
+    """The smallest and the largest ridge of all sites, as shares of the mean variance; None: none reported."""
+    known = [here.diagnostics["ridge"] for here in sites if "ridge" in here.diagnostics]
     return {"least": min(known), "largest": max(known)} if known else None
 
 
@@ -61,16 +60,16 @@ def _places(sites: Iterable[SiteCompensation], with_channels: bool = False) -> s
     def key(here: SiteCompensation) -> tuple:
         return here.site.kind, here.site.channels if with_channels else None
 
-    said = []
+    places = []
     for (kind, channels), group in groupby(sorted(sites, key=key), key):
         layers = _runs(here.site for here in group)
-        said.append(f"{layers} {kind}" + (f" ({channels:,} channels)" if with_channels else ""))
-    return " and ".join(said)
+        places.append(f"{layers} {kind}" + (f" ({channels:,} channels)" if with_channels else ""))
+    return " and ".join(places)
 
 
 def _runs(sites: Iterable[Site]) -> str:
     """Layer numbers in words: "layer 3", "layers 0 to 4, 6"."""
     layers = sorted({site.layer for site in sites})
     runs = [[number for _, number in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
-    said = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(said)}"
+    ranges = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(ranges)}"

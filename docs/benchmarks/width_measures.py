@@ -15,7 +15,7 @@ import transformers
 from prunekit.compress.pruning.prune import prune
 from prunekit.compress.pruning.pruned import Pruned
 from prunekit.evaluators.flop_formulas import formulas
-from prunekit.registry import ChannelMoments, Site, complement
+from prunekit.registry import ChannelMoments, Site, SiteCovariance, complement
 from prunekit.registry.tensors.moments import CHUNK
 from prunekit.strategies.compensation import LeastSquares
 from torch import Tensor
@@ -135,7 +135,7 @@ def static_cut(sizes: Sizes, kind: str, ratio: float) -> dict[str, Any]:
         "solve": seconds["solve"],
         "fold": sum(folded),
         "memory": {"gather": grown["covariances"], "solve": grown["solve"], "fold": grown["fold"]},
-        "stated": covariance + compensate.working_bytes(site.channels, dropped, per_batch=False),
+        "stated": covariance + compensate.memory_plan(site.channels, dropped, per_batch=False).working,
         "process": memory.start + max(grown.values()),
     }
 
@@ -193,7 +193,10 @@ def accuracy(sizes: Sizes, kind: str, ratio: float) -> dict[str, Any]:
     dropped = complement(kept, channels)
     weight = torch.randn(sizes.outputs, channels, generator=source.generator) / channels**0.5
     compensator = LeastSquares(ridge=RIDGE)
-    slopes = [compensator.solve(matrix, kept, dropped)[0] for matrix in (gathered, exact)]
+    slopes = []
+    for matrix in (gathered, exact):
+        prepared = compensator.prepare(SiteCovariance(matrix, sizes.tokens, kept, once=True))
+        slopes.append(compensator.slope(prepared, kept, dropped)[0])
     del gathered, exact
     found["slope"] = _error(*slopes)
     mean = source.means.double() * source.scales.double()

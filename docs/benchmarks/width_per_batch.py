@@ -12,7 +12,7 @@ from prunekit.compress.bundled import MODEL, TEXTS
 from prunekit.compress.engine.compensation import SiteCompensation
 from prunekit.compress.pruning.prune import prune
 from prunekit.compress.runs.text import calibration_batches
-from prunekit.registry import ChannelMoments, Compensator, Site, complement
+from prunekit.registry import ChannelMoments, Compensator, Site, SiteCovariance, complement
 from prunekit.registry.tensors.windows import cut_windows, token_stream
 from prunekit.strategies.compensation import LeastSquares, LowRankLeastSquares
 from torch import Tensor
@@ -75,7 +75,7 @@ def _methods(site: Site, count: int, weight: Tensor, sizes: Sizes) -> list[dict[
     found = []
 
     def measure(compensator: Compensator, cases: dict[str, Tensor]) -> None:
-        prepared = compensator.prepare(covariance.clone(), same)
+        prepared = compensator.prepare(SiteCovariance(covariance.clone(), moments.tokens, same, once=False))
         for label, kept in cases.items():
             found.append(_measured(label, compensator, prepared, site, weight, kept, sizes.repeats))
 
@@ -108,7 +108,7 @@ def _measured(
         "slope": lambda: compensator.slope(prepared, kept, dropped),
         "fold": lambda: folding.weight(weight, cut, kept),
     }
-    found: dict[str, Any] = {"method": label, "held": compensator.held_bytes(site.channels)}
+    found: dict[str, Any] = {"method": label, "held": compensator.memory_plan(site.channels, len(dropped), True).held}
     for step, work in steps.items():
         found[step] = {"operations": operations_of(work), "seconds": seconds_of(work, repeats)}
     return found

@@ -112,8 +112,13 @@ class Strategy(Component):
     def probes_with(self) -> ProbeSelector | None:
         """The selector of every batch's probe: the strategy's, else what its compensation needs one for; None: none."""
         if self.selector is None and self.compensate.uses_probe:
-            return self.compensate.probes_with
+            return getattr(self.compensate, "selector", None)
         return self.selector
+
+    @property
+    def compensates(self) -> bool:
+        """Whether anything is compensated."""
+        return not isinstance(self.compensate, NoCompensation)
 
     @property
     def decides_ahead(self) -> bool:
@@ -128,7 +133,7 @@ class Strategy(Component):
     @property
     def needs_calibration(self) -> bool:
         """Whether the strategy must see calibration batches before it can decide."""
-        return self.compensate.keeps_mean or self.decides_by_activations
+        return self.compensates or self.decides_by_activations
 
     @property
     def decides_by_activations(self) -> bool:

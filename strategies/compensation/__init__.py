@@ -1,11 +1,13 @@
-"""What dropped channels contributed, given back through the weights and the bias of the rest."""
+"""Compensation: what dropped channels contributed is added to the weights and the bias of the rest."""
 
 from __future__ import annotations
 
 from ...registry import Compensator, NoCompensation, hookimpl
 from .least_squares import LeastSquares
 from .low_rank import LowRankLeastSquares
-from .mean import Mean, ProbeMean
+from .mean import Mean, ProbedMean, ProbeMean
+
+__all__ = ["LeastSquares", "LowRankLeastSquares", "Mean", "ProbeMean", "ProbedMean", "compensators"]
 
 
 @hookimpl

@@ -1,21 +1,19 @@
-"""Kept channels that absorb what the dropped ones would have added, as far as they predict it."""
+"""Least squares: kept channels take over what they predict of the dropped ones, by the calibration covariance."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from abc import abstractmethod
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import Self
 
-from ...registry import Slope, SpecError
+from ...registry import MemoryPlan, Prepared, SiteCovariance, Slope, SpecError
 from .mean import ProbedMean
 from .pivot import pivot, regression_on
 
 GIB = 1024**3
-RIDGE = 0.01
-"""Where the number of tokens is not known."""
 DEPENDENCE = 3
 """Tokens of a text depend on one another: three count as one sample of a covariance (docs/compensation.md)."""
 LEAST_SHRINKAGE = 1e-4
@@ -32,10 +30,10 @@ class Regression(ProbedMean):
         gt=0,
         allow_inf_nan=False,
         description="added to every variance, as a share of the channels' mean variance; null: at every site as much "
-        "as its calibration tokens ask for (oracle approximating shrinkage)",
+        "as its number of calibration tokens requires (oracle approximating shrinkage)",
     )
     singular: Literal["error", "mean"] = Field(
-        default="error", description="a covariance that cannot be solved: refuse it, or give back the mean alone there"
+        default="error", description="a covariance that cannot be solved: an error, or the mean alone at that site"
     )
     memory_gib: float | None = Field(
         default=None,
@@ -44,31 +42,44 @@ class Regression(ProbedMean):
         description="memory that covariances and solving may take; null: most of what is free",
     )
 
-    @property
-    def memory(self) -> int | None:
-        return None if self.memory_gib is None else int(self.memory_gib * GIB)
+    def prepare(self, covariance: SiteCovariance) -> Prepared | None:
+        matrix, ridge = covariance.matrix, self.ridge
+        try:
+            if not bool(matrix.diagonal().isfinite().all()):
+                raise torch.linalg.LinAlgError("it is not finite")
+            if ridge is None:
+                ridge = shrinkage_ridge(matrix, covariance.tokens / DEPENDENCE)
+            covariance.diagnostics["ridge"] = ridge
+            return self._prepared(covariance, ridge * matrix.diagonal().mean())
+        except torch.linalg.LinAlgError:
+            if self.singular == "error":
+                raise
+            return None
 
-    @property
-    def falls_back(self) -> bool:
-        return self.singular == "mean"
+    def slope(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
+        try:
+            return self._regression(prepared, kept, dropped)
+        except torch.linalg.LinAlgError:
+            if self.singular == "error":
+                raise
+            return ()
 
-    @property
-    def ridge_share(self) -> float | None:
-        return self.ridge
+    def memory_plan(self, channels: int, dropped: int, per_batch: bool) -> MemoryPlan:
+        limit = None if self.memory_gib is None else int(self.memory_gib * GIB)
+        working = self._working_bytes(channels, dropped, per_batch)
+        return super().memory_plan(channels, dropped, per_batch)._replace(working=working, limit=limit)
 
-    def fitted(self, covariance: Tensor, tokens: int) -> Self:
-        if self.ridge is not None:
-            return self
-        return self.model_copy(update={"ridge": shrinkage_ridge(covariance, tokens / DEPENDENCE)})
+    @abstractmethod
+    def _prepared(self, covariance: SiteCovariance, ridge: Tensor) -> Prepared:
+        """What slopes are computed from; ``ridge`` is the variance to add."""
 
-    def ridge_of(self, covariance: Tensor) -> Tensor:
-        """The variance to add, for a covariance (C, C) that the component is fitted to."""
-        return (RIDGE if self.ridge is None else self.ridge) * covariance.diagonal().mean()
+    @abstractmethod
+    def _regression(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
+        """The regression of dropped on kept channels."""
 
-    def ridged(self, covariance: Tensor) -> Tensor:
-        """The covariance (C, C) with the ridge on its diagonal, in place."""
-        covariance.diagonal().add_(self.ridge_of(covariance))
-        return covariance
+    @abstractmethod
+    def _working_bytes(self, channels: int, dropped: int, per_batch: bool) -> int:
+        """Bytes that solving one site takes besides its covariance."""
 
 
 def shrinkage_ridge(covariance: Tensor, samples: float) -> float:
@@ -86,13 +97,6 @@ def shrinkage_ridge(covariance: Tensor, samples: float) -> float:
     return weight / (1 - weight)
 
 
-class Pivoted(NamedTuple):
-    """A covariance pivoted on the channels ``in_base`` (C,) bool."""
-
-    matrix: Tensor
-    in_base: Tensor
-
-
 class LeastSquares(Regression):
     """Kept channels absorb the least-squares prediction of the dropped ones; a bias keeps the mean."""
 
@@ -100,32 +104,30 @@ class LeastSquares(Regression):
     name: Literal["least_squares"] = "least_squares"
     per_batch: Literal["pivot", "solve", "usual"] = Field(
         default="pivot",
-        description="where cuts are made per batch: pivot corrects the solution of the usual cut for the channels that "
-        "differ, solve starts afresh (equal results); usual leaves the correction out",
+        description="where cuts are made per batch: pivot corrects the solution of the calibrated cut for the channels "
+        "that differ, solve computes it anew (equal results); usual leaves the correction out",
     )
 
-    def solve(self, covariance: Tensor, kept: Tensor, dropped: Tensor) -> Slope:
-        return (_regression(self.ridged(covariance), kept, dropped),)
-
-    def prepare(self, covariance: Tensor, usual: Tensor | None) -> Pivoted | Tensor:
-        ridged = self.ridged(covariance)
-        if self.per_batch == "solve":
-            return ridged
-        if usual is None and self.per_batch == "usual":
+    def _prepared(self, covariance: SiteCovariance, ridge: Tensor) -> Prepared:
+        """The covariance with its ridge (C, C), or that pivoted on a base, and the base as a mask (C,)."""
+        matrix, base = covariance.matrix, covariance.kept
+        matrix.diagonal().add_(ridge)
+        if covariance.once or self.per_batch == "solve":
+            return matrix
+        if base is None and self.per_batch == "usual":
             raise SpecError("compensator least_squares: per_batch usual needs calibrated scores; use pivot")
-        base = torch.arange(len(ridged), device=ridged.device) if usual is None else usual
-        in_base = torch.zeros(len(ridged), dtype=torch.bool, device=ridged.device).index_fill_(0, base, True)
-        return Pivoted(pivot(ridged, base), in_base)
+        if base is None:
+            base = torch.arange(len(matrix), device=matrix.device)
+        in_base = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device).index_fill_(0, base, True)
+        return pivot(matrix, base), in_base
 
-    def prepared_from(self, tensors: tuple[Tensor, ...]) -> Pivoted | Tensor:
-        return tensors[0] if self.per_batch == "solve" else Pivoted(*tensors)
-
-    def slope(self, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
-        if self.per_batch == "solve":
+    def _regression(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
+        if isinstance(prepared, Tensor):
             return (_regression(prepared, kept, dropped),)
-        return (regression_on(kept, dropped, prepared.matrix, prepared.in_base, self.per_batch == "pivot"),)
+        matrix, in_base = prepared
+        return (regression_on(kept, dropped, matrix, in_base, self.per_batch == "pivot"),)
 
-    def working_bytes(self, channels: int, dropped: int, per_batch: bool = False) -> int:
+    def _working_bytes(self, channels: int, dropped: int, per_batch: bool) -> int:
         kept = channels - dropped
         if not per_batch or self.per_batch == "solve":
             return 4 * (channels * kept + max(2 * kept * kept, kept * kept + 3 * dropped * kept))

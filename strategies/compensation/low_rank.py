@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...registry import Slope
+from ...registry import MemoryPlan, Prepared, SiteCovariance, Slope
 from .least_squares import Regression
 
 SUBSPACE_ITERATIONS = 4
 OVERSAMPLING = 8
-
-
-class Factors(NamedTuple):
-    """A covariance as ``loadings @ loadings.T`` plus a diagonal: (C, r) and (C,), the ridge included."""
-
-    loadings: Tensor
-    specific: Tensor
 
 
 class LowRankLeastSquares(Regression):
@@ -30,35 +23,31 @@ class LowRankLeastSquares(Regression):
     rank: int = Field(default=64, ge=1, description="number of common factors")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the search for the leading factors")
 
-    def solve(self, covariance: Tensor, kept: Tensor, dropped: Tensor) -> Slope:
-        return self.slope(self.prepare(covariance, None), kept, dropped)
+    def memory_plan(self, channels: int, dropped: int, per_batch: bool) -> MemoryPlan:
+        plan = super().memory_plan(channels, dropped, per_batch)
+        return plan._replace(held=4 * channels * (self.rank + 1)) if per_batch else plan
 
-    def prepare(self, covariance: Tensor, usual: Tensor | None) -> Factors:
-        rank = min(self.rank, len(covariance))
-        ridge = self.ridge_of(covariance)
-        vectors, values = leading_eigenpairs(covariance, rank, self.seed)
+    def _prepared(self, covariance: SiteCovariance, ridge: Tensor) -> Prepared:
+        """The covariance as ``loadings @ loadings.T`` plus a diagonal: (C, r) and (C,), the ridge included."""
+        matrix = covariance.matrix
+        vectors, values = leading_eigenpairs(matrix, min(self.rank, len(matrix)), self.seed)
         loadings = vectors * values.clamp(min=0).sqrt()
-        left = (covariance.diagonal() - loadings.square().sum(1)).clamp(min=0)
+        rest = (matrix.diagonal() - loadings.square().sum(1)).clamp(min=0)
         if not bool(ridge > 0):
             raise torch.linalg.LinAlgError("all channels are constant")
-        return Factors(loadings, left + ridge)
+        return loadings, rest + ridge
 
-    def prepared_from(self, tensors: tuple[Tensor, ...]) -> Factors:
-        return Factors(*tensors)
-
-    def slope(self, prepared: Any, kept: Tensor, dropped: Tensor) -> Slope:
+    def _regression(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
         """``F_d (1 + F_k' S_k^-1 F_k)^-1 F_k' S_k^-1``, as two matrices (d, r) and (r, k)."""
-        loadings = prepared.loadings[kept]
-        weighted = loadings / prepared.specific[kept, None]
+        factors, specific = prepared
+        loadings = factors[kept]
+        weighted = loadings / specific[kept, None]
         inner = loadings.T @ weighted
         inner.diagonal().add_(1)
-        return prepared.loadings[dropped], torch.cholesky_solve(weighted.T, torch.linalg.cholesky(inner))
+        return factors[dropped], torch.cholesky_solve(weighted.T, torch.linalg.cholesky(inner))
 
-    def working_bytes(self, channels: int, dropped: int, per_batch: bool = False) -> int:
+    def _working_bytes(self, channels: int, dropped: int, per_batch: bool) -> int:
         return 4 * 6 * channels * (self.rank + OVERSAMPLING)
-
-    def held_bytes(self, channels: int) -> int:
-        return 4 * channels * (self.rank + 1)
 
 
 def leading_eigenpairs(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:

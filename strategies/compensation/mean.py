@@ -1,4 +1,4 @@
-"""The mean of what was dropped, given back as a bias: calibrated (FLAP), or corrected by what a probe shows."""
+"""The mean of the dropped channels, compensated by a bias: calibrated (FLAP), or corrected by a probe of the batch."""
 
 from __future__ import annotations
 
@@ -19,29 +19,19 @@ class Mean(Compensator):
 
 
 class ProbedMean(Compensator):
-    """A compensator whose mean is partly what a probe of the batch shows."""
+    """A compensator whose mean is partly that of a probe of the batch."""
 
     probe: float = Field(
         default=0.0, ge=0, le=1, description="the probe's share in the mean; the rest is calibration's"
     )
-
-    selector: ProbeSelector = Field(
-        default=SpreadProbe(), description="what to probe where the strategy probes nothing"
-    )
-
-    @property
-    def probes_with(self) -> ProbeSelector | None:
-        return self.selector
+    selector: ProbeSelector = Field(default=SpreadProbe(), description="what to probe where the strategy has no probe")
 
     @property
     def uses_probe(self) -> bool:
         return self.probe > 0
 
-    def unprobed(self) -> Compensator:
-        return self.model_copy(update={"probe": 0.0})
-
     def mean(self, calibrated: Tensor, probe: Tensor | None) -> Tensor:
-        return calibrated.lerp(probe, self.probe) if self.uses_probe else calibrated
+        return calibrated if probe is None else calibrated.lerp(probe, self.probe)
 
 
 class ProbeMean(ProbedMean):
@@ -51,6 +41,3 @@ class ProbeMean(ProbedMean):
     probe: float = Field(
         default=0.5, gt=0, le=1, description="the probe's share in the mean; the rest is calibration's"
     )
-
-    def unprobed(self) -> Compensator:
-        return Mean()
