@@ -1,5 +1,7 @@
 """``prunekit ablate``: exit codes, messages, and that an interruption or a failure loses nothing."""
 
+from dataclasses import replace
+
 import pytest
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.cli import main
@@ -50,7 +52,7 @@ def sizes(command, tmp_path):
     result = command("--out", "first.sqlite")
     assert result.exit_code == 0, result.output
     with Store.open(tmp_path / "first.sqlite") as store:
-        return [trial.data["metrics"][0]["pruned"]["size"] for trial in store.trials]
+        return [trial.result.metrics[0].pruned["size"] for trial in store.trials]
 
 
 def refused(result, *words):
@@ -159,9 +161,9 @@ def test_a_full_disk_stops_it_and_keeps_what_is_stored(command, tmp_path, monkey
 
     def fill(self, key, outcome):
         pages = self._connection.execute("PRAGMA page_count").fetchone()[0]
-        if outcome.data["ratio"]["asked"] == 0.4:
+        if outcome.result.ratio.asked == 0.4:
             self._connection.execute(f"PRAGMA max_page_count = {pages}")
-            outcome.data["much"] = "x" * 100_000
+            outcome = replace(outcome, result=outcome.result.model_copy(update={"notes": ["x" * 100_000]}))
         record(self, key, outcome)
 
     monkeypatch.setattr(module.Store, "record", fill)

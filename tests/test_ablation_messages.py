@@ -11,6 +11,8 @@ from prunekit.compress.cli import main
 from prunekit.registry import SpecError
 from typer.testing import CliRunner
 
+from tests.run_records import run_record
+
 FULL = "base: {prune: {use: pp, ratio: 0.4}}\n"
 NO_RATIO = "base: {prune: {use: pp}}\n"
 
@@ -78,8 +80,9 @@ def test_a_value_that_its_evaluator_does_not_have_is_told():
         Published(where={}, metric=metric, value=1, source="a")
         for metric in ("perplexity.perplexty", "perplexity.loss", "latency.prefil")
     ]
-    data = {"metrics": [{"label": "perplexity", "pruned": {"perplexity": 1.0, "loss": 2.0}}]}
-    said = list(unmeasured(entries, [StoredTrial(1, "", {}, "done", data, "", None, 1.0, {})]))
+    measured = {"evaluator": "perplexity", "label": "perplexity", "pruned": {"perplexity": 1.0, "loss": 2.0}}
+    trial = StoredTrial(number=1, key="", settings={}, status="done", result=run_record(metrics=[measured]))
+    said = list(unmeasured(entries, [trial]))
     assert said == [
         "published.0.metric: perplexity has no value perplexty (did you mean 'perplexity'?); it has perplexity, loss"
     ]

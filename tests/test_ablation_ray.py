@@ -17,9 +17,12 @@ from prunekit.compress.ablation.local import run_local
 from prunekit.compress.ablation.planned import Planned
 from prunekit.compress.ablation.ray_engine import run_ray
 from prunekit.compress.ablation.study import Study
+from prunekit.compress.ablation.worker import Outcome
 from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import PrunekitError
+
+from tests.run_records import run_record
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +61,7 @@ def evaluators(): return [Patient]
 '''
 
 
-METRIC = {"evaluator": "latency", "label": "latency", "notes": []}
+MEASURED = run_record(metrics=[{"evaluator": "latency", "label": "latency", "pruned": {}}])
 
 
 class Watch:
@@ -93,7 +96,7 @@ class Stub:
         if seed == 13:
             os._exit(1)
         time.sleep({60: 60, 1: 0}.get(seed, 0.5))
-        return SimpleNamespace(data={"metrics": [METRIC], "notes": [], "given": self.given}, error=None, seconds=0.5)
+        return Outcome(MEASURED.model_copy(update={"given": self.given}), None, None, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +138,8 @@ def run(planned, address, watch=None, workers=2):
 
 
 def without_times(outcome):
-    data = {key: value for key, value in outcome.data.items() if key not in ("started", "seconds")}
-    data["metrics"] = [{k: v for k, v in metric.items() if k != "seconds"} for metric in data["metrics"]]
-    return data, outcome.resolved
+    metrics = [metric.model_copy(update={"seconds": 0}) for metric in outcome.result.metrics]
+    return outcome.result.model_copy(update={"started": "", "seconds": None, "metrics": metrics}), outcome.resolved
 
 
 def test_results_are_those_of_the_local_engine_though_a_worker_is_killed(head, tmp_path):
@@ -187,10 +189,10 @@ def test_a_trial_that_kills_its_workers_fails_and_the_others_are_done(head, stub
 def test_times_measured_side_by_side_carry_a_note(head, stub, monkeypatch):
     beside = run(plan(2, 3), head)
     for outcome in beside.values():
-        assert "while 2 workers computed on there" in outcome.data["notes"][0]
-        assert outcome.data["metrics"][0]["notes"] == outcome.data["notes"]
+        assert "while 2 workers computed on there" in outcome.result.notes[0]
+        assert outcome.result.metrics[0].notes == outcome.result.notes
     monkeypatch.setattr(ray_engine.torch, "get_num_threads", lambda: 5)
-    assert run(plan(2), head)[1].data == {"metrics": [METRIC], "notes": [], "given": (5, False)}
+    assert run(plan(2), head)[1].result == MEASURED.model_copy(update={"given": (5, False)})
 
 
 def test_an_interruption_keeps_what_is_finished_and_ends_the_workers(head, stub):

@@ -1,6 +1,5 @@
 """Running a study: what trials share, what goes wrong in one, and a run that is killed in the middle."""
 
-import copy
 import subprocess
 import sys
 
@@ -16,6 +15,8 @@ from prunekit.compress.ablation.worker import Outcome, Worker, read_trial
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.cli.studies import show_trials
 from prunekit.compress.output import printing
+
+from tests.run_records import run_record
 
 PLUGIN = '''
 from typing import Literal
@@ -90,7 +91,7 @@ def results(store) -> list:
         return [timeless(item) for item in value] if isinstance(value, list) else value
 
     with Store.open(store) as opened:
-        return [timeless({**vars(copy.copy(trial)), "seconds": None}) for trial in opened.trials]
+        return [timeless(trial.model_dump()) for trial in opened.trials]
 
 
 @pytest.mark.slow
@@ -99,17 +100,17 @@ def test_a_failed_trial_is_recorded_and_the_others_run(study):
     run_local(planned, lambda trial, outcome: outcomes.append(outcome), heard)
     good, badly, foreseen = outcomes[:3]
     assert good.error is None
-    assert good.data["metrics"][0]["pruned"]["odd"] == "nan"
-    assert good.data["metrics"][0]["pruned"]["size"] < good.data["metrics"][0]["dense"]["size"]
+    assert good.result.metrics[0].pruned["odd"] == "nan"
+    assert good.result.metrics[0].pruned["size"] < good.result.metrics[0].dense["size"]
     assert "use: random" in good.resolved
     assert badly.error.startswith("RuntimeError: no luck (fragile.py line ")
     assert foreseen.error == "evaluate.0: this cannot work; do otherwise"
-    assert badly.data is None
+    assert badly.result is None
     assert [outcome.error is None for outcome in outcomes] == [True, False, False] * 2
-    assert outcomes[3].data["metrics"][0]["dense"] == good.data["metrics"][0]["dense"]
+    assert outcomes[3].result.metrics[0].dense == good.result.metrics[0].dense
     fresh = Worker().run(planned[3].spec)  # a failure leaves the model as it was
-    assert outcomes[3].data["metrics"][0]["pruned"] == fresh.data["metrics"][0]["pruned"]
-    assert outcomes[3].data["model"] == fresh.data["model"]
+    assert outcomes[3].result.metrics[0].pruned == fresh.result.metrics[0].pruned
+    assert outcomes[3].result.model == fresh.result.model
     assert heard.said[:3] == [("started", planned[0].label), ("finished", planned[0].label), ("started", "0.2 badly")]
 
 
@@ -149,10 +150,10 @@ def test_another_model_shares_nothing(study, monkeypatch):
     models = f"vary: {{prune.use: [wanda_sp], model: {{bundled: {{}}, folder: {{model.name: {MODEL}}}}}}}"
     planned = study(SMALL.replace("vary: {prune.use: [pp, flap], seed: [0, 1, 2]}", models)).trials
     worker = Worker()
-    first, second = (worker.run(trial.spec).data["metrics"] for trial in planned)
-    alone = Worker().run(planned[1].spec).data["metrics"]
-    assert [second[0][side] for side in ("dense", "pruned")] == [alone[0][side] for side in ("dense", "pruned")]
-    assert second[0]["dense"] != first[0]["dense"]
+    first, second = (worker.run(trial.spec).result.metrics for trial in planned)
+    alone = Worker().run(planned[1].spec).result.metrics
+    assert (second[0].dense, second[0].pruned) == (alone[0].dense, alone[0].pruned)
+    assert second[0].dense != first[0].dense
 
 
 def test_trials_that_share_run_in_a_row(study):
@@ -217,13 +218,13 @@ def test_time_left_is_by_strategy_and_shared_between_workers():
 def test_a_line_for_each_trial_where_there_is_no_terminal(study, capfd, monkeypatch):
     monkeypatch.setattr(printing, "err", printing.Console(stderr=True, width=100))
     planned = study(FRAGILE).trials
-    stored = [StoredTrial(1, planned[0].key, {}, "done", {}, "", None, 30.0, {})]
+    stored = [StoredTrial(number=1, key=planned[0].key, settings={}, status="done", seconds=30.0)]
     with Display(planned, stored, planned[1:]) as watch:
         assert watch.left == "about 2 min left"
         watch.started(planned[1])
         watch.finished(planned[1], Outcome(None, None, "it broke\nin two lines", 1.0))
         watch.started(planned[2])
-        watch.finished(planned[2], Outcome({}, "", None, 10.0))
+        watch.finished(planned[2], Outcome(run_record(), "", None, 10.0))
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
         "2/6 trial 2 (0.2 badly): failed (it broke), about 2 min left",

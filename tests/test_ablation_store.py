@@ -10,6 +10,8 @@ from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.worker import Outcome
 from prunekit.registry import StoreError
 
+from tests.run_records import run_record
+
 STUDY = """\
 title: Seeds
 base: {prune: {use: pp}, calibration: {sequences: 4}}
@@ -36,7 +38,8 @@ def path(tmp_path) -> Path:
 
 
 def outcome(value=1.0, error=None) -> Outcome:
-    return Outcome(None if error else {"metrics": [{"pruned": {"loss": value}}]}, "resolved", error, 2.5)
+    measured = {"evaluator": "perplexity", "label": "perplexity", "pruned": {"loss": value}}
+    return Outcome(None if error else run_record(metrics=[measured]), "resolved", error, 2.5)
 
 
 def refusal(call, *args, **options) -> str:
@@ -70,26 +73,28 @@ def test_a_finished_trial_is_on_the_disk_before_record_returns(path, study):
                 found = reader.trials[index]
             assert (found.status, found.seconds, found.resolved, found.error) == ("done", 2.5, "resolved", None)
             assert (found.number, found.key, found.settings) == (trial.number, trial.key, trial.settings)
-            assert found.data == outcome(float(index)).data
+            assert found.result == outcome(float(index)).result
     assert statuses(path) == ["done", "done", "waiting", "waiting"]
 
 
 def test_what_a_store_says_about_its_study(half, study):
     with Store.open(half) as store:
         said = store.study
-    assert (said["title"], said["axes"]) == ("Seeds", {"prune.ratio": [0.2, 0.4], "seed": [0, 1]})
-    assert said["text"] == STUDY
-    assert said["published"][0]["value"] == 1.5
-    assert {"torch", "prunekit"} <= set(said["versions"])
-    assert said["base"]["calibration"] == {"sequences": 4}
-    assert said["started"].startswith("20")
+    assert (said.title, said.axes) == ("Seeds", {"prune.ratio": [0.2, 0.4], "seed": [0, 1]})
+    assert said.text == STUDY
+    assert said.published[0].value == 1.5
+    assert {"torch", "prunekit"} <= set(said.versions)
+    assert said.base["calibration"] == {"sequences": 4}
+    assert said.started.startswith("20")
 
 
 def test_nan_and_infinity_survive(path, study):
     key = study().trials[0].key
     with Store.create_or_resume(path, study()) as store:
-        store.record(key, Outcome({"a": float("nan"), "b": [float("inf")]}, None, None, 1.0))
-        assert store.trials[0].data == {"a": "nan", "b": ["inf"]}
+        measured = {"evaluator": "odd", "label": "odd", "pruned": {"a": float("nan")}, "details": {"b": [float("inf")]}}
+        store.record(key, Outcome(run_record(metrics=[measured]), None, None, 1.0))
+        (metric,) = store.trials[0].result.metrics
+        assert (metric.pruned, metric.details) == ({"a": "nan"}, {"b": ["inf"]})
 
 
 def test_the_same_study_goes_on_and_a_failed_trial_may_be_done_again(half, study):
@@ -103,8 +108,8 @@ def test_the_same_study_goes_on_and_a_failed_trial_may_be_done_again(half, study
 def test_a_change_that_changes_no_trial_is_taken_over(half, study):
     text = STUDY.replace("title: Seeds", "title: Better # a comment").replace("1.5", "1.6")
     with Store.create_or_resume(half, study(text)) as store:
-        assert store.study["title"] == "Better"
-        assert store.study["text"] == text
+        assert store.study.title == "Better"
+        assert store.study.text == text
         assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
 
 
@@ -136,10 +141,10 @@ def test_update_keeps_what_applies_and_the_rest_for_the_way_back(half, study):
     with Store.create_or_resume(half, changed, update=True) as store:
         assert [trial.settings["prune.ratio"] for trial in store.trials] == [0.4, 0.4, 0.6, 0.6]
         assert [trial.status for trial in store.trials] == ["failed", "waiting", "waiting", "waiting"]
-        assert store.study["axes"]["prune.ratio"] == [0.4, 0.6]
+        assert store.study.axes["prune.ratio"] == [0.4, 0.6]
     with Store.create_or_resume(half, study(), update=True) as store:
         assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
-        assert store.trials[0].data == outcome().data
+        assert store.trials[0].result == outcome().result
 
 
 def test_a_changed_text_file_is_a_change(tmp_path, path, study):
@@ -159,6 +164,30 @@ def test_a_store_of_another_version(half, study):
     connection.close()
     for open_it in (lambda: Store.open(half), lambda: Store.create_or_resume(half, study(), True)):
         assert "another version of prunekit (layout 7, this one reads 1)" in refusal(open_it)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "words"),
+    [
+        ("trials", "data", "trial 1 is damaged (result.metrics.0.pruned: is required"),
+        ("trials", "settings", "trial 1 is damaged (settings: should be a valid dictionary"),
+        ("study", "axes", "study is damaged (axes: should be a valid dictionary"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(half, table, column, words):
+    value = json.dumps(
+        {**run_record().as_json(), "metrics": [{"evaluator": "a", "label": "a"}]} if column == "data" else 1
+    )
+    connection = sqlite3.connect(half)
+    if table == "study":
+        connection.execute("UPDATE study SET value = ? WHERE name = ?", (value, column))
+    else:
+        connection.execute(f"UPDATE trials SET {column} = ? WHERE number = 1", (value,))
+    connection.commit()
+    connection.close()
+    with Store.open(half) as store:
+        found = refusal(lambda: (store.study, store.trials))
+    assert f"{half}: {words}" in found and "or make a new store with --out" in found and "\n" not in found
 
 
 @pytest.mark.parametrize("kind", ["text", "sqlite", "empty", "folder", "none"])
@@ -202,7 +231,7 @@ def test_a_full_disk_loses_nothing_that_was_stored(half, study):
     with Store.create_or_resume(half, study()) as store:
         pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
         store._connection.execute(f"PRAGMA max_page_count = {pages}")
-        large = Outcome({"numbers": list(range(50_000))}, None, None, 1.0)
+        large = Outcome(run_record(notes=["x" * 400_000]), None, None, 1.0)
         found = refusal(store.record, planned[1].key, large)
         assert "is full; free some space and run the same command again" in found
         assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]

@@ -259,6 +259,6 @@ def test_results_and_report_say_how_it_was_compensated(tmp_path):
 
 def test_the_bundled_text_serves_compensation_where_none_is_named():
     results = Pipeline(quick(use="magnitude", compensate="mean")).measure()
-    assert results.data["calibration"]["text"] == "bundled reference-calibration"
-    assert results.data["compensation"]["tokens"] is None
-    assert Pipeline(quick(use="magnitude")).measure().data["compensation"] is None
+    assert results.record.calibration.text == "bundled reference-calibration"
+    assert results.record.compensation.tokens is None
+    assert Pipeline(quick(use="magnitude")).measure().record.compensation is None

@@ -189,5 +189,5 @@ def test_a_ridge_that_was_asked_for_and_a_probe(tmp_path):
     line = compensation_line(quick({"name": "least_squares", "ridge": 0.1, "probe": 0.5}).run(tmp_path / "r"))
     assert "ridge 0.1 times the mean variance" in line and "selector (name spread" in line
     results = quick("mean").run(tmp_path / "mean")
-    assert results.data["compensation"]["ridge"] is None
+    assert results.record.compensation.ridge is None
     assert compensation_line(results) == "- **compensation**: mean (no options)"

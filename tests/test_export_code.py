@@ -92,7 +92,7 @@ def test_an_exported_model_runs_in_a_pipeline(tmp_path, small_pipeline):
     content["evaluate"] = [{"name": "cost", "batch_size": 2, "length": 16}]
     results = Pipeline(PipelineSpec.of(content)).measure()
     kept = {e["layer"]: e for e in json.loads((exported / "prunekit.json").read_text())["layers"]}
-    for layer in results.data["layers"]:
-        assert layer["mlp"]["units"] == kept[layer["layer"]]["mlp"]["kept"]
-        assert layer["attention"]["units"] == kept[layer["layer"]]["attention"]["kept"]
+    for layer in results.record.layers:
+        assert layer.mlp.units == kept[layer.layer]["mlp"]["kept"]
+        assert layer.attention.units == kept[layer.layer]["attention"]["kept"]
     assert yaml.safe_load(results.resolved)["model"]["name"] == str(exported)

@@ -144,8 +144,8 @@ def test_resolved_yaml_reruns_to_the_same_numbers(content, tmp_path, options):
     spec = PipelineSpec.load(first.folder / "resolved.yaml")
     again = Pipeline(spec).run(tmp_path / "again")
     assert again.metrics == first.metrics
-    assert again.data["calibration"] == first.data["calibration"]
-    assert again.data["layers"] == first.data["layers"]
+    assert again.record.calibration == first.record.calibration
+    assert again.record.layers == first.record.layers
     assert (again.folder / "resolved.yaml").read_text() == (first.folder / "resolved.yaml").read_text()
 
 
@@ -160,17 +160,17 @@ def test_dense_is_the_model_itself_and_is_left_as_it_was(content, loaded):
     before = fingerprint(loaded.model)
     spec = PipelineSpec.of(content())
     results = Pipeline(spec).measure(loaded=loaded)
-    assert fingerprint(loaded.model) == before == results.data["model"]["fingerprint"]
+    assert fingerprint(loaded.model) == before == results.record.model.fingerprint
     subject = Subject(loaded.model, loaded.tokenizer, pipeline.read_documents, None, None)
     alone = spec.evaluate[0].evaluate(subject)
-    assert results.data["metrics"][0]["dense"] == alone.values
+    assert results.record.metrics[0].dense == alone.values
 
 
 def test_every_evaluator_starts_from_the_calibrated_history(content):
     results = Pipeline(content(evaluate=[PERPLEXITY, PERPLEXITY], merger={"momentum": 0.1})).measure()
-    first, second = results.data["metrics"]
-    assert (first["label"], second["label"]) == ("perplexity 1", "perplexity 2")
-    assert first["pruned"] == second["pruned"]
+    first, second = results.record.metrics
+    assert (first.label, second.label) == ("perplexity 1", "perplexity 2")
+    assert first.pruned == second.pruned
 
 
 def test_dense_values_are_shared_where_runs_share_a_model(content, loaded, monkeypatch):
@@ -179,25 +179,25 @@ def test_dense_values_are_shared_where_runs_share_a_model(content, loaded, monke
     (key,) = known
     known[key] = Measurement({"perplexity": 1.0, "loss": 0.0}, {})
     second = Pipeline(content(ratio=0.2)).measure(loaded=loaded, dense=known)
-    assert first.data["metrics"][0]["dense"]["perplexity"] > 1
-    assert second.data["metrics"][0]["dense"]["perplexity"] == 1.0
+    assert first.record.metrics[0].dense["perplexity"] > 1
+    assert second.record.metrics[0].dense["perplexity"] == 1.0
 
 
 def test_a_paired_evaluator_measures_dense_itself(content, plugin):
     spec = PipelineSpec.of(content(evaluate=["pair"], use="magnitude"), plugins=[plugin])
-    data = Pipeline(spec).measure().data
-    (outcome,) = data["metrics"]
-    assert outcome["dense"]["size"] > outcome["pruned"]["size"]
-    assert set(outcome["pruned"]) == {"size"}
-    assert data["notes"][1:] == ["pair: a note"]
-    assert data["calibration"] is None
-    assert data["plugins"][f"file {plugin}"] == ["evaluators/pair"]
+    record = Pipeline(spec).measure().record
+    (metric,) = record.metrics
+    assert metric.dense["size"] > metric.pruned["size"]
+    assert set(metric.pruned) == {"size"}
+    assert record.notes[1:] == ["pair: a note"]
+    assert record.calibration is None
+    assert record.plugins[f"file {plugin}"] == ["evaluators/pair"]
 
 
 def test_an_evaluators_options_need_no_hash(content, plugin):
     several = [{"name": "listing", "where": [1, 2]}, {"name": "listing", "where": [1]}]
-    data = Pipeline(PipelineSpec.of(content(evaluate=several, use="magnitude"), plugins=[plugin])).measure().data
-    assert [outcome["dense"]["places"] for outcome in data["metrics"]] == [2, 1]
+    record = Pipeline(PipelineSpec.of(content(evaluate=several, use="magnitude"), plugins=[plugin])).measure().record
+    assert [metric.dense["places"] for metric in record.metrics] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -212,14 +212,14 @@ def test_an_evaluators_options_need_no_hash(content, plugin):
     ],
 )
 def test_a_cut_that_rounding_makes_smaller_is_noted_once(content, loaded, options, notes):
-    found = Pipeline(content(**{"use": "magnitude", **options})).measure(loaded=loaded).data["notes"]
+    found = Pipeline(content(**{"use": "magnitude", **options})).measure(loaded=loaded).record.notes
     assert len(found) == len(notes)
     assert all(said.startswith(words) for said, words in zip(found, notes, strict=True)), found
 
 
 def test_the_protocol_names_the_attention_that_a_user_knows(content, loaded):
-    data = Pipeline(content(attention_unit="query_head", ratio=0.5)).measure(loaded=loaded).data
-    assert data["metrics"][0]["protocol"]["attention"] == data["model"]["attention"] == "sdpa"
+    record = Pipeline(content(attention_unit="query_head", ratio=0.5)).measure(loaded=loaded).record
+    assert record.metrics[0].protocol["attention"] == record.model.attention == "sdpa"
 
 
 def test_a_known_model_far_from_its_published_perplexity_is_noted(loaded):
@@ -290,7 +290,7 @@ def test_text_that_does_not_fit_is_refused(content, loaded, changes, words, monk
 def test_a_strategy_without_history_takes_longer_batches(content, loaded):
     for options in ({"use": "wanda_sp"}, {"use": "pp", "merger": "probe_only"}):
         results = Pipeline(content(evaluate=[{**PERPLEXITY, "window": 64}], **options)).measure(loaded=loaded)
-        assert results.data["metrics"][0]["protocol"]["window"] == 64
+        assert results.record.metrics[0].protocol["window"] == 64
 
 
 def test_where_results_go(content, tmp_path, monkeypatch):

@@ -131,12 +131,12 @@ def test_a_run_prints_and_reports_it(monkeypatch):
     text = {"name": "perplexity", "window": 32, "limit": 2, "batch_size": 2}
     spec = {"prune": {"use": "magnitude", "ratio": 0.2}, "evaluate": ["prr", {"name": "latency", **small}, text]}
     results = Pipeline(spec).measure()
-    prr, latency, perplexity = results.data["metrics"]
-    assert prr["protocol"]["pruned_perplexity"] == perplexity["pruned"]["perplexity"]
-    assert prr["protocol"]["dense_perplexity"] == perplexity["dense"]["perplexity"]
-    assert prr["protocol"]["dense_seconds"] == latency["dense"]["prefill_seconds"]
-    paired = latency["dense"]["prefill_seconds"] * latency["pruned"]["prefill_ratio"]
-    assert prr["protocol"]["pruned_seconds"] == paired
-    assert prr["protocol"]["latency"] == latency["protocol"]
-    prr["pruned"] = {"prr": None, "relative": None}
-    assert ("prr", "-", "-", "") in metric_rows(results.data)
+    prr, latency, perplexity = results.record.metrics
+    assert prr.protocol["pruned_perplexity"] == perplexity.pruned["perplexity"]
+    assert prr.protocol["dense_perplexity"] == perplexity.dense["perplexity"]
+    assert prr.protocol["dense_seconds"] == latency.dense["prefill_seconds"]
+    paired = latency.dense["prefill_seconds"] * latency.pruned["prefill_ratio"]
+    assert prr.protocol["pruned_seconds"] == paired
+    assert prr.protocol["latency"] == latency.protocol
+    prr = prr.model_copy(update={"pruned": {"prr": None, "relative": None}})
+    assert ("prr", "-", "-", "") in metric_rows(results.record.model_copy(update={"metrics": [prr]}))

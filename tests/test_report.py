@@ -11,6 +11,8 @@ from prunekit.compress.output.folders import write_json
 from prunekit.compress.runs import report
 from prunekit.compress.runs.pipeline import Pipeline
 
+from tests.run_records import run_record
+
 
 @pytest.mark.parametrize(
     ("value", "text"),
@@ -44,59 +46,55 @@ def test_shares(value, text):
 
 
 @pytest.fixture
-def data():
-    return {
-        "strategy": "pp",
-        "started": "2026-01-02T03:04:05+00:00",
-        "ratio": {"asked": 0.4, "units_cut": 0.375, "prunable_parameters_cut": 0.39},
-        "attention_unit": "kv_group",
-        "model": {
+def record():
+    return run_record(
+        model={
             "name": "bundled", "parameters": 5_000_000, "dtype": "float32", "device": "cpu", "attention": "sdpa",
             "fingerprint": "a" * 64,
         },
-        "calibration": {"text": "bundled reference-calibration", "length": 512, "fingerprint": "b" * 64},
-        "metrics": [
+        calibration={"text": "bundled reference-calibration", "length": 512, "fingerprint": "b" * 64},
+        metrics=[
             {
+                "evaluator": "perplexity",
                 "label": "perplexity",
                 "dense": {"perplexity": 40.0, "tokens": 100},
                 "pruned": {"perplexity": 60.0, "tokens": 100},
                 "protocol": {"window": 512, "tokens": 100, "separator": "\n\n", "limit": None},
-                "notes": [],
             },
             {
+                "evaluator": "cost",
                 "label": "cost",
                 "dense": {"flops": 2.0},
                 "pruned": {"flops": 1.0, "flops_ratio": 0.5},
                 "protocol": {"flops": "per token"},
-                "notes": [],
             },
         ],
-        "layers": [{"layer": 0, "attention": {"kept": 3, "units": 5}, "mlp": {"kept": 308, "units": 512}}],
-        "versions": {"torch": "2.13"},
-        "notes": ["mind this"],
-        "seconds": {"total": 12.3},
-    }  # fmt: skip
+        layers=[{"layer": 0, "attention": {"kept": 3, "units": 5}, "mlp": {"kept": 308, "units": 512}}],
+        versions={"torch": "2.13"},
+        notes=["mind this"],
+    )  # fmt: skip
 
 
-def test_rows_put_dense_beside_pruned(data):
-    assert report.metric_rows(data) == [
+def test_rows_put_dense_beside_pruned(record):
+    assert report.metric_rows(record) == [
         ("perplexity", "40.00", "60.00", "x 1.5"),
         ("cost: flops", "2.000", "1.000", "x 0.5"),
     ]
-    data["metrics"][0]["dense"]["loss"], data["metrics"][0]["pruned"]["loss"] = 3.5, 4.0
-    assert report.metric_rows(data)[1] == ("perplexity: loss", "3.500", "4.000", "+0.5")
-    del data["metrics"][0]["pruned"]["loss"]
-    data["metrics"][0]["pruned"]["perplexity"] = None
-    data["metrics"][1]["dense"] = None
-    assert report.metric_rows(data) == [
+    perplexity, cost = record.metrics
+    perplexity.dense["loss"], perplexity.pruned["loss"] = 3.5, 4.0
+    assert report.metric_rows(record)[1] == ("perplexity: loss", "3.500", "4.000", "+0.5")
+    del perplexity.pruned["loss"]
+    perplexity.pruned["perplexity"] = None
+    changed = record.model_copy(update={"metrics": [perplexity, cost.model_copy(update={"dense": None})]})
+    assert report.metric_rows(changed) == [
         ("perplexity", "40.00", "-", ""),
         ("cost: flops", "-", "1.000", ""),
         ("cost: flops ratio", "-", "0.500", ""),
     ]
 
 
-def test_the_report_states_protocol_cut_and_notes(data):
-    text = report.markdown(data)
+def test_the_report_states_protocol_cut_and_notes(record):
+    text = report.markdown(record)
     for words in (
         "40% asked: 37.5% of the units and 39% of the prunable parameters cut",
         "| perplexity  | 40.00 | 60.00  | x 1.5  |",
@@ -107,8 +105,7 @@ def test_the_report_states_protocol_cut_and_notes(data):
         "`aaaaaaaaaaaa`",
     ):
         assert words in text, f"{words}\nis not in\n{text}"
-    data["calibration"] = None
-    assert "**calibration**: none needed" in report.markdown(data)
+    assert "**calibration**: none needed" in report.markdown(record.model_copy(update={"calibration": None}))
 
 
 def test_results_are_json_whatever_the_values(tmp_path):

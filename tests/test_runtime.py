@@ -291,8 +291,8 @@ def test_a_pipeline_file_sets_it_and_results_say_so():
         "evaluate": [{"name": "perplexity", "window": 64, "limit": 4}],
         "runtime": {"shared_buffers": False},
     }
-    data = Pipeline(content).measure().data
-    assert data["runtime"] == {**Runtime().model_dump(), "shared_buffers": False}
-    default = Pipeline({key: value for key, value in content.items() if key != "runtime"}).measure().data
-    one, other = (found["metrics"][0]["pruned"]["perplexity"] for found in (data, default))
+    data = Pipeline(content).measure().record
+    assert data.runtime == {**Runtime().model_dump(), "shared_buffers": False}
+    default = Pipeline({key: value for key, value in content.items() if key != "runtime"}).measure().record
+    one, other = (found.metrics[0].pruned["perplexity"] for found in (data, default))
     assert one == pytest.approx(other, rel=1e-5)

@@ -246,4 +246,4 @@ def test_a_pipeline_file_names_it_from_its_own_folder(tmp_path, monkeypatch):
             Pipeline(PipelineSpec.load(file, ["calibration.statistics=nowhere/s.safetensors"])).measure()
     # Runs without a file say nothing of one.
     plain = Pipeline(PipelineSpec.load(file, ["calibration.statistics=null"])).measure()
-    assert "statistics" not in plain.data["calibration"]
+    assert "statistics" not in plain.record.as_json()["calibration"]

@@ -130,16 +130,17 @@ def test_both_conventions_side_by_side(tmp_path):
         "perplexity 1.perplexity", "perplexity 1.loss", "perplexity 2.perplexity", "perplexity 2.loss",
         "perplexity 2.word_perplexity", "perplexity 2.byte_perplexity", "perplexity 2.bits_per_byte",
     }  # fmt: skip
-    one, two = results.data["metrics"]
-    assert (one["protocol"]["convention"], two["protocol"]["convention"]) == ("tokens", "wikitext_words")
-    assert two["protocol"]["pages"] == two["protocol"]["limit"] == 3
+    one, two = results.record.metrics
+    assert (one.protocol["convention"], two.protocol["convention"]) == ("tokens", "wikitext_words")
+    assert two.protocol["pages"] == two.protocol["limit"] == 3
     for side in ("dense", "pruned"):
-        assert len(two["details"][side]["window_losses"]) == two["protocol"]["windows"]
-        assert two[side]["word_perplexity"] > two[side]["perplexity"] > two[side]["byte_perplexity"]
-    json.dumps(results.data, allow_nan=False)
+        assert len(two.details[side]["window_losses"]) == two.protocol["windows"]
+    for values in (two.dense, two.pruned):
+        assert values["word_perplexity"] > values["perplexity"] > values["byte_perplexity"]
+    json.dumps(results.record.as_json(), allow_nan=False)
     again = PipelineSpec.of(yaml.safe_load(results.resolved)).evaluate
     assert [evaluator.convention for evaluator in again] == ["tokens", "wikitext_words"]
-    assert check_published("meta-llama/Llama-2-7b-hf", {**two["protocol"], "window": 2048}, two["dense"]) is None
+    assert check_published("meta-llama/Llama-2-7b-hf", {**two.protocol, "window": 2048}, two.dense) is None
 
 
 def test_probing_strategies_get_windows_of_one_length_in_text_order(loaded):

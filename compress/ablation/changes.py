@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..output.folders import plain
 from .planned import StoredTrial, spelt
+from .published import StudyRecord
 
 if TYPE_CHECKING:
     from .study import Study
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 MOST_LINES = 12
 
 
-def explain(path: Path, before: Mapping[str, Any], stored: Sequence[StoredTrial], study: Study) -> str:
+def explain(path: Path, before: StudyRecord, stored: Sequence[StoredTrial], study: Study) -> str:
     """One message: what changed, how much of the store still applies, and how to go on."""
     finished = [trial for trial in stored if trial.status != "waiting"]
     planned = {trial.key for trial in study.trials}
     applying = sum(trial.key in planned for trial in finished)
     new = sum(trial.key not in {done.key for done in finished} for trial in study.trials)
-    changes = [*_axes(before["axes"], study.axes), *_fields(stored, study)]
+    changes = [*_axes(before.axes, study.axes), *_fields(stored, study)]
     if not changes:
         changes = ["other trials of the same axes, or another order of them"]
     if len(changes) > MOST_LINES:

@@ -183,7 +183,7 @@ def _interrupted(store: Store, file: Path) -> str:
 
 def _warn_of_versions(store: Store) -> None:
     """Numbers of one table should come from the same code."""
-    before, now = store.study["versions"], versions()
+    before, now = store.study.versions, versions()
     changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in now if before.get(name) != now.get(name)]
     if changed and any(trial.status == "done" for trial in store.trials):
         printing.warning(f"the store was begun with other versions: {', '.join(changed)}; finished trials keep theirs")

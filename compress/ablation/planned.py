@@ -11,8 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from ..files.spec import PipelineSpec
 from ..output.folders import plain
+from ..runs.records import RunResult
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,20 @@ class Planned:
 Status = Literal["waiting", "done", "failed"]
 
 
-@dataclass
-class StoredTrial:
-    """A trial of the plan and what became of it; ``data`` is results.json's content, NaN and infinity as text."""
+class StoredTrial(BaseModel):
+    """A trial of the plan as the store holds it."""
+
+    model_config = ConfigDict(frozen=True)
 
     number: int
     key: str
     settings: dict[str, Any]
     status: Status
-    data: dict[str, Any] | None
-    resolved: str | None
-    error: str | None
-    seconds: float | None
-    pipeline: dict[str, Any]
+    result: RunResult | None = None
+    resolved: str | None = None
+    error: str | None = None
+    seconds: float | None = None
+    pipeline: dict[str, Any] = Field(default_factory=dict)
     """Everything that the key stands for."""
 
     @property

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ...registry import near
 from ..files.dotted import resolved_settings
 from ..files.reader import Place
 from ..files.spec import PipelineSpec
+from ..output.folders import plain
 from .axes import Axes, Complain, Draft, axes_of, check_settings, matches
 from .planned import StoredTrial, spelt
 
@@ -27,6 +28,24 @@ class Published(BaseModel):
     value: float = Field(description="the published number")
     source: str = Field(description="where it was published, such as PP, Table 1")
     dense: bool = Field(default=False, description="whether it is the unpruned model's")
+
+
+class StudyRecord(BaseModel):
+    """What a store holds of its study."""
+
+    model_config = ConfigDict(frozen=True)
+
+    title: str | None = None
+    file: str = ""
+    axes: Annotated[dict[str, list[Any]], BeforeValidator(plain)]
+    """Values (labels, for an axis of a free name) by axis."""
+    published: tuple[Published, ...] = ()
+    base: Annotated[dict[str, Any], BeforeValidator(plain)] = Field(default_factory=dict)
+    text: str | None = None
+    """The file as it was read."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    started: str = ""
+    """ISO 8601, UTC."""
 
 
 def check_published(
@@ -78,8 +97,8 @@ def unmeasured(published: Sequence[Published], trials: Iterable[StoredTrial]) ->
     """A message for every entry whose value an evaluator that has run does not have."""
     names: dict[str, dict[str, None]] = {}
     for trial in trials:
-        for outcome in (trial.data or {}).get("metrics", ()):
-            names.setdefault(outcome["label"], {}).update(dict.fromkeys(outcome["pruned"]))
+        for metric in trial.result.metrics if trial.result else ():
+            names.setdefault(metric.label, {}).update(dict.fromkeys(metric.pruned))
     for index, entry in enumerate(published):
         label, _, value = entry.metric.rpartition(".")
         if label in names and value not in names[label]:

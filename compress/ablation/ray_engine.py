@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -147,7 +147,7 @@ class _Run:
     def _settle(self, seat: _Seat, outcome: Outcome) -> None:
         """Record what became of the worker's trial."""
         trial, seat.last, seat.trial = seat.trial, seat.trial, None
-        note_company(outcome, seat.company, seat.host)
+        outcome = note_company(outcome, seat.company, seat.host)
         self.record(trial, outcome)
         self.watch.finished(trial, outcome)
 
@@ -217,18 +217,21 @@ def choose(waiting: Sequence[Planned], last: Planned | None, others: Sequence[Pl
     return min(waiting, key=strangeness)
 
 
-def note_company(outcome: Outcome, company: int, host: str) -> None:
-    """Say beside measured times that ``company`` workers computed on the machine meanwhile."""
-    if company < 2 or outcome.data is None:
-        return
-    for metric in outcome.data["metrics"]:
-        if metric["evaluator"] in TIMED:
+def note_company(outcome: Outcome, workers: int, host: str) -> Outcome:
+    """The outcome with a note on every measured time, if several ``workers`` computed on the machine at once."""
+    if workers < 2 or outcome.result is None:
+        return outcome
+    metrics, notes = [], list(outcome.result.notes)
+    for metric in outcome.result.metrics:
+        if metric.evaluator in TIMED:
             note = (
-                f"{metric['label']}: measured while {company} workers computed on {host}, which changes times; "
+                f"{metric.label}: measured while {workers} workers computed on {host}, which changes times; "
                 "measure them with one worker a machine"
             )
-            metric["notes"].append(note)
-            outcome.data["notes"].append(note)
+            metric = metric.model_copy(update={"notes": [*metric.notes, note]})
+            notes.append(note)
+        metrics.append(metric)
+    return replace(outcome, result=outcome.result.model_copy(update={"metrics": metrics, "notes": notes}))
 
 
 def _killer(deaths: int, seat: _Seat, error: Exception) -> str:

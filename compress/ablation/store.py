@@ -15,8 +15,10 @@ import filelock
 
 from ...registry import StoreError
 from ..output.folders import plain
+from ..runs.records import Read, parsed
 from .changes import explain
 from .planned import Planned, StoredTrial
+from .published import StudyRecord
 from .worker import Outcome
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ CREATE TABLE trials (
 """
 """``number`` is the place in the plan, null for a trial that an earlier version of the file had."""
 
-COLUMNS = "number, key, settings, status, data, resolved, error, seconds, pipeline"
+COLUMNS = ("number", "key", "settings", "status", "data", "resolved", "error", "seconds", "pipeline")
 
 
 class Store:
@@ -90,24 +92,24 @@ class Store:
         return store
 
     @property
-    def study(self) -> dict[str, Any]:
-        """title, axes (name -> values or labels), published, versions, text (of the file), file, base, started."""
+    def study(self) -> StudyRecord:
+        """The study that the store was begun with, or last updated to."""
         with _errors(self.path):
             rows = self._connection.execute("SELECT name, value FROM study ORDER BY rowid").fetchall()
-        return {name: json.loads(value) for name, value in rows}
+        return _parsed(StudyRecord, {name: json.loads(value) for name, value in rows}, f"{self.path}: study")
 
     @property
     def trials(self) -> list[StoredTrial]:
         """All trials of the plan, in its order."""
         with _errors(self.path):
             rows = self._connection.execute(
-                f"SELECT {COLUMNS} FROM trials WHERE number IS NOT NULL ORDER BY number"
+                f"SELECT {', '.join(COLUMNS)} FROM trials WHERE number IS NOT NULL ORDER BY number"
             ).fetchall()
-        return [_stored(row) for row in rows]
+        return [_stored(row, self.path) for row in rows]
 
     def record(self, key: str, outcome: Outcome) -> None:
         """Store what became of a trial; when this returns, the disk has it."""
-        data = None if outcome.data is None else json.dumps(plain(outcome.data), allow_nan=False)
+        data = None if outcome.result is None else json.dumps(plain(outcome.result.as_json()), allow_nan=False)
         status = "done" if outcome.error is None else "failed"
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
         values = (status, data, outcome.resolved, outcome.error, outcome.seconds, finished, key)
@@ -143,23 +145,34 @@ class Store:
         asked = [(planned.key, plain(planned.settings)) for planned in study.trials]
         if known != asked and not update:
             raise StoreError(explain(self.path, self.study, stored, study))
-        described, before = study.describe(), self.study
-        described["versions"] = before["versions"]  # those that the store was begun with; every trial has its own
-        if known == asked and all(before.get(name) == value for name, value in described.items()):
+        before = self.study
+        # Versions are those that the store was begun with; every trial has its own.
+        after = study.describe().model_copy(update={"versions": before.versions, "started": before.started})
+        if known == asked and after == before:
             return
         with self._writing() as connection:
-            _write_plan(connection, described, study.trials)
+            _write_plan(connection, after, study.trials)
 
 
-def _stored(row: Sequence[Any]) -> StoredTrial:
-    number, key, settings, status, data, resolved, error, seconds, pipeline = row
-    read = None if data is None else json.loads(data)
-    return StoredTrial(number, key, json.loads(settings), status, read, resolved, error, seconds, json.loads(pipeline))
+def _stored(row: Sequence[Any], path: Path) -> StoredTrial:
+    found = dict(zip(COLUMNS, row, strict=True))
+    found |= {name: json.loads(found[name]) for name in ("settings", "data", "pipeline") if found[name] is not None}
+    found["result"] = found.pop("data")
+    return _parsed(StoredTrial, found, f"{path}: trial {found['number']}")
 
 
-def _write_plan(connection: sqlite3.Connection, described: dict[str, Any], trials: Sequence[Planned]) -> None:
+def _parsed(kind: type[Read], data: Any, place: str) -> Read:
+    try:
+        return parsed(kind, data)
+    except ValueError as error:
+        raise StoreError(
+            f"results store {place} is damaged ({error}); use a copy of the file, or make a new store with --out"
+        ) from None
+
+
+def _write_plan(connection: sqlite3.Connection, study: StudyRecord, trials: Sequence[Planned]) -> None:
     """The study and its plan; results that are there already stay."""
-    for name, value in described.items():
+    for name, value in study.model_dump().items():
         connection.execute(
             "INSERT INTO study VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
             (name, json.dumps(plain(value))),
@@ -187,7 +200,7 @@ def _create(path: Path, study: Study) -> None:
                 with connection:
                     connection.execute("BEGIN IMMEDIATE")
                     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                    _write_plan(connection, {**study.describe(), "started": started}, study.trials)
+                    _write_plan(connection, study.describe().model_copy(update={"started": started}), study.trials)
             finally:
                 connection.close()
             os.replace(partial, path)

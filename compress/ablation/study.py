@@ -20,7 +20,7 @@ from .axes import Draft, axes_of, grid, listed, read_axes
 from .blame import blamed
 from .fields import field_names
 from .planned import Planned, identity, key_of
-from .published import Published, check_published
+from .published import Published, StudyRecord, check_published
 from .study_file import Source, read_study
 
 
@@ -115,17 +115,17 @@ class Study:
         reader.mistakes = sorted(blamed(self._drafts, found), key=lambda said: self._source.order(said.place))
         reader.finish(str(self._source.path), self._source.at)
 
-    def describe(self) -> dict[str, Any]:
-        """What a store says about the study."""
-        return {
-            "title": self.title,
-            "file": self.file.name,
-            "axes": self.axes,
-            "published": [published.model_dump() for published in self.published],
-            "base": self.base,
-            "text": self.text,
-            "versions": versions(),
-        }
+    def describe(self) -> StudyRecord:
+        """What a store holds of the study."""
+        return StudyRecord(
+            title=self.title,
+            file=self.file.name,
+            axes=self.axes,
+            published=self.published,
+            base=self.base,
+            text=self.text,
+            versions=versions(),
+        )
 
 
 def _broken(mistakes: Iterable[Mistake], known: frozenset[str]) -> set[str]:

@@ -8,7 +8,6 @@ import traceback
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -18,16 +17,16 @@ from ..calibration.passes import Progress, no_progress
 from ..calibration.shared import SharedStatistics
 from ..files.spec import PipelineSpec
 from ..models.loading import Loaded, ModelSource, load
-from ..output.folders import plain
 from ..runs.measuring import Known
 from ..runs.pipeline import Pipeline
+from ..runs.records import RunResult
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What became of a trial: results.json's ``data`` and the resolved pipeline, or else an ``error``."""
+    """How a trial ended: with a ``result`` and the resolved pipeline, or with an ``error``."""
 
-    data: dict[str, Any] | None
+    result: RunResult | None
     resolved: str | None
     error: str | None
     seconds: float
@@ -49,18 +48,21 @@ class Worker:
         the message of a :class:`PrunekitError`, or else kind, message and place.
         """
         began = time.perf_counter()
+        result: RunResult | None = None
+        resolved: str | None = None
+        error: str | None = None
         try:
             results = Pipeline(spec).measure(progress, self._model(spec.model), self._dense, self._statistics)
-            data, resolved, error = plain(results.data), results.resolved, None
+            result, resolved = results.record, results.resolved
         except PrunekitError as mistake:
-            data, resolved, error = None, None, str(mistake)
+            error = str(mistake)
         except Exception as failure:  # a trial that fails in whatever way must not stop the others
-            data, resolved, error = None, None, describe(failure)
+            error = describe(failure)
         if error is not None:
             gc.collect()  # the failed trial's tensors, which its traceback held
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return Outcome(data, resolved, error, round(time.perf_counter() - began, 3))
+        return Outcome(result, resolved, error, round(time.perf_counter() - began, 3))
 
     def _model(self, source: ModelSource) -> Loaded:
         if self._loaded is None or source != self._source:

@@ -81,9 +81,9 @@ def run(
     printing.quiet()
     with printing.Bars() as bars:
         results = Pipeline(spec).run(out, progress=bars.track)
-    printing.say(tables.headline(results.data))
-    printing.show_table(tables.HEAD, tables.metric_rows(results.data))
-    for note in results.data["notes"]:
+    printing.say(tables.headline(results.record))
+    printing.show_table(tables.HEAD, tables.metric_rows(results.record))
+    for note in results.record.notes:
         printing.warning(note)
     printing.say(f"results: {results.folder}", whole=True)
 

@@ -18,7 +18,8 @@ from ..output.folders import RunFolder, write_json
 from ..output.formatting import table
 from ..runs.measuring import Known
 from ..runs.pipeline import Pipeline
-from ..runs.results import FORMAT, Results
+from ..runs.records import FORMAT, RESULTS, Comparison
+from ..runs.results import Results
 from .demo_report import HEAD, Row, sentences, table_rows
 
 STRATEGIES = ("random", "magnitude", "wanda_sp", "flap", "pp", "full_batch_probing")
@@ -143,8 +144,9 @@ def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], said: 
     runs = []
     for made, results in done:
         (folder / "pipelines" / made.file).write_text(results.resolved, encoding="utf-8")
-        runs.append({"pipeline": f"pipelines/{made.file}", "situation": made.situation, **results.data})
-    write_json(folder / "results.json", {"format": FORMAT, "table": [vars(row) for row in rows], "runs": runs})
+        runs.append({"pipeline": f"pipelines/{made.file}", "situation": made.situation, **results.record.as_json()})
+    found = Comparison.model_validate({"format": FORMAT, "table": [vars(row) for row in rows], "runs": runs})
+    write_json(folder / RESULTS, found.as_json())
     lines = [
         "# Strategies compared",
         "",

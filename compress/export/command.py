@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ..files.spec import PipelineSpec
 from ..files.yaml_file import is_study
 from ..output import printing
 from ..output.formatting import share
+from ..runs.records import RunResult, read_results
 from .card import metric_heads, metric_rows
 from .constraint import sentence as rounding_sentence
 from .exporting import Exporter
@@ -51,9 +51,7 @@ def export(
     printing.say(f"written: {Path(out).expanduser()} ({size(manifest)})", whole=True)
 
 
-def source_of(
-    source: Path, settings: Sequence[str], plugins: Sequence[Path]
-) -> tuple[PipelineSpec, dict[str, Any] | None]:
+def source_of(source: Path, settings: Sequence[str], plugins: Sequence[Path]) -> tuple[PipelineSpec, RunResult | None]:
     """The pipeline of a pipeline file, or of a results folder together with its results."""
     if source.is_dir():
         resolved, results = source / "resolved.yaml", source / "results.json"
@@ -62,12 +60,9 @@ def source_of(
                 f"{source} is a folder without resolved.yaml and results.json, so it is no run; name a results folder "
                 "of prunekit run, or a pipeline file"
             )
-        try:
-            run = json.loads(results.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SpecError(f"{results} is damaged ({error}); run the pipeline again, or name its file") from error
-        if not isinstance(run, dict) or not {"model", "metrics", "layers", "calibration", "started"} <= set(run):
-            raise SpecError(f"{results} is damaged (parts are missing); run the pipeline again, or name its file")
+        run = read_results(source)
+        if not isinstance(run, RunResult):
+            raise SpecError(f"{results} holds {len(run.runs)} runs; name one of the pipeline files in {source}")
         # What was measured with other settings says nothing of this export.
         return PipelineSpec.load(resolved, settings, plugins), None if settings else run
     if is_study(source):

@@ -25,6 +25,7 @@ from ..pruning.pruned import Pruned
 from ..runs.measuring import Measuring
 from ..runs.pipeline import calibration_of, check_lengths, labelled, pinned
 from ..runs.provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
+from ..runs.records import CalibrationFacts, RunResult
 from . import reload
 from .card import card
 from .checks import check_freezing
@@ -52,7 +53,7 @@ class Exporter:
     freeze: str | None = None
     shard_size: str = SHARD_SIZE
     overwrite: bool = False
-    run: dict[str, Any] | None = None
+    run: RunResult | None = None
     progress: Progress = no_progress
     manifest: dict[str, Any] = field(default_factory=dict, init=False)
     _notes: list[str] = field(default_factory=list, init=False)
@@ -96,7 +97,7 @@ class Exporter:
             runtime=self._runtime,
         )
         if statistics is not None:
-            calibration["statistics"] = statistics.used
+            self.manifest["calibration"]["statistics"] = statistics.used
         with pruned, folder.open() as partial:
             self._measure_before(loaded, pruned)
             if self.freeze is not None:
@@ -121,14 +122,14 @@ class Exporter:
         return self.spec.runtime.model_copy(update={"compile": None})
 
     def _check_run(self, loaded: Loaded) -> None:
-        known = (self.run or {}).get("model", {}).get("fingerprint")
+        known = self.run.model.fingerprint if self.run else None
         if known is not None and known != fingerprint(loaded.model):
             raise ModelError(
                 f"the run was of other weights of {self.spec.model.label} than are there now (fingerprint "
                 f"{known[:12]}...); export the pipeline file itself, or name the model that was run"
             )
 
-    def _origin(self, loaded: Loaded, calibration: dict[str, Any] | None) -> dict[str, Any]:
+    def _origin(self, loaded: Loaded, calibration: CalibrationFacts | None) -> dict[str, Any]:
         """What a manifest says of where the model comes from."""
         spec, profile = self.spec, self._profile
         meaning = MEANINGS.get(self.freeze, "") if spec.prune.dynamic else "units chosen once, and the calibrated mean"
@@ -141,9 +142,9 @@ class Exporter:
             "freeze": frozen,
             "recovery": None,
             "requires": needs() if profile.name == "hf-hetero" else {},
-            "base": about_model(loaded),
+            "base": about_model(loaded).as_json(),
             "license": licence_of(spec.model),
-            "calibration": calibration,
+            "calibration": calibration and calibration.as_json(),
             "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             "versions": versions(),
             "plugins": plugins_used(spec),
@@ -168,8 +169,9 @@ class Exporter:
         """What a manifest says of the cut."""
         active = pruned.active_parameters()
         parameters = {"dense": self.manifest["base"]["parameters"], "active": active, "exported": active}
-        self.manifest |= {**about_cut(pruned), "rounding": rounding(pruned), "parameters": parameters}
-        self._notes += notes_on_cut(pruned)
+        cut = about_cut(pruned)
+        self.manifest |= {**cut.as_json(), "rounding": rounding(pruned), "parameters": parameters}
+        self._notes += notes_on_cut(pruned, cut)
 
     def _load_again(self, loaded: Loaded, pruned: Pruned, partial: Path, ids: Tensor) -> None:
         """Compare the folder, loaded as it will be, with the pruned model, and measure it; one model is held at a time.
@@ -213,8 +215,9 @@ class Exporter:
         self.manifest["run"] = None
         if self.run is None:
             return
-        texts = [(about or {}).get("fingerprint") for about in (self.run["calibration"], self.manifest["calibration"])]
-        if self.freeze is not None or self.run["layers"] != self.manifest["layers"] or texts[0] != texts[1]:
+        run = self.run.as_json()
+        texts = [(about or {}).get("fingerprint") for about in (run.get("calibration"), self.manifest["calibration"])]
+        if self.freeze is not None or run["layers"] != self.manifest["layers"] or texts[0] != texts[1]:
             self._notes.append("the run's other measurements are of another cut: frozen, rounded, or of another text")
             return
-        self.manifest["run"] = {"started": self.run["started"], "metrics": self.run["metrics"]}
+        self.manifest["run"] = {"started": run["started"], "metrics": run["metrics"]}

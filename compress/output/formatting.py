@@ -51,10 +51,11 @@ def extent(ends: dict[str, float]) -> str:
 
 def sentence(facts: dict[str, Any]) -> str:
     """``key value`` pairs in a row."""
-    return ", ".join(f"{key.replace('_', ' ')} {_fact(value)}" for key, value in facts.items() if value is not None)
+    return ", ".join(f"{key.replace('_', ' ')} {fact(value)}" for key, value in facts.items() if value is not None)
 
 
-def _fact(value: Any) -> str:
+def fact(value: Any) -> str:
+    """A protocol value as people read it: a sha256 is shortened, a mapping is in brackets."""
     if isinstance(value, dict):
         return f"({sentence(value)})"
     if isinstance(value, str) and value != value.strip():

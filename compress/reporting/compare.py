@@ -8,10 +8,10 @@ from typing import Any
 from ...registry import SpecError
 from ..output import printing
 from ..output.formatting import number
+from ..runs.records import RunResult, read_results
 from ..runs.report import headline
 from . import differences
 from .bootstrap import FEW_WINDOWS, Windows, paired_interval, unpaired
-from .findings import read_results
 
 TAKES = "prunekit compare takes two folders written by prunekit run"
 
@@ -26,7 +26,7 @@ def compare(a: Path, b: Path, samples: int = 10_000, seed: int = 0) -> None:
     first, second = (_one_run(folder) for folder in folders)
     for name, folder, data in zip("AB", folders, (first, second), strict=True):
         printing.say(f"{name}: {folder}", whole=True)
-        printing.say(f"   {headline(data)}")
+        printing.say(f"   {headline(RunResult.model_validate(data))}")
     printing.say("")
     resolved = [_resolved(folder) for folder in folders]
     _differing("settings that differ", differences.settings(*resolved), "the settings are the same")
@@ -84,7 +84,7 @@ def _one_run(folder: Path) -> dict[str, Any]:
     if not (folder / "results.json").is_file():
         what = "is no results folder (no results.json in it)" if folder.is_dir() else "is not there"
         raise SpecError(f"{folder} {what}; {TAKES}")
-    data = read_results(folder)
+    data = read_results(folder).as_json()
     if "runs" in data:
         raise SpecError(
             f"{folder} holds {len(data['runs'])} runs, and compare takes folders of one run each; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import SpecError
-from ..runs.results import FORMAT
+from ..runs.records import REMEDY, read_results
 
 SQLITE = b"SQLite format 3\0"
-
-REMEDY = "name a store written by prunekit ablate, or a folder written by prunekit run or prunekit demo"
 
 
 @dataclass(frozen=True)
@@ -90,29 +87,8 @@ def read(source: Path) -> Findings:
     return found
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """A results folder's results.json; raises :class:`SpecError` where there is none that can be read."""
-    path = folder / "results.json"
-    if not folder.is_dir():
-        raise SpecError(f"there is no folder {folder}; {REMEDY}")
-    if not path.is_file():
-        raise SpecError(f"{folder} is no results folder (no results.json in it); {REMEDY}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict) or not ("runs" in data or "metrics" in data):
-        raise SpecError(f"{path} holds no results (neither metrics nor runs); {REMEDY}")
-    if data.get("format") != FORMAT:
-        raise SpecError(
-            f"{path} has format {data.get('format')!r}, this version of prunekit reads {FORMAT}; "
-            "run the pipeline again, or use the version that wrote it"
-        )
-    return data
-
-
 def _folder(folder: Path) -> Findings:
-    data = read_results(folder)
+    data = read_results(folder).as_json()
     if "runs" not in data:
         resolved = _text(folder / "resolved.yaml")
         settings = {"prune.use": data["strategy"], "prune.ratio": data["ratio"]["asked"]}
@@ -146,18 +122,24 @@ def _store(path: Path) -> Findings:
         raise SpecError(f"{path} is no store of an ablation; {REMEDY}")
     from ..ablation.store import Store
 
-    fields = ("number", "settings", "status", "data", "resolved", "error", "seconds")
+    fields = ("number", "settings", "status", "resolved", "error", "seconds")
     with Store.open(path) as store:
         study, stored = store.study, store.trials
-    trials = tuple(Trial(**{name: getattr(trial, name) for name in fields}) for trial in stored)
+    trials = tuple(
+        Trial(
+            **{name: getattr(trial, name) for name in fields},
+            data=trial.result.as_json() if trial.result is not None else None,
+        )
+        for trial in stored
+    )
     return Findings(
-        title=study.get("title") or path.stem,
+        title=study.title or path.stem,
         source=path,
         trials=trials,
-        axes=dict(study.get("axes") or {}),
-        published=tuple(dict(entry) for entry in study.get("published") or ()),
-        text=study.get("text"),
-        versions=dict(study.get("versions") or {}),
+        axes=study.axes,
+        published=tuple(entry.model_dump() for entry in study.published),
+        text=study.text,
+        versions=study.versions,
     )
 
 

@@ -12,7 +12,7 @@ from ...registry import Evaluator, Measurement, SiteScores, SparsityAllocator, S
 from ...registry.roles.evaluation import checked
 from ..calibration.passes import Progress
 from ..models.loading import Loaded
-from ..pruning.prune import find_sites, prune
+from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
 from .text import read_documents
 
@@ -39,7 +39,6 @@ class Measuring:
         self.loaded, self.progress, self.listed, self.seed = loaded, progress, listed, seed
         self._running = pruned
         self._known: dict[bool, Known] = {True: dense, False: {}}
-        self._sites = tuple(find_sites(loaded.model, pruned.catalog, pruned.strategy.attention_unit)[1])
 
     def measure(self, evaluator: Evaluator | str, dense: bool = False) -> Measurement:
         """The evaluator's measurement, unpruned if ``dense``; made now, unless it was made before.
@@ -65,7 +64,7 @@ class Measuring:
             progress=self._track,
             reset=lambda: self._running.reset(),
             measure=self._for_another,
-            sites=self._sites,
+            sites=self._running.all_sites,
             kept=self._kept,
             watch=lambda stage: self._running.watch(stage),
             full_batch=self._full_batch,
@@ -91,7 +90,7 @@ class Measuring:
         return self.progress(items, f"{what}: {label}", total)
 
     def _kept(self) -> dict:
-        everything = {(site.layer, site.kind): tuple(range(site.units)) for site in self._sites}
+        everything = {(site.layer, site.kind): tuple(range(site.units)) for site in self._running.all_sites}
         return {**everything, **self._running.kept()}
 
     @contextmanager

@@ -22,7 +22,8 @@ from ..output.folders import RunFolder
 from ..pruning.prune import prune
 from .measuring import Known, Measuring
 from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
-from .results import FORMAT, Results
+from .records import FORMAT, CalibrationFacts, EvaluatorResult, RunResult, Seconds
+from .results import Results
 from .text import calibration_batches, read_documents
 from .text import fingerprint as text_fingerprint
 
@@ -102,37 +103,40 @@ class Pipeline:
                 outcomes.append(self._evaluate(label, evaluator, measuring))
                 if trace is not None:
                     trace += [{"evaluator": label, **record} for record in pruned.trace[before:]]
-            cut, cut_notes = about_cut(pruned), notes_on_cut(pruned)
+            cut = about_cut(pruned)
+            notes = notes_on_cut(pruned, cut)
         seconds["total"] = time.perf_counter() - began
-        if isinstance(statistics, StatisticsFile):
-            about_calibration["statistics"] = statistics.used
-        data = {
-            "format": FORMAT,
-            "started": started,
-            "strategy": spec.prune.name,
-            "ratio": cut.pop("ratio"),
-            "metrics": outcomes,
-            "model": about_model(loaded),
-            "calibration": about_calibration,
-            **cut,
-            "runtime": spec.runtime.model_dump(mode="json"),
-            "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
-            "versions": versions(),
-            "plugins": plugins_used(spec),
-            "notes": [*cut_notes, *(note for outcome in outcomes for note in outcome["notes"])],
-            "seconds": {key: round(value, 2) for key, value in seconds.items()},
-        }
-        return Results(data, pinned(spec, loaded).to_yaml(), trace)
+        if about_calibration is not None and isinstance(statistics, StatisticsFile):
+            about_calibration = about_calibration.model_copy(update={"statistics": statistics.used})
+        result = RunResult(
+            format=FORMAT,
+            started=started,
+            strategy=spec.prune.name,
+            ratio=cut.ratio,
+            metrics=outcomes,
+            model=about_model(loaded),
+            calibration=about_calibration,
+            compensation=cut.compensation,
+            attention_unit=cut.attention_unit,
+            layers=cut.layers,
+            runtime=spec.runtime.model_dump(mode="json"),
+            seeds={"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
+            versions=versions(),
+            plugins=plugins_used(spec),
+            notes=[*notes, *(note for outcome in outcomes for note in outcome.notes)],
+            seconds=Seconds(**{key: round(value, 2) for key, value in seconds.items()}),
+        )
+        return Results(result, pinned(spec, loaded).to_yaml(), trace)
 
-    def _calibration(self, loaded: Loaded) -> tuple[list | None, dict[str, Any] | None]:
-        """Calibration batches, where the strategy needs any, and what results say about them."""
+    def _calibration(self, loaded: Loaded) -> tuple[list | None, CalibrationFacts | None]:
+        """Calibration batches, where the strategy needs any, and their description."""
         if not self.spec.prune.needs_calibration:
             return None, None
         return calibration_of(self.spec.calibration, loaded)
 
     @staticmethod
-    def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> dict[str, Any]:
-        """One evaluator's values, dense beside pruned, unless it measures dense itself."""
+    def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> EvaluatorResult:
+        """One evaluator's values, dense and pruned."""
         began, dense = time.perf_counter(), None
         notes: list[str] = []
         details = {}
@@ -147,19 +151,19 @@ class Pipeline:
         if evaluator.paired:
             dense = {key.removeprefix("dense_"): value for key, value in values.items() if key.startswith("dense_")}
             values = {key: value for key, value in values.items() if not key.startswith("dense_")}
-        return {
-            "evaluator": evaluator.name,
-            "label": label,
-            "dense": dense,
-            "pruned": values,
-            "protocol": measured.protocol,
-            "details": {key: found for key, found in details.items() if found},
-            "notes": list(dict.fromkeys(notes)),
-            "seconds": round(time.perf_counter() - began, 2),
-        }
+        return EvaluatorResult(
+            evaluator=evaluator.name,
+            label=label,
+            dense=dense,
+            pruned=values,
+            protocol=measured.protocol,
+            details={key: found for key, found in details.items() if found},
+            notes=list(dict.fromkeys(notes)),
+            seconds=round(time.perf_counter() - began, 2),
+        )
 
 
-def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, dict[str, Any]]:
+def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, CalibrationFacts]:
     """Calibration batches and their description; raises :class:`DataError` where they exceed the model's context."""
     context = context_length(loaded.model)
     if context is not None and calibration.length > context:
@@ -177,14 +181,14 @@ def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, dict
         seed=calibration.seed,
         label=calibration.label,
     )
-    return batches, {
-        "text": calibration.label,
-        "sequences": calibration.sequences,
-        "length": calibration.length,
-        "batch_size": calibration.batch_size,
-        "seed": calibration.seed,
-        "fingerprint": text_fingerprint(batches),
-    }
+    return batches, CalibrationFacts(
+        text=calibration.label,
+        sequences=calibration.sequences,
+        length=calibration.length,
+        batch_size=calibration.batch_size,
+        seed=calibration.seed,
+        fingerprint=text_fingerprint(batches),
+    )
 
 
 def pinned(spec: PipelineSpec, loaded: Loaded) -> PipelineSpec:

@@ -8,30 +8,31 @@ from typing import Any
 
 from ... import __version__
 from ...registry import Component
+from ...registry.sites import SiteKind
 from ...registry.tensors.devices import device_of, places_of
 from ..files.spec import PipelineSpec
 from ..models.loading import Loaded, fingerprint
 from ..output.formatting import share
-from ..pruning.prune import find_sites
 from ..pruning.pruned import Pruned
+from .records import CompensationFacts, Cut, Kept, LayerCut, ModelFacts, Ratio
 
 FAR = 0.02
 """Difference of the ratios asked for and achieved from which it is worth a note."""
 
 
-def about_model(loaded: Loaded) -> dict[str, Any]:
+def about_model(loaded: Loaded) -> ModelFacts:
     """What identifies the model, its weights' fingerprint included, and how it was run."""
     model = loaded.model
-    return {
+    return ModelFacts(
         **loaded.identity,
-        "fingerprint": fingerprint(model),
-        "architecture": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(device_of(model.get_input_embeddings())),
-        "device_map": _device_map(model),
-        "attention": getattr(model.config, "_attn_implementation", None),
-    }
+        fingerprint=fingerprint(model),
+        architecture=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(device_of(model.get_input_embeddings())),
+        device_map=_device_map(model),
+        attention=getattr(model.config, "_attn_implementation", None),
+    )
 
 
 def _device_map(model: Any) -> str | None:
@@ -41,37 +42,37 @@ def _device_map(model: Any) -> str | None:
     return f"{'+'.join(places)}: {', '.join([first.replace(' ', ' modules ', 1), *others])}" if places else None
 
 
-def about_cut(pruned: Pruned) -> dict[str, Any]:
+def about_cut(pruned: Pruned) -> Cut:
     """Kept units of every layer, skipped ones included, the ratio asked for and achieved, and the compensation."""
-    _, sites = find_sites(pruned.model, pruned.catalog, pruned.strategy.attention_unit)
-    layers: dict[int, dict[str, Any]] = {}
+    layers: dict[int, dict[SiteKind, Kept]] = {}
     shares, lost, whole = [], 0, 0
-    for site in sites:
+    for site in pruned.all_sites:
         kept = pruned.counts.get((site.layer, site.kind), site.units)
-        layers.setdefault(site.layer, {"layer": site.layer})[site.kind] = {"kept": kept, "units": site.units}
+        layers.setdefault(site.layer, {})[site.kind] = Kept(kept=kept, units=site.units)
         shares.append(1 - kept / site.units)
         lost += (site.units - kept) * site.unit_parameters
         whole += site.units * site.unit_parameters
-    return {
-        "ratio": {
-            "asked": pruned.strategy.ratio,
-            "units_cut": round(sum(shares) / len(shares), 6),
-            "prunable_parameters_cut": round(lost / whole, 6),
-        },
-        "compensation": pruned.about_compensation(),
-        "attention_unit": pruned.strategy.attention_unit,
-        "layers": [layers[index] for index in sorted(layers)],
-    }
+    compensation = pruned.about_compensation()
+    return Cut(
+        ratio=Ratio(
+            asked=pruned.strategy.ratio,
+            units_cut=round(sum(shares) / len(shares), 6),
+            prunable_parameters_cut=round(lost / whole, 6),
+        ),
+        compensation=None if compensation is None else CompensationFacts(**compensation),
+        attention_unit=pruned.strategy.attention_unit,
+        layers=[LayerCut(layer=index, **layers[index]) for index in sorted(layers)],
+    )
 
 
-def notes_on_cut(pruned: Pruned) -> list[str]:
-    """One where much more or less is cut than asked, or a share of few units is none; and the pruning's own."""
+def notes_on_cut(pruned: Pruned, cut: Cut) -> list[str]:
+    """The pruning's own notes, after one where the cut is far from the ratio asked for or rounds to nothing."""
     asked, allocator = pruned.strategy.ratio, pruned.strategy.allocator
     if not asked:
         return [*pruned.notes]
-    achieved = about_cut(pruned)["ratio"]["units_cut"]
+    achieved = cut.ratio.units_cut
     said = [f"{share(asked)} of the units were asked, {share(achieved)} are cut"] if abs(achieved - asked) > FAR else []
-    # Where scores divide the ratio up, a site that keeps everything is their decision, and no rounding.
+    # Where the scores distribute the ratio, a site that keeps everything is their decision, not a rounding.
     whole = [] if allocator.needs_scores else [s for s in pruned.sites if pruned.counts[s.layer, s.kind] == s.units]
     for kind, units in dict.fromkeys((site.kind, site.units) for site in whole):
         layers = sum((site.kind, site.units) == (kind, units) for site in whole)

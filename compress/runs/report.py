@@ -2,91 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..output.formatting import _fact, extent, number, sentence, share, table
+from ..output.formatting import extent, fact, number, sentence, share, table
+from .records import CompensationFacts, RunResult, Value
 
 HEAD = ("measurement", "dense", "pruned", "change")
 
 
-def metric_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows under :data:`HEAD`, one for each value of each evaluator; what its protocol or change says is left out."""
+def metric_rows(result: RunResult) -> list[tuple[str, str, str, str]]:
+    """Rows under :data:`HEAD`, one for each value; values that the protocol or the change states are left out."""
     rows = []
-    for outcome in data["metrics"]:
-        for name, value in outcome["pruned"].items():
-            dense = outcome["dense"] or {}
-            stated = value is not None and outcome["protocol"].get(name) == value
+    for metric in result.metrics:
+        dense = metric.dense or {}
+        for name, value in metric.pruned.items():
+            stated = value is not None and metric.protocol.get(name) == value
             if stated or (name not in dense and name.removesuffix("_ratio") in dense):
                 continue
-            label = name if outcome["label"] == name else f"{outcome['label']}: {name}"
+            label = name if metric.label == name else f"{metric.label}: {name}"
             before = dense.get(name)
             rows.append((label.replace("_", " "), number(before), number(value), _change(name, before, value)))
     return rows
 
 
-def _change(name: str, dense: Any, value: Any) -> str:
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (dense, value))
-    if numbers and name == "loss":  # a logarithm: its difference means something, its ratio does not
+def _change(name: str, dense: Value, value: Value) -> str:
+    if not isinstance(dense, (int, float)) or not isinstance(value, (int, float)):
+        return ""
+    if name == "loss":  # a logarithm: its difference means something, its ratio does not
         return f"{value - dense:+.3g}"
-    return f"x {value / dense:.3g}" if numbers and dense else ""
+    return f"x {value / dense:.3g}" if dense else ""
 
 
-def headline(data: dict[str, Any]) -> str:
-    """One line: what was pruned by what, asked and achieved."""
-    ratio = data["ratio"]
-    asked = "" if ratio["asked"] is None else f", {share(ratio['asked'])} asked"
+def headline(result: RunResult) -> str:
+    """One line: what was pruned by which strategy, and how much."""
+    ratio = result.ratio
+    asked = "" if ratio.asked is None else f", {share(ratio.asked)} asked"
     return (
-        f"{data['strategy']} on {data['model']['name']}{asked}: {share(ratio['units_cut'])} of the units and "
-        f"{share(ratio['prunable_parameters_cut'])} of the prunable parameters cut"
+        f"{result.strategy} on {result.model.name}{asked}: {share(ratio.units_cut)} of the units and "
+        f"{share(ratio.prunable_parameters_cut)} of the prunable parameters cut"
     )
 
 
-def markdown(data: dict[str, Any]) -> str:
+def markdown(result: RunResult) -> str:
     """report.md."""
-    model, calibration = data["model"], data["calibration"]
+    model, calibration = result.model, result.calibration
     lines = [
-        f"# {data['strategy']}",
+        f"# {result.strategy}",
         "",
-        headline(data) + ".",
+        headline(result) + ".",
         "",
-        *table(HEAD, metric_rows(data)),
+        *table(HEAD, metric_rows(result)),
         "",
         "## How it was measured",
         "",
-    ]
-    for outcome in data["metrics"]:
-        lines.append(f"- **{outcome['label']}**: {sentence(outcome['protocol'])}")
-    lines += [
-        f"- **model**: {model['name']}, {model['parameters']:,} parameters, {model['dtype']} on {model['device']}, "
-        f"{model['attention']} attention, fingerprint {_fact(model['fingerprint'])}",
-        f"- **calibration**: {sentence(calibration) if calibration else 'none needed'}",
-        *_compensation(data.get("compensation")),
-        *([f"- **runtime**: {sentence(data['runtime'])}"] if data.get("runtime") else []),
-        f"- **versions**: {sentence(data['versions'])}; run {data['started']}, {data['seconds']['total']:.0f} s",
+        *(f"- **{metric.label}**: {sentence(metric.protocol)}" for metric in result.metrics),
+        f"- **model**: {model.name}, {model.parameters:,} parameters, {model.dtype} on {model.device}, "
+        f"{model.attention} attention, fingerprint {fact(model.fingerprint)}",
+        f"- **calibration**: {sentence(calibration.as_json()) if calibration else 'none needed'}",
+        *_compensation(result.compensation),
+        *([f"- **runtime**: {sentence(result.runtime)}"] if result.runtime else []),
+        f"- **versions**: {sentence(result.versions)}; run {result.started}, {result.seconds.total:.0f} s",
         "",
     ]
-    if data["notes"]:
-        lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
-    unit = {"attention": "attention (" + {"kv_group": "key/value groups"}.get(data["attention_unit"], "heads") + ")"}
-    kinds = [kind for kind in data["layers"][0] if kind != "layer"] if data["layers"] else []
+    if result.notes:
+        lines += ["## Notes", "", *(f"- {note}" for note in result.notes), ""]
+    units = {"attention": "attention (" + {"kv_group": "key/value groups"}.get(result.attention_unit, "heads") + ")"}
+    kinds = list(result.layers[0].sites) if result.layers else []
     rows = [
-        (str(layer["layer"]), *(f"{layer[kind]['kept']} of {layer[kind]['units']}" for kind in kinds))
-        for layer in data["layers"]
+        (str(layer.layer), *(f"{layer.sites[kind].kept} of {layer.sites[kind].units}" for kind in kinds))
+        for layer in result.layers
     ]
-    lines += ["## Kept units", "", *table(("layer", *(unit.get(kind, kind) for kind in kinds)), rows), ""]
-    lines += ["`resolved.yaml` beside this file reruns to the same numbers.", ""]
+    lines += ["## Kept units", "", *table(("layer", *(units.get(kind, kind) for kind in kinds)), rows), ""]
+    lines += ["`resolved.yaml` in the same folder reruns to the same numbers.", ""]
     return "\n".join(lines)
 
 
-def _compensation(about: dict[str, Any] | None) -> list[str]:
-    """The line that says how the dropped channels' contribution was given back, where it was."""
+def _compensation(about: CompensationFacts | None) -> list[str]:
+    """The line on how the contribution of the dropped channels was compensated, if it was."""
     if about is None:
         return []
-    options, ridge = dict(about["compensator"]), about["ridge"]
+    options = dict(about.compensator)
     if options.get("probe") == 0:
         options.pop("selector", None)  # nothing is probed
-    if ridge:
-        options["ridge"] = f"{extent(ridge)} times the mean variance"
-    fell_back = f"; the mean alone at {', '.join(about['fell_back'])}" if about["fell_back"] else ""
-    gathered = "" if about["tokens"] is None else f"; covariance of {about['tokens']:,} tokens"
+    if about.ridge:
+        options["ridge"] = f"{extent(about.ridge)} times the mean variance"
+    fell_back = f"; the mean alone at {', '.join(about.fell_back)}" if about.fell_back else ""
+    gathered = "" if about.tokens is None else f"; covariance of {about.tokens:,} tokens"
     return [f"- **compensation**: {options.pop('name')} ({sentence(options) or 'no options'}){gathered}{fell_back}"]

@@ -9,17 +9,15 @@ from typing import Any
 
 from ...registry import SpecError
 from ..output.folders import write_json
+from .records import RESULTS, RunResult, as_number
 from .report import markdown
-
-FORMAT = 1
-"""Version of results.json's layout."""
 
 
 @dataclass
 class Results:
-    """A run's findings; ``data`` is what results.json holds (docs/pipeline-files.md lists its keys)."""
+    """What a run found, and what belongs to it in the results folder."""
 
-    data: dict[str, Any]
+    record: RunResult
     resolved: str
     """The pipeline file with every default written out."""
     trace: list[dict[str, Any]] | None = None
@@ -27,13 +25,13 @@ class Results:
     """Where it was written, once it was."""
 
     @property
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """Every value by ``evaluator.value``: ``{"dense": ..., "pruned": ...}``, dense left out where it is paired."""
-        found = {}
-        for outcome in self.data["metrics"]:
-            for name, value in outcome["pruned"].items():
-                both = {} if outcome["dense"] is None else {"dense": outcome["dense"].get(name)}
-                found[f"{outcome['label']}.{name}"] = {**both, "pruned": value}
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """``{"dense": ..., "pruned": ...}`` by ``evaluator.value``; without dense where none was measured."""
+        found: dict[str, dict[str, Any]] = {}
+        for metric in self.record.metrics:
+            for name, value in metric.pruned.items():
+                dense = {} if metric.dense is None else {"dense": as_number(metric.dense.get(name))}
+                found[f"{metric.label}.{name}"] = {**dense, "pruned": as_number(value)}
         return found
 
     def write(self, folder: Path) -> None:
@@ -42,9 +40,9 @@ class Results:
         Raises :class:`SpecError` where the disk does not take them.
         """
         try:
-            write_json(folder / "results.json", self.data)
+            write_json(folder / RESULTS, self.record.as_json())
             (folder / "resolved.yaml").write_text(self.resolved, encoding="utf-8")
-            (folder / "report.md").write_text(markdown(self.data), encoding="utf-8")
+            (folder / "report.md").write_text(markdown(self.record), encoding="utf-8")
             if self.trace is not None:
                 with open(folder / "decisions.jsonl", "w", encoding="utf-8") as file:
                     for record in self.trace:

@@ -159,7 +159,8 @@ def test_folders_that_hold_no_single_run_are_refused(folder, tmp_path, run_data)
         compare(tmp_path / "a", tmp_path / "study.sqlite")
     demo = tmp_path / "demo"
     demo.mkdir()
-    (demo / "results.json").write_text(json.dumps({"format": 1, "runs": [run_data()]}))
+    run = {**run_data(), "pipeline": "pipelines/a.yaml", "situation": "other"}
+    (demo / "results.json").write_text(json.dumps({"format": 1, "runs": [run]}))
     with pytest.raises(SpecError, match=r"holds 1 runs.*prunekit report"):
         compare(tmp_path / "a", demo)
     assert CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "nowhere")]).exit_code == 2

@@ -10,6 +10,7 @@ from prunekit.compress.ablation.worker import Outcome
 from prunekit.compress.files.dotted import flatten
 from prunekit.compress.reporting import command
 from prunekit.compress.reporting.findings import axis_title, named_text, read, setting_text
+from prunekit.compress.runs.records import RunResult
 from prunekit.registry import PrunekitError, SpecError
 
 STUDY = """
@@ -30,7 +31,9 @@ def store(tmp_path, run_data, resolved):
     with Store.create_or_resume(path, study) as store:
         for planned in study.trials[:2]:
             use, ratio = planned.settings.values()
-            store.record(planned.key, Outcome(run_data(use, ratio), resolved(use, ratio), None, 2.0))
+            store.record(
+                planned.key, Outcome(RunResult.model_validate(run_data(use, ratio)), resolved(use, ratio), None, 2.0)
+            )
         store.record(study.trials[2].key, Outcome(None, None, "it went wrong", 1.0))
     return path
 
@@ -79,7 +82,7 @@ def written(folder, name, content):
     ("make", "message"),
     [
         (lambda f: f / "nowhere", r"there is no .*nowhere"),
-        (lambda f: f, "no results folder"),
+        (lambda f: f, "not a results folder"),
         (lambda f: written(f, "text.sqlite", "not a database at all"), "no store of an ablation"),
         (lambda f: written(f, "results.json", "{").parent, "cannot be read"),
         (lambda f: written(f, "results.json", "[]").parent, "holds no results"),

@@ -15,6 +15,7 @@ from prunekit.compress.reporting.pivot import crossed
 from prunekit.compress.reporting.pivot_axes import joined
 from prunekit.compress.reporting.pivot_records import Question
 from prunekit.compress.reporting.pivot_text import notes
+from prunekit.compress.runs.records import RunResult
 from prunekit.registry import SpecError
 from typer.testing import CliRunner
 
@@ -46,7 +47,7 @@ def store(tmp_path, run_data, resolved):
                 use, ratio, seed = (planned.settings[key] for key in ("prune.use", "prune.ratio", "seed"))
                 data = run_data(use, ratio, seed, harm=harm * (1.2 if use == "flap" else 1.0))
                 data["metrics"] = [found for found in data["metrics"] if found["label"] in ("perplexity", "prr")]
-                done = Outcome(data, resolved(use, ratio), None, 1.0)
+                done = Outcome(RunResult.model_validate(data), resolved(use, ratio), None, 1.0)
                 last = planned.number == len(study.trials)
                 made.record(planned.key, Outcome(None, None, "no room", 1.0) if last else done)
         return path.with_suffix(".sqlite")

@@ -1,0 +1,237 @@
+"""What results.json holds, as typed records, and the one place that reads them back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ...registry import SpecError
+from ..files.reader import describe
+from ..output.folders import plain
+
+FORMAT: Literal[1] = 1
+"""Version of results.json's layout."""
+
+RESULTS = "results.json"
+
+REMEDY = "name a store written by prunekit ablate, or a folder written by prunekit run or prunekit demo"
+
+Plain = Annotated[dict[str, Any], BeforeValidator(plain)]
+"""A mapping as JSON holds it: NaN and infinity are the texts ``nan``, ``inf`` and ``-inf``."""
+
+Values = Annotated[dict[str, "Value"], BeforeValidator(plain)]
+"""Value by name; NaN and infinity are the texts ``nan``, ``inf`` and ``-inf``, as in JSON."""
+
+
+Value = int | float | str | None
+
+
+def as_number(value: Value) -> Value:
+    """``value`` with the texts of NaN and infinity as floats."""
+    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
+
+
+class Record(BaseModel):
+    """A part of a run's result; keys of other versions are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as plain data; keys that an older file lacked stay absent."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Ratio(Record):
+    """The share of the units to cut, as asked for and as achieved."""
+
+    asked: float | None = None
+    units_cut: float
+    """Mean over all sites."""
+    prunable_parameters_cut: float
+    """Of the parameters of all sites."""
+
+
+class EvaluatorResult(Record):
+    """What one evaluator measured, and the protocol that the values depend on."""
+
+    evaluator: str
+    label: str
+    """The evaluator's name, numbered where a run lists several of one kind."""
+    dense: Values | None = None
+    pruned: Values
+    protocol: Plain = Field(default_factory=dict)
+    details: Plain = Field(default_factory=dict)
+    """Values per layer, losses per window: of the ``dense`` and of the ``pruned`` model."""
+    notes: list[str] = Field(default_factory=list)
+    seconds: float = 0.0
+
+
+class ModelFacts(Record):
+    """Which model was pruned, and how it was run."""
+
+    name: str
+    revision: str | None = None
+    commit: str | None = None
+    trust_remote_code: bool = False
+    fingerprint: str | None = None
+    """sha256 of the weights."""
+    architecture: str | None = None
+    parameters: int
+    dtype: str
+    device: str
+    device_map: str | None = None
+    """Where the model's parts lie, for a model on several devices."""
+    attention: str | None = None
+
+
+class CalibrationFacts(Record):
+    """The text that was calibrated on."""
+
+    text: str
+    sequences: int | None = None
+    length: int | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    fingerprint: str | None = None
+    """sha256 of the token ids."""
+    statistics: str | None = None
+    """``read`` or ``written``, where a statistics file is named."""
+
+
+class CompensationFacts(Record):
+    """How the contribution of the dropped units was compensated."""
+
+    compensator: Plain
+    """Name and options."""
+    tokens: int | None = None
+    """Tokens of the covariances."""
+    ridge: dict[str, float] | None = None
+    """``least`` and ``largest`` of all sites, as shares of the mean variance."""
+    fell_back: list[str] = Field(default_factory=list)
+    """Sites whose covariance could not be solved."""
+
+
+class Kept(Record):
+    """Kept units of a site, and the units there were."""
+
+    kept: int
+    units: int
+
+
+class LayerCut(Record):
+    """Kept units of one layer; ``None`` for a site that the layer does not have."""
+
+    layer: int
+    attention: Kept | None = None
+    mlp: Kept | None = None
+
+    @property
+    def sites(self) -> dict[str, Kept]:
+        """Kept units by the kind of the site."""
+        return {kind: kept for kind, kept in (("attention", self.attention), ("mlp", self.mlp)) if kept is not None}
+
+
+class Cut(Record):
+    """How much was cut where."""
+
+    ratio: Ratio
+    compensation: CompensationFacts | None
+    attention_unit: str
+    layers: list[LayerCut]
+
+
+class Seconds(Record):
+    """Durations."""
+
+    load: float | None = None
+    prune: float | None = None
+    total: float
+
+
+class RunResult(Record):
+    """Everything that one run found: the content of results.json."""
+
+    format: Literal[1] = FORMAT
+    started: str
+    """ISO 8601, UTC."""
+    strategy: str
+    ratio: Ratio
+    metrics: list[EvaluatorResult]
+    model: ModelFacts
+    calibration: CalibrationFacts | None = None
+    compensation: CompensationFacts | None = None
+    attention_unit: str
+    layers: list[LayerCut]
+    runtime: Plain = Field(default_factory=dict)
+    seeds: dict[str, int] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    plugins: dict[str, list[str]] = Field(default_factory=dict)
+    """Names of the components in use, by who provides them."""
+    notes: list[str] = Field(default_factory=list)
+    seconds: Seconds
+
+    def metric(self, label: str) -> EvaluatorResult | None:
+        """What the evaluator of that label measured, if it ran."""
+        return next((found for found in self.metrics if found.label == label), None)
+
+
+class ComparedRun(RunResult):
+    """One run of a comparison."""
+
+    pipeline: str
+    """Its pipeline file, from the comparison's folder."""
+    situation: str
+    """The kind of text it was calibrated on."""
+
+
+class Comparison(Record):
+    """The content of the demo's results.json."""
+
+    format: Literal[1] = FORMAT
+    table: list[Plain] = Field(default_factory=list)
+    runs: list[ComparedRun]
+
+
+Read = TypeVar("Read", bound=BaseModel)
+
+
+def parsed(kind: type[Read], data: Any) -> Read:
+    """``data`` as a record; raises :class:`ValueError` with the place and the kind of the first mistake."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+        raise ValueError(f"{place}: {_short(describe(problem))}{more}") from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else text[:120] + "..."
+
+
+def read_results(folder: Path) -> RunResult | Comparison:
+    """The results.json of a folder; raises :class:`SpecError` where there is none that can be read."""
+    path = folder / RESULTS
+    if not folder.is_dir():
+        raise SpecError(f"there is no folder {folder}; {REMEDY}")
+    if not path.is_file():
+        raise SpecError(f"{folder} is not a results folder (no {RESULTS} in it); {REMEDY}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path} cannot be read: {error}; run the pipeline again") from None
+    if not isinstance(data, dict) or not ("runs" in data or "metrics" in data):
+        raise SpecError(f"{path} holds no results (neither metrics nor runs); {REMEDY}")
+    if data.get("format") != FORMAT:
+        raise SpecError(
+            f"{path} has format {data.get('format')!r}, this version of prunekit reads {FORMAT}; "
+            "run the pipeline again, or use the version that wrote it"
+        )
+    try:
+        return parsed(Comparison, data) if "runs" in data else parsed(RunResult, data)
+    except ValueError as error:
+        raise SpecError(f"{path} is damaged ({error}); run the pipeline again") from None
