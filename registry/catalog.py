@@ -58,8 +58,9 @@ class Catalog:
         blocked = {_normal(part.strip()) for part in _block_list(block).split(",") if part.strip()}
         known = {_normal(name) for point, dist in points for name in (point.name, _distribution(dist))}
         for name in sorted(blocked - known):
-            problem = f"{BLOCK_VARIABLE} names {name!r}, which is no plugin and no distribution{near(name, known)}"
-            catalog.problems.append(problem)
+            catalog.problems.append(
+                f"{BLOCK_VARIABLE} names {name!r}, which is neither a plugin nor a distribution{near(name, known)}"
+            )
         for point, dist in points:
             provider = f"{_distribution(dist)} {_metadata(dist, 'Version')}".rstrip()
             if blocked & {_normal(point.name), _normal(_distribution(dist))}:
@@ -67,7 +68,7 @@ class Catalog:
                 continue
             try:
                 plugin = point.load()
-            except (Exception, SystemExit) as error:  # whatever a stranger's module raises must not stop the others
+            except (Exception, SystemExit) as error:  # nothing that a third-party module raises may stop the others
                 catalog.problems.append(
                     f"plugin {point.name} of {provider} cannot be imported: {type(error).__name__}: {error}"
                 )
@@ -113,7 +114,7 @@ class Catalog:
         where = f"hook {role} of plugin {plugin} ({provider})"
         try:
             components = hook()
-        except (Exception, SystemExit) as error:  # a stranger's code again
+        except (Exception, SystemExit) as error:  # third-party code again
             self.problems.append(f"{where} raised {type(error).__name__}: {error}")
             return
         if not isinstance(components, (list, tuple)):

@@ -2,7 +2,7 @@
 
 
 class PrunekitError(Exception):
-    """Base of all errors that are the user's to mend; the command line prints them and exits with 2."""
+    """Base of all errors that the user can fix; the command line prints them and exits with 2."""
 
 
 class SpecError(PrunekitError):
@@ -22,7 +22,7 @@ class DataError(PrunekitError):
 
 
 class StoreError(PrunekitError):
-    """A results store of ablations that cannot be opened, written or gone on with."""
+    """A results store of ablations that cannot be opened, written or resumed."""
 
 
 class NonFiniteError(PrunekitError):

@@ -76,7 +76,7 @@ class Site:
     """More than 0 where query heads are cut but key/value heads stay: the attention must then pick
     each kept query head's key/value head itself."""
     activation: str | None = None
-    """Path of the activation, where the MLP is no module of its own: its first half is then
+    """Path of the activation, where the MLP is not a module of its own: its first half is then
     ``activation(producer(x))``."""
 
     @property

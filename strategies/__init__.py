@@ -1,1 +1,1 @@
-"""The built-in strategies and their parts: plugins, written exactly as a stranger would write them."""
+"""The built-in strategies and their parts: plugins, written exactly as third-party plugins are."""

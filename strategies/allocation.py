@@ -1,4 +1,4 @@
-"""How many units every site keeps: the same share everywhere, or as told."""
+"""How many units every site keeps: the same share everywhere, or shares per layer."""
 
 from __future__ import annotations
 

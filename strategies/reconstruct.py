@@ -1,4 +1,4 @@
-"""Reconstruction: cut once, layer by layer, what is dropped given back by least squares and a probed bias."""
+"""Reconstruction: cut once, layer by layer, compensated by least squares and a probed bias."""
 
 from __future__ import annotations
 

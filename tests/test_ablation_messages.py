@@ -92,7 +92,7 @@ def test_a_value_that_its_evaluator_does_not_have_is_told():
     ("error", "said"),
     [
         ("RuntimeError: shapes differ (a.py line 3)\nmore", "RuntimeError"),
-        ("model.device: 'gpu' is no device", "model.device: 'gpu' is no device"),
+        ("model.device: 'gpu' is not a device", "model.device: 'gpu' is not a device"),
         ("model.name: folder x does not exist; name a folder with config.json, or a hub id", None),
     ],
 )

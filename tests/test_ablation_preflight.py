@@ -28,7 +28,7 @@ def refused(tmp_path):
 def test_all_at_once_with_axis_values_and_trials(refused):
     said = refused('model.device: [cpu, gpu, "cuda:77"], prune.skip_layers: [[0], [99]]')
     assert "study.yaml: 3 mistakes" in said
-    assert "line 2: vary.model.device.1: 'gpu' is no device" in said
+    assert "line 2: vary.model.device.1: 'gpu' is not a device" in said
     assert "(trials 3-4)" in said
     assert "line 2: vary.model.device.2: cuda:77 was asked for" in said
     assert "vary.prune.skip_layers.1: [99]: the model has layers 0 to 7, found 99 (trials 2, 4, 6)" in said
@@ -41,7 +41,7 @@ def test_a_model_folder_that_is_not_there(refused):
 
 
 def test_what_is_wrong_everywhere_is_the_bases(refused):
-    assert "line 1: base.model.device: 'gpu' is no device" in refused("seed: [0, 1]", ", model: {device: gpu}")
+    assert "line 1: base.model.device: 'gpu' is not a device" in refused("seed: [0, 1]", ", model: {device: gpu}")
 
 
 def test_a_share_that_the_other_layers_cannot_lose(refused):

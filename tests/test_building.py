@@ -100,7 +100,7 @@ def test_the_strategys_seed_reaches_the_parts_that_draw_and_name_none(catalog):
 @pytest.mark.parametrize("key", ["use", "name"])
 def test_the_strategys_name_is_no_option(catalog, key):
     for strategy in ("pp", catalog.get("strategies", "pp")(ratio=0.4)):
-        assert f"{key}: is no option (found 'flap')" in message(build_strategy, catalog, strategy, {key: "flap"})
+        assert f"{key}: is not an option (found 'flap')" in message(build_strategy, catalog, strategy, {key: "flap"})
 
 
 def test_lists_are_called_lists(catalog):

@@ -171,7 +171,7 @@ def test_a_transformers_that_is_too_old_is_named(exported, monkeypatch):
 def test_what_is_no_export(tmp_path, command):
     for folder in (tmp_path, tmp_path / "nowhere"):
         code, output = command("verify", folder)
-        assert code == 2 and ("no finished export" in output or "is no folder" in output)
+        assert code == 2 and ("not a finished export" in output or "is not a folder" in output)
 
 
 def test_an_existing_folder_is_refused(exported, pipeline_file, command, tmp_path):

@@ -108,7 +108,7 @@ def test_what_is_asked_stands_in_the_list():
             dict(family="mistral", model={"sliding_window": 16}, compensate="mean"),
             r"mistral with a sliding window has no other class, and these biases need one",
         ),
-        (dict(options={"shard_size": "much"}), r"--shard-size: 'much' is no size"),
+        (dict(options={"shard_size": "much"}), r"--shard-size: 'much' is not a size"),
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ INSTEAD = {
     r"told": "configured, passed, reported or distinguished",
     r"spelt": "written",
     r"mend(?:s|ed|ing)?": "fix",
-    r"beside(?:s)?": "next to, compared with, or in addition to",
+    r"beside": "next to, or compared with",
     r"meanwhile": "at the same time, or while ...",
     r"said": "stated, named, reported or set",
     r"of (?:no )?use": "useful, useless",

@@ -160,7 +160,7 @@ def test_models_with_their_own_code_need_trust(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "complaint"),
     [
-        ("gpu", r"model\.device: 'gpu' is no device; use auto, cpu, cuda"),
+        ("gpu", r"model\.device: 'gpu' is not a device; use auto, cpu, cuda"),
         ("cuda", r"model\.device: cuda was asked for, but torch .* sees no CUDA device"),
         ("meta", r"model\.device: meta holds no weights"),
         ("vulkan", r"model\.device: torch .* cannot use vulkan here .*set model\.device: auto"),
@@ -192,10 +192,10 @@ def test_options_are_checked():
     [
         ({"device": "cpu", "max_memory": {"cpu": "1GiB"}}, "max_memory is for models .* but device is cpu"),
         ({"device": "cuda:0", "offload_folder": "x"}, "offload_folder is for models .* but device is cuda:0"),
-        ({"max_memory": {"gpu": "1GiB"}}, "'gpu' is no device; name cpu or the number"),
+        ({"max_memory": {"gpu": "1GiB"}}, "'gpu' is not a device; name cpu or the number"),
         ({"max_memory": {"disk": "1GiB"}}, "disk holds whatever fits nowhere else"),
-        ({"max_memory": {"cpu": "1 gig"}}, "cpu: '1 gig' is no size; write one such as 20GiB"),
-        ({"max_memory": {"cpu": -1}}, "cpu: -1 is no size"),
+        ({"max_memory": {"cpu": "1 gig"}}, "cpu: '1 gig' is not a size; write one such as 20GiB"),
+        ({"max_memory": {"cpu": -1}}, "cpu: -1 is not a size"),
         ({"max_memory": {}}, "is empty; write one size"),
         ({"max_memory": {"0": 5, "cuda:0": 5}}, "device 0 is named twice"),
         ({"max_memory": "1GiB"}, "expected a mapping of devices and sizes"),

@@ -100,7 +100,7 @@ def test_without_sites_there_is_no_split(make_model):
 
 
 def test_the_modules_of_a_part(make_model, batches):
-    """OPT's MLP is no module of its own; a query-head cut still counts the key and value projections."""
+    """OPT's MLP is not a module of its own; a query-head cut still counts the key and value projections."""
     for family, unit in (("opt", "kv_group"), ("llama-gqa", "query_head")):
         model = make_model(family)
         with prune(model, "magnitude", ratio=0.5, attention_unit=unit) as pruned:

@@ -139,7 +139,7 @@ def test_what_is_no_statistics_file_is_refused(model, batches, tmp_path):
     )
     save_file({"a": torch.zeros(1)}, path, {"format": "prunekit statistics 0"})
     refused(model, batches, path, r"format 'prunekit statistics 0'")
-    refused(model, batches, tmp_path / "nowhere" / "s.safetensors", r"cannot be written: .*nowhere is no folder")
+    refused(model, batches, tmp_path / "nowhere" / "s.safetensors", r"cannot be written: .*nowhere is not a folder")
     (tmp_path / "folder").mkdir()
     refused(model, batches, tmp_path / "folder", "cannot be read|is a folder")
 
@@ -242,7 +242,7 @@ def test_a_pipeline_file_names_it_from_its_own_folder(tmp_path, monkeypatch):
     # A place that cannot be written to is refused before a model is loaded.
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "load", failing(AssertionError("loaded")))
-        with pytest.raises(DataError, match=r"nowhere is no folder that can be written to"):
+        with pytest.raises(DataError, match=r"nowhere is not a folder that can be written to"):
             Pipeline(PipelineSpec.load(file, ["calibration.statistics=nowhere/s.safetensors"])).measure()
     # Runs without a file say nothing of one.
     plain = Pipeline(PipelineSpec.load(file, ["calibration.statistics=null"])).measure()

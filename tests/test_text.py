@@ -62,7 +62,7 @@ def test_bundled_text_is_read_by_name(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', r"a\.jsonl, line 2 has no field 'text' \(did you mean 'txt'"),
         ("b.jsonl", b'{"text": "x"}\n\n{"text": 3}', r"b\.jsonl, line 3: field 'text' holds int, not text"),
         ("c.jsonl", b'{"text": "x"}\n{"text"', r"c\.jsonl, line 2 is not JSON"),
-        ("d.jsonl", b"[1]", r"d\.jsonl, line 1 is no JSON object"),
+        ("d.jsonl", b"[1]", r"d\.jsonl, line 1 is not a JSON object"),
     ],
 )
 def test_a_bad_file_is_named_with_its_place(tmp_path, name, content, complaint):

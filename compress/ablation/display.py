@@ -1,4 +1,4 @@
-"""A study's progress on stderr: trials done, time left, current trial; one line per trial where that is no terminal."""
+"""A study's progress on stderr: trials done, time left, current trial; one line per trial if that is not a terminal."""
 
 from __future__ import annotations
 

@@ -191,5 +191,5 @@ def check_place(path: Path) -> None:
     """Raise :class:`DataError` where the file could not be written, before hours of calibration."""
     folder = path.parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "is a folder" if path.is_dir() else f"cannot be written: {folder} is no folder that can be written to"
+        what = "is a folder" if path.is_dir() else f"cannot be written: {folder} is not a folder that can be written to"
         raise DataError(f"{path} {what}; name a file in a folder that exists")

@@ -117,7 +117,7 @@ def measure(bars: printing.Bars) -> list[tuple[Run, Results]]:
 
 
 def gather(done: list[tuple[Run, Results]]) -> list[Row]:
-    """The table's rows: dense, then each strategy at each ratio with both situations beside each other."""
+    """The table's rows: dense, then each strategy at each ratio with both calibrations next to each other."""
     rows: dict[tuple[str, float], Row] = {}
     for made, results in done:
         found = results.metrics

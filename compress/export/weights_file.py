@@ -49,4 +49,6 @@ def _plan(tensors: Tensors, shard_size: str) -> Any:
             max_shard_size=shard_size,
         )
     except ValueError as error:
-        raise SpecError(f"--shard-size: {shard_size!r} is no size ({error}); write one such as 5GB or 500MB") from None
+        raise SpecError(
+            f"--shard-size: {shard_size!r} is not a size ({error}); write one such as 5GB or 500MB"
+        ) from None

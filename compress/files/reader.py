@@ -49,7 +49,7 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
     """
     for key in ("use", "name"):
         if key in options:
-            raise SpecError(f"{key}: is no option (found {options[key]!r}); the strategy is an argument of its own")
+            raise SpecError(f"{key}: is not an option (found {options[key]!r}); the strategy is an argument of its own")
     reader = Reader(catalog)
     if isinstance(strategy, str):
         label = f"strategy {strategy}"
@@ -155,7 +155,7 @@ class Reader:
             self.mistake(at_name, message)
             self._notes = notes
             likely = get_close_matches(name, [entry.name for entry in self.catalog.of_role(role)], n=1)
-            if likely:  # look at its options as if it had been spelt right
+            if likely:  # look at its options as if it had been written correctly
                 self.model(self.catalog.get(role, likely[0]), options, place)
             return None
         return self.model(cls, options, place)

@@ -20,7 +20,7 @@ DEFAULT_EVALUATORS = ("perplexity", "cost")
 
 
 class Calibration(TextSource):
-    """The text that static decisions and PP's history are calibrated on; the bundled text unless told otherwise."""
+    """The text that static decisions and PP's history are calibrated on; the bundled text by default."""
 
     bundled: str | None = Field(
         default=None, description="a bundled text; reference-calibration where neither file nor dataset is given"
@@ -74,7 +74,7 @@ class PipelineSpec(BaseModel):
     calibration: Calibration = Field(default_factory=Calibration, description="the text to calibrate on")
     prune: Strategy = Field(description="the strategy and the ratio, such as {use: pp, ratio: 0.4}")
     evaluate: tuple[Evaluator, ...] = Field(
-        description=f"measurements, dense beside pruned; {' and '.join(DEFAULT_EVALUATORS)} by default",
+        description=f"measurements, dense and pruned; {' and '.join(DEFAULT_EVALUATORS)} by default",
         json_schema_extra={"minItems": 1},
     )
     runtime: Runtime = Field(default_factory=Runtime, description="how a pruned model computes, not what")

@@ -40,7 +40,7 @@ class MlpNames(BaseModel):
     producers: tuple[str, ...]
     consumer: str
     activation: str | None = None
-    """Set where the MLP is no module of its own: its first half is ``activation(producer(x))``."""
+    """Set where the MLP is not a module of its own: its first half is ``activation(producer(x))``."""
 
 
 class PreNormDecoder(Architecture):
@@ -159,7 +159,7 @@ class Llama(PreNormDecoder):
 
 
 class Opt(PreNormDecoder):
-    """OPT: its MLP is no module, and its attention reads a head count; not OPT-350m, which norms afterwards."""
+    """OPT: its MLP is not a module, and its attention reads a head count; not OPT-350m, which norms afterwards."""
 
     name: Literal["opt"] = "opt"
     model_types: tuple[str, ...] = ("opt", PRUNED + "opt")

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from ...registry import ModelError
 
 SHARE = 0.9
-"""Of a device's free memory, unless told otherwise: batches and statistics need the rest."""
+"""Of a device's free memory, by default: batches and statistics need the rest."""
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -37,9 +37,9 @@ def _read(raw: Any) -> Any:
         if name == "disk":
             raise ValueError("disk holds whatever fits nowhere else, so it has no size; leave it out")
         if name != "cpu" and not name.isdecimal():
-            raise ValueError(f'{device!r} is no device; name cpu or the number of an accelerator, such as "0"')
+            raise ValueError(f'{device!r} is not a device; name cpu or the number of an accelerator, such as "0"')
         if isinstance(size, bool) or bytes_of(str(size)) is None:
-            raise ValueError(f"{device}: {size!r} is no size; write one such as 20GiB or 500MB, or a number of bytes")
+            raise ValueError(f"{device}: {size!r} is not a size; write one such as 20GiB, 500MB, or a number of bytes")
         pairs.append((name, str(size)))
     twice = {name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}
     if not pairs or twice:
@@ -59,7 +59,7 @@ MaxMemory = Annotated[
 
 
 def bytes_of(size: str) -> int | None:
-    """Bytes in a size such as 20GiB, 1.5 GB or 1000; None for what is no size."""
+    """Bytes in a size such as 20GiB, 1.5 GB or 1000; None for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|)", size.strip())
     return int(float(found[1]) * UNITS[found[2]]) if found else None
 

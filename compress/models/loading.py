@@ -37,7 +37,7 @@ class ModelSource(BaseModel):
     max_memory: MaxMemory = Field(
         default=None,
         description="with device: auto, the most that weights may take on a device, such as "
-        f"{device_map.EXAMPLE}; 90% of what is free where not said",
+        f"{device_map.EXAMPLE}; 90% of what is free by default",
     )
     offload_folder: str | None = Field(
         default=None,
@@ -212,7 +212,7 @@ def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:0") from None
+        raise ModelError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:0") from None
     if device.type == "meta":
         raise ModelError("model.device: meta holds no weights, so nothing runs on it; use auto, cpu or cuda")
     if device.type == "cuda":

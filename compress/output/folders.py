@@ -51,7 +51,7 @@ def readable(path: Path) -> None:
 
 @dataclass
 class RunFolder:
-    """A results folder, or another one, in the making: filled under another name beside it, then renamed."""
+    """A results folder, or another one, in the making: filled under another name next to it, then renamed."""
 
     target: Path
     overwrite: bool = False
@@ -71,7 +71,7 @@ class RunFolder:
             above = next(folder for folder in self.target.parents if folder.exists())
             if not above.is_dir() or not os.access(above, os.W_OK):
                 raise SpecError(
-                    f"{self.what} {self.target} cannot be made: {above} is no folder that can be written to; name "
+                    f"{self.what} {self.target} cannot be made: {above} is not a folder that can be written to; name "
                     "another place with --out"
                 )
             return

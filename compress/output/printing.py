@@ -105,7 +105,7 @@ def _table(
 
 
 class Bars:
-    """Progress bars on stderr; where that is no terminal, one line for each stage."""
+    """Progress bars on stderr; if that is not a terminal, one line for each stage."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -140,16 +140,16 @@ class Bars:
             self._progress.remove_task(task)
 
     def add(self, label: str, total: int, done: int = 0) -> TaskID:
-        """A bar that :meth:`update` moves; nothing is said where no bars are shown."""
+        """A bar that :meth:`update` moves; without effect if no bars are shown."""
         return self._progress.add_task(escape(label), total=total, completed=done)
 
     def update(self, task: TaskID, label: str, done: int) -> None:
-        """Move a bar to ``done`` steps and change what is said beside it."""
+        """Move a bar to ``done`` steps and change its label."""
         self._progress.update(task, description=escape(label), completed=done)
 
 
 def quiet() -> None:
-    """Silence the libraries' own bars and chatter: what matters is said by this program."""
+    """Silence the libraries' own bars and chatter: this program reports what matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import warnings

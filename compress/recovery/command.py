@@ -50,7 +50,7 @@ def text_source(
 
 
 def show(manifest: dict[str, Any]) -> None:
-    """What a person is told of a recovery."""
+    """Print what a recovery did."""
     done = manifest["recovery"]
     loss = done["loss"]
     printing.say(

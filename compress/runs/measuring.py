@@ -128,5 +128,5 @@ class SameCounts(SparsityAllocator):
         known = {(layer, kind): count for layer, kind, count in self.counts}
         missing = [s.site.label for s in sites if (s.site.layer, s.site.kind) not in known]
         if missing:
-            raise SpecError(f"allocator same_counts: nothing is said about {missing[0]}; list every site")
+            raise SpecError(f"allocator same_counts: no count for {missing[0]}; list every site")
         return [known[s.site.layer, s.site.kind] for s in sites]

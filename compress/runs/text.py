@@ -69,7 +69,7 @@ def _lines(stream: Iterable[str], path: Path, field: str) -> Iterator[str]:
             reason = f"{error.msg}, column {error.colno}"
             raise DataError(f"{place} is not JSON ({reason}); write one object per line") from None
         if not isinstance(record, dict):
-            raise DataError(f"{place} is no JSON object; write one object per line with the field {field!r}")
+            raise DataError(f"{place} is not a JSON object; write one object per line with the field {field!r}")
         yield _field(record, field, place)
 
 

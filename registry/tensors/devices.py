@@ -33,7 +33,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device that a module with a ``weight`` computes on, wherever that weight lies meanwhile.
+    """The device that a module with a ``weight`` computes on, wherever that weight is stored now.
 
     Raises :class:`ModelError` for a weight that holds no values and that nothing will bring.
     """

@@ -16,7 +16,7 @@ class ChannelMoments:
     """Running mean (C,) and covariance (C, C) over all real tokens, in float32.
 
     The parallel update of Chan, Golub and LeVeque: deviations are taken from each chunk's own mean, so that nothing
-    cancels where a channel's mean is large beside its spread.
+    cancels where a channel's mean is large compared with its spread.
     """
 
     channels: int

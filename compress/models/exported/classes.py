@@ -9,7 +9,7 @@ from ....registry import ModelError
 from ..architectures import PRUNED
 
 CODE = "modeling_prunekit.py"
-"""The file with the model classes, here and beside exported weights."""
+"""The file with the model classes, here and next to exported weights."""
 
 
 @functools.cache

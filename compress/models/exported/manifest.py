@@ -69,11 +69,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an exported folder; raises :class:`DataError` for what is none, or one of another version."""
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; name one that prunekit export wrote")
+        raise DataError(f"{folder} is not a folder; name one that prunekit export wrote")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder} has no {MANIFEST}, so it is no finished export; name one that is") from None
+        raise DataError(f"{folder} has no {MANIFEST}, so it is not a finished export; name one that is") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); export the model again") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None

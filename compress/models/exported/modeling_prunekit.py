@@ -1,7 +1,7 @@
 """Causal language models whose layers differ in attention heads and MLP channels, as prunekit exports them.
 
 The layers' shapes stand in the configuration's ``per_layer_config``, which is transformers' own. This file needs
-transformers and torch alone: it lies beside the weights, so that
+transformers and torch alone: it is stored next to the weights, so that
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads them without prunekit; where prunekit
 is installed, the same classes are registered and no code from the folder is run.
 """

@@ -22,7 +22,7 @@ def prepare(place: str, revision: str | None = None, check: bool = True) -> None
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(place, **({} if revision is None else {"revision": revision}))
-    except Exception:  # whatever is wrong is said when the model is loaded
+    except Exception:  # any fault is reported when the model is loaded
         return
     if str(config.get("model_type", "")).startswith(PRUNED):
         classes.register()
