@@ -107,7 +107,7 @@ def test_all_trials_may_fail(command, tmp_path):
 def test_what_must_fail_here_is_told_before_a_store_is_begun(command, tmp_path):
     refused(command("--set", "vary.model.device=[cpu, gpu]"), "vary.model.device.1: 'gpu' is not a device", "(trials ")
     assert not (tmp_path / "results").exists()
-    assert command().exit_code == 0  # the mended file finds no store of another version
+    assert command().exit_code == 0  # the fixed file finds no store of another version
 
 
 def test_a_part_of_the_trials_is_said_to_be_one(command, sizes, tmp_path):

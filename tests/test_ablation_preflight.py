@@ -1,4 +1,4 @@
-"""Before the first trial: what must fail on this machine is told once, and nothing is begun."""
+"""Before the first trial: what must fail on this machine is reported once, and nothing is started."""
 
 import pytest
 from prunekit.compress.ablation.preflight import preflight

@@ -58,7 +58,7 @@ vary: {prune.use: [pp, flap], seed: [0, 1, 2]}
 
 @pytest.fixture
 def study(tmp_path):
-    """The study of a file with this text, beside a plugin that can break."""
+    """The study of a file with this text, next to a plugin that can break."""
 
     def of(text: str) -> Study:
         (tmp_path / "fragile.py").write_text(PLUGIN)

@@ -155,7 +155,7 @@ def test_a_changed_text_file_is_a_change(tmp_path, path, study):
     assert "calibration.file: content" in refusal(Store.create_or_resume, path, study(text))
 
 
-# Files that are no store, or not one of this version, or that cannot be written.
+# Files that are not a store, or not one of this version, or that cannot be written.
 
 
 def test_a_store_of_another_version(half, study):
@@ -266,7 +266,7 @@ def test_a_store_appears_whole_or_not_at_all(path, study, monkeypatch):
 
 
 def test_a_write_that_was_cut_off_is_taken_back(half, study):
-    """A copy taken between two writes of a transaction looks as after a crash: the journal beside it says what was."""
+    """A copy taken between two writes of a transaction looks as after a crash: the journal next to it has the state."""
     writer = sqlite3.connect(half, isolation_level=None)
     writer.execute("PRAGMA cache_size = 1")
     writer.execute("BEGIN IMMEDIATE")

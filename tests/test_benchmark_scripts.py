@@ -121,7 +121,7 @@ def test_calibration_overhead(tmp_path):
     found = rows(out.read_text(encoding="utf-8"))[1:]
     assert [row[:2] for row in found] == [["float32", "pp"], ["float32", "flap"]]
     for row in found:
-        ratio = row[4].split()[0]  # a machine that does something else beside may leave nothing but noise
+        ratio = row[4].split()[0]  # a machine with other work may leave nothing but noise
         assert float(row[2]) > 0 and (ratio == "noise" or 0.3 < float(ratio) < 10)
         assert row[5].endswith("MiB")
 

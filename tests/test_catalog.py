@@ -1,4 +1,4 @@
-"""The catalog finds built-ins and strangers alike, and says what is wrong with what it cannot use."""
+"""The catalog finds built-in and third-party components alike, and reports what is wrong with those it cannot use."""
 
 import importlib
 import itertools

@@ -106,7 +106,7 @@ def test_flops_are_floor_and_probe_and_compensation(measure):
         assert charged(found, "flops") == whole - charged(found, "reused")
         assert (charged(found, "reused") > 0) == (use == "pp")
         assert charged(found, "dense_compensation") == 0
-        # Some versions of transformers count their rotary embedding among what is no part of its own.
+        # Some versions of transformers count their rotary embedding under other operations.
         assert charged(found, "other") == charged(found, "dense_other")
 
 

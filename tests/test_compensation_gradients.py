@@ -1,4 +1,4 @@
-"""What is given back under gradients and autocast: differentiable, and always reckoned in float32."""
+"""Compensation under gradients and autocast: differentiable, and always computed in float32."""
 
 import pytest
 import torch

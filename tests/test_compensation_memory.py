@@ -1,4 +1,4 @@
-"""Memory that covariances take: reckoned before any is taken, shared out over passes, and let go."""
+"""Memory that covariances take: computed before any is taken, shared out over passes, and let go."""
 
 import gc
 import weakref

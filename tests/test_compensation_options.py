@@ -1,4 +1,4 @@
-"""How compensation is asked for, from a file, the command line and Python, and what is said where that cannot work."""
+"""Compensation chosen from a file, the command line and Python, and the errors where it cannot work."""
 
 import json
 
@@ -155,7 +155,7 @@ def test_sequential_calibration_with_scores_of_all_layers_is_refused_before_anyt
     assert load(f"use: magnitude, sequential: true, allocator: {allocator}").prune.sequential  # reads no text
 
 
-# What is said of the ridge
+# Notes on the ridge
 
 
 def quick(compensate, use="wanda_sp"):

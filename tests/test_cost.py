@@ -1,4 +1,4 @@
-"""Counted operations against formulas, pruned beside dense."""
+"""Counted operations against formulas, pruned and dense."""
 
 from contextlib import contextmanager, nullcontext
 

@@ -1,4 +1,4 @@
-"""The model code beside exported weights: never run unless asked for, and clear about what it needs."""
+"""The model code next to exported weights: never run unless asked for, and clear about what it needs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A manifest that is damaged, and a damaged export that is named as a model: said in one sentence, never run."""
+"""A manifest that is damaged, and a damaged export that is named as a model: reported in one sentence, never run."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One cut of a dynamic strategy's decisions: which units are kept, what is given back, and what stays as it was."""
+"""One cut of a dynamic strategy's decisions: which units are kept, what is compensated, and what stays as it was."""
 
 import pytest
 import torch

@@ -263,7 +263,7 @@ def check_tokens(tokenizer, text, make_model, folder):
     served = load(folder / "model.gguf", vocab_only=True)
     parts = [text, *text.split(), "Hello<s> world</s>again [TOOL]x"]
     if any("space" in note for note in read_vocabulary(tokenizer, len(tokenizer)).notes):
-        parts.pop()  # a space after a special token is among what is told to differ
+        parts.pop()  # a space after a special token is among the reported differences
     for part in parts:
         found = served.tokenize(part.encode(), add_bos=True, special=True)
         assert found == tokenizer(part)["input_ids"], part

@@ -1,4 +1,4 @@
-"""How a tokenizer is told to llama.cpp, and which cannot be: read back from GGUF with the gguf package."""
+"""How a tokenizer is written for llama.cpp, and which cannot be: read back from GGUF with the gguf package."""
 
 import json
 

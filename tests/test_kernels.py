@@ -52,7 +52,7 @@ def test_a_batch_that_does_not_lie_in_one_piece():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_products_of_kept_rows_and_columns(dtype, tolerance, biased):
-    """Sizes that are no multiples of a block. (The interpreter's products know no bfloat16.)"""
+    """Sizes that are not multiples of a block. (The interpreter's products know no bfloat16.)"""
     from prunekit.compress.engine.fused_linear import linear_of_columns, linear_of_rows
 
     weight, kept = draw(70, 50, dtype=dtype), torch.randperm(70, generator=torch.Generator().manual_seed(3))[:33]

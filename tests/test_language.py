@@ -43,14 +43,21 @@ REFUSED = re.compile("|".join(rf"(?P<w{i}>\b(?:{pattern})(?!\w))" for i, pattern
 Line = tuple[int, str]
 
 
-def python_prose(source: str) -> Iterator[Line]:
-    """First line and text of every comment and string literal, docstrings and the fixed parts of f-strings included."""
+def literals(source: str) -> Iterator[Line]:
+    """Line and text of every string literal, the fixed parts of f-strings included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def documentation(source: str) -> Iterator[Line]:
+    """First line and text of every comment and docstring: the other strings of tests are data."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.lineno, node.value
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
 
 
 def page_prose(page: str) -> Iterator[Line]:
@@ -79,13 +86,19 @@ def yaml_prose(text: str) -> Iterator[Line]:
             yield number, found[0]
 
 
-READERS = {".py": python_prose, ".md": page_prose, ".yaml": yaml_prose, ".toml": yaml_prose}
+READERS = {
+    "code.py": lambda source: set(documentation(source)) | set(literals(source)),
+    "test.py": documentation,
+    ".md": page_prose,
+    ".yaml": yaml_prose,
+    ".toml": yaml_prose,
+}
 
 
-def refused(text: str, suffix: str) -> list[str]:
+def refused(text: str, kind: str) -> list[str]:
     """``line: word: write ...`` for every refused word of a file's text; inline code and links' targets are exempt."""
     found = []
-    for line, prose in READERS[suffix](text):
+    for line, prose in sorted(READERS[kind](text)):
         plain = re.sub(r"``?[^`]*``?|\]\([^)]*\)", "", prose)
         for match in REFUSED.finditer(" ".join(plain.split())):
             instead = list(INSTEAD.values())[int(match.lastgroup[1:])]
@@ -93,40 +106,51 @@ def refused(text: str, suffix: str) -> list[str]:
     return found
 
 
+def kind_of(path: Path) -> str | None:
+    """The key of the file's reader; None for what holds no prose."""
+    if path.suffix == ".py":
+        return "test.py" if path.is_relative_to(ROOT / "tests") else "code.py"
+    return path.suffix if path.suffix in READERS else None
+
+
 def files() -> list[Path]:
     """Pages, and the comments of settings."""
     inside = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
-    return sorted(path for path in (*ROOT.glob("*.md"), *inside) if path.suffix in READERS and path != HERE)
+    return sorted(path for path in (*ROOT.glob("*.md"), *inside) if kind_of(path))
 
 
 def test_words_that_are_refused():
-    found = [f"{path.relative_to(ROOT)}:{line}" for path in files() for line in refused(path.read_text(), path.suffix)]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}" for path in files() for line in refused(path.read_text(), kind_of(path))
+    ]
     assert found == [], "\n".join(["", *found])
 
 
 @pytest.mark.parametrize(
-    ("suffix", "text"),
+    ("kind", "text"),
     [
-        (".py", '"""What is given\nback."""\n'),
-        (".py", "x = 1  # told once\n"),
-        (".py", 'raise ValueError(f"{x} is no " f"folder; mend it")\n'),
+        ("code.py", '"""What is given\nback."""\n'),
+        ("test.py", "x = 1  # told once\n"),
+        ("test.py", 'x = 1\n"""What is said."""\n'),
+        ("code.py", 'raise ValueError(f"{x} is no " f"folder; mend it")\n'),
         (".md", "# A page\n\nIt stands\nbeside the other.\n"),
         (".md", "| a | gives back |\n"),
         (".yaml", "a: 1  # spelt out\n"),
     ],
 )
-def test_each_kind_of_text_is_read(suffix, text):
-    assert refused(text, suffix)
+def test_each_kind_of_text_is_read(kind, text):
+    assert refused(text, kind)
 
 
 @pytest.mark.parametrize(
-    ("suffix", "text"),
+    ("kind", "text"),
     [
-        (".py", "said = told(beside)\n"),
-        (".py", '"""There is no folder, and it is no longer ``told``."""\n'),
+        ("code.py", "said = told(beside)\n"),
+        ("test.py", 'text = "She told him."\n'),
+        ("code.py", '"""There is no folder, and it is no longer ``told``."""\n'),
         (".md", "```python\ntold = 1\n```\n\n    told\n\nIt `mends` a [page](beside.md).\n"),
         (".yaml", "told: beside\n"),
     ],
 )
-def test_names_code_and_plain_english_pass(suffix, text):
-    assert refused(text, suffix) == []
+def test_names_code_and_plain_english_pass(kind, text):
+    assert refused(text, kind) == []

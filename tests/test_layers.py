@@ -96,7 +96,7 @@ def between_rooms(root: Path) -> list[str]:
             room = here.parts[1].removesuffix(".py")
             if room not in rooms:
                 complaints.append(
-                    f"{here}: {room} is no room of {floor}/; give it a place in ROOMS, or move it into one"
+                    f"{here}: {room} is not a room of {floor}/; give it a place in ROOMS, or move it into one"
                 )
                 continue
             for line, target in imported(tree, here.parent.parts):
@@ -158,7 +158,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_long_modules_are_mentioned():
-    """Advice, no rule: whoever makes a module longer than one reads at one go is told so."""
+    """Advice, not a rule: a module that is too long to read at once gives a warning."""
     for floor in FLOORS:
         for path in sorted((ROOT / floor).rglob("*.py")):
             lines = len(path.read_text().splitlines())
@@ -233,7 +233,7 @@ def test_the_check_of_rooms_can_fail(tree, file, source, room, other):
 def test_a_room_without_a_place_is_named(tree):
     (tree / "compress" / "attic.py").write_text("")
     assert between_rooms(tree) == [
-        "compress/attic.py: attic is no room of compress/; give it a place in ROOMS, or move it into one"
+        "compress/attic.py: attic is not a room of compress/; give it a place in ROOMS, or move it into one"
     ]
 
 

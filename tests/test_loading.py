@@ -1,4 +1,4 @@
-"""Loading models: folders written here, the bundled model where it lies, and what is said of bad places."""
+"""Loading models: folders written here, the bundled model in its place, and the errors for bad places."""
 
 import json
 import shutil

@@ -242,7 +242,7 @@ GIVEN = []
 
 
 class Giving(Evaluator):
-    """Returns what it is told to."""
+    """Returns the values it was made with."""
 
     name: Literal["giving"] = "giving"
 

@@ -196,7 +196,7 @@ def test_other_offloading_of_accelerate_works_too(make_model, batches):
             cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
         with prune(model, "pp", ratio=0.4, calibration=batches[1:2], compensate="mean"):
             results.append(model(ids).logits)
-    # Weights in memory lie by columns meanwhile, and the last bit of the mean's output depends on it.
+    # Weights in memory are stored by columns then, and the last bit of the mean's output depends on it.
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The pipeline: dense beside pruned in one run, results that rerun, and a folder that is whole or absent."""
+"""The pipeline: dense and pruned in one run, results that rerun, and a folder that is whole or absent."""
 
 import json
 

@@ -35,7 +35,7 @@ def installed(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def prunekit(installed, tmp_path):
-    """Runs the command in an empty folder, with the plugin installed unless told otherwise."""
+    """Runs the command in an empty folder, with the plugin installed by default."""
 
     def command(*arguments: str, plugin: bool = True, **variables: str) -> subprocess.CompletedProcess:
         environment = {key: value for key, value in os.environ.items() if key != "PRUNEKIT_BLOCK"}

@@ -147,7 +147,7 @@ def test_weights_may_change_while_pruned(make_model, batches, strategy):
         for _ in range(2):
             model(ids, use_cache=False).logits.sum().backward()
         reached = int((weight.grad.abs().sum(0) > 0).sum())
-        # Where a bias gives back what was dropped, it depends on the dropped columns too.
+        # A bias that compensates for what was dropped depends on the dropped columns too.
         assert reached == (192 if strategy == "flap" else pruned.counts[1, "mlp"])
 
 

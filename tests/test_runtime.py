@@ -18,7 +18,7 @@ FAMILIES = ["llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "opt"]
 
 
 class Plain(Slice):
-    """Copies rows and columns itself, as a stranger's applier does."""
+    """Copies rows and columns itself, as a third-party applier does."""
 
     def producer(self, weight, bias, rows):
         return weight[rows], None if bias is None else bias[rows]
@@ -115,11 +115,11 @@ def test_gradients_of_a_step_outlive_the_next_prompt(make_model, batches):
     assert grads[0].abs().max() > 1e-4
 
 
-# Work beside the model's own
+# Work on another stream
 
 
 class Beside(SideStreams):
-    """Says that there is a stream beside, as on a CUDA device, and notes what is done on it."""
+    """Pretends that there is a second stream, as on a CUDA device, and records what is done on it."""
 
     def __init__(self, wanted):
         super().__init__(wanted)
@@ -144,7 +144,7 @@ class Beside(SideStreams):
 @pytest.mark.parametrize("family", ["llama-gqa", "opt"])
 @pytest.mark.parametrize("options", [{}, {"selector": {"ahead": True}}])
 def test_work_beside_the_models_own_agrees(make_model, batches, family, options, monkeypatch):
-    """What is gathered and learnt beside is what is used: with a cache, without, and where sites stay whole."""
+    """What the second stream gathers and learns is used: with a cache, without, and where sites stay whole."""
     model, made = make_model(family), []
 
     def side(wanted):

@@ -96,7 +96,7 @@ def test_layers_that_were_skipped_before_are_still_gathered(model, batches):
 
 
 def test_what_a_run_learns_stays_its_own(model, batches):
-    """PP moves its history with every batch; the next run, and a run beside it, start from calibration all the same."""
+    """PP changes its history with every batch; the next run, and one at the same time, still start from calibration."""
     shared = SharedStatistics()
     first = outcome(model, "pp", batches, shared)
     fresh = outcome(model, "wanda_sp", batches)

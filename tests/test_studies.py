@@ -94,7 +94,7 @@ def test_a_small_study_runs_offline_on_what_comes_with_the_package(load, path):
 
 @pytest.mark.parametrize("path", [path for path in LARGE if path.name != FLAP], ids=lambda path: path.name)
 def test_a_large_study_has_the_papers_settings(load, path):
-    """The settings stand in every file, so that each can be read and changed by itself; they must not drift apart."""
+    """The settings stand in every file, so that each can be read and changed alone; they must not drift apart."""
     varied = set(load(path).axes)
     for planned in load(path).trials:
         data = planned.spec.model_dump(mode="json", serialize_as_any=True)

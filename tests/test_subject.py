@@ -113,7 +113,7 @@ def test_held_bytes(measuring, ids):
 @pytest.mark.parametrize(
     ("use", "compensate", "steps"),
     [
-        # Attention's producers are gathered before its consumer; what is given back comes after that.
+        # Attention's producers are gathered before its consumer; compensation comes after that.
         ("wanda_sp", "mean", ["gather"] * 4 + ["compensate"]),
         ("wanda_sp", "least_squares", ["gather"] * 4 + ["compensate"] * 2),
         ("wanda_sp", "probe_mean", ["select", "probe"] + ["gather"] * 4 + ["compensate"]),

@@ -118,7 +118,7 @@ def test_a_hub_dataset_out_of_reach_says_why(limit):
 def test_documents_are_joined_before_they_are_tokenised(tokenizer):
     ids = token_stream(["w0 w1", "w2"], tokenizer, separator=" w9 ")
     assert ids.tolist() == [2, 3, 11, 4]
-    assert token_stream(["w0", "w1"], tokenizer, separator="").tolist() == [0]  # "w0w1" is no word
+    assert token_stream(["w0", "w1"], tokenizer, separator="").tolist() == [0]  # "w0w1" is not a word
     assert with_bos(ids, tokenizer).tolist() == [1, 2, 3, 11, 4]
     tokenizer.bos_token = None
     assert with_bos(ids, tokenizer) is ids

@@ -62,7 +62,7 @@ def few_tasks(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two tasks, the group of both, and their data beside them in folders of their own."""
+    """Two tasks, the group of both, and their data next to them in folders of their own."""
     for name in ("one", "two"):
         place = tmp_path / "tasks" / name
         place.mkdir(parents=True)

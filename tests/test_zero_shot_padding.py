@@ -27,7 +27,7 @@ def tokenizer():
 @pytest.fixture(params=["llama-gqa", "opt"])
 def model(request, make_model):
     model = make_model(request.param)
-    torch.nn.init.normal_(model.get_input_embeddings().weight[0], std=0.5)  # padding is no neutral token
+    torch.nn.init.normal_(model.get_input_embeddings().weight[0], std=0.5)  # padding is not a neutral token
     return model
 
 
@@ -112,7 +112,7 @@ def test_the_mask_is_passed_where_there_is_padding_and_only_there(model, tokeniz
 
 
 def garbage(model, seed, hide_mask=False):
-    """Puts random ids where padding is; ``hide_mask`` is what lm-eval does by itself."""
+    """Puts random ids where padding is; ``hide_mask`` is what lm-eval does."""
     generator = torch.Generator().manual_seed(seed)
 
     def hook(module, args, kwargs):
