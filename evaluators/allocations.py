@@ -1,4 +1,4 @@
-"""How many bytes a piece of work allocates at once, by CUDA's own statistics or by torch's profiler on a CPU."""
+"""Peak of the bytes that a call allocates, from CUDA's statistics or, on a CPU, from torch's profiler."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .timing import accelerators
 State = TypeVar("State")
 
 MARK = "prunekit measured work"
-"""Name of the profiler's event that says where the measured work begins."""
+"""Name of the profiler's event at which the measured work begins."""
 
 CHATTER = (b"Memory block of unknown size was allocated before the profiling started", b"ActivityProfiler")
-"""In lines that the profiler writes to the terminal past every setting, and that mean nothing to a reader."""
+"""Parts of lines that the profiler prints whatever its settings are, and that say nothing to a reader."""
 
 
 def meter(model: Any) -> str:
-    """What :func:`peak_bytes` measures with, for a protocol; raises :class:`SpecError` where nothing can."""
+    """How :func:`peak_bytes` measures, for a protocol; raises :class:`SpecError` if it cannot."""
     kinds = {device.type for device in accelerators(model)}
     unknown = sorted(kinds - {"cuda"})
     if unknown:
         raise SpecError(
-            f"memory: allocations are measured on CPUs and CUDA devices, and this model lies on {unknown[0]}; "
+            f"memory: allocations are measured on CPUs and CUDA devices, and this model is on {unknown[0]}; "
             "leave the memory evaluator out"
         )
     if kinds:
@@ -39,9 +39,9 @@ def meter(model: Any) -> str:
 
 
 def peak_bytes(model: Any, prepare: Callable[[], State], run: Callable[[State], Any]) -> int:
-    """The most bytes that are allocated at once during ``run(prepare())``, above what was before ``prepare``.
+    """The most bytes allocated at once during ``run(prepare())``, in addition to those before ``prepare``.
 
-    What ``prepare`` leaves behind counts; what it frees again before ``run`` begins does not.
+    What ``prepare`` allocates and keeps counts; what it frees before ``run`` starts does not.
     """
     meter(model)
     devices = accelerators(model)
@@ -49,7 +49,7 @@ def peak_bytes(model: Any, prepare: Callable[[], State], run: Callable[[State], 
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of the model's parameters and buffers, shared ones once; what is offloaded to disk has none."""
+    """Bytes of the model's parameters and buffers, shared ones once; those offloaded to disk have none."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_meta)
 
@@ -75,7 +75,7 @@ def _peak_on_cpu(prepare: Callable[[], State], run: Callable[[State], Any]) -> i
         del state
     level = peak = 0
     begun = False
-    # The profiler's own table of events adds up what lies within an operator; the peaks are in the raw ones.
+    # The profiler's table adds up the events within an operator; the raw events show the peaks.
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == MARK:
             begun = True
@@ -88,11 +88,11 @@ def _peak_on_cpu(prepare: Callable[[], State], run: Callable[[State], Any]) -> i
 
 @contextmanager
 def without_chatter() -> Iterator[None]:
-    """Keep :data:`CHATTER` from stderr, which libraries write to past Python; everything else appears afterwards."""
+    """A context that removes :data:`CHATTER` from the process's stderr; everything else appears at its end."""
     sys.stderr.flush()
     try:
         stderr = os.dup(2)
-    except OSError:  # there is none to be kept clean
+    except OSError:  # there is no stderr
         yield
         return
     with tempfile.TemporaryFile() as written:

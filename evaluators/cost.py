@@ -1,62 +1,61 @@
-"""What a forward pass costs: floating point operations of its parts and parameters of what stays, beside dense."""
+"""Floating point operations of a forward pass by part, and parameters of the kept units, pruned and dense.
+
+The formulas extend torch's counter by attention on CPUs, matrix-vector products and linear systems. They are leading
+terms as in Golub and Van Loan, Matrix Computations, with two operations for each multiply-add. What has no formula here
+or in torch counts as zero: decompositions by QR, eigenvalues and singular values among it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from torch import Size, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..registry import Evaluator, Measurement, Site, Subject, TextSource, hookimpl
-from .flop_formulas import formulas
-from .inputs import batch_text, clamped, one_batch, setting
+from ..registry import Evaluator, Measurement, Site, SiteKind, Subject, hookimpl
 from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, Key, charged
-from .passes import prefill, settle
+from .passes import OneBatch, clamped, prefill, setting, settle
 
 PROBE, COMPENSATION = "probe", "compensation"
 PARTS = (PROJECTIONS, SCORES, MLP, HEAD, PROBE, COMPENSATION, OTHER)
 PART_OF_STAGE = {"probe": PROBE, "compensate": COMPENSATION}
 
 
-class Cost(Evaluator):
-    """Operations per token of a prefill, part by part, and the parameters of the units that stay, beside dense.
+class Cost(OneBatch):
+    """Operations per token of a prefill, part by part, and the parameters of the kept units, pruned and dense.
 
-    Both run on the same batch. Counted are matrix products, linear systems and attention (the whole square: nothing
-    is halved for causality), the output layer at every position, and whatever a strategy computes with
-    them. Element-wise work, scores, sorting and copies of weights are not counted. The parts add up to ``flops``:
-    the attention's projections, its scores (all of the attention that is no linear layer), the MLP, the output
-    layer, the probe, the compensation, and the rest. A short pass comes first, uncounted: what is done once for a
-    cut that is made once, such as folding its compensation into the weights, is in no prefill's count.
+    Both run on the same batch. Matrix products, linear systems and attention are counted, the strategy's own too, with
+    the whole square of the attention (not half of it for causality) and the output layer at every position.
+    Element-wise work, scores, sorting and copies of weights are not counted. The parts add up to ``flops``: the
+    attention's projections, its scores (all of the attention but its linear layers), the MLP, the output layer, the
+    probe, the compensation, and the rest. A short pass comes first and is not counted: it contains what a static cut
+    does once, such as folding its compensation into the weights.
 
-    ``floor`` is what a model would cost whose weights were sliced to the same counts beforehand, without probe and
-    compensation. It is not counted but computed, from the dense model's parts and the sites' shapes; ``over_floor``
-    is how many times as much the pruned model costs. What the probe has computed of its tokens need not be computed
-    again with the batch: ``reused`` is what that saves, where the runtime makes use of it (on a CPU).
+    ``floor`` is the cost of a model sliced to the same counts beforehand, without probe and compensation. It is
+    computed from the dense model's parts and the sites' shapes, not counted; ``over_floor`` is the pruned model's cost
+    divided by it. ``reused`` is what the batch saves because the probe has already computed its tokens, if the runtime
+    reuses that (on a CPU).
 
-    Parameters are no count of memory: a strategy that probes keeps all of them and reads all of them to decide.
-    Running a batch moves the history of strategies that probe; the pipeline resets it before each evaluator.
+    Parameters do not measure memory: a strategy that probes keeps all of them, and reads all of them to decide. A batch
+    changes the history of strategies that probe; the pipeline restores it before each evaluator.
     """
 
     paired: ClassVar[bool] = True
 
     name: Literal["cost"] = "cost"
-    batch_size: int = Field(default=20, ge=1, description="sequences of the batch")
-    length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
-    text: TextSource | None = Field(default=None, description="take the tokens from here; null: random ones")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the random tokens")
 
     def evaluate(self, subject: Subject) -> Measurement:
-        """Count; raises DataError where ``text`` is too short for the batch."""
+        """Count; raises DataError if ``text`` is too short for the batch."""
         length = clamped(self.length, subject.model)
-        ids = one_batch(subject, self.text, self.batch_size, length, self.seed)
+        ids = self.batch(subject, length)
         pruned, kept, parameters = operations(subject, ids), subject.kept(), subject.parameters()
         with subject.dense():
             dense, dense_parameters = operations(subject, ids), subject.parameters()
         tokens, total, dense_total = ids.numel(), sum(pruned.values()), sum(dense.values())
-        values = {
+        values: dict[str, float | int | None] = {
             "flops": total / tokens,
             "dense_flops": dense_total / tokens,
             "flops_ratio": total / dense_total,
@@ -71,8 +70,8 @@ class Cost(Evaluator):
             parts, dense_parts = by_part(pruned), by_part(dense)
             for prefix, counted in (("", parts), ("dense_", dense_parts)):
                 values |= {f"{prefix}{part}": amount / tokens for part, amount in counted.items()}
-            beside = parts[PROBE] + parts[COMPENSATION] + parts[OTHER] - dense_parts[OTHER]
-            values["reused"] = max(0, floor - (total - beside)) / tokens
+            added = parts[PROBE] + parts[COMPENSATION] + parts[OTHER] - dense_parts[OTHER]
+            values["reused"] = max(0, floor - (total - added)) / tokens
         values |= {
             "parameters": parameters,
             "dense_parameters": dense_parameters,
@@ -86,9 +85,7 @@ class Cost(Evaluator):
             "floor": "per token, computed: the dense parts without the cut units' weights and scores, no probe and no "
             "compensation",
             "parameters": "parameters of the units that stay; a dynamic strategy's probe and its memory still use all",
-            "text": batch_text(self.text, self.seed),
-            "batch_size": self.batch_size,
-            "length": length,
+            **self.about_batch(length),
             "order": "pruned, dense",
             "torch": torch.__version__,
             **setting(subject.model),
@@ -99,9 +96,9 @@ class Cost(Evaluator):
 def operations(subject: Subject, ids: Tensor) -> dict[Key, int]:
     """Floating point operations of one forward pass without a cache, by part and layer; ids (B, T).
 
-    What is counted during a strategy's probe is the probe's, while it compensates the compensation's, in its other
-    steps ``other``'s. What changing between pruned and dense costs is left out, by an uncounted pass before; channel
-    histories are put back after it, so that what is counted is a first batch.
+    Operations during a strategy's probe count as the probe's, those while it compensates as the compensation's, and
+    those of its other steps as ``other``'s. An uncounted pass before contains the change between pruned and dense;
+    channel histories are restored after it, so that the counted batch is a first one.
     """
     settle(subject.model, ids)
     subject.reset()
@@ -115,21 +112,21 @@ def operations(subject: Subject, ids: Tensor) -> dict[Key, int]:
 
 
 def by_part(counted: Mapping[Key, int]) -> dict[str, int]:
-    """Operations of each of :data:`PARTS`, all layers together."""
+    """Operations of each of :data:`PARTS`, over all layers."""
     return {part: sum(amount for (name, _), amount in counted.items() if name == part) for part in PARTS}
 
 
 def sliced_operations(
     model: Any,
     sites: Sequence[Site],
-    kept: Mapping[tuple[int, str], Sequence[int]],
+    kept: Mapping[tuple[int, SiteKind], Sequence[int]],
     dense: Mapping[Key, int],
     tokens: int,
 ) -> int:
-    """Operations of ``model`` physically sliced to as many units as ``kept`` has of each site, and nothing besides.
+    """Operations of ``model`` sliced to the number of units that ``kept`` has of each site, without anything else.
 
-    ``dense`` are the unsliced model's on ``tokens`` tokens. A unit takes its rows and columns with it, two operations
-    for each weight and token, and its share of its layer's attention scores.
+    ``dense`` are the dense model's operations on ``tokens`` tokens. A cut unit saves two operations per token for each
+    weight of its rows and columns, and its share of its layer's attention scores.
     """
     total = sum(dense.values())
     for site in sites:
@@ -143,12 +140,112 @@ def sliced_operations(
 
 
 def _weights_of_unit(model: Any, site: Site) -> int:
-    """Weights of the linear layers that one unit owns, biases left out."""
+    """Number of linear weights of one unit, without biases."""
     rows = (
         (sum(segment.per_unit for segment in producer.segments), model.get_submodule(producer.path).in_features)
         for producer in site.producers
     )
     return sum(count * width for count, width in rows) + site.unit_size * site.outputs
+
+
+def formulas() -> dict[Any, Any]:
+    """Operation -> formula of its arguments' shapes, for ``FlopCounterMode(custom_mapping=...)``."""
+    return {
+        getattr(torch.ops.aten, name): formula for name, formula in FORMULAS.items() if hasattr(torch.ops.aten, name)
+    }
+
+
+def _attention(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
+    """Two matrix products for every query head; shapes (B, H, Tq, d), (B, Hkv, Tk, d), (B, Hkv, Tk, dv)."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _added_product(start: Size, left: Size, right: Size, **_: Any) -> int:
+    """(..., m, k) by (..., k, n), in place: torch counts only the product that makes a new tensor."""
+    return 2 * prod(left) * right[-1]
+
+
+def _matrix_vector(matrix: Size, vector: Size, **_: Any) -> int:
+    """(m, n) by (n,)."""
+    return 2 * prod(matrix)
+
+
+def _added_matrix_vector(start: Size, matrix: Size, vector: Size, **_: Any) -> int:
+    return _matrix_vector(matrix, vector)
+
+
+def _dot(one: Size, other: Size, **_: Any) -> int:
+    return 2 * prod(one)
+
+
+def _outer(start: Size, column: Size, row: Size, **_: Any) -> int:
+    """(m, n) plus the product of (m,) and (n,), as a matrix product counts it."""
+    return 2 * prod(column) * prod(row)
+
+
+def _cholesky(matrix: Size, *_: Any, **__: Any) -> int:
+    """(..., n, n): n^3 / 3."""
+    return prod(matrix) * matrix[-1] // 3
+
+
+def _lu(matrix: Size, *_: Any, **__: Any) -> int:
+    """(..., n, n): 2 n^3 / 3."""
+    return 2 * prod(matrix) * matrix[-1] // 3
+
+
+def _inverse(matrix: Size, *_: Any, **__: Any) -> int:
+    """(..., n, n): 2 n^3, with the factors."""
+    return 2 * prod(matrix) * matrix[-1]
+
+
+def _triangular_solve(matrix: Size, right: Size, *_: Any, **__: Any) -> int:
+    """(..., n, n) and m right sides as rows or columns: m n^2."""
+    return _right_sides(matrix, right) * matrix[-1] ** 2
+
+
+def _factored_solve(right: Size, factor: Size, *_: Any, **__: Any) -> int:
+    """Two triangular systems: 2 m n^2."""
+    return 2 * _triangular_solve(factor, right)
+
+
+def _lu_solve(factor: Size, pivots: Size, right: Size, *_: Any, **__: Any) -> int:
+    return 2 * _triangular_solve(factor, right)
+
+
+def _solve(matrix: Size, right: Size, *_: Any, **__: Any) -> int:
+    """The factors, and two triangular systems."""
+    return _lu(matrix) + 2 * _triangular_solve(matrix, right)
+
+
+def _right_sides(matrix: Size, right: Size) -> int:
+    """Number of vectors of length n that a system (..., n, n) is solved for, broadcast ones counted each time."""
+    if len(right) == 1 or right == matrix[:-1]:
+        return prod(matrix[:-2])
+    batch = torch.broadcast_shapes(matrix[:-2], right[:-2])
+    return prod(batch) * prod(right[-2:]) // matrix[-1] if matrix[-1] else 0
+
+
+FORMULAS: dict[str, Any] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "addmm_": _added_product,
+    "baddbmm_": _added_product,
+    "mv": _matrix_vector,
+    "addmv": _added_matrix_vector,
+    "addmv_": _added_matrix_vector,
+    "dot": _dot,
+    "addr": _outer,
+    "addr_": _outer,
+    "linalg_cholesky_ex": _cholesky,
+    "cholesky_solve": _factored_solve,
+    "cholesky_inverse": lambda factor, *_, **__: 2 * _cholesky(factor),
+    "linalg_solve_triangular": _triangular_solve,
+    "linalg_lu_factor_ex": _lu,
+    "linalg_lu_solve": _lu_solve,
+    "_linalg_solve_ex": _solve,
+    "linalg_inv_ex": _inverse,
+}
+"""Name in ``torch.ops.aten``, if this version of torch has it -> formula of the arguments' shapes."""
 
 
 @hookimpl

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from ..registry import DataError, NonFiniteError, SpecError, Subject, near
 from ..registry.tensors.tokens import check_token_ids
-from .inputs import device_of, setting, vocabulary_size
+from .passes import device_of, setting, vocabulary_size
 from .tasks import FOLDER
 
 LOGGERS = ("lm_eval", "transformers.tokenization_utils_base", "datasets", "huggingface_hub")

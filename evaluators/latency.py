@@ -1,8 +1,7 @@
-"""How long a prefill and a decode step take, in pairs with the dense model, and where the time goes."""
+"""Seconds of a prefill and of a decode step, pruned and dense in turn, and seconds of each part of a prefill."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..registry import STAGES, Evaluator, Measurement, Subject, TextSource, hookimpl
-from .inputs import batch_text, one_batch, setting
+from ..registry import STAGES, Evaluator, Measurement, Subject, hookimpl
 from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, charged
-from .passes import cached_prefill, decode_step, prefill, prompt_length, settle
+from .passes import Decoding, cached_prefill, decode_step, prefill, setting, settle
 from .timing import Clock, clock_of, machine, percentile
 
 ATTENTION = "attention"
@@ -24,7 +22,7 @@ PARTS = (ATTENTION, MLP, HEAD, OTHER, *STAGES)
 PART_OF = {PROJECTIONS: ATTENTION, SCORES: ATTENTION}
 
 BREAKDOWN_PASSES = 3
-"""Passes of each, pruned and dense, that the shares of the parts are averaged over."""
+"""Passes, pruned and dense, that the seconds of the parts are averaged over."""
 
 
 @dataclass
@@ -35,47 +33,35 @@ class Round:
     steps: list[float]
 
 
-class Latency(Evaluator):
+class Latency(Decoding):
     """Seconds of a prefill and of a decode step, pruned and dense in turn, and the median of their paired ratios.
 
-    After ``warmup`` untimed rounds of each, pruned and dense alternate ``pairs`` times on the same tokens (a machine
-    that slows down meanwhile slows both). In a round a short untimed pass comes first, so that what the change between
-    pruned and dense costs is not counted: a cut that is made once is gathered and compensated anew then, one that is
-    made per batch in the timed prefill. That one computes logits at every position and keeps no cache. For
-    decoding, a second prefill fills a cache, untimed, and ``decode_steps`` steps of one token for each sequence
-    follow; strategies that decide per batch decide in that prefill and keep to it. The tokens are given, not
-    sampled, so that pruned and dense compute on the same ones.
+    After ``warmup`` untimed rounds, pruned and dense alternate ``pairs`` times on the same tokens, so that a machine
+    that slows down slows both. Every round starts with a short untimed pass, in which a static cut gathers its weights
+    and folds its compensation in; a strategy that decides per batch does both in the timed prefill. The timed prefill
+    computes logits at every position and keeps no cache. For decoding, a second, untimed prefill fills a cache, and
+    ``decode_steps`` steps of one token for each sequence follow; strategies that decide per batch decide in that
+    prefill and keep the decision. The tokens are fixed, not sampled, so that pruned and dense compute the same ones.
 
-    The time is from an idle device to a finished result: by CUDA events where the model lies on one GPU, else by the
-    wall clock. ``breakdown`` adds passes of their own, in which the device is waited for at every change
-    of part; their sum is larger than a timed pass. One evaluator measures one shape; list it again for another.
-    Running a batch moves the history of strategies that probe; the pipeline resets it before each evaluator.
+    The time is from an idle device to a finished result: by CUDA events if the whole model is on one GPU, else by the
+    wall clock. ``breakdown`` runs additional passes that synchronize the device at every change of part; their sum is
+    larger than a timed pass. One evaluator measures one shape; list it again for another. A batch changes the history
+    of strategies that probe; the pipeline restores it before each evaluator.
     """
 
     paired: ClassVar[bool] = True
 
     name: Literal["latency"] = "latency"
-    batch_size: int = Field(default=20, ge=1, description="sequences of the batch")
-    length: int = Field(default=256, ge=1, description="tokens of each sequence's prefill, at most the model's context")
-    decode_steps: int = Field(
-        default=16, ge=0, description="tokens for each sequence after the prefill; 0: prefill only"
-    )
-    pairs: int = Field(default=5, ge=1, description="timed rounds of each")
-    warmup: int = Field(default=1, ge=0, description="untimed rounds of each before")
-    text: TextSource | None = Field(default=None, description="take the tokens from here; null: random ones")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the random tokens")
+    pairs: int = Field(default=5, ge=1, description="timed rounds, pruned and dense")
+    warmup: int = Field(default=1, ge=0, description="untimed rounds before them")
     breakdown: bool = Field(
-        default=True, description="also measure, in passes of their own, where a prefill's time goes"
+        default=True, description="also measure the seconds of each part of a prefill, in additional passes"
     )
-
-    def check(self, model: Any) -> None:
-        """Raise SpecError where prefill and decode steps do not fit in the model's context."""
-        prompt_length(self.name, model, self.length, self.decode_steps)
 
     def evaluate(self, subject: Subject) -> Measurement:
-        """Time; raises SpecError (decode steps beyond the context) and DataError (``text`` too short)."""
-        length = prompt_length(self.name, subject.model, self.length, self.decode_steps)
-        ids = one_batch(subject, self.text, self.batch_size, length + self.decode_steps, self.seed)
+        """Measure; raises SpecError (decode steps beyond the context) and DataError (``text`` too short)."""
+        length = self.prompt_length(subject.model)
+        ids = self.batch(subject, length + self.decode_steps)
         clock = clock_of(subject.model)
         pruned: list[Round] = []
         dense: list[Round] = []
@@ -89,7 +75,9 @@ class Latency(Evaluator):
         def of(take: Callable[[Round], Sequence[float]]) -> tuple[list, list]:
             return [take(done) for done in pruned], [take(done) for done in dense]
 
-        values = compared("prefill", *of(lambda done: [done.prefill]), tokens=self.batch_size * length)
+        values: dict[str, float | int | None] = dict(
+            compared("prefill", *of(lambda done: [done.prefill]), tokens=self.batch_size * length)
+        )
         if self.decode_steps:
             values |= compared("decode", *of(lambda done: done.steps), tokens=self.batch_size)
         details = {}
@@ -118,9 +106,7 @@ class Latency(Evaluator):
             "warmup": self.warmup,
             "breakdown": self._about_breakdown(),
             "clock": clock.name,
-            "text": batch_text(self.text, self.seed),
-            "batch_size": self.batch_size,
-            "length": length,
+            **self.about_batch(length),
             **setting(model),
             **machine(model),
         }
@@ -132,7 +118,7 @@ class Latency(Evaluator):
 
 
 def one_round(clock: Clock, model: Any, ids: Tensor, length: int) -> Round:
-    """A settling pass, a timed prefill of ids (B, length), and timed decode steps on the rest of ids (B, T)."""
+    """A short untimed pass, a timed prefill of ids (B, length), and timed decode steps on the rest of ids (B, T)."""
     settle(model, ids)
     prompt = ids[:, :length]
     seconds, logits = clock.timed(partial(prefill, model, prompt))
@@ -148,7 +134,7 @@ def one_round(clock: Clock, model: Any, ids: Tensor, length: int) -> Round:
 
 
 def compared(name: str, pruned: list[list[float]], dense: list[list[float]], tokens: int) -> dict[str, float]:
-    """The values called ``name``, of the samples of each round in seconds; ``tokens`` are done in one sample."""
+    """The values ``name``_*, from each round's samples in seconds; one sample computes ``tokens`` tokens."""
     values = {}
     for prefix, rounds in (("", pruned), ("dense_", dense)):
         samples = [seconds for done in rounds for seconds in done]
@@ -164,11 +150,11 @@ def compared(name: str, pruned: list[list[float]], dense: list[list[float]], tok
 
 
 def breakdown(subject: Subject, clock: Clock, ids: Tensor) -> dict[str, dict[str, float]]:
-    """Seconds of a prefill of ids (B, T) by part, ``pruned`` and ``dense``, that add up to the whole pass.
+    """Mean seconds of a prefill of ids (B, T) by part, ``pruned`` and ``dense``; the parts add up to the whole pass.
 
-    A step of the deciding counts as itself, not as part of the attention or MLP within which it happens.
+    A strategy's step counts as that step, not as part of the attention or MLP in which it happens.
     """
-    spent = {"pruned": Counter(dict.fromkeys(PARTS, 0.0)), "dense": Counter(dict.fromkeys(PARTS, 0.0))}
+    spent = {which: dict.fromkeys(PARTS, 0.0) for which in ("pruned", "dense")}
     for _ in range(BREAKDOWN_PASSES):
         for which, mode in (("pruned", nullcontext), ("dense", subject.dense)):
             with mode():
@@ -177,7 +163,7 @@ def breakdown(subject: Subject, clock: Clock, ids: Tensor) -> dict[str, dict[str
                     prefill(subject.model, ids)
             for (part, _layer), amount in seconds.items():
                 spent[which][PART_OF.get(part, part)] += amount / BREAKDOWN_PASSES
-    return {which: dict(parts) for which, parts in spent.items()}
+    return spent
 
 
 @hookimpl

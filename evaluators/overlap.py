@@ -1,49 +1,44 @@
-"""How far the kept units agree with full-batch probing, and from batch to batch."""
+"""Overlap of the kept units with those of full-batch probing, and between batches."""
 
 from __future__ import annotations
 
 from functools import cache
 from itertools import combinations
-from math import exp, fsum, lgamma
+from math import fsum
 from typing import ClassVar, Literal
 
+import numpy
 import torch
 from pydantic import Field
+from scipy.stats import hypergeom
 from torch import Tensor
 
-from ..registry import Evaluator, Measurement, SiteKind, Subject, TextSource, hookimpl
+from ..registry import Evaluator, Measurement, SiteKind, Subject, hookimpl
 from ..registry.tensors.windows import digest
-from .inputs import clamped, setting, text_batches
+from .passes import TextBatches, setting
 
 Place = tuple[int, SiteKind]
 Kept = dict[Place, frozenset[int]]
 
 
-class Overlap(Evaluator):
+class Overlap(TextBatches):
     """Jaccard overlap of the kept units with full-batch probing's, and between batches, per layer and kind.
 
-    The overlap of two sets is what they share over what either has, |A n B| / |A u B|. ``full_batch`` compares each
-    batch's units with those that probing the whole batch picks, as many of them (PP's score, without history), and
-    is the mean over batches; ``between_batches`` is the mean over all pairs of batches, 1 for strategies that decide
-    once. Values are means over sites. ``chance`` is what two random sets of these sizes share on average, because
-    large sets overlap whatever picks them.
-    Sites that keep all of their units, or none, have nothing to choose: null in the details and in no mean.
+    The overlap of two sets is |A n B| / |A u B|. ``full_batch`` compares each batch's units with the same number of
+    units chosen by probing the whole batch (PP's score, without history), and is the mean over batches.
+    ``between_batches`` is the mean over all pairs of batches, 1 for strategies that decide once. ``chance`` is the mean
+    overlap of two random sets of these sizes, because large sets overlap in any case. Values are means over sites.
+    Sites that keep all of their units, or none, make no choice: null in the details, and part of no mean.
     """
 
     paired: ClassVar[bool] = True
 
     name: Literal["overlap"] = "overlap"
-    text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to run on")
-    batch_size: int = Field(
-        default=20, ge=1, description="sequences of a batch; strategies that probe decide per batch"
-    )
-    length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
     batches: int = Field(default=4, ge=1, description="batches to run")
 
     def evaluate(self, subject: Subject) -> Measurement:
-        """Run all batches pruned, then by full-batch probing; raises DataError where the text is too short."""
-        length = clamped(self.length, subject.model)
-        batches = text_batches(subject, self.text, self.batches, self.batch_size, length)
+        """Run all batches pruned, then by full-batch probing; raises DataError if the text is too short."""
+        batches, about = self.read_batches(subject)
         own = self._run(subject, batches, "overlap")
         with subject.full_batch():
             full = self._run(subject, batches, "overlap, full batch")
@@ -59,14 +54,9 @@ class Overlap(Evaluator):
         if not chosen:
             notes.append("every site keeps all of its units or none, so there is no choice to compare")
         elif not pairs:
-            notes.append(
-                "one batch has no other to compare with, so between_batches is empty; set batches to 2 or more"
-            )
+            notes.append("there is one batch only, so between_batches is empty; set batches to 2 or more")
         protocol = {
-            "text": self.text.label,
-            "batch_size": self.batch_size,
-            "length": length,
-            "batches": self.batches,
+            **about,
             "order": "text order",
             "sites": len(chosen),
             "ids_sha256": digest(batches),
@@ -100,22 +90,14 @@ def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
 def random_overlap(units: int, kept: int) -> float:
     """Expected Jaccard overlap of two independent random sets of ``kept`` of ``units``; 0 < kept <= units.
 
-    The shared number s is hypergeometric, and s of them overlap by s / (2 kept - s). About kept / (2 units - kept).
+    The number s of shared units is hypergeometric, and the overlap is s / (2 kept - s): about kept / (2 units - kept).
     """
-
-    def log_choose(n: int, k: int) -> float:
-        return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
-
-    total = log_choose(units, kept)
-    terms = (
-        exp(log_choose(kept, shared) + log_choose(units - kept, kept - shared) - total) * shared / (2 * kept - shared)
-        for shared in range(max(0, 2 * kept - units), kept + 1)
-    )
-    return fsum(terms)
+    shared = numpy.arange(kept + 1)
+    return float(hypergeom.pmf(shared, units, kept, kept) @ (shared / (2 * kept - shared)))
 
 
 def by_layer(values: dict[Place, float], units: dict[Place, int]) -> dict[SiteKind, list[float | None]]:
-    """Values by kind, one for each layer that has such a site, None where the site has no value."""
+    """Values by kind, one for each layer with such a site, None for a site without a value."""
     found: dict[SiteKind, list[float | None]] = {}
     for layer, kind in sorted(units):
         found.setdefault(kind, []).append(values.get((layer, kind)))

@@ -1,10 +1,11 @@
-"""Who is charged for what a forward pass spends, operations or seconds: the model's parts and a strategy's steps."""
+"""Attributes what a forward pass spends, operations or seconds, to the model's parts and a strategy's steps."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -14,38 +15,39 @@ from ..registry import Subject
 PROJECTIONS, SCORES, MLP, HEAD, OTHER = "attention_projections", "attention_scores", "mlp", "head", "other"
 
 Key = tuple[str, int | None]
-"""A part and the decoder layer that it belongs to; None for what belongs to no layer."""
+"""A part and its decoder layer; None for a part outside of the layers."""
 
 Amount = TypeVar("Amount", int, float)
 
 
 class Ledger(Generic[Amount]):
-    """Charges what ``read`` has risen by to the innermost part at work; what runs in none is ``("other", None)``'s.
+    """Attributes the increase of ``read`` to the innermost current part; outside of all parts to ``("other", None)``.
 
-    Parts may nest: an inner one's share is not the outer one's. All charges together are what ``read`` rose by.
+    Parts may nest: an inner part's share does not count for the outer one. The sum is the whole increase.
     """
 
     def __init__(self, read: Callable[[], Amount]):
         self.spent: dict[Key, Amount] = defaultdict(int)
-        self._read, self._last = read, read()
+        self._read: Callable[[], Amount] = read
+        self._last: Amount = read()
         self._stack: list[Key] = [(OTHER, None)]
         self._held = False
 
     def enter(self, key: Key) -> None:
-        """Charge ``key`` from now on."""
+        """Attribute to ``key`` from now on."""
         if not self._held:
             self.settle()
             self._stack.append(key)
 
     def leave(self) -> None:
-        """Charge what was charged before the last :meth:`enter`."""
+        """Attribute to the part before the last :meth:`enter`."""
         if not self._held:
             self.settle()
             self._stack.pop()
 
     @contextmanager
     def held(self, part: str) -> Iterator[None]:
-        """Charge everything within to ``part``, whichever modules run there and whatever else is announced."""
+        """A context in which everything is attributed to ``part``, whatever modules run and other steps begin."""
         if self._held:
             yield
             return
@@ -58,7 +60,7 @@ class Ledger(Generic[Amount]):
             self.leave()
 
     def settle(self) -> None:
-        """Charge what has been spent until now."""
+        """Attribute what was spent until now."""
         now = self._read()
         self.spent[self._stack[-1]] += now - self._last
         self._last = now
@@ -68,17 +70,16 @@ class Ledger(Generic[Amount]):
 def charged(
     subject: Subject, read: Callable[[], Amount], stage_part: Callable[[str], str]
 ) -> Iterator[dict[Key, Amount]]:
-    """Within it everything that ``subject``'s model does is charged by :class:`Ledger`; gives what was spent.
+    """A context in which a :class:`Ledger` attributes what ``subject``'s model spends; yields what was spent.
 
-    Modules are charged as :func:`module_keys` says, a step of the deciding (one of
-    :data:`~prunekit.registry.STAGES`) as ``stage_part`` of its name, wherever in a module it happens.
+    Modules are attributed to the parts of :func:`module_keys`, a strategy's step (one of
+    :data:`~prunekit.registry.STAGES`) to ``stage_part`` of its name, in whatever module it happens.
     """
     handles = []
     try:
-        keys = module_keys(subject)
         ledger: Ledger[Amount] = Ledger(read)
-        for module, key in keys.items():
-            handles.append(module.register_forward_pre_hook(lambda *_, key=key: ledger.enter(key)))
+        for module, key in module_keys(subject).items():
+            handles.append(module.register_forward_pre_hook(partial(_enter, ledger, key)))
             handles.append(module.register_forward_hook(lambda *_: ledger.leave()))
         with subject.watch(lambda name: ledger.held(stage_part(name))):
             yield ledger.spent
@@ -88,11 +89,14 @@ def charged(
             handle.remove()
 
 
-def module_keys(subject: Subject) -> dict[nn.Module, Key]:
-    """The modules that parts consist of: every site's, whether it is cut or not, and the output embeddings.
+def _enter(ledger: Ledger, key: Key, module: nn.Module, arguments: object) -> None:
+    ledger.enter(key)
 
-    Within an attention the linear layers are its projections, those that are no producers too; the rest of it is
-    its scores.
+
+def module_keys(subject: Subject) -> dict[nn.Module, Key]:
+    """The modules of each part: those of every site, cut or not, and the output embeddings.
+
+    All linear layers within an attention are its projections, not only the producers; the rest is its scores.
     """
     model = subject.model
     keys: dict[nn.Module, Key] = {}

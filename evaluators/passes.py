@@ -1,34 +1,139 @@
-"""The forward passes that time and memory are measured on: a prefill, and decode steps after one."""
+"""The batches that evaluators run, the forward passes that they measure, and the settings that all of them report."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ..registry import SpecError
-from ..registry.tensors.tokens import context_length
-from .inputs import clamped
+from ..registry import DataError, Evaluator, SpecError, Subject, TextSource
+from ..registry.tensors import devices
+from ..registry.tensors.tokens import check_token_ids, context_length
+from ..registry.tensors.windows import token_stream, with_bos
+
+OWN_ATTENTION = "prunekit_"
+"""Prefix of an attention implementation that a pruned model runs and that computes the same as the one without it."""
 
 SETTLE = 8
-"""Tokens of the short pass that lets a model get over a change between pruned and dense."""
+"""Tokens of the short pass after a change between pruned and dense."""
 
 
-def prompt_length(evaluator: str, model: Any, length: int, steps: int) -> int:
-    """Tokens of the prefill: ``length``, or the model's context where that is shorter.
+class OneBatch(Evaluator):
+    """An evaluator that runs one batch of random tokens, or of a text's first tokens."""
 
-    Raises :class:`SpecError`, naming ``evaluator``, where ``steps`` more positions do not fit in the context.
+    batch_size: int = Field(default=20, ge=1, description="sequences of the batch")
+    length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
+    text: TextSource | None = Field(default=None, description="the text to take tokens from; null: random tokens")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the random tokens")
+
+    def batch(self, subject: Subject, length: int) -> Tensor:
+        """Ids (batch_size, length) int64 on the model's device; raises :class:`DataError` if the text is too short."""
+        if self.text is not None:
+            return text_batches(subject, self.text, 1, self.batch_size, length)[0]
+        return random_ids(subject.model, self.batch_size, length, self.seed).to(device_of(subject.model))
+
+    def about_batch(self, length: int) -> dict[str, Any]:
+        """The batch's part of the protocol; ``length`` is that of the measured prefill."""
+        text = f"random ids, seed {self.seed}" if self.text is None else self.text.label
+        return {"text": text, "batch_size": self.batch_size, "length": length}
+
+
+class Decoding(OneBatch):
+    """An evaluator that runs a prefill and decode steps after it."""
+
+    decode_steps: int = Field(
+        default=16, ge=0, description="tokens for each sequence after the prefill; 0: prefill only"
+    )
+
+    def check(self, model: Any) -> None:
+        """Raise :class:`SpecError` if prefill and decode steps do not fit in the model's context."""
+        self.prompt_length(model)
+
+    def prompt_length(self, model: Any) -> int:
+        """Tokens of the prefill: ``length``, or the model's context if that is shorter.
+
+        Raises :class:`SpecError` if the decode steps do not fit in the context after it.
+        """
+        context, prompt, steps = context_length(model), clamped(self.length, model), self.decode_steps
+        if context is not None and steps and prompt + steps > context:
+            room = context - steps
+            remedy = f"set length to {room} or less, or decode_steps: 0" if room > 0 else "lower decode_steps"
+            raise SpecError(
+                f"{self.name}.decode_steps: a prefill of {prompt} tokens and {steps} steps after it take "
+                f"{prompt + steps} positions, more than the model's context of {context}; {remedy}"
+            )
+        return prompt
+
+
+class TextBatches(Evaluator):
+    """An evaluator that runs several batches of a text."""
+
+    text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to run on")
+    batch_size: int = Field(
+        default=20, ge=1, description="sequences of a batch; strategies that probe decide per batch"
+    )
+    length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
+    batches: int = Field(default=2, ge=1, description="batches to run")
+
+    def read_batches(self, subject: Subject) -> tuple[list[Tensor], dict[str, Any]]:
+        """The batches (batch_size, length) int64 in text order, and their part of the protocol.
+
+        Raises :class:`DataError` if the text is too short.
+        """
+        length = clamped(self.length, subject.model)
+        found = text_batches(subject, self.text, self.batches, self.batch_size, length)
+        about = {"batch_size": self.batch_size, "length": length, "batches": self.batches}
+        return found, {"text": self.text.label, **about}
+
+
+def device_of(model: Any) -> torch.device:
+    """The device of the input embeddings, where the token ids go."""
+    return devices.device_of(model.get_input_embeddings())
+
+
+def vocabulary_size(model: Any) -> int:
+    """Number of token ids that the model embeds."""
+    return model.get_input_embeddings().num_embeddings
+
+
+def clamped(length: int, model: Any) -> int:
+    """``length``, or the model's context if that is shorter."""
+    return min(length, context_length(model) or length)
+
+
+def setting(model: Any) -> dict[str, Any]:
+    """The part of a protocol that every measurement has."""
+    return {
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "device": "+".join(devices.places_of(model)) or str(device_of(model)),
+        "attention": (getattr(model.config, "_attn_implementation", None) or "").removeprefix(OWN_ATTENTION) or None,
+    }
+
+
+def random_ids(model: Any, rows: int, length: int, seed: int) -> Tensor:
+    """Ids drawn uniformly from the model's vocabulary by a seeded CPU generator; (rows, length) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary_size(model), (rows, length), generator=generator)
+
+
+def text_batches(subject: Subject, text: TextSource, batches: int, rows: int, length: int) -> list[Tensor]:
+    """The text's first tokens as ``batches`` batches (rows, length) int64 in text order, on the model's device.
+
+    The first token is BOS if the tokenizer has one. Raises :class:`DataError` if the text is too short.
     """
-    context, prompt = context_length(model), clamped(length, model)
-    if context is not None and steps and prompt + steps > context:
-        room = context - steps
-        remedy = f"set length to {room} or less, or decode_steps: 0" if room > 0 else "lower decode_steps"
-        raise SpecError(
-            f"{evaluator}.decode_steps: a prefill of {prompt} tokens and {steps} steps after it take {prompt + steps} "
-            f"positions, more than the model's context of {context}; {remedy}"
+    stream = with_bos(token_stream(subject.read(text), subject.tokenizer), subject.tokenizer)
+    needed = batches * rows * length
+    if len(stream) < needed:
+        many = batches > 1
+        taking = f"{batches} batches of {rows} x {length} take" if many else f"a batch of {rows} x {length} takes"
+        raise DataError(
+            f"{text.label} has {len(stream)} tokens, and {taking} {needed}; "
+            f"lower {'batches, ' if many else ''}batch_size or length, or name a longer text"
         )
-    return prompt
+    check_token_ids(stream, vocabulary_size(subject.model), text.label)
+    return list(stream[:needed].to(device_of(subject.model)).view(batches, rows, length))
 
 
 @torch.no_grad()
@@ -38,21 +143,23 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 
 def settle(model: Any, ids: Tensor) -> None:
-    """A short pass on the beginning of ids (B, T): a cut that is made once is gathered, and its compensation
-    folded in, in it."""
+    """A short pass on the beginning of ids (B, T), in which a static cut gathers its weights and folds compensation in.
+
+    Run before a measurement, so that this is not measured.
+    """
     prefill(model, ids[:1, :SETTLE])
 
 
 @torch.no_grad()
 def cached_prefill(model: Any, ids: Tensor) -> Any:
-    """The key/value cache after ids (B, T); raises :class:`SpecError` for a model that keeps none."""
+    """The key/value cache after ids (B, T); raises :class:`SpecError` for a model without one."""
     cache = model(input_ids=ids, use_cache=True).past_key_values
     if cache is None:
-        raise SpecError(f"{type(model).__name__} keeps no key/value cache, so there are no decode steps; set them to 0")
+        raise SpecError(f"{type(model).__name__} has no key/value cache, so there are no decode steps; set them to 0")
     return cache
 
 
 @torch.no_grad()
 def decode_step(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    """Logits (B, 1, V) of one more token for every row, ids (B, 1); ``cache`` grows by it."""
+    """Logits (B, 1, V) of one more token for every row, ids (B, 1), which are added to ``cache``."""
     return model(input_ids=ids, past_key_values=cache, use_cache=True).logits

@@ -1,4 +1,4 @@
-"""Perplexity of a text, with everything that the value depends on stated beside it."""
+"""Perplexity of a text, with a protocol of everything that the value depends on."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch.nn.functional import cross_entropy
 from ..registry import DataError, Evaluator, Measurement, NonFiniteError, SpecError, Subject, TextSource, hookimpl
 from ..registry.tensors.tokens import check_token_ids, context_length
 from ..registry.tensors.windows import BosPolicy, Tail, Window, cut_windows, digest, token_stream, with_bos
-from .inputs import device_of, setting, vocabulary_size
+from .passes import device_of, setting, vocabulary_size
 from .wikitext_words import read_pages
 
 SLICE = 1 << 24
-"""Most logits that are copied to float32 at a time (64 MB), whatever batch and vocabulary."""
+"""Most logits that are copied to float32 at a time (64 MB), for any batch and vocabulary."""
 
 
 class Perplexity(Evaluator):
-    """Perplexity of a text in windows, every scored token counting the same.
+    """Perplexity of a text in windows; every scored token has the same weight.
 
-    The text's documents are joined and tokenised as one stream, which is cut in windows of the same
-    length; windows run in text order, ``batch_size`` at a time, the shorter last one by itself. The
-    value is exp(sum of losses / tokens scored), losses in nats from a float32 log-softmax.
+    The text's documents are joined and tokenised as one stream, which is cut in windows of the same length. Windows run
+    in text order, ``batch_size`` at a time, the shorter last one alone. The value is exp(sum of losses / tokens),
+    losses in nats from a float32 log-softmax.
 
-    With ``convention: wikitext_words`` the text is read and cut as lm-evaluation-harness' ``wikitext`` task does,
-    page by page, and the summed loss is also divided by words and by bytes of the text: word_perplexity,
-    byte_perplexity, bits_per_byte. Batches hold windows of one length, so that nothing is padded.
+    With ``convention: wikitext_words`` the text is cut page by page as in lm-evaluation-harness' ``wikitext`` task, and
+    the summed loss is also divided by words and by bytes of the text: word_perplexity, byte_perplexity, bits_per_byte.
+    The windows of a batch have the same length, so that nothing is padded.
     """
 
     name: Literal["perplexity"] = "perplexity"
@@ -48,15 +48,15 @@ class Perplexity(Evaluator):
         default=None,
         ge=1,
         description="tokens from one window's start to the next; null: no overlap. Tokens that an "
-        "earlier window scored are context only",
+        "earlier window scored are only context",
     )
     bos: BosPolicy = Field(
         default="first",
-        description="the tokenizer's BOS: never, once before the text (as most published values), or "
-        "before every window, where it takes one of its places",
+        description="the tokenizer's BOS: never, once before the text (as in most published values), or "
+        "as the first token of every window",
     )
-    separator: str = Field(default="\n\n", description="what stands between documents")
-    tail: Tail = Field(default="keep", description="score the shorter last window, in a batch of its own, or drop it")
+    separator: str = Field(default="\n\n", description="the text between documents")
+    tail: Tail = Field(default="keep", description="score the shorter last window, in its own batch, or drop it")
     batch_size: int = Field(default=20, ge=1, description="windows per batch; strategies that probe decide per batch")
     limit: int | None = Field(
         default=None, ge=1, description="measure at most this many windows (with wikitext_words: pages)"
@@ -67,7 +67,7 @@ class Perplexity(Evaluator):
         if self.convention == "wikitext_words":
             own = {"stride": None, "bos": "first", "separator": "\n\n", "tail": "keep"}
             for key in [key for key, default in own.items() if getattr(self, key) != default]:
-                raise ValueError(f"convention: wikitext_words cuts the text in its own way; leave {key} out")
+                raise ValueError(f"convention: wikitext_words has its own way to cut the text; leave {key} out")
         if self.stride is not None and self.window is not None:
             self._check_stride(self.window)
         return self
@@ -110,7 +110,7 @@ class Perplexity(Evaluator):
         return Measurement(values, protocol, notes, {"window_losses": losses, "window_tokens": tokens})
 
     def _stream(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
-        """The text as one stream of tokens: windows, their part of the protocol, no further divisors, and notes."""
+        """The text as one stream of tokens: windows, their part of the protocol, no other divisors, and notes."""
         label = self.text.label
         bos_id = None if self.bos == "none" else subject.tokenizer.bos_token_id
         bos = self.bos if bos_id is not None else "none"
@@ -137,7 +137,7 @@ class Perplexity(Evaluator):
         return windows, how, {}, notes
 
     def _pages(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
-        """The text page by page: windows, their part of the protocol, what else divides the loss, and notes."""
+        """The text page by page: windows, their part of the protocol, the other divisors of the loss, and notes."""
         found = read_pages(subject.read(self.text), subject.tokenizer, window, self.limit, self.text.label)
         for piece in found.windows:
             check_token_ids(piece.ids, vocabulary_size(subject.model), self.text.label)
@@ -155,7 +155,7 @@ class Perplexity(Evaluator):
         context = context_length(model)
         window = self.window or context
         if window is None:
-            raise SpecError("perplexity.window: this model's configuration names no context; give window a number")
+            raise SpecError("perplexity.window: this model's configuration has no context length; set window")
         if context is not None and window > context:
             raise SpecError(
                 f"perplexity.window: {window} tokens are more than the model's context of {context}; "
@@ -170,7 +170,8 @@ class Perplexity(Evaluator):
     def _losses(self, subject: Subject, windows: list[Window]) -> list[float]:
         """Summed loss of every window in nats."""
         batches = list(_batches(windows, self.batch_size))
-        device, found = device_of(subject.model), []
+        device = device_of(subject.model)
+        found: list[float] = []
         for batch in subject.progress(iter(batches), "perplexity", len(batches)):
             shown = torch.stack([w.shown for w in batch]).to(device)
             with torch.no_grad():
@@ -190,8 +191,8 @@ class Perplexity(Evaluator):
 def summed_losses(logits: Tensor, ids: Tensor, scored: list[int]) -> list[float]:
     """Sum of next-token losses in nats over the last ``scored`` tokens of each row; (B, T, V), (B, T) -> B numbers.
 
-    ``ids`` may have one token more than ``logits``, which is then predicted too. Float32 in slices of at most
-    ``SLICE`` logits, summed in float64.
+    ``ids`` may have one token more than ``logits``, which is then predicted too. Losses are float32, computed in slices
+    of at most ``SLICE`` logits, and summed in float64.
     """
     step = max(1, SLICE // logits.shape[-1])
     last, ids = ids.shape[1] - 1, ids.to(logits.device)
@@ -208,7 +209,7 @@ def summed_losses(logits: Tensor, ids: Tensor, scored: list[int]) -> list[float]
 
 
 def exponential(loss: float, unit: str, notes: list[str]) -> float | None:
-    """exp(loss), or None and a note where that is beyond a float."""
+    """exp(loss), or None and a note if that is too large for a float."""
     if loss < 700:
         return math.exp(loss)
     notes.append(f"{loss:.0f} nats per {unit} are too many to write as a perplexity")

@@ -1,4 +1,4 @@
-"""What the time that pruning saves costs in perplexity."""
+"""The rise of perplexity for each second that pruning saves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class PerformanceRuntimeRatio(Evaluator):
     """PRR: the rise of perplexity for each second that a batch's prefill is faster than the dense model's.
 
     ``prr = (ppl_pruned - ppl_dense) / (time_dense - time_pruned)``, in perplexity points per second, and
-    ``relative``, the relative rise divided by the relative saving, which depends on no machine's speed and no batch's
-    size: ``(ppl_pruned / ppl_dense - 1) / (1 - time_pruned / time_dense)``. Lower is better, and below zero pruning
-    improves perplexity. Where no time is saved there is no ratio: both are None, and a note says so.
+    ``relative``, the relative rise divided by the relative saving, which does not depend on the machine's speed or the
+    batch's size: ``(ppl_pruned / ppl_dense - 1) / (1 - time_pruned / time_dense)``. Lower is better; below zero pruning
+    improves perplexity. If no time is saved there is no ratio: both are None, and a note explains it.
 
-    The run's first ``perplexity`` and ``latency`` are taken (with their defaults where it lists none), and
-    what they have measured is not measured again. The dense time is the median of the timed prefills, the pruned one
-    that times the median of the paired ratios: so a machine that slows down meanwhile is no saving.
+    The values are those of the run's first ``perplexity`` and ``latency``, or of ones with default options if the run
+    lists none; they are not measured again. The dense time is the median of the timed prefills. The pruned time is the
+    dense one times the median of the paired ratios, so that a machine that slows down does not look like a saving.
     """
 
     paired: ClassVar[bool] = True
@@ -26,13 +26,13 @@ class PerformanceRuntimeRatio(Evaluator):
     name: Literal["prr"] = "prr"
 
     def evaluate(self, subject: Subject) -> Measurement:
-        """Divide; raises what the perplexity and latency evaluators raise."""
+        """Divide; raises the errors of the perplexity and latency evaluators."""
         pruned, latency = subject.measure("perplexity"), subject.measure("latency")
         with subject.dense():
             dense = subject.measure("perplexity")
         perplexities = pruned.values.get("perplexity"), dense.values.get("perplexity")
-        dense_seconds = latency.values["dense_prefill_seconds"]
-        seconds = dense_seconds * latency.values["prefill_ratio"], dense_seconds
+        dense_seconds, ratio = (latency.values[name] or 0.0 for name in ("dense_prefill_seconds", "prefill_ratio"))
+        seconds = dense_seconds * ratio, dense_seconds
         prr, relative, notes = ratios(perplexities, seconds)
         protocol = {
             "prr": "perplexity points per second of a batch's prefill that is saved",
@@ -53,7 +53,7 @@ def ratios(
 ) -> tuple[float | None, float | None, list[str]]:
     """``prr``, ``relative`` and notes, of (pruned, dense) perplexities and (pruned, dense) seconds per batch."""
     notes = [
-        f"the {which} perplexity is missing (too large to be written as a number), so there is no PRR"
+        f"the {which} perplexity is missing (it is too large for a number), so there is no PRR"
         for which, value in zip(("pruned", "dense"), perplexities, strict=True)
         if value is None
     ]

@@ -1,8 +1,7 @@
-"""Clocks, percentiles, and what a protocol says about the machine that ran the clock."""
+"""Clocks, percentiles, and the machine's part of a protocol."""
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy
 import torch
 
 from ..registry.tensors.devices import place_name
@@ -21,10 +21,10 @@ PERCENTILE = 0.95
 
 @dataclass(frozen=True)
 class Clock:
-    """The wall clock, read when every accelerator that the model lies on has done what it was asked."""
+    """The wall clock, read after every accelerator of the model has finished its work."""
 
     devices: tuple[torch.device, ...] = ()
-    """The accelerators; none for a model on the CPU, which has always finished."""
+    """The accelerators; none for a model on the CPU."""
     name: ClassVar[str] = "wall clock"
 
     def finish(self) -> None:
@@ -33,14 +33,14 @@ class Clock:
             torch.accelerator.synchronize(device)
 
     def now(self) -> float:
-        """Seconds since some fixed moment, all work done."""
+        """Seconds since a fixed moment, after all work is finished."""
         self.finish()
         return time.perf_counter()
 
     def timed(self, call: Callable[[], Result]) -> tuple[float, Result]:
-        """Seconds that ``call`` takes from an idle device to a finished result, and the result.
+        """Seconds of ``call`` from an idle device to a finished result, and the result.
 
-        The result is handed back so that giving its memory free is not in the time.
+        The result is returned so that the time does not include freeing it.
         """
         start = self.now()
         result = call()
@@ -48,7 +48,7 @@ class Clock:
 
 
 class EventClock(Clock):
-    """Events on the stream of one CUDA device: what the device took, its waiting for the host included."""
+    """Events on the stream of one CUDA device: the device's time, with its waiting for the host."""
 
     name: ClassVar[str] = "CUDA events"
 
@@ -60,11 +60,11 @@ class EventClock(Clock):
             result = call()
             end.record()
             self.finish()
-        return begin.elapsed_time(end) / 1000, result  # events tell milliseconds
+        return begin.elapsed_time(end) / 1000, result  # milliseconds
 
 
 def clock_of(model: Any) -> Clock:
-    """CUDA events for a model that lies on one CUDA device as a whole, else the wall clock."""
+    """CUDA events for a model that is entirely on one CUDA device, else the wall clock."""
     devices = accelerators(model)
     whole = all(parameter.device.type == "cuda" for parameter in model.parameters())
     one = len(devices) == 1 and devices[0].type == "cuda"
@@ -72,9 +72,9 @@ def clock_of(model: Any) -> Clock:
 
 
 def accelerators(model: Any) -> tuple[torch.device, ...]:
-    """The devices besides the CPU that the model's weights lie on, or are moved to when they are needed."""
+    """The devices other than the CPU that have the model's weights, or get them when they are needed."""
     found = {parameter.device for parameter in model.parameters()}
-    # What accelerate has offloaded lies on "meta" between the calls, and runs where its device map says.
+    # Weights that accelerate has offloaded are on "meta" between calls, and run on the device of its device map.
     places = (getattr(model, "hf_device_map", None) or {}).values()
     found |= {torch.device(place_name(place)) for place in places if place != "disk"}
     return tuple(sorted((device for device in found if device.type not in ("cpu", "meta")), key=str))
@@ -85,18 +85,18 @@ def percentile(samples: Sequence[float]) -> float:
 
     It is always a sample; of fewer than 20 it is the largest.
     """
-    return sorted(samples)[math.ceil(PERCENTILE * len(samples)) - 1]
+    return numpy.quantile(samples, PERCENTILE, method="inverted_cdf").item()
 
 
 def machine(model: Any) -> dict[str, Any]:
-    """What a protocol says about the machine: processor, threads, accelerators, torch's version."""
+    """The machine's part of a protocol: processor, threads, accelerators, version of torch."""
     facts: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     names = [torch.cuda.get_device_name(device) for device in accelerators(model) if device.type == "cuda"]
     return {**facts, "accelerator": ", ".join(names)} if names else facts
 
 
 def processor() -> str:
-    """The processor's name, as well as this platform tells it."""
+    """The processor's name, as the platform reports it."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text(errors="replace").splitlines():

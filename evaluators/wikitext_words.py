@@ -13,26 +13,26 @@ from ..registry import DataError
 from ..registry.tensors.windows import Window
 
 TITLE = re.compile(r"\s*= (?!= ).*(?<! =) =\s*")
-"""A line that begins a page: a heading of the first level, " = Title = "."""
+"""The first line of a page: a heading of the first level, " = Title = "."""
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Windows of all pages in text order, and what lm-eval divides the summed loss by."""
+    """Windows of all pages in text order, and the numbers that lm-eval divides the summed loss by."""
 
     windows: list[Window]
     pages: int
     words: int
     bytes: int
     prefix: int
-    """Id of the token that begins every page."""
+    """Id of the first token of every page."""
 
 
 def pages_of(documents: Sequence[str]) -> list[str]:
-    """Documents split where a page's title stands in them; texts without titles stay as they are.
+    """Documents split at the titles of pages; texts without titles do not change.
 
-    One document per line, as WikiText's rows are, is first put together to one text: blank rows stand for
-    the line " " that WikiText's files have there. What is before the first title counts only if it is not blank.
+    Documents that are single lines, such as WikiText's rows, are first joined to one text, in which a blank row is the
+    line " " of WikiText's files. Text before the first title is a page if it is not blank.
     """
     if all("\n" not in document.removesuffix("\n") for document in documents) and any(map(TITLE.fullmatch, documents)):
         documents = ["".join((row.removesuffix("\n") or " ") + "\n" for row in documents)]
@@ -50,11 +50,11 @@ def _split(text: str) -> Iterator[str]:
 
 
 def read_pages(documents: Sequence[str], tokenizer: Any, window: int, limit: int | None, label: str) -> Pages:
-    """Cut ``documents``, at most ``limit`` pages of them, as lm-eval's ``wikitext`` task does.
+    """Cut at most ``limit`` pages of ``documents`` as lm-eval's ``wikitext`` task does.
 
-    Text is tokenised with the special tokens that the tokenizer itself adds. A page's first window begins with the
-    BOS token (EOS without one); windows score ``window`` tokens, and the last one is filled up with context.
-    Words and bytes are those of the text before detokenising. Raises :class:`DataError` without BOS and EOS.
+    The text is tokenised with the special tokens that the tokenizer adds. A page's first window starts with the BOS
+    token (EOS if there is no BOS). Windows score ``window`` tokens; the last one is filled up with context. Words and
+    bytes are those of the text before detokenising. Raises :class:`DataError` if there is neither BOS nor EOS.
     """
     from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

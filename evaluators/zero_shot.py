@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from ..registry import Evaluator, Measurement, SpecError, Subject, hookimpl, near
 from ..registry.tensors.tokens import context_length
-from .inputs import setting
+from .passes import setting
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "paper7": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

@@ -7,8 +7,7 @@ from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.models.loading import Loaded
 from prunekit.compress.reporting import plot_costs
 from prunekit.compress.runs.measuring import Measuring
-from prunekit.evaluators.cost import PARTS, Cost
-from prunekit.evaluators.flop_formulas import FORMULAS, formulas
+from prunekit.evaluators.cost import FORMULAS, PARTS, Cost, formulas
 from prunekit.evaluators.latency import Latency
 from prunekit.registry import SiteCovariance
 from prunekit.strategies.compensation.least_squares import LeastSquares

@@ -200,7 +200,7 @@ def test_cuda_peaks_are_those_after_preparing(monkeypatch):
 
 def test_devices_without_statistics_are_refused(monkeypatch):
     monkeypatch.setattr(allocations, "accelerators", lambda model: (torch.device("mps:0"),))
-    with pytest.raises(SpecError, match=r"this model lies on mps; leave the memory evaluator out"):
+    with pytest.raises(SpecError, match=r"this model is on mps; leave the memory evaluator out"):
         peak_bytes(CPU, lambda: None, lambda state: None)
 
 

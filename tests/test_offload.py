@@ -12,7 +12,7 @@ from prunekit.compress.bundled import MODEL
 from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.models.loading import ModelSource, fingerprint, load
 from prunekit.compress.runs.measuring import Measuring
-from prunekit.evaluators.inputs import device_of
+from prunekit.evaluators.passes import device_of
 from prunekit.registry import ModelError
 from prunekit.registry.tensors.devices import is_offloaded, places_of, stored_tensor
 from safetensors.torch import load_file

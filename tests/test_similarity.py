@@ -10,8 +10,7 @@ from prunekit.compress import prune
 from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators import similarity as module
-from prunekit.evaluators.representations import Pair, linear_cka, svcca
-from prunekit.evaluators.similarity import Similarity
+from prunekit.evaluators.similarity import Pair, Similarity, linear_cka, svcca
 from prunekit.registry import Catalog, DataError, NonFiniteError, Subject
 from prunekit.registry.checks import check_component, check_evaluation
 

@@ -104,7 +104,7 @@ def test_a_prefill_needs_no_gradients_and_no_cache():
 
     ids = torch.zeros(1, 2, dtype=torch.long)
     assert prefill(model, ids) is False
-    with pytest.raises(SpecError, match="keeps no key/value cache"):
+    with pytest.raises(SpecError, match="has no key/value cache"):
         cached_prefill(model, ids)
 
 

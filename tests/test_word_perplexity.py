@@ -12,7 +12,7 @@ from prunekit.compress.bundled import MODEL
 from prunekit.compress.models.loading import ModelSource, load
 from prunekit.compress.runs.text import read_documents
 from prunekit.evaluators.perplexity import Perplexity
-from prunekit.evaluators.published import check_published
+from prunekit.evaluators.published_perplexities import check_published
 from prunekit.evaluators.wikitext_words import pages_of
 from prunekit.registry import DataError, Subject, TextSource
 from pydantic import ValidationError
@@ -165,7 +165,7 @@ def test_probing_strategies_get_windows_of_one_length_in_text_order(loaded):
 
 def test_options_of_the_other_convention_are_refused():
     for option in ({"stride": 8}, {"bos": "every"}, {"separator": " "}, {"tail": "drop"}):
-        with pytest.raises(ValidationError, match=f"cuts the text in its own way; leave {next(iter(option))} out"):
+        with pytest.raises(ValidationError, match=f"has its own way to cut the text; leave {next(iter(option))} out"):
             Perplexity(convention="wikitext_words", **option)
 
 

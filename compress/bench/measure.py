@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...evaluators.allocations import meter, peak_bytes
-from ...evaluators.flop_formulas import formulas
+from ...evaluators.cost import formulas
 from ...evaluators.parts import Ledger
 from ...evaluators.timing import Clock, Result, clock_of, machine
 from ...registry import STAGES

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...evaluators.inputs import clamped, random_ids
+from ...evaluators.passes import clamped, random_ids
 from ...registry import ModelError
 from ...registry.tensors.devices import device_of
 from ..models.loading import Loaded

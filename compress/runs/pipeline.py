@@ -237,7 +237,7 @@ def labelled(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
 
 def published_warnings(loaded: Loaded, dense: Measurement) -> list[str]:
     """A warning where a known model's dense perplexity is far from what its protocol should give."""
-    from ...evaluators.published import check_published
+    from ...evaluators.published_perplexities import check_published
 
     warning = check_published(loaded.identity["name"], dense.protocol, dense.values)
     return [warning] if warning else []

@@ -14,7 +14,7 @@ import torch
 import transformers
 from prunekit.compress.pruning.prune import prune
 from prunekit.compress.pruning.pruned import Pruned
-from prunekit.evaluators.flop_formulas import formulas
+from prunekit.evaluators.cost import formulas
 from prunekit.registry import ChannelMoments, Site, SiteCovariance, complement
 from prunekit.registry.tensors.moments import CHUNK
 from prunekit.strategies.compensation import LeastSquares

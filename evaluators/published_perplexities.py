@@ -1,4 +1,4 @@
-"""Published perplexities of well-known dense models, to notice a set-up that measures something else."""
+"""Published perplexities of well-known dense models, to detect a set-up that measures something else."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ PUBLISHED: dict[str, dict[int, tuple[float, str]]] = {
     "opt-13b": {2048: (10.13, GPTQ)},
 }
 """Model -> window -> (perplexity, source), in float16 or bfloat16 and the convention above, up to details (a BOS
-before every window) that move the value by far less than the tolerance."""
+before every window) that change the value by far less than the tolerance."""
 
 
 def known_model(model_id: str) -> str | None:
-    """The table's key for a hub id or folder; None for models it does not hold (chat and instruct versions too)."""
+    """The table's key for a hub id or folder; None for other models, chat and instruct versions too."""
     name = re.split(r"[\\/]", model_id.rstrip("\\/"))[-1].lower()
     name = re.sub(r"^meta-(?=llama)|-hf$", "", name)
     name = {"mistral-7b-v0.1": "mistral-7b"}.get(name, name)
@@ -47,10 +47,10 @@ def known_model(model_id: str) -> str | None:
 
 
 def check_published(model_id: str, protocol: Mapping[str, Any], values: Mapping[str, Any]) -> str | None:
-    """A warning where a known dense model's perplexity is more than 3% off its published one, else None.
+    """A warning if a known dense model's perplexity differs from its published one by more than 3%, else None.
 
-    ``protocol`` and ``values`` are those of any evaluator; what has no perplexity, or a protocol that was not
-    published, is not judged.
+    ``protocol`` and ``values`` are those of any evaluator. None too for values without perplexity, and for a protocol
+    without a published value.
     """
     model, window, stride = known_model(model_id), protocol.get("window"), protocol.get("stride")
     comparable = (

@@ -1,7 +1,7 @@
 """Published perplexities: which models are known, and when a dense value is worth a warning."""
 
 import pytest
-from prunekit.evaluators.published import PUBLISHED, check_published, known_model
+from prunekit.evaluators.published_perplexities import PUBLISHED, check_published, known_model
 
 WIKITEXT = {
     "text": "Salesforce/wikitext/wikitext-2-raw-v1/test",
