@@ -10,8 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("docs/results", "docs/studies", "docs/examples", "tools")
-HERE = Path(__file__).resolve()
+FOLDERS = (
+    "strategies",
+    "evaluators",
+    "tools",
+    "docs/results",
+    "docs/studies",
+    "docs/examples",
+    "compress/bundled",
+    "compress/cli",
+    "compress/demo",
+    "compress/files",
+    "compress/models",
+    "compress/output",
+    "compress/recovery",
+    "compress/runs",
+)
+pytestmark = pytest.mark.smoke
 
 INSTEAD = {
     r"g[ai]v(?:e|es|en|ing) (?:it |them |this |that )?back": "compensate, restore, return or free",
