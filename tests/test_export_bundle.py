@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from prunekit.compress import Exporter, PipelineSpec, load
-from prunekit.compress.export import weights_file
+from prunekit.compress.export import weights
 from prunekit.registry import DataError, ModelError, SpecError
 
 
@@ -56,7 +56,7 @@ def test_the_licence_of_the_base_is_carried_over(pipeline_file, tmp_path):
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (base / "LICENSE").write_text("Apache")
     manifest = Exporter(PipelineSpec.load(pipeline_file), "padded", tmp_path / "out").export()
-    assert manifest["license"] == "apache-2.0"
+    assert manifest.license == "apache-2.0"
     assert (tmp_path / "out" / "LICENSE").read_text() == "Apache"
 
 
@@ -81,7 +81,7 @@ def test_an_exported_model_is_exported_again_in_every_profile(exported, pipeline
     assert len({layer.intermediate_size for layer in load(exported).model.config.per_layer_config}) > 1
     for profile in ("padded", "dynamic"):
         manifest = Exporter(PipelineSpec.of(base), profile, tmp_path / profile).export()
-        assert manifest["check"]["largest_difference"] < 1e-4
+        assert manifest.check.largest_difference < 1e-4
     uniform = {**content, "prune": {"use": "magnitude", "ratio": 0.4}}
     Exporter(PipelineSpec.of(uniform), "hf-hetero", tmp_path / "alike").export()
     again = {**uniform, "model": {"name": str(tmp_path / "alike")}, "prune": {"use": "magnitude", "ratio": 0.2}}
@@ -93,8 +93,8 @@ def test_weights_are_sharded_and_written_one_shard_at_a_time(exported, pipeline_
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) >= 3 and all((exported / shard).is_file() for shard in shards)
-    held, save = [], weights_file.save_file
-    monkeypatch.setattr(weights_file, "save_file", lambda made, *rest: (held.append(len(made)), save(made, *rest)))
+    held, save = [], weights.save_file
+    monkeypatch.setattr(weights, "save_file", lambda made, *rest: (held.append(len(made)), save(made, *rest)))
     Exporter(PipelineSpec.load(pipeline_file), "hf-hetero", tmp_path / "other", shard_size="500KB").export()
     assert len(held) == len(shards) and max(held) < len(index["weight_map"])
     whole = load(exported).model.state_dict()
@@ -187,7 +187,7 @@ def test_an_existing_folder_is_refused(exported, pipeline_file, command, tmp_pat
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("boom")])
-@pytest.mark.parametrize("place", ["writing.write_weights", "exporting.finish", "exporting.card"])
+@pytest.mark.parametrize("place", ["writing.write_weights", "exporting.write_manifest", "exporting.card"])
 def test_an_accident_leaves_no_folder(place, error, pipeline_file, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise error
@@ -257,6 +257,6 @@ def test_what_is_missing_on_the_command_line(command, pipeline_file, tmp_path):
         code, output = command("export", *arguments)
         assert code == 2 and "is missing: prunekit export RUN_OR_YAML" in output
     code, output = command("export", tmp_path, "--profile", "padded", "--out", tmp_path / "x")
-    assert code == 2 and "so it is no run" in output
+    assert code == 2 and "so it is not a run" in output
     code, output = command("export", "--list")
     assert code == 0 and "hf-hetero" in output and "llama.cpp" in output

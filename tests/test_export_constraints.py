@@ -42,8 +42,8 @@ def test_equal_counts_and_multiples_are_met_before_pruning(make_model, batches):
     assert all(count % 32 == 0 for (_, kind), count in counts.items() if kind == "mlp")
     units = {"attention": 4, "mlp": 192}
     achieved = sum(1 - count / units[kind] for (_, kind), count in counts.items()) / len(counts)
-    assert found["achieved"]["units_cut"] == pytest.approx(achieved, abs=1e-6)
-    assert found["sites_changed"] == sum(asked[place] != counts[place] for place in counts)
+    assert found.achieved.units_cut == pytest.approx(achieved, abs=1e-6)
+    assert found.sites_changed == sum(asked[place] != counts[place] for place in counts)
 
 
 def test_the_cost_in_score_is_the_share_of_the_strategys_own_scores(make_model, batches):
@@ -59,8 +59,8 @@ def test_the_cost_in_score_is_the_share_of_the_strategys_own_scores(make_model, 
             for key, count in (("asked", asked), ("achieved", cut.count)):
                 shares[key].append(float(units.topk(count).values.sum() / units.sum()))
     for key, values in shares.items():
-        assert found[key]["score_kept"] == pytest.approx(sum(values) / len(values), abs=1e-5)
-    assert found["achieved"]["score_kept"] != found["asked"]["score_kept"]
+        assert getattr(found, key).score_kept == pytest.approx(sum(values) / len(values), abs=1e-5)
+    assert found.achieved.score_kept != found.asked.score_kept
     text = sentence(found, 0.3)
     assert "a multiple of 64" in text and "30% of the units asked" in text and "of the score kept instead of" in text
 
@@ -147,12 +147,12 @@ def test_query_heads_cut_evenly_have_a_place(make_model, make_tokenizer, batches
 
 @pytest.mark.parametrize("profile", ["padded", "dynamic"])
 def test_uneven_query_heads_are_kept_where_that_works(profile, export):
-    assert export(profile=profile, attention_unit="query_head")["check"]["largest_difference"] < 1e-4
+    assert export(profile=profile, attention_unit="query_head").check.largest_difference < 1e-4
 
 
 def test_freezing_says_what_it_costs(export):
     manifest = export(use="pp", profile="hf-hetero", options={"freeze": "calibration"})
-    (metric,) = manifest["metrics"]
-    perplexities = [metric[key]["perplexity"] for key in ("dense", "per_batch", "exported")]
+    (metric,) = manifest.metrics
+    perplexities = [values["perplexity"] for values in (metric.dense, metric.per_batch, metric.exported)]
     assert len(set(perplexities)) == 3
-    assert manifest["freeze"] == {"how": "calibration", "meaning": manifest["freeze"]["meaning"]}
+    assert manifest.freeze.how == "calibration"

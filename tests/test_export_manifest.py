@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from prunekit.compress import Exporter, PipelineSpec, load
-from prunekit.compress.models.exported.manifest import PARTS
+from prunekit.compress.models.exported.manifest import Manifest
 from prunekit.compress.models.loading import ModelSource
 from prunekit.compress.models.loading import load as load_model
 from prunekit.registry import DataError, ModelError
@@ -43,7 +43,7 @@ def test_a_manifest_that_is_none(content, exported, command):
     assert code == 2 and ("damaged" in output or "expected 'prunekit export 1'" in output)
 
 
-@pytest.mark.parametrize("key", PARTS)
+@pytest.mark.parametrize("key", [key for key, info in Manifest.model_fields.items() if info.is_required()])
 def test_a_part_that_is_missing_or_of_another_kind(key, exported, command):
     manifest = json.loads((exported / "prunekit.json").read_text())
     for damaged in ({k: v for k, v in manifest.items() if k != key}, {**manifest, key: 7}):
@@ -81,12 +81,12 @@ def test_the_parameters_are_those_of_the_model_that_is_loaded(profile, export, t
     """Biases of zero, which a stock class has besides, count too."""
     manifest = export(profile, compensate="mean")
     model = load(tmp_path / profile).model
-    assert manifest["parameters"]["exported"] == sum(parameter.numel() for parameter in model.parameters())
+    assert manifest.parameters.exported == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_parameters_of_a_dynamic_export(export):
-    parameters = export("dynamic", use="pp")["parameters"]
-    assert parameters["exported"] == parameters["dense"] > parameters["active"]
+    parameters = export("dynamic", use="pp").parameters
+    assert parameters.exported == parameters.dense > parameters.active
 
 
 def test_settings_and_tokenizer_go_along_and_nothing_is_pickled(small_pipeline, tmp_path, make_tokenizer):
@@ -106,14 +106,15 @@ def test_the_folder_appears_only_once_its_manifest_is_written(small_pipeline, tm
     """Killed at any moment before, there is nothing of its name."""
     from prunekit.compress.export import exporting
 
-    finish, seen = exporting.finish, []
+    write, seen = exporting.write_manifest, []
 
     def watched(folder, manifest):
         seen.append((tmp_path / "out").exists())
-        finish(folder, manifest)
+        manifest = write(folder, manifest)
         seen.append((tmp_path / "out").exists())
+        return manifest
 
-    monkeypatch.setattr(exporting, "finish", watched)
+    monkeypatch.setattr(exporting, "write_manifest", watched)
     Exporter(PipelineSpec.of(small_pipeline(use="magnitude")), "padded", tmp_path / "out").export()
     assert seen == [False, False] and (tmp_path / "out" / "prunekit.json").is_file()
 

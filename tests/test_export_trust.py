@@ -87,7 +87,7 @@ def test_an_uneven_model_gets_equal_counts_that_every_layer_can_have(exported, s
     Exporter(PipelineSpec.of(content), "hf-hetero", tmp_path / "uneven").export()
     again = {**content, "model": {"name": str(tmp_path / "uneven")}, "prune": {"use": "magnitude", "ratio": 0.1}}
     manifest = Exporter(PipelineSpec.of(again), "hf-uniform", tmp_path / "even").export()
-    assert len({layer["mlp"]["kept"] for layer in manifest["layers"]}) == 1
+    assert len({layer.mlp.kept for layer in manifest.layers}) == 1
 
 
 def test_unequal_query_heads_are_refused(make_model):

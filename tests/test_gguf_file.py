@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from prunekit.compress.export.cut_model import LayerShape
 from prunekit.compress.export.gguf.file import check_supported, interleaved, write_gguf
-from prunekit.compress.export.layers import LayerShape
-from prunekit.compress.export.tensors import PlannedTensor
+from prunekit.compress.export.weights import PlannedTensor
 from prunekit.registry import ModelError, SpecError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

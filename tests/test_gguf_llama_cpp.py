@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 from prunekit.compress.bundled import MODEL, TEXTS
+from prunekit.compress.export.cut_model import LayerShape
 from prunekit.compress.export.gguf import file as gguf_file
 from prunekit.compress.export.gguf.byte_level import LLAMA3, QWEN2, TEKKEN
 from prunekit.compress.export.gguf.file import write_gguf
 from prunekit.compress.export.gguf.tokenizer import read_vocabulary
-from prunekit.compress.export.layers import LayerShape
-from prunekit.compress.export.tensors import PlannedTensor
+from prunekit.compress.export.weights import PlannedTensor
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast

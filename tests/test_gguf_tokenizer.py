@@ -168,7 +168,7 @@ REFUSED = {
     "Whitespace.*gpt-2, smollm, llama-bpe": unsplit,
     "BPE model of a kind that": lambda: changed(end_of_word_suffix="</w>"),
     r"only its bos token \('<s>'\) before": lambda: byte_level(template="$A <s>"),
-    "object is no fast tokenizer": object,
+    "object is not a fast tokenizer": object,
     "NFKC.*is none that llama.cpp applies": lambda: characters(normalizers.NFKC()),
     "'split': True.*is none that llama.cpp applies": lambda: characters(None, pre_tokenizers.Metaspace()),
 }

@@ -193,7 +193,7 @@ def test_options_are_checked():
         ({"device": "cpu", "max_memory": {"cpu": "1GiB"}}, "max_memory is for models .* but device is cpu"),
         ({"device": "cuda:0", "offload_folder": "x"}, "offload_folder is for models .* but device is cuda:0"),
         ({"max_memory": {"gpu": "1GiB"}}, "'gpu' is not a device; name cpu or the number"),
-        ({"max_memory": {"disk": "1GiB"}}, "disk holds whatever fits nowhere else"),
+        ({"max_memory": {"disk": "1GiB"}}, "disk holds what does not fit elsewhere"),
         ({"max_memory": {"cpu": "1 gig"}}, "cpu: '1 gig' is not a size; write one such as 20GiB"),
         ({"max_memory": {"cpu": -1}}, "cpu: -1 is not a size"),
         ({"max_memory": {}}, "is empty; write one size"),
@@ -217,11 +217,15 @@ def test_memory_limits_are_a_mapping_in_files_and_can_be_hashed():
     assert PipelineSpec.of(written).model == source
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [("20GiB", 20 * 2**30), ("1.5 GB", 1500000000), ("12", 12), ("1gib", None), ("", None)]
-)
+@pytest.mark.parametrize(("size", "expected"), [("20GiB", 20 * 2**30), ("1.5 GB", 1500000000), ("12", 12)])
 def test_sizes(size, expected):
     assert device_map.bytes_of(size) == expected
+
+
+@pytest.mark.parametrize("size", ["1gib", ""])
+def test_what_is_not_a_size(size):
+    with pytest.raises(ValueError, match=f"'{size}' is not a size; write one such as 20GiB"):
+        device_map.bytes_of(size)
 
 
 @pytest.mark.parametrize(
@@ -257,13 +261,6 @@ def test_a_model_that_fits_nowhere_says_so_and_leaves_no_folder(folder, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match=r"^model\.offload_folder: no folder can be made in .*file"):
         load(ModelSource(name=str(folder), offload_folder=str(tmp_path / "file")))
-
-
-def test_without_accelerate_models_load_but_cannot_be_spread(folder, monkeypatch):
-    monkeypatch.setattr(device_map.importlib.util, "find_spec", lambda name: None)
-    assert device_map.can_spread(False) is False
-    with pytest.raises(ModelError, match="needs the package accelerate"):
-        load(ModelSource(name=str(folder), max_memory={"cpu": "1GiB"}))
 
 
 def test_fingerprint_sees_every_bit_and_no_storage(make_model):

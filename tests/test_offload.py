@@ -180,7 +180,7 @@ def test_the_same_weights_are_exported(folder, limits, profile, tmp_path):
             "evaluate": MEASURED[:1],
         }
         manifests[where] = Exporter(PipelineSpec.of(content), profile, tmp_path / where).export()
-    assert "disk" in manifests["offloaded"]["base"]["device_map"]
+    assert "disk" in manifests["offloaded"].base.device_map
     written = [load_file(tmp_path / where / "model.safetensors") for where in manifests]
     assert set(written[0]) == set(written[1]) and "lm_head.weight" not in written[0]
     assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())

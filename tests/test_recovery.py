@@ -72,10 +72,10 @@ def test_shapes_and_files_stay_and_weights_change(profile, exported, recover, tm
     folder = exported(profile, shard_size="400KB")
     before, after = json.loads((folder / "prunekit.json").read_text()), recover(folder)
     out = tmp_path / "recovered"
-    assert set(before["files"]) == set(after["files"])
+    assert set(before["files"]) == set(after.files)
     assert (out / "kept_units.json").read_bytes() == (folder / "kept_units.json").read_bytes()
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
-    assert after["weights"] != before["weights"] == after["recovery"]["weights_before"]
+    assert after.weights != before["weights"] == after.recovery.weights_before
     old, new = load(folder).model.state_dict(), load(out).model.state_dict()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert [(name, t.shape, t.dtype) for name, t in old.items()] == [(n, t.shape, t.dtype) for n, t in new.items()]
@@ -89,7 +89,7 @@ def test_the_same_seed_trains_the_same_weights(exported, recover, tmp_path):
     weights = []
     for seed in (0, 0, 1):
         weights.append(recover(folder, Lora(steps=3, batch_size=2, learning_rate=1e-3, seed=seed), overwrite=True))
-    assert weights[0]["weights"] == weights[1]["weights"] != weights[2]["weights"]
+    assert weights[0].weights == weights[1].weights != weights[2].weights
 
 
 def test_half_precision_stays_half_precision(exported, recover, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..files.spec import PipelineSpec
-from ..output.folders import plain
+from ..output.folders import plain, sha256_of
 from ..runs.records import RunResult
 
 
@@ -138,8 +138,4 @@ def content(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _digest(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path)

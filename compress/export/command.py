@@ -1,4 +1,4 @@
-"""What ``prunekit export`` reads and shows."""
+"""Reads the arguments of ``prunekit export`` and prints its results."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from typing import Any
 from ...registry import SpecError
 from ..files.spec import PipelineSpec
 from ..files.yaml_file import is_study
+from ..models.exported.manifest import Manifest
 from ..output import printing
 from ..output.formatting import share
-from ..runs.records import RunResult, read_results
+from ..output.records import as_number
+from ..runs.records import Comparison, RunResult, read_results
 from .card import metric_heads, metric_rows
 from .constraint import sentence as rounding_sentence
 from .exporting import Exporter
 from .profiles import PROFILES, TOOLS
 
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
+
 
 def list_profiles() -> None:
-    """Print what can be written, what it asks of the cut, and where it runs."""
+    """Print the profiles: what is written, what each requires of the cut, and where it runs."""
     rows = [(profile.name, profile.writes, profile.asks, profile.remark) for profile in PROFILES]
     printing.show_table(("profile", "what is written", "asks of the cut", "remark"), rows, left=4)
     printing.show_table(("runs in", *TOOLS), [(p.name, *p.runs) for p in PROFILES], left=1 + len(TOOLS))
-    printing.say("verified: run when prunekit is tested; read: its documentation or code says so; no: it cannot run it")
+    printing.say("verified: prunekit's tests run it; read: its documentation or code says so; no: it cannot run it")
 
 
 def export(
@@ -34,7 +38,7 @@ def export(
     plugins: Sequence[Path],
     **options: Any,
 ) -> None:
-    """Export, and show what came of it."""
+    """Export, and print the result."""
     names = ", ".join(p.name for p in PROFILES)
     if source is None or profile is None or out is None:
         missing = "RUN_OR_YAML" if source is None else "--profile NAME" if profile is None else "--out DIR"
@@ -52,68 +56,66 @@ def export(
 
 
 def source_of(source: Path, settings: Sequence[str], plugins: Sequence[Path]) -> tuple[PipelineSpec, RunResult | None]:
-    """The pipeline of a pipeline file, or of a results folder together with its results."""
+    """The pipeline of a pipeline file, or that of a results folder with its results."""
     if source.is_dir():
         resolved, results = source / "resolved.yaml", source / "results.json"
         if not (resolved.is_file() and results.is_file()):
             raise SpecError(
-                f"{source} is a folder without resolved.yaml and results.json, so it is no run; name a results folder "
-                "of prunekit run, or a pipeline file"
+                f"{source} is a folder without resolved.yaml and results.json, so it is not a run; name a results "
+                "folder of prunekit run, or a pipeline file"
             )
         run = read_results(source)
-        if not isinstance(run, RunResult):
+        if isinstance(run, Comparison):
             raise SpecError(f"{results} holds {len(run.runs)} runs; name one of the pipeline files in {source}")
-        # What was measured with other settings says nothing of this export.
+        # Measurements with other settings are not those of this export.
         return PipelineSpec.load(resolved, settings, plugins), None if settings else run
     if is_study(source):
         raise SpecError(f"{source} is an ablation file, of many models; name a pipeline file or a results folder")
     return PipelineSpec.load(source, settings, plugins), None
 
 
-def show(manifest: dict[str, Any]) -> None:
-    """What a person is told of an export."""
-    ratio = manifest["ratio"]
+def show(manifest: Manifest) -> None:
+    """Print the cut and the measurements of an export."""
+    ratio = manifest.ratio
     printing.say(
-        f"{manifest['strategy']} on {manifest['base']['name']} as {manifest['profile']}: {share(ratio['units_cut'])} "
-        f"of the units and {share(ratio['prunable_parameters_cut'])} of the prunable parameters cut"
+        f"{manifest.strategy} on {manifest.base.name} as {manifest.profile}: {share(ratio.units_cut)} "
+        f"of the units and {share(ratio.prunable_parameters_cut)} of the prunable parameters cut"
     )
-    if manifest["rounding"]:
-        printing.say(rounding_sentence(manifest["rounding"], ratio["asked"]))
+    if manifest.rounding:
+        printing.say(rounding_sentence(manifest.rounding, ratio.asked))
     printing.show_table((*metric_heads(manifest)[:-1], "exported"), metric_rows(manifest))
     for line in freezing_costs(manifest):
         printing.say(line)
     show_end(manifest)
 
 
-def show_end(manifest: dict[str, Any]) -> None:
-    """What a person is told at the end of whatever wrote a folder: how it compares, loaded again, and its notes."""
-    check = manifest["check"]
+def show_end(manifest: Manifest) -> None:
+    """Print the comparison of the written model with the pruned one, and the notes."""
+    check = manifest.check
     if check is not None:
-        exact = "bit-equal" if check["logits"] == "equal" else f"equal to {check['largest_difference']:.1e}"
-        printing.say(f"loaded again: logits {exact} over {check['tokens']} tokens")
-    for note in manifest["notes"]:
+        exact = "bit-equal" if check.logits == "equal" else f"equal to {check.largest_difference:.1e}"
+        printing.say(f"loaded again: logits {exact} over {check.tokens} tokens")
+    for note in manifest.notes:
         printing.warning(note)
 
 
-def freezing_costs(manifest: dict[str, Any]) -> list[str]:
-    """What freezing has cost in perplexity."""
+def freezing_costs(manifest: Manifest) -> list[str]:
+    """The changes in perplexity by freezing, one line each."""
     lines = []
-    for metric in manifest["metrics"] if manifest["freeze"] else ():
-        before = (metric["per_batch"] or {}).get("perplexity")
-        after = metric["exported"].get("perplexity")
-        if before and after:
+    for metric in manifest.metrics if manifest.freeze else ():
+        before, after = (as_number((v or {}).get("perplexity")) for v in (metric.per_batch, metric.exported))
+        if manifest.freeze and isinstance(before, (int, float)) and isinstance(after, (int, float)) and before:
             lines.append(
-                f"freezing ({manifest['freeze']['how']}) changed {metric['label']} from {before:.4g} to {after:.4g} "
+                f"freezing ({manifest.freeze.how}) changed {metric.label} from {before:.4g} to {after:.4g} "
                 f"({100 * (after / before - 1):+.2g}%)"
             )
     return lines
 
 
-def size(manifest: dict[str, Any]) -> str:
-    """Of all files, in bytes that people read."""
-    total = sum(described["bytes"] for described in manifest.get("files", {}).values())
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if total < 1000 or unit == "GB":
-            return f"{total:.0f} {unit}" if unit == "bytes" else f"{total:.1f} {unit}"
-        total /= 1000
-    raise AssertionError
+def size(manifest: Manifest) -> str:
+    """The size of all files with a unit."""
+    total = sum(file.bytes for file in manifest.files.values())
+    if total < 1000:
+        return f"{total} bytes"
+    unit = next((unit for unit, bytes_ in UNITS.items() if total < 1000 * bytes_), "GB")
+    return f"{total / UNITS[unit]:.1f} {unit}"

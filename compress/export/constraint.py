@@ -1,15 +1,16 @@
-"""What a format asks of the numbers of kept units, met before pruning, and what meeting it costs."""
+"""A format's constraint on the numbers of kept units, applied before pruning, and its cost."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ...registry import Site, SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
+from ..models.exported.manifest import Rounding, ScoreKept
 from ..output.formatting import share
 from ..pruning.prune import sites_within
 from ..pruning.pruned import Pruned
@@ -17,20 +18,20 @@ from ..pruning.pruned import Pruned
 
 @dataclass(frozen=True)
 class Constraint:
-    """``equal``: as many units in every layer; ``multiple``: kept MLP channels are a multiple of this."""
+    """``equal``: the same number of units in every layer; ``multiple``: kept MLP channels are a multiple of it."""
 
     equal: bool = False
     multiple: int = 1
 
     @property
     def binds(self) -> bool:
-        """Whether anything is asked at all."""
+        """Whether it constrains anything."""
         return self.equal or self.multiple > 1
 
     def on(self, strategy: Strategy) -> Strategy:
         """The strategy with an allocator whose counts meet the constraint.
 
-        Raises :class:`SpecError` where they cannot: equal counts leave no layer out.
+        Raises :class:`SpecError` for equal counts with skipped layers.
         """
         if not self.binds:
             return strategy
@@ -45,19 +46,20 @@ class Constraint:
 
 
 class RoundedCounts(SparsityAllocator):
-    """Another allocator's counts, made equal over layers and rounded to multiples as a file format asks for."""
+    """The counts of another allocator, made equal over layers and rounded to multiples."""
 
     name: Literal["rounded_counts"] = "rounded_counts"
     allocator: SparsityAllocator
     equal: bool = False
     multiple: int = Field(default=1, ge=1)
 
+    # A class attribute of the role; here it is that of the wrapped allocator.
     @property
-    def needs_scores(self) -> bool:
+    def needs_scores(self) -> bool:  # type: ignore[override]
         return self.allocator.needs_scores
 
     @property
-    def takes_ratio(self) -> bool:
+    def takes_ratio(self) -> bool:  # type: ignore[override]
         return self.allocator.takes_ratio
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
@@ -67,7 +69,7 @@ class RoundedCounts(SparsityAllocator):
         return [self._rounded(s, count) for s, count in zip(sites, counts, strict=True)]
 
     def check_reachable(self, sites: Sequence[Site]) -> None:
-        """Raise :class:`SpecError` where no MLP has as many channels as the multiple."""
+        """Raise :class:`SpecError` if the multiple is larger than every MLP."""
         mlps = [site for site in sites if site.kind == "mlp"]
         if mlps and all(self.multiple > site.units for site in mlps):
             raise SpecError(
@@ -76,7 +78,7 @@ class RoundedCounts(SparsityAllocator):
             )
 
     def _rounded(self, scores: SiteScores, count: int) -> int:
-        """The multiple that is nearest, at least one; a site that keeps everything keeps it."""
+        """The nearest multiple, at least one; a site that keeps all units keeps all."""
         units = scores.site.units
         if scores.site.kind != "mlp" or count >= units:
             return count
@@ -85,7 +87,7 @@ class RoundedCounts(SparsityAllocator):
 
 
 def _equal(sites: Sequence[SiteScores], counts: Sequence[int]) -> list[int]:
-    """The mean count of each kind at every site of the kind."""
+    """The mean count of each kind of site, for every site of that kind."""
     by_kind: dict[SiteKind, list[int]] = defaultdict(list)
     for scores, count in zip(sites, counts, strict=True):
         by_kind[scores.site.kind].append(count)
@@ -94,66 +96,64 @@ def _equal(sites: Sequence[SiteScores], counts: Sequence[int]) -> list[int]:
     return [mean[scores.site.kind] for scores in sites]
 
 
-def rounding(pruned: Pruned) -> dict[str, Any] | None:
-    """What a constraint changed: units cut and share of the score kept, as asked for and with it; None: no constraint.
+def rounding(pruned: Pruned) -> Rounding | None:
+    """The effect of the constraint on units cut and score kept; None without a constraint.
 
-    The score is that of the strategy's own calibrated scores, its share averaged over sites; None where nothing but a
-    batch gives scores.
+    The kept score is the share of the strategy's calibrated scores, averaged over sites; None if only batches give
+    scores.
     """
     allocator = pruned.strategy.allocator
     if not isinstance(allocator, RoundedCounts):
         return None
     scores = [pruned.calibrated_scores(cut) for cut in pruned.cuts]
+    known = [found for found in scores if found is not None]
+    complete = len(known) == len(scores)
     plain = [SiteScores(cut.site, None, None) for cut in pruned.cuts]
     layers = 1 + max(site.layer for site in pruned.all_sites)
     unrounded = pruned.strategy.model_copy(update={"allocator": allocator.allocator})
     _, ratio = sites_within(unrounded, list(pruned.all_sites), layers)
-    known = scores if all(s is not None for s in scores) else None
-    asked = allocator.allocator.allocate(known or plain, ratio)
+    asked = allocator.allocator.allocate(known if complete else plain, ratio)
     met = [cut.count for cut in pruned.cuts]
-    return {
-        "equal": allocator.equal,
-        "multiple": allocator.multiple,
-        "asked": _about(pruned, asked, known),
-        "achieved": _about(pruned, met, known),
-        "sites_changed": sum(a != b for a, b in zip(asked, met, strict=True)),
-        "sites": len(met),
-    }
+    return Rounding(
+        equal=allocator.equal,
+        multiple=allocator.multiple,
+        asked=_effect(pruned, asked, known if complete else None),
+        achieved=_effect(pruned, met, known if complete else None),
+        sites_changed=sum(a != b for a, b in zip(asked, met, strict=True)),
+        sites=len(met),
+    )
 
 
-def _about(pruned: Pruned, counts: Sequence[int], scores: Sequence[SiteScores] | None) -> dict[str, float | None]:
+def _effect(pruned: Pruned, counts: Sequence[int], scores: Sequence[SiteScores] | None) -> ScoreKept:
     cut = [1 - count / c.site.units for c, count in zip(pruned.cuts, counts, strict=True)]
     sites = len(pruned.all_sites)
     kept = None
     if scores is not None:
         shares = [_kept_share(s, count) for s, count in zip(scores, counts, strict=True)]
         kept = round((sum(shares) + sites - len(shares)) / sites, 6)
-    return {"units_cut": round(sum(cut) / sites, 6), "score_kept": kept}
+    return ScoreKept(units_cut=round(sum(cut) / sites, 6), score_kept=kept)
 
 
 def _kept_share(scores: SiteScores, count: int) -> float:
-    """What the ``count`` best units have of a site's score."""
+    """The share of a site's score that its ``count`` best units have."""
+    assert scores.units is not None  # calibrated scores hold values
     units = scores.units.double().clamp(min=0)
     total = float(units.sum())
     return float(units.topk(count).values.sum()) / total if total else 1.0
 
 
-def sentence(found: dict[str, Any], ratio: float | None) -> str:
-    """What a person is told of a rounding."""
+def sentence(found: Rounding, ratio: float | None) -> str:
+    """The effect of a constraint in words."""
     what = [
-        "equal counts in every layer" * found["equal"],
-        f"MLP widths a multiple of {found['multiple']}" * (found["multiple"] > 1),
+        "equal counts in every layer" * found.equal,
+        f"MLP widths a multiple of {found.multiple}" * (found.multiple > 1),
     ]
-    before, after = found["asked"], found["achieved"]
+    before, after = found.asked, found.achieved
     asked = "" if ratio is None else f"{share(ratio)} of the units asked, "
-    text = f"{' and '.join(filter(None, what))}: {asked}{share(after['units_cut'])} cut"
-    if not found["sites_changed"]:
+    text = f"{' and '.join(filter(None, what))}: {asked}{share(after.units_cut)} cut"
+    if not found.sites_changed:
         return f"{text}; no count had to change"
-    text += f" ({share(before['units_cut'])} without; {found['sites_changed']} of {found['sites']} counts changed)"
-    if before["score_kept"] is not None:
-        text += f"; {_percent(after['score_kept'])} of the score kept instead of {_percent(before['score_kept'])}"
+    text += f" ({share(before.units_cut)} without; {found.sites_changed} of {found.sites} counts changed)"
+    if before.score_kept is not None and after.score_kept is not None:
+        text += f"; {after.score_kept:.2%} of the score kept instead of {before.score_kept:.2%}"
     return text
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}%"

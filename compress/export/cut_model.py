@@ -1,53 +1,58 @@
-"""What a model that is cut once computes with: its kept units, its layers' shapes, its weights one by one."""
+"""The tensors and the layer shapes of a model that is cut once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...registry import ModelError, Producer, Site, SpecError
-from ...registry.tensors.devices import stored_tensor, weights_present
+from ...registry import Producer, Site, SiteKind, SpecError
+from ...registry.tensors.devices import weights_present
 from ..engine.site_cut import SiteCut
 from ..models.architectures import heads_of
 from ..pruning.pruned import Pruned
-from .layers import LayerShape
-from .tensors import PlannedTensor, Tensors
+from .weights import PlannedTensor, Tensors, dense_tensors, written
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The shape of a decoder layer."""
+
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key/value heads."""
+    width: int
+    """MLP channels."""
+    attention_bias: bool
+    """Whether the attention's output projection has a bias."""
+    mlp_bias: bool
+    """Whether the MLP's output projection has a bias."""
+
 
 Place = Callable[[Tensor, Tensor, int], Tensor]
-"""Puts what is kept (rows or columns, with their indices, along a dimension) where a format wants it."""
+"""Arranges kept rows (k, ...), with their indices (k,), in a tensor of the written shape; the integer is the number of
+rows before the cut."""
 
 
 def sliced_tensors(pruned: Pruned) -> Tensors:
-    """The weights of the smaller model; every tensor is cut only when it is made."""
+    """The weights of the smaller model; every tensor is cut when it is written."""
     return _tensors(pruned, _sliced, lambda count, whole: count)
 
 
 def padded_tensors(pruned: Pruned) -> Tensors:
-    """The weights in the original shapes, what was dropped being zero."""
+    """The weights in their original shapes, with zeros for the dropped units."""
     return _tensors(pruned, _zero_filled, lambda count, whole: whole)
 
 
-def dense_tensors(model: nn.Module) -> Tensors:
-    """A model's parameters and persistent buffers as they are, tied ones once."""
-    names = {name for name, _ in model.named_parameters()}  # shared ones are named once
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    found: Tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name in tied or (name in parameters and name not in names):
-            continue
-        found[name] = PlannedTensor(tuple(tensor.shape), tensor.dtype, _reader(model, name, tensor))
-    return found
-
-
 def layer_shapes(pruned: Pruned, tensors: Tensors) -> list[LayerShape]:
-    """Every layer's shape, skipped layers included.
+    """The shape of every layer, skipped layers included.
 
-    Raises :class:`SpecError` where query heads are left unevenly over the key/value heads: no format has a place for
-    that.
+    Raises :class:`SpecError` if the key/value heads keep different numbers of query heads, which no format can hold.
     """
     config, kept = pruned.model.config, pruned.sites_kept
     for site in pruned.all_sites:
@@ -58,10 +63,11 @@ def layer_shapes(pruned: Pruned, tensors: Tensors) -> list[LayerShape]:
 
 
 def shapes_of(
-    config: Any, sites: Sequence[Site], counts: Mapping[tuple[int, str], int], has_bias: Callable[[Site], bool]
+    config: Any, sites: Sequence[Site], counts: Mapping[tuple[int, SiteKind], int], has_bias: Callable[[Site], bool]
 ) -> list[LayerShape]:
-    """The shapes of layers that keep so many units, and whose consumers have a bias or not."""
-    by_place, shapes = {(site.layer, site.kind): site for site in sites}, []
+    """The shape of every layer, from the kept units of its sites and from the biases of their consumers."""
+    by_place = {(site.layer, site.kind): site for site in sites}
+    shapes = []
     for layer in sorted({layer for layer, _ in by_place}):
         attention, mlp = by_place[layer, "attention"], by_place[layer, "mlp"]
         heads, kv_heads = heads_of(config, layer)
@@ -76,7 +82,7 @@ def shapes_of(
 
 
 def uneven_heads(layer: int, kv_heads: int, left: str) -> SpecError:
-    """The error for query heads that are left unevenly over key/value heads."""
+    """The error for a cut that leaves different numbers of query heads to the key/value heads."""
     return SpecError(
         f"layer {layer}: query heads are cut, and {left} of them are left for the {kv_heads} key/value heads; only "
         "equal numbers have a place in a checkpoint. Nearest: --set prune.attention_unit=kv_group cuts whole groups; "
@@ -103,68 +109,45 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
             continue
         for linear, producer in cut.producers:
             rows = length(len(cut.weights.rows(producer.segments)), linear.out_features)
-            name = f"{producer.path}.weight"
-            found[name] = PlannedTensor(
-                (rows, linear.in_features), linear.weight.dtype, _part(cut, linear, producer, place, 0)
-            )
-            if linear.bias is not None:
-                found[f"{producer.path}.bias"] = PlannedTensor(
-                    (rows,), linear.bias.dtype, _part(cut, linear, producer, place, 1)
-                )
-        linear, path = cut.consumer, cut.site.consumer
-        columns = length(len(cut.weights.columns), linear.in_features)
-        shape = (linear.out_features, columns)
-        found[f"{path}.weight"] = PlannedTensor(shape, linear.weight.dtype, _consumer(cut, place, 0))
+            shapes = {"weight": (rows, linear.in_features), "bias": (rows,)}
+            for which, name in enumerate(("weight", "bias")[: 1 + (linear.bias is not None)]):
+                make = partial(_producer, cut, linear, producer, place, which)
+                found[f"{producer.path}.{name}"] = PlannedTensor(shapes[name], getattr(linear, name).dtype, make)
+        linear, path, dtype = cut.consumer, cut.site.consumer, cut.consumer.weight.dtype
+        shape = (linear.out_features, length(len(cut.weights.columns), linear.in_features))
+        found[f"{path}.weight"] = PlannedTensor(shape, dtype, partial(_consumer_weight, cut, place))
         if linear.bias is not None or cut.compensation.wanted:
-            found[f"{path}.bias"] = PlannedTensor((linear.out_features,), linear.weight.dtype, _consumer(cut, place, 1))
+            found[f"{path}.bias"] = PlannedTensor(shape[:1], dtype, partial(_consumer_bias, cut))
     return found
 
 
-def _part(cut: SiteCut, linear: nn.Linear, producer: Producer, place: Place, which: int) -> Callable[[], Tensor]:
-    """Makes a producer's weight (0) or bias (1)."""
-
-    def make() -> Tensor:
-        with torch.no_grad(), weights_present(linear):
-            made, rows = cut.weights.producer(linear, producer)[which], cut.weights.rows(producer.segments)
-            return _settled(place(made, rows, linear.out_features))
-
-    return make
+def _producer(cut: SiteCut, linear: nn.Linear, producer: Producer, place: Place, which: int) -> Tensor:
+    """A producer's weight (0) or bias (1)."""
+    with torch.no_grad(), weights_present(linear):
+        made = cut.weights.producer(linear, producer)[which]
+        assert made is not None  # a bias is planned only for a layer that has one
+        return written(place(made, cut.weights.rows(producer.segments), linear.out_features))
 
 
-def _consumer(cut: SiteCut, place: Place, which: int) -> Callable[[], Tensor]:
-    """Makes the consumer's weight (0) or bias (1)."""
+def _consumer_weight(cut: SiteCut, place: Place) -> Tensor:
+    with torch.no_grad(), weights_present(cut.consumer):
+        weight, _ = cut.consumer_weights(cut.consumer)
+        return written(place(weight.T, cut.weights.columns, cut.consumer.in_features).T)
 
-    def make() -> Tensor:
-        linear = cut.consumer
-        with torch.no_grad(), weights_present(linear):
-            made = cut.consumer_weights(linear)[which]
-            if which == 0:
-                made = place(made.T, cut.weights.columns, linear.in_features).T
-            return _settled(made)
 
-    return make
+def _consumer_bias(cut: SiteCut) -> Tensor:
+    with torch.no_grad(), weights_present(cut.consumer):
+        _, bias = cut.consumer_weights(cut.consumer)
+        assert bias is not None  # it is planned only where the layer or the compensation has one
+        return written(bias)
 
 
 def _sliced(made: Tensor, kept: Tensor, whole: int) -> Tensor:
-    """What is kept alone, where the applier has left zeros in between."""
+    """The kept rows alone, also if the applier has left the others as zeros."""
     return made if len(made) == len(kept) else made.index_select(0, kept)
 
 
 def _zero_filled(made: Tensor, kept: Tensor, whole: int) -> Tensor:
-    """What is kept at its place among zeros."""
+    """The kept rows at their places among rows of zeros."""
     made = _sliced(made, kept, whole)
     return made.new_zeros(whole, *made.shape[1:]).index_copy_(0, kept, made)
-
-
-def _reader(model: nn.Module, name: str, tensor: Tensor) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        values = stored_tensor(model, name) if tensor.device.type == "meta" else tensor
-        if values is None:
-            raise ModelError(f"{name} has no values to export; load the model with from_pretrained")
-        return _settled(values)
-
-    return make
-
-
-def _settled(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""``prunekit diff``: what two exported folders kept differently, and what came of it."""
+"""``prunekit diff``: the differences in settings, measurements and kept units of two exported folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ...registry import DataError
 from ..files.dotted import resolved_settings
-from ..models.exported.manifest import RECIPE, read_kept, read_manifest
+from ..models.exported.manifest import RECIPE, Manifest, read_kept, read_manifest
 from ..output import printing
 from ..output.formatting import number, share
 from .card import metric_rows
@@ -16,7 +16,10 @@ FACTS = ("profile", "strategy", "weights", "license")
 
 
 def show(a: Path, b: Path) -> None:
-    """Print it; raises :class:`DataError` where one is no export, or their bases have other layers."""
+    """Print the differences.
+
+    Raises :class:`DataError` for a folder that is not an export, and for exports of models with different layers.
+    """
     a, b = Path(a).expanduser(), Path(b).expanduser()
     ours, theirs = read_manifest(a), read_manifest(b)
     names, rows = _names(a, b), kept(a, b, ours, theirs)
@@ -31,11 +34,11 @@ def _names(a: Path, b: Path) -> tuple[str, str]:
     return (a.name, b.name) if a.name != b.name else (str(a), str(b))
 
 
-def settings(a: Path, b: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of what differs in profile, options, base and recipe."""
-    pairs = [(key, ours[key], theirs[key]) for key in FACTS]
-    pairs += [(key, ours["base"][key], theirs["base"][key]) for key in ("name", "fingerprint")]
-    pairs += [(f"--{key}", ours["options"].get(key), theirs["options"].get(key)) for key in ("multiple", "freeze")]
+def settings(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> list[tuple[str, str, str]]:
+    """Rows of the differences in profile, options, base model and recipe."""
+    pairs: list[tuple[str, Any, Any]] = [(key, getattr(ours, key), getattr(theirs, key)) for key in FACTS]
+    pairs += [(key, getattr(ours.base, key), getattr(theirs.base, key)) for key in ("name", "fingerprint")]
+    pairs += [(f"--{key}", getattr(ours.options, key), getattr(theirs.options, key)) for key in ("multiple", "freeze")]
     mine, other = (
         resolved_settings((f / RECIPE).read_text("utf-8") if (f / RECIPE).is_file() else None) for f in (a, b)
     )
@@ -43,34 +46,34 @@ def settings(a: Path, b: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> 
     return [(key, _short(x), _short(y)) for key, x, y in pairs if x != y]
 
 
-def measurements(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of what both measured."""
+def measurements(ours: Manifest, theirs: Manifest) -> list[tuple[str, str, str]]:
+    """Rows of the values that either measured."""
     mine, other = ({row[0]: row[-1] for row in metric_rows(m)} for m in (ours, theirs))
     rows = [(key, mine.get(key, "-"), other.get(key, "-")) for key in dict.fromkeys([*mine, *other])]
-    cut = (share(m["ratio"]["units_cut"]) for m in (ours, theirs))
-    return [*rows, ("units cut", *cut)]
+    return [*rows, ("units cut", share(ours.ratio.units_cut), share(theirs.ratio.units_cut))]
 
 
-def kept(a: Path, b: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows by layer and kind: counts, and how many units both keep; of a cut made per batch the counts alone."""
-    sites = [
-        {(e["layer"], kind): e[kind] for e in m["layers"] for kind in e if kind != "layer"} for m in (ours, theirs)
-    ]
-    if {key: s["units"] for key, s in sites[0].items()} != {key: s["units"] for key, s in sites[1].items()}:
+def kept(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> list[tuple[str, ...]]:
+    """Rows by layer and kind: counts, and how many units both keep; the counts alone for a cut made per batch."""
+    one, two = (
+        {(layer.layer, kind): site for layer in manifest.layers for kind, site in layer.sites.items()}
+        for manifest in (ours, theirs)
+    )
+    if {key: site.units for key, site in one.items()} != {key: site.units for key, site in two.items()}:
         raise DataError(f"{a} and {b} are of models with other layers or units; compare exports of one base model")
-    units = read_kept(a), read_kept(b)
-    rows, total = [], [0, 0]
-    for (layer, kind), whole in sites[0].items():
-        counts = [str(s[layer, kind]["kept"]) for s in sites]
+    first, second = read_kept(a), read_kept(b)
+    rows: list[tuple[str, ...]] = []
+    in_both = in_either = 0
+    for (layer, kind), site in one.items():
         both = of = "-"
-        if units[0] is not None and units[1] is not None:
-            mine, other = (set(u[layer, kind]) for u in units)
-            total[0] += len(mine & other)
-            total[1] += len(mine | other)
+        if first is not None and second is not None:
+            mine, other = set(first[layer, kind]), set(second[layer, kind])
+            in_both += len(mine & other)
+            in_either += len(mine | other)
             both, of = str(len(mine & other)), share(len(mine & other) / max(1, len(mine | other)))
-        rows.append((f"{layer} {kind} ({whole['units']})", *counts, both, of))
-    if total[1]:
-        rows.append(("all", "", "", number(total[0]), share(total[0] / total[1])))
+        rows.append((f"{layer} {kind} ({site.units})", str(site.kept), str(two[layer, kind].kept), both, of))
+    if in_either:
+        rows.append(("all", "", "", number(in_both), share(in_both / in_either)))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The profile dynamic: everything that a pruning has learnt, in one file, and a model that is pruned by it again."""
+"""The profile dynamic: the state of a pruning in one file, and its restoration on the dense model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ HISTORY = ("table", "rows", "mean")
 
 
 def save_state(pruned: Pruned, folder: Path) -> None:
-    """Write the histories, counts, kept units and compensations of all sites, as calibration left them.
+    """Write the calibrated histories, counts, kept units and compensations of all sites.
 
-    Raises :class:`SpecError` where a compensator has prepared something that is not made of tensors.
+    Raises :class:`SpecError` for a compensator that has prepared something other than tensors.
     """
     pruned.reset()
     tensors: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ def save_state(pruned: Pruned, folder: Path) -> None:
 
 
 def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path, runtime: Runtime) -> Pruned:
-    """``model`` pruned as it was when :func:`save_state` wrote ``folder``; nothing is calibrated.
+    """Prune ``model`` with the state that :func:`save_state` wrote to ``folder``, without calibration.
 
     Raises :class:`DataError` for a file that is damaged or of a model with other sites.
     """
@@ -94,23 +94,32 @@ def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], st
         key = f"{label}.{name}"
         return file.get_tensor(key).to(device) if key in names else None
 
+    def numbered(name: str, count: int) -> tuple[Tensor, ...]:
+        return tuple(file.get_tensor(f"{label}.{name}.{number}").to(device) for number in range(count))
+
     stored = strategy.history if strategy.dynamic and f"{label}.table" in names else cut.history.storage
     positions = about["positions"] if stored != cut.history.storage else 0
-    found = {name: tensor(name) for name in HISTORY}
-    for name, shape in {"table": (None, cut.site.channels), "mean": (cut.site.channels,)}.items():
-        if found[name] is not None and found[name].shape[-1] != shape[-1]:
-            raise ValueError(f"{label}.{name} is {tuple(found[name].shape)}")
+    table, rows, mean = (tensor(name) for name in HISTORY)
+    for name, found in (("table", table), ("mean", mean)):
+        if found is not None and found.shape[-1] != cut.site.channels:
+            raise ValueError(f"{label}.{name} is {tuple(found.shape)}")
     cut.history = replace(
-        cut.history, **found, tokens=float(about["tokens"]), storage=stored, stored_positions=positions
+        cut.history,
+        table=table,
+        rows=rows,
+        mean=mean,
+        tokens=float(about["tokens"]),
+        storage=stored,
+        stored_positions=positions,
     )
     cut.count = int(about["count"])
     if not 0 <= cut.count <= cut.site.units:
         raise ValueError(f"{label} keeps {cut.count} of {cut.site.units} units")
     cut.fixed = tensor("fixed")
     if about["slope"] is not None:
-        compensation.fixed = tuple(tensor(f"slope.{number}") for number in range(about["slope"]))
+        compensation.fixed = numbered("slope", about["slope"])
     if about["prepared"]:
-        parts = tuple(tensor(f"prepared.{number}") for number in range(about["prepared"]))
+        parts = numbered("prepared", about["prepared"])
         compensation.prepared = parts[0] if len(parts) == 1 else parts
     compensation.fell_back, compensation.tokens = about["fell_back"], about["covariance_tokens"]
     # Files written by 0.1 have the site's compensator, with the ridge that calibration chose, instead of diagnostics.

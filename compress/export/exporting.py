@@ -1,72 +1,87 @@
-"""``prunekit export``: prune, write, load again, compare, measure; the folder appears when all of that went well."""
+"""``prunekit export``: prune, write, load again, compare and measure; the folder appears when all of it succeeded."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...registry import ModelError, SpecError
+from ...registry import Evaluator, Measurement, ModelError, SpecError
 from ..calibration.passes import Progress, no_progress
 from ..calibration.statistics_file import StatisticsFile
 from ..engine.runtime import Runtime
 from ..files.spec import PipelineSpec
 from ..models.exported.classes import needs
-from ..models.exported.manifest import CARD, MANIFEST, RECIPE, finish, write_kept
+from ..models.exported.manifest import (
+    CARD,
+    MANIFEST,
+    RECIPE,
+    ExportMetric,
+    ExportOptions,
+    Frozen,
+    LogitCheck,
+    Manifest,
+    Parameters,
+    RunFacts,
+    write_kept,
+    write_manifest,
+)
 from ..models.loading import Loaded, fingerprint, load
 from ..output.folders import RunFolder
-from ..pruning.freezing import MEANINGS
+from ..output.records import CalibrationFacts, Cut
+from ..pruning.freezing import MEANINGS, Freeze
 from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
 from ..runs.measuring import Measuring
 from ..runs.pipeline import calibration_of, check_lengths, labelled, pinned
 from ..runs.provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
-from ..runs.records import CalibrationFacts, RunResult
-from . import reload
+from ..runs.records import RunResult
+from . import dynamic_state
 from .card import card
-from .checks import check_freezing
 from .comparing import check_tokenizer, compared, logits_of, some_tokens
 from .constraint import rounding
 from .licence import copy_licence_files, licence_of
-from .measures import entry, measure, repeatable
-from .profiles import profile_named
-from .weights_file import SHARD_SIZE, check_shard_size
+from .measures import measure, record, repeatable
+from .profiles import check_freezing, profile_named
+from .reload import source_of
+from .weights import SHARD_SIZE, check_shard_size
 from .writing import check_possible, write_model
+
+Measured = tuple[str, Evaluator, Measurement, Measurement | None]
+"""Label, evaluator, the dense model's values and, before freezing, those of the decisions per batch."""
 
 
 @dataclass
 class Exporter:
     """One export: ``spec`` pruned and written as ``profile`` into the folder ``out``.
 
-    ``multiple``: kept MLP widths are multiples of it. ``freeze``: how a strategy that decides per batch is made to
-    decide once. ``run`` is results.json of the run that ``spec`` comes from, whose measurements are then taken over.
+    ``multiple``: kept MLP widths are multiples of it. ``freeze``: how the decisions per batch are replaced by one.
+    ``run``: the results of the run of ``spec``, whose measurements are then kept in the manifest.
     """
 
     spec: PipelineSpec
     profile: str
     out: Path
     multiple: int | None = None
-    freeze: str | None = None
+    freeze: Freeze | None = None
     shard_size: str = SHARD_SIZE
     overwrite: bool = False
     run: RunResult | None = None
     progress: Progress = no_progress
-    manifest: dict[str, Any] = field(default_factory=dict, init=False)
     _notes: list[str] = field(default_factory=list, init=False)
 
-    def export(self) -> dict[str, Any]:
-        """Do it, and return the manifest.
+    def export(self) -> Manifest:
+        """Write the folder, and return its manifest.
 
-        Raises :class:`SpecError` for what cannot be written so, naming the nearest that can, and the errors of
-        :func:`~prunekit.compress.prune`. Whatever fails, no folder is left.
+        Raises :class:`SpecError` for a cut that the profile cannot hold, naming the nearest one that can, and the
+        errors of :func:`~prunekit.compress.prune`. After an error there is no folder.
         """
-        self._profile, self._notes = profile_named(self.profile), []
-        profile = self._profile
-        spec = self.spec
+        self._notes = []
+        spec, profile = self.spec, profile_named(self.profile)
         folder = RunFolder(Path(self.out), self.overwrite, "exported folder", MANIFEST)
         folder.check()
         if spec.model.name is not None and Path(spec.model.name).expanduser().resolve() == folder.target:
@@ -81,143 +96,161 @@ class Exporter:
         check_lengths(spec.model_copy(update={"evaluate": repeatable(spec.evaluate)}), loaded)
         check_possible(profile, loaded, strategy, spec.catalog)
         torch.manual_seed(spec.seed)
+        calibrates = spec.prune.needs_calibration
         batches, calibration = None, None
-        if spec.prune.needs_calibration or self.freeze in ("mean-score", "last"):
+        if calibrates or self.freeze in ("mean-score", "last"):
             batches, calibration = calibration_of(spec.calibration, loaded)
         file = spec.calibration.statistics
-        statistics = StatisticsFile(file) if file is not None and spec.prune.needs_calibration else None
-        self.manifest = self._origin(loaded, calibration)
+        statistics = StatisticsFile(file) if file is not None and calibrates else None
+        base = about_model(loaded)
         pruned = prune(
             loaded.model,
             strategy,
-            calibration=batches if spec.prune.needs_calibration else None,
+            calibration=batches if calibrates else None,
             catalog=spec.catalog,
             progress=self.progress,
             statistics=statistics,
             runtime=self._runtime,
         )
-        if statistics is not None:
-            self.manifest["calibration"]["statistics"] = statistics.used
+        if statistics is not None and calibration is not None:
+            calibration = calibration.model_copy(update={"statistics": statistics.used})
         with pruned, folder.open() as partial:
-            self._measure_before(loaded, pruned)
+            before = self._measure_before(loaded, pruned)
             if self.freeze is not None:
                 pruned.freeze(self.freeze, batches, self.progress)
-            self._describe(pruned)
-            name = folder.target.name
+            cut, active, effect = about_cut(pruned), pruned.active_parameters(), rounding(pruned)
+            name, ids = folder.target.name, some_tokens(loaded, batches)
+            self._notes += notes_on_cut(pruned, cut)
             self._notes += write_model(profile, pruned, loaded.tokenizer, partial, self.shard_size, name)
             if profile.needs_one_cut:
                 write_kept(partial, pruned.sites_kept)
             (partial / RECIPE).write_text(pinned(spec, loaded).to_yaml(), encoding="utf-8")
             copy_licence_files(spec.model, partial)
-            self._load_again(loaded, pruned, partial, some_tokens(loaded, batches))
-            self._take_over_run()
-            self.manifest["notes"] = list(dict.fromkeys(self._notes))
-            (partial / CARD).write_text(card(self.manifest, name), encoding="utf-8")
-            finish(partial, self.manifest)
-        return self.manifest
+            again, handle, check = self._load_again(loaded, pruned, partial, ids)
+            with handle or nullcontext():
+                # A GGUF is not loaded here, so its weights have no fingerprint.
+                weights = None if check is None else fingerprint(again.model)
+                exported = active if check is None else sum(p.numel() for p in again.model.parameters())
+                metrics = [self._metric(found, again, handle) for found in before]
+            run = self._run_facts(cut, calibration)
+            manifest = Manifest(
+                profile=profile.name,
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                strategy=spec.prune.name,
+                options=ExportOptions(multiple=self.multiple, freeze=self.freeze, shard_size=self.shard_size),
+                freeze=self._frozen(),
+                recovery=None,
+                requires=needs() if profile.name == "hf-hetero" else {},
+                base=base,
+                license=licence_of(spec.model),
+                calibration=calibration,
+                seeds={"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
+                versions=versions(),
+                plugins=plugins_used(spec),
+                plugin_files=[path.name for path in spec.plugins],
+                metrics=metrics,
+                ratio=cut.ratio,
+                compensation=cut.compensation,
+                attention_unit=cut.attention_unit,
+                layers=cut.layers,
+                rounding=effect,
+                parameters=Parameters(dense=base.parameters, active=active, exported=exported),
+                weights=weights,
+                check=check,
+                run=run,
+                notes=list(dict.fromkeys(self._notes)),
+                files={},
+            )
+            (partial / CARD).write_text(card(manifest, name), encoding="utf-8")
+            return write_manifest(partial, manifest)
 
     @property
     def _runtime(self) -> Runtime:
-        """The pipeline's, but nothing is compiled for a few batches."""
+        """The pipeline's runtime without compilation, which a few batches do not repay."""
         return self.spec.runtime.model_copy(update={"compile": None})
 
     def _check_run(self, loaded: Loaded) -> None:
-        known = self.run.model.fingerprint if self.run else None
+        """Raise :class:`ModelError` if the run was of other weights."""
+        known = None if self.run is None else self.run.model.fingerprint
         if known is not None and known != fingerprint(loaded.model):
             raise ModelError(
                 f"the run was of other weights of {self.spec.model.label} than are there now (fingerprint "
                 f"{known[:12]}...); export the pipeline file itself, or name the model that was run"
             )
 
-    def _origin(self, loaded: Loaded, calibration: CalibrationFacts | None) -> dict[str, Any]:
-        """What a manifest says of where the model comes from."""
-        spec, profile = self.spec, self._profile
-        meaning = MEANINGS.get(self.freeze, "") if spec.prune.dynamic else "units chosen once, and the calibrated mean"
-        frozen = None if self.freeze is None else {"how": self.freeze, "meaning": meaning}
-        return {
-            "profile": profile.name,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "strategy": spec.prune.name,
-            "options": {"multiple": self.multiple, "freeze": self.freeze, "shard_size": self.shard_size},
-            "freeze": frozen,
-            "recovery": None,
-            "requires": needs() if profile.name == "hf-hetero" else {},
-            "base": about_model(loaded).as_json(),
-            "license": licence_of(spec.model),
-            "calibration": calibration and calibration.as_json(),
-            "seeds": {"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
-            "versions": versions(),
-            "plugins": plugins_used(spec),
-            "plugin_files": [path.name for path in spec.plugins],
-        }
+    def _frozen(self) -> Frozen | None:
+        if self.freeze is None:
+            return None
+        once = "units chosen once, and the calibrated mean"
+        return Frozen(how=self.freeze, meaning=MEANINGS[self.freeze] if self.spec.prune.dynamic else once)
 
-    def _measure_before(self, loaded: Loaded, pruned: Pruned) -> None:
-        """Measure the dense model and, where decisions are going to be frozen, the one that takes them."""
+    def _measure_before(self, loaded: Loaded, pruned: Pruned) -> list[Measured]:
+        """Measure the dense model and, if decisions will be frozen, the model that decides per batch."""
         evaluators = self.spec.evaluate
         measuring = Measuring(loaded, pruned, self.progress, {}, evaluators, self.spec.seed)
-        self._measured: list[tuple[str, Any]] = []
-        self.manifest["metrics"] = metrics = []
-        for label, evaluator in labelled(evaluators):
-            if evaluator not in repeatable(evaluators):
-                continue
-            dense = measuring.measure(evaluator, dense=True).values
-            per_batch = None if self.freeze is None else measuring.measure(evaluator).values
-            self._measured.append((label, evaluator))
-            metrics.append({"label": label, "dense": dense, "per_batch": per_batch})
+        return [
+            (
+                label,
+                evaluator,
+                measuring.measure(evaluator, dense=True),
+                None if self.freeze is None else measuring.measure(evaluator),
+            )
+            for label, evaluator in labelled(evaluators)
+            if evaluator in repeatable(evaluators)
+        ]
 
-    def _describe(self, pruned: Pruned) -> None:
-        """What a manifest says of the cut."""
-        active = pruned.active_parameters()
-        parameters = {"dense": self.manifest["base"]["parameters"], "active": active, "exported": active}
-        cut = about_cut(pruned)
-        self.manifest |= {**cut.as_json(), "rounding": rounding(pruned), "parameters": parameters}
-        self._notes += notes_on_cut(pruned, cut)
+    def _load_again(
+        self, loaded: Loaded, pruned: Pruned, partial: Path, ids: Tensor
+    ) -> tuple[Loaded, Pruned | None, LogitCheck | None]:
+        """Load the written model, with its pruning if it decides per batch, and compare its logits for ids (b, t).
 
-    def _load_again(self, loaded: Loaded, pruned: Pruned, partial: Path, ids: Tensor) -> None:
-        """Compare the folder, loaded as it will be, with the pruned model, and measure it; one model is held at a time.
-
-        A GGUF is not loaded here: transformers measures the weights that were written to it.
+        One model is in memory at a time. A GGUF is not loaded: transformers measures the weights written to it.
         """
-        self.manifest |= {"weights": None, "check": None}
-        if self._profile.name == "gguf":
+        if self.profile == "gguf":
             self._notes.append(
                 "measured in transformers before the weights went to the GGUF; prunekit verify measures the file "
                 "itself where llama-cpp-python is installed"
             )
-            return self._measure_after(loaded, pruned)
+            return loaded, pruned, None
         expected, dtype = logits_of(loaded.model, ids, pruned), loaded.model.dtype
         pruned.remove()
-        if self._profile.name == "dynamic":
-            again = reload.restored(partial, self.spec.model_copy(update={"runtime": self._runtime}), loaded)
+        handle = None
+        if self.profile == "dynamic":
+            again = loaded
+            handle = dynamic_state.restore(loaded.model, self.spec.prune, self.spec.catalog, partial, self._runtime)
         else:
             pruned.forget()
             loaded.model = None
-            source = self.spec.model.model_copy(update=reload.of_folder(partial))
-            again = reload.Export(*reload.model_in(source), None, self.manifest, partial)
+            again = load(source_of(partial, self.spec.model), check=False)
             check_tokenizer(loaded.tokenizer, again.tokenizer)
         try:
-            found, alike = logits_of(again.model, ids, again.pruned), self.profile in ("hf-hetero", "dynamic")
-            self.manifest |= {"weights": fingerprint(again.model), "check": compared(expected, found, dtype, alike)}
-            self.manifest["parameters"]["exported"] = sum(p.numel() for p in again.model.parameters())
-            self._measure_after(again.loaded, again.pruned)
-        finally:
-            if again.pruned is not None:
-                again.pruned.remove()
+            alike = self.profile in ("hf-hetero", "dynamic")
+            return again, handle, compared(expected, logits_of(again.model, ids, handle), dtype, alike)
+        except BaseException:
+            if handle is not None:
+                handle.remove()
+            raise
 
-    def _measure_after(self, loaded: Loaded, pruned: Pruned | None) -> None:
-        for (label, evaluator), metric in zip(self._measured, self.manifest["metrics"], strict=True):
-            measured = measure(evaluator, loaded, self.spec.seed, self.profile, pruned, self.progress)
-            metric |= {**entry(evaluator, measured), "exported": measured.values}
-            self._notes += [f"{label}: {note}" for note in measured.notes]
+    def _metric(self, before: Measured, again: Loaded, handle: Pruned | None) -> ExportMetric:
+        """Measure the written model, and combine its values with those measured before."""
+        label, evaluator, dense, per_batch = before
+        found = measure(evaluator, again, self.spec.seed, self.profile, handle, self.progress)
+        self._notes += [f"{label}: {note}" for note in found.notes]
+        return ExportMetric(
+            label=label,
+            dense=dense.values,
+            per_batch=None if per_batch is None else per_batch.values,
+            evaluator=record(evaluator),
+            protocol=found.protocol,
+            exported=found.values,
+        )
 
-    def _take_over_run(self) -> None:
-        """Keep the run's own measurements, where the export has the same cut; else say that it has not."""
-        self.manifest["run"] = None
+    def _run_facts(self, cut: Cut, calibration: CalibrationFacts | None) -> RunFacts | None:
+        """The measurements of the run, if its cut is the exported one; otherwise a note."""
         if self.run is None:
-            return
-        run = self.run.as_json()
-        texts = [(about or {}).get("fingerprint") for about in (run.get("calibration"), self.manifest["calibration"])]
-        if self.freeze is not None or run["layers"] != self.manifest["layers"] or texts[0] != texts[1]:
+            return None
+        texts = [None if facts is None else facts.fingerprint for facts in (self.run.calibration, calibration)]
+        if self.freeze is not None or self.run.layers != cut.layers or texts[0] != texts[1]:
             self._notes.append("the run's other measurements are of another cut: frozen, rounded, or of another text")
-            return
-        self.manifest["run"] = {"started": run["started"], "metrics": run["metrics"]}
+            return None
+        return RunFacts(started=self.run.started, metrics=[metric.as_json() for metric in self.run.metrics])

@@ -1,4 +1,4 @@
-"""What a model that was loaded again measures: the evaluators that look at one model alone."""
+"""Measurements of a loaded model by evaluators that need one model alone, and evaluators recorded in a manifest."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...registry import Catalog, DataError, Evaluator, Measurement, SpecError, S
 from ...registry.roles.evaluation import checked
 from ..calibration.passes import Progress, no_progress
 from ..files.spec import SpecReader
+from ..models.exported.manifest import ExportMetric
 from ..models.loading import Loaded
 from ..pruning.pruned import Pruned
 from ..runs.measuring import Measuring
@@ -20,7 +21,7 @@ from ..runs.text import read_documents
 
 
 def repeatable(evaluators: Iterable[Evaluator]) -> tuple[Evaluator, ...]:
-    """Those that need no second model and no clock, so that whoever measures later must find the same."""
+    """The evaluators that need neither a second model nor a clock: they measure the same values again later."""
     return tuple(evaluator for evaluator in evaluators if not evaluator.paired)
 
 
@@ -32,12 +33,12 @@ def measure(
     pruned: Pruned | None = None,
     progress: Progress = no_progress,
 ) -> Measurement:
-    """One evaluator on a loaded model, or on one that is pruned per batch."""
+    """Run one evaluator on a loaded model, which may be pruned per batch."""
     if pruned is not None:
         return Measuring(loaded, pruned, progress, {}, (), seed).measure(evaluator)
 
     def track(items: Iterator, what: str, total: int) -> Iterator:
-        return progress(items, f"{label}: {what}", total)
+        return iter(progress(items, f"{label}: {what}", total))
 
     torch.manual_seed(seed)
     model = loaded.model
@@ -52,26 +53,26 @@ def measure(
     return checked(evaluator, evaluator.evaluate(subject))
 
 
-def entry(evaluator: Evaluator, measured: Measurement) -> dict[str, Any]:
-    """How a manifest records by what something was measured, and how."""
-    return {"evaluator": evaluator.model_dump(mode="json", serialize_as_any=True), "protocol": measured.protocol}
+def record(evaluator: Evaluator) -> dict[str, Any]:
+    """An evaluator's name and options, as a manifest holds them."""
+    return evaluator.model_dump(mode="json", serialize_as_any=True)
 
 
-def recorded(metric: dict[str, Any], plugins: Sequence[Path] = (), trust: bool = False) -> Evaluator:
-    """The evaluator that a manifest recorded for a metric.
+def recorded(metric: ExportMetric, plugins: Sequence[Path] = (), trust: bool = False) -> Evaluator:
+    """The evaluator that a manifest records for a metric.
 
-    Raises :class:`SpecError` where its text is not there, or where it names a folder of tasks, whose files may bring
-    code, and nobody said that they are to be trusted.
+    Raises :class:`SpecError` if its text is missing, or if it names a folder of tasks, whose files may bring code,
+    without ``trust``.
     """
-    tasks = metric["evaluator"].get("task_folder")
+    tasks = metric.evaluator.get("task_folder")
     if tasks and not trust:
         raise SpecError(
-            f"{metric['label']} was measured with the tasks in {tasks}, whose files may run code; read them, then say "
+            f"{metric.label} was measured with the tasks in {tasks}, whose files may run code; read them, then say "
             "so (verify --trust-remote-code)"
         )
     reader = SpecReader(Catalog.discover(plugins), Path.cwd())
-    built = reader.component("evaluators", metric["evaluator"], ())
-    reader.finish(f"the export was measured by {metric['label']}")
-    if built is None:
-        raise DataError(f"the evaluator recorded for {metric['label']} cannot be built; export the model again")
+    built = reader.component("evaluators", metric.evaluator, ())
+    reader.finish(f"the export was measured by {metric.label}")
+    if not isinstance(built, Evaluator):
+        raise DataError(f"the evaluator recorded for {metric.label} cannot be built; export the model again")
     return built

@@ -1,38 +1,39 @@
-"""What can be written, what each form asks of the cut, and where it runs."""
+"""The formats that can be written, what each requires of the cut, and where it runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ...registry import SpecError, near
+from ...registry import SpecError, Strategy, near
+from ..pruning.freezing import MEANINGS, check_freeze
 from .constraint import Constraint
 
 Checked = Literal["verified", "read", "no"]
-"""``verified``: run with it when prunekit is tested; ``read``: its documentation or code says so; ``no``: it cannot."""
+"""``verified``: prunekit's tests run it; ``read``: its documentation or code says so; ``no``: it cannot run it."""
 
 TOOLS = ("transformers", "vLLM", "SGLang", "llama.cpp")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One form that a pruned model can be written in."""
+    """A format for pruned models."""
 
     name: str
     writes: str
     asks: str
-    """Of the cut, before it is made."""
+    """Requirements on the cut."""
     runs: tuple[Checked, ...]
-    """In each of :data:`TOOLS`."""
+    """Whether it runs in each of :data:`TOOLS`."""
     remark: str
     needs_one_cut: bool = True
-    """Whether the cut must be made once and for all."""
+    """Whether one cut must serve all batches."""
     takes_multiple: bool = True
     equal: bool = False
     multiple: int = 1
 
     def constraint(self, multiple: int | None) -> Constraint:
-        """What the form asks of the counts, ``multiple`` being the user's wish; raises :class:`SpecError`."""
+        """The format's constraint on the counts; ``multiple`` is the user's option. Raises :class:`SpecError`."""
         if multiple is None:
             return Constraint(self.equal, self.multiple)
         if not self.takes_multiple:
@@ -59,7 +60,7 @@ PROFILES = (
         "every layer its own shape, in transformers' own format",
         "nothing",
         ("verified", "read", "no", "no"),
-        "with its own code beside it, or by prunekit; vLLM 0.33 by prunekit's plugin",
+        "with its own code in the folder, or with prunekit; vLLM 0.33 with prunekit's plugin",
     ),
     Profile(
         "gguf",
@@ -90,9 +91,27 @@ PROFILES = (
 
 
 def profile_named(name: str) -> Profile:
-    """The profile of that name; raises :class:`SpecError` naming the near one."""
+    """The profile of that name; raises :class:`SpecError` naming the nearest name."""
     names = [profile.name for profile in PROFILES]
     for profile in PROFILES:
         if profile.name == name:
             return profile
     raise SpecError(f"--profile: there is no profile {name!r}{near(name, names)}; there are {', '.join(names)}")
+
+
+def check_freezing(profile: Profile, strategy: Strategy, freeze: str | None) -> None:
+    """Raise :class:`SpecError` if a strategy must be frozen for a profile and is not, or the other way round."""
+    probes = strategy.probes_with is not None
+    if freeze is None:
+        if probes and profile.needs_one_cut:
+            ways = "; ".join(f"{how}: {meaning}" for how, meaning in MEANINGS.items())
+            raise SpecError(
+                f"strategy {strategy.name} looks at every batch, and profile {profile.name} holds one cut for all; add "
+                f"--freeze ({ways}), or choose --profile dynamic"
+            )
+        return
+    check_freeze(freeze)
+    if not profile.needs_one_cut:
+        raise SpecError("--freeze: profile dynamic goes on deciding per batch; leave --freeze out")
+    if not probes:
+        raise SpecError(f"--freeze: strategy {strategy.name} decides once anyway; leave --freeze out")

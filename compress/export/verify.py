@@ -1,4 +1,4 @@
-"""``prunekit verify``: do the files, the model and the recorded numbers of an exported folder still hold?"""
+"""``prunekit verify``: checks the files, the model and the recorded values of an exported folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...registry import NonFiniteError, PrunekitError
-from ..models.exported.manifest import GGUF, damages, read_manifest
+from ..models.exported.manifest import GGUF, ExportMetric, Manifest, damages, read_manifest
 from ..models.loading import Loaded, fingerprint
 from ..output import printing
 from ..output.formatting import number
@@ -20,14 +20,14 @@ from .measures import measure as measured_by
 from .measures import recorded
 
 TOLERANCE = 1e-3
-"""Share by which a perplexity measured elsewhere (another machine, another kernel) may differ and still hold."""
+"""Relative difference that is accepted between a recorded value and one of another machine or kernel."""
 
 State = Literal["holds", "fails", "differs", "not checked"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: ``differs`` is worth knowing and does not fail."""
+    """One check and its result; ``differs`` is reported without a failure."""
 
     what: str
     state: State
@@ -37,9 +37,9 @@ class Check:
 def verify(
     folder: Path, base: str | None, plugins: Sequence[Path], measure: bool = True, trust_remote_code: bool = False
 ) -> bool:
-    """Check a folder, show a line for each check, and say whether all of it holds.
+    """Check a folder, print a line for each check, and return whether no check failed.
 
-    Raises :class:`DataError` for a folder that is no export at all.
+    Raises :class:`DataError` for a folder that is not an export.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
@@ -56,18 +56,18 @@ def verify(
 
 def checks(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     base: str | None,
     plugins: Sequence[Path],
     measure: bool,
     trust_remote_code: bool,
     progress: Any,
 ) -> Iterator[Check]:
-    """The checks one after the other; what builds on one that failed is not checked."""
+    """Run the checks in order; checks that need one that failed are not run."""
     found = damages(folder, manifest)
-    count = len(manifest["files"])
+    count = len(manifest.files)
     yield Check("files", "fails" if found else "holds", "; ".join(found) or f"{count} files, sizes and sha256")
-    yield _versions(manifest)
+    yield _versions(manifest.versions)
     if found:
         yield Check("loading", "not checked", "the files have to be whole first")
         return
@@ -83,46 +83,46 @@ def checks(
     if not measure:
         yield Check("measurements", "not checked", "--no-measure")
         return
-    for metric in manifest["metrics"]:
-        if manifest["profile"] == "gguf" and metric["evaluator"]["name"] != "perplexity":
-            yield Check(metric["label"], "not checked", "of a GGUF only perplexity is measured")
+    for metric in manifest.metrics:
+        if manifest.profile == "gguf" and metric.evaluator["name"] != "perplexity":
+            yield Check(metric.label, "not checked", "of a GGUF only perplexity is measured")
             continue
         yield _measured(metric, manifest, loaded, pruned, plugins, progress, trust_remote_code)
-    if not manifest["metrics"]:
+    if not manifest.metrics:
         yield Check("measurements", "not checked", "none were recorded")
 
 
 class _NotHere(Exception):
-    """What a check needs is not installed."""
+    """A check cannot run here: something that it needs is not installed or not named."""
 
 
 def _loaded(
-    folder: Path, manifest: dict[str, Any], base: str | None, plugins: Sequence[Path], trust: bool
+    folder: Path, manifest: Manifest, base: str | None, plugins: Sequence[Path], trust: bool
 ) -> tuple[Loaded, Pruned | None]:
-    if manifest["profile"] == "gguf":
+    if manifest.profile == "gguf":
         try:
             from .gguf.model import load_gguf
 
             return load_gguf(folder / GGUF, folder), None
         except ImportError as error:
             raise _NotHere("llama-cpp-python is not installed, so nothing here runs a GGUF (pip install it)") from error
-    files = manifest.get("plugin_files")
-    if manifest["profile"] == "dynamic" and files and not plugins:
+    files = manifest.plugin_files
+    if manifest.profile == "dynamic" and files and not plugins:
         raise _NotHere(f"its strategy comes from {', '.join(files)}, which is run only where named (--plugin)")
-    found = reload.load_described(folder, manifest, "auto", base, plugins, trust)
+    found = reload.load_checked(folder, manifest, "auto", base, plugins, trust)
     return found.loaded, found.pruned
 
 
-def _versions(manifest: dict[str, Any]) -> Check:
-    now, then = versions(), manifest["versions"]
+def _versions(then: dict[str, str]) -> Check:
+    now = versions()
     changed = [
         f"{name} {was} is {now.get(name, 'not there')} now" for name, was in then.items() if was != now.get(name)
     ]
     return Check("versions", "differs" if changed else "holds", "; ".join(changed) or "as when it was written")
 
 
-def _weights(manifest: dict[str, Any], loaded: Loaded) -> Check:
-    expected = manifest["weights"]
+def _weights(manifest: Manifest, loaded: Loaded) -> Check:
+    expected = manifest.weights
     if expected is None:
         return Check("loading", "holds", f"llama.cpp loads it (llama-cpp-python {_version('llama-cpp-python')})")
     same = fingerprint(loaded.model) == expected
@@ -131,15 +131,15 @@ def _weights(manifest: dict[str, Any], loaded: Loaded) -> Check:
 
 
 def _measured(
-    metric: dict[str, Any],
-    manifest: dict[str, Any],
+    metric: ExportMetric,
+    manifest: Manifest,
     loaded: Loaded,
     pruned: Pruned | None,
     plugins: Sequence[Path],
     progress: Any,
     trust: bool,
 ) -> Check:
-    label, seed = metric["label"], manifest["seeds"]["pipeline"]
+    label, seed = metric.label, manifest.seeds["pipeline"]
     try:
         evaluator = recorded(metric, plugins, trust)
         found = measured_by(evaluator, loaded, seed, "again", pruned, progress).values
@@ -147,17 +147,17 @@ def _measured(
         return Check(label, "fails", str(error))
     except PrunekitError as error:
         return Check(label, "not checked", f"cannot be measured here: {error}")
-    far, said = [], []
-    for key, then in metric["exported"].items():
+    far, lines = [], []
+    for key, then in metric.exported.items():
         value = found.get(key)
-        said.append(f"{key} {number(then)} recorded, {number(value)} now")
+        lines.append(f"{key} {number(then)} recorded, {number(value)} now")
         if then is not None and not _close(then, value):
             far.append(key)
-    return Check(label, "fails" if far else "holds", "; ".join(said))
+    return Check(label, "fails" if far else "holds", "; ".join(lines))
 
 
 def _close(recorded: Any, value: Any) -> bool:
-    """Whether a value is what was recorded; JSON has infinity and NaN as their names."""
+    """Whether a value is the recorded one; JSON holds infinity and NaN as their names."""
     try:
         then, now = float(recorded), float(value)
     except (TypeError, ValueError):

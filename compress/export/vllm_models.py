@@ -1,9 +1,9 @@
 """vLLM's model classes for models whose layers differ in attention heads and MLP channels.
 
-Written against the interface of vLLM 0.33.0; neither its engine nor its attention kernels have been run with them.
-Every layer is one of vLLM's own, built from its entry in the configuration's ``per_layer_config``. The rest is vLLM's:
-it reads the same entries, takes the largest layer where it needs one number for the model, plans attention apart for
-layers with other numbers of heads, and gives every layer KV cache pages of its own size.
+Written for the interface of vLLM 0.33.0; neither its engine nor its attention kernels have been run with them. Every
+layer is one of vLLM's own classes, built from its entry in the configuration's ``per_layer_config``. vLLM does the
+rest: it reads the same entries, uses the largest layer where it needs one number for the model, plans attention
+separately for layers with other numbers of heads, and gives every layer KV cache pages of its own size.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ...registry import SpecError
 
 
 def layer_config(vllm_config: VllmConfig, prefix: str) -> Any:
-    """The configuration of the layer that ``prefix`` names; raises :class:`SpecError` where vLLM cannot build it."""
+    """The configuration of the layer that ``prefix`` names; raises :class:`SpecError` if vLLM cannot build it."""
     if not hasattr(vllm_config.model_config.model_arch_config, "per_layer_overrides"):
         raise SpecError(
             "this vLLM takes one number of heads for all layers; install vllm 0.33.0 or newer, or export the model "
             "again with --profile hf-uniform"
         )
     index = extract_layer_index(prefix)
-    # A copy, because the entry is the whole configuration itself where no layer has values of its own.
+    # A copy: the entry is the global configuration itself if no layer has values of its own.
     config = copy.copy(vllm_config.model_config.hf_config.per_layer_config[index])
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -42,8 +42,8 @@ def layer_config(vllm_config: VllmConfig, prefix: str) -> Any:
 
 
 def add_output_biases(layer: Any, config: Any, quant_config: Any, prefix: str) -> None:
-    """Give the layer's output projections the biases of ``config`` that vLLM's own layer does not give them."""
-    # vLLM skips a bias in the weights without a word where the model has no place for it.
+    """Add the biases of ``config`` that vLLM's own layer lacks to the layer's output projections."""
+    # vLLM skips a bias in the weights without a message if the model has no place for it.
     attention, mlp = layer.self_attn, layer.mlp
     # transformers' Qwen3 has attention_bias in the output projection too, vLLM's does not.
     if config.attention_output_bias or getattr(config, "attention_bias", False):
@@ -59,7 +59,7 @@ def _with_bias(linear: RowParallelLinear, quant_config: Any, prefix: str) -> Row
 
 
 class LlamaLayer(LlamaDecoderLayer):
-    """A decoder layer of Llama or Mistral in its own shape."""
+    """A decoder layer of Llama or Mistral with its own shape."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = self.config_of(vllm_config, prefix)
@@ -72,7 +72,7 @@ class LlamaLayer(LlamaDecoderLayer):
 
 
 class Qwen2Layer(LlamaLayer):
-    """A decoder layer of Qwen2 in its own shape: Llama's, because vLLM's Qwen2 has no head_dim of its own."""
+    """A decoder layer of Qwen2 with its own shape; a Llama layer, because vLLM's Qwen2 has no head_dim option."""
 
     def config_of(self, vllm_config: VllmConfig, prefix: str) -> Any:
         config = super().config_of(vllm_config, prefix)
@@ -81,7 +81,7 @@ class Qwen2Layer(LlamaLayer):
 
 
 class Qwen3Layer(Qwen3DecoderLayer):
-    """A decoder layer of Qwen3 in its own shape."""
+    """A decoder layer of Qwen3 with its own shape."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = layer_config(vllm_config, prefix)
@@ -97,7 +97,7 @@ class Qwen3Layer(Qwen3DecoderLayer):
 
 
 class PrunekitLlamaForCausalLM(LlamaForCausalLM):
-    """vLLM's Llama with layers in their own shapes; with layers of another class it is that family's model."""
+    """vLLM's Llama whose layers have their own shapes; subclasses set the layers of another family."""
 
     layer_class: type = LlamaLayer
 
@@ -106,23 +106,23 @@ class PrunekitLlamaForCausalLM(LlamaForCausalLM):
 
 
 class PrunekitMistralForCausalLM(PrunekitLlamaForCausalLM):
-    """Mistral: Llama, whose sliding window vLLM reads from the configuration."""
+    """Mistral: a Llama; vLLM reads the sliding window from the configuration."""
 
 
 class PrunekitQwen2ForCausalLM(PrunekitLlamaForCausalLM):
-    """Qwen2 around its own layers."""
+    """Qwen2: a Llama with Qwen2's layers."""
 
     layer_class = Qwen2Layer
 
 
 class PrunekitQwen3ForCausalLM(PrunekitLlamaForCausalLM):
-    """Qwen3 around its own layers."""
+    """Qwen3: a Llama with Qwen3's layers."""
 
     layer_class = Qwen3Layer
 
 
 class PrunekitOPTForCausalLM(OPTForCausalLM):
-    """OPT is refused: vLLM's attention divides the hidden size by the number of heads, also where heads are gone."""
+    """OPT is refused: vLLM's attention divides the hidden size by the number of heads, also after heads were cut."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         raise SpecError(

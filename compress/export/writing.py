@@ -1,29 +1,24 @@
-"""Writes a pruned model in one of the profiles, and says beforehand where that cannot work."""
+"""Writes a pruned model in one of the profiles, and checks in advance whether that is possible."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...registry import Catalog, ModelError, SiteScores, SpecError, Strategy
+from ...registry import Catalog, ModelError, Site, SiteScores, Strategy
 from ..models.architectures import PRUNED, heads_of
 from ..models.exported.manifest import GGUF
 from ..models.loading import Loaded
 from ..pruning.prune import find_sites, sites_within
 from ..pruning.pruned import Pruned
-from .configs import fitted
+from .configs import add_code, fitted, hetero_config, homogeneous, padded_config, stock_config
 from .constraint import RoundedCounts
-from .cut_model import layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads
+from .cut_model import LayerShape, layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads
 from .dynamic_state import save_state
-from .hetero import add_code, hetero_config, homogeneous
-from .layers import LayerShape
 from .profiles import Profile
-from .stock import stock_config
-from .tensors import Tensors
-from .weights_file import SHARD_SIZE, write_weights
+from .weights import SHARD_SIZE, write_weights
 
 
 def write_model(
@@ -31,9 +26,8 @@ def write_model(
 ) -> tuple[str, ...]:
     """Write weights, configuration, generation settings and tokenizer of a model whose cut is made once.
 
-    Of profile ``dynamic``: what the pruning has learnt instead. Returns what is worth knowing of it, in sentences.
-    Raises :class:`SpecError` and :class:`ModelError`
-    where the profile has no place for the cut.
+    Profile ``dynamic`` writes the pruning's state instead. Returns notes for the user, one sentence each. Raises
+    :class:`SpecError` and :class:`ModelError` if the profile has no place for the cut.
     """
     if profile.name == "dynamic":
         save_state(pruned, folder)
@@ -48,7 +42,7 @@ def write_model(
         return notes
     with _quiet():
         if profile.name == "padded":
-            config = _padded_config(pruned, tensors)
+            config = padded_config(pruned, tensors)
         else:
             config = _config(profile, pruned.model.config, layer_shapes(pruned, tensors))
         tensors = fitted(config, tensors)
@@ -58,27 +52,27 @@ def write_model(
             add_code(folder, config)
         write_weights(folder, tensors, shard_size)
         config.save_pretrained(folder)
-        if getattr(pruned.model, "generation_config", None) is not None:
-            _save_generation(pruned.model.generation_config, folder)
+        _save_generation(getattr(pruned.model, "generation_config", None), folder)
         tokenizer.save_pretrained(folder)
     return ()
 
 
 def _save_generation(config: Any, folder: Path) -> None:
+    if config is None:
+        return
     try:
         config.save_pretrained(folder)
-    except ValueError as error:  # transformers saves no settings that contradict one another
+    except ValueError as error:  # transformers does not save settings that contradict one another
         raise ModelError(
-            f"the base model's generation settings cannot be saved ({' '.join(str(error).split())[:200]}); mend "
+            f"the base model's generation settings cannot be saved ({' '.join(str(error).split())[:200]}); correct "
             "model.generation_config, or its generation_config.json"
         ) from error
 
 
 def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog: Catalog) -> None:
-    """Raise, before hours of calibration, what can be told of a cut by its counts alone.
+    """Raise, before calibration, for a cut whose counts alone show that the profile cannot hold it.
 
-    Where an allocator needs scores, the counts are not known yet: then what is wrong is found before anything is
-    written.
+    If an allocator needs scores, the counts are not known yet; such a cut is checked before anything is written.
     """
     config = loaded.model.config
     if profile.name == "gguf":
@@ -102,7 +96,7 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
             raise uneven_heads(site.layer, kv_heads, str(count))
     parameters = dict(loaded.model.named_parameters())
 
-    def has_bias(site: Any) -> bool:
+    def has_bias(site: Site) -> bool:
         cut = counts[site.layer, site.kind] < site.units
         return f"{site.consumer}.bias" in parameters or (cut and strategy.compensates)
 
@@ -115,26 +109,9 @@ def _config(profile: Profile, dense: Any, layers: Sequence[LayerShape]) -> Any:
     return stock_config(dense, layers) if profile.name == "hf-uniform" else hetero_config(dense, layers)
 
 
-def _padded_config(pruned: Pruned, tensors: Tensors) -> Any:
-    """The original configuration, with the biases that compensation has added where its class has any."""
-    config = copy.deepcopy(pruned.model.config)
-    for cut in pruned.cuts:
-        name = f"{cut.site.consumer}.bias"
-        if cut.consumer.bias is not None or name not in tensors:
-            continue
-        key = f"{cut.site.kind}_bias"
-        if not hasattr(config, key):
-            raise SpecError(
-                f"profile padded: compensation gives {cut.site.consumer} a bias, and {type(pruned.model).__name__} has "
-                "no place for one; nearest: --profile hf-hetero, or --set prune.compensate=none"
-            )
-        setattr(config, key, True)
-    return config
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remark that a value is read which layers may have for themselves: here it may be."""
+    """Suppress transformers' warning about reading a global value that layers may override: that is intended here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

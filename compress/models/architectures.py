@@ -1,4 +1,4 @@
-"""Model families as data: where their prunable sites are and what their names are."""
+"""Model families as data: the names and places of their prunable sites."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...registry import Architecture, AttentionUnit, ModelError, Producer, Rows,
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
 PRUNED = "prunekit_"
-"""What the model types of exported models with layers of different shapes begin with."""
+"""Prefix of the model types of exported models whose layers have different shapes."""
 
 
 class AttentionNames(BaseModel):
@@ -27,11 +27,11 @@ class AttentionNames(BaseModel):
     value: str = "v_proj"
     output: str = "o_proj"
     head_count: str | None = None
-    """Attribute of the module that its forward reads as the number of heads, where there is one."""
+    """Attribute of the module that its forward reads as the number of heads, if there is one."""
 
 
 class MlpNames(BaseModel):
-    """Names inside a decoder layer: the layers that make the intermediate channels and the one that reads them."""
+    """Names inside a decoder layer: the layers that compute the intermediate channels and the one that reads them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,22 +40,22 @@ class MlpNames(BaseModel):
     producers: tuple[str, ...]
     consumer: str
     activation: str | None = None
-    """Set where the MLP is not a module of its own: its first half is ``activation(producer(x))``."""
+    """The activation's name if the MLP is not a module: its first half is ``activation(producer(x))``."""
 
 
 class PreNormDecoder(Architecture):
-    """A decoder whose layers norm the residual stream before attention and before the MLP."""
+    """A decoder whose layers normalize the residual stream before attention and before the MLP."""
 
     attention: AttentionNames
     mlp: MlpNames
 
     def sites(self, model: nn.Module, attention_unit: AttentionUnit) -> list[Site]:
-        count = len(model.get_submodule(self.layers))
-        found = []
-        for index in range(count):
-            found.append(self._attention_site(model, index, attention_unit))
-            found.append(self._mlp_site(model, index))
-        return found
+        layers = range(sum(1 for _ in model.get_submodule(self.layers).children()))
+        return [
+            site
+            for index in layers
+            for site in (self._attention_site(model, index, attention_unit), self._mlp_site(model, index))
+        ]
 
     def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site:
         names, layer = self.attention, f"{self.layers}.{index}"
@@ -66,7 +66,7 @@ class PreNormDecoder(Architecture):
         per_group = heads // kv_heads
         if unit == "kv_group" or per_group == 1:
             units, unit_size = kv_heads, per_group * size
-            producers = (
+            producers: tuple[Producer, ...] = (
                 Producer(query, (Rows(0, unit_size),)),
                 Producer(key, (Rows(0, size),)),
                 Producer(value, (Rows(0, size),)),
@@ -102,14 +102,14 @@ class PreNormDecoder(Architecture):
             entry=f"{layer}.{names.entry}",
             producers=tuple(Producer(f"{layer}.{name}", (Rows(0, 1),)) for name in names.producers),
             consumer=consumer,
-            units=model.get_submodule(consumer).in_features,
+            units=_linear(model, consumer).in_features,
             unit_size=1,
             activation=f"{layer}.{names.activation}" if names.activation else None,
         )
 
 
 def heads_of(config: Any, layer: int) -> tuple[int, int]:
-    """Query and key/value heads of a layer, which may differ from layer to layer in a model that was pruned before."""
+    """Numbers of query and key/value heads of a layer; in a pruned model they can differ between layers."""
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer]
     heads = config.num_attention_heads
@@ -117,13 +117,18 @@ def heads_of(config: Any, layer: int) -> tuple[int, int]:
 
 
 def head_size(config: Any) -> int:
-    """Channels of one attention head."""
+    """Number of channels of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _site(model: nn.Module, **fields) -> Site:
-    """A site checked against the model's real shapes; unit_parameters and outputs are read off them."""
-    consumer = model.get_submodule(fields["consumer"])
+def _linear(model: nn.Module, path: str) -> Any:
+    """A linear layer, of torch or another library: it has ``weight``, ``bias``, ``in_features``, ``out_features``."""
+    return model.get_submodule(path)
+
+
+def _site(model: nn.Module, **fields: Any) -> Site:
+    """A site that was checked against the model's shapes, with ``unit_parameters`` and ``outputs`` from them."""
+    consumer = _linear(model, fields["consumer"])
     site = Site(**fields, unit_parameters=0, outputs=consumer.out_features)
     if consumer.in_features != site.channels:
         raise ModelError(
@@ -132,7 +137,7 @@ def _site(model: nn.Module, **fields) -> Site:
         )
     per_unit = site.unit_size * site.outputs
     for producer in site.producers:
-        linear = model.get_submodule(producer.path)
+        linear = _linear(model, producer.path)
         rows = sum(segment.per_unit for segment in producer.segments)
         if rows * site.units != linear.out_features:
             raise ModelError(
@@ -144,7 +149,7 @@ def _site(model: nn.Module, **fields) -> Site:
 
 
 class Llama(PreNormDecoder):
-    """Llama 1, 2, 3.x, Mistral, Qwen2 and Qwen3, pruned ones too: q/k/v/o and gate/up/down projections."""
+    """Llama 1, 2, 3.x, Mistral, Qwen2 and Qwen3, also pruned: q/k/v/o and gate/up/down projections."""
 
     name: Literal["llama"] = "llama"
     model_types: tuple[str, ...] = (*LLAMA_LIKE, *(PRUNED + family for family in LLAMA_LIKE))
@@ -159,7 +164,7 @@ class Llama(PreNormDecoder):
 
 
 class Opt(PreNormDecoder):
-    """OPT: its MLP is not a module, and its attention reads a head count; not OPT-350m, which norms afterwards."""
+    """OPT: its MLP is not a module, its attention reads a head count. OPT-350m, with post-norm layers, is refused."""
 
     name: Literal["opt"] = "opt"
     model_types: tuple[str, ...] = ("opt", PRUNED + "opt")
@@ -172,10 +177,11 @@ class Opt(PreNormDecoder):
     )
 
     def sites(self, model: nn.Module, attention_unit: AttentionUnit) -> list[Site]:
-        if not model.config.do_layer_norm_before:
+        config: Any = model.config
+        if not config.do_layer_norm_before:
             raise ModelError(
-                "this OPT norms after its blocks (do_layer_norm_before=False, as OPT-350m): its residual stream is not "
-                "the norm's input, which the probe ranks by; use another OPT size"
+                "this OPT has post-norm layers (do_layer_norm_before=False, as OPT-350m): its residual stream is not "
+                "the norm's input, by which the probe ranks; use another OPT size"
             )
         return super().sites(model, attention_unit)
 

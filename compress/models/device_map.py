@@ -1,8 +1,7 @@
-"""Which devices may hold how much of a model that is placed automatically, and where its rest lies on disk."""
+"""Memory limits of the devices for a model that is placed automatically, and the folder for its offloaded rest."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 import shutil
@@ -17,7 +16,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from ...registry import ModelError
 
 SHARE = 0.9
-"""Of a device's free memory, by default: batches and statistics need the rest."""
+"""Default share of a device's free memory for weights; batches and statistics need the rest."""
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -26,7 +25,7 @@ EXAMPLE = '{"0": 20GiB, cpu: 30GiB}'
 
 
 def _read(raw: Any) -> Any:
-    """Pairs of device and size from a mapping; the names checked here, whether the devices exist when loading."""
+    """Pairs of device and size from a mapping; names are checked here, the existence of the devices when loading."""
     if raw is None:
         return None
     if not isinstance(raw, (Mapping, tuple)):
@@ -35,11 +34,13 @@ def _read(raw: Any) -> Any:
     for device, size in raw.items() if isinstance(raw, Mapping) else raw:
         name = str(device).removeprefix("cuda:")
         if name == "disk":
-            raise ValueError("disk holds whatever fits nowhere else, so it has no size; leave it out")
+            raise ValueError("disk holds what does not fit elsewhere, so it has no size; leave it out")
         if name != "cpu" and not name.isdecimal():
             raise ValueError(f'{device!r} is not a device; name cpu or the number of an accelerator, such as "0"')
-        if isinstance(size, bool) or bytes_of(str(size)) is None:
-            raise ValueError(f"{device}: {size!r} is not a size; write one such as 20GiB, 500MB, or a number of bytes")
+        try:
+            bytes_of(size)
+        except ValueError as error:
+            raise ValueError(f"{device}: {error}") from None
         pairs.append((name, str(size)))
     twice = {name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}
     if not pairs or twice:
@@ -55,32 +56,22 @@ MaxMemory = Annotated[
         {"anyOf": [{"type": "object", "additionalProperties": {"type": ["string", "integer"]}}, {"type": "null"}]}
     ),
 ]
-"""Device and size, as (("cpu", "4GiB"), ...), which has a hash; a mapping in files."""
+"""Device and size as (("cpu", "4GiB"), ...), which can be hashed; a mapping in files."""
 
 
-def bytes_of(size: str) -> int | None:
-    """Bytes in a size such as 20GiB, 1.5 GB or 1000; None for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|)", size.strip())
-    return int(float(found[1]) * UNITS[found[2]]) if found else None
-
-
-def can_spread(asked: bool) -> bool:
-    """Whether accelerate is there; raises :class:`ModelError` where it is not, though it was ``asked`` for."""
-    if importlib.util.find_spec("accelerate") is not None:
-        return True
-    if asked:
-        raise ModelError(
-            "model.max_memory, model.offload_folder: spreading a model needs the package accelerate, which is not "
-            "installed; pip install accelerate, or leave both out"
-        )
-    return False
+def bytes_of(size: Any) -> int:
+    """Bytes in a size such as 20GiB, 1.5 GB or 1000; raises :class:`ValueError` for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|)", str(size).strip())
+    if found is None:
+        raise ValueError(f"{size!r} is not a size; write one such as 20GiB or 500MB, or a number of bytes")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def budgets(limits: Mapping[str, str], accelerators: bool, size: Callable[[], int]) -> dict[int | str, int]:
-    """Bytes that weights may take on each device: what ``limits`` says, else :data:`SHARE` of what is free.
+    """Bytes for weights on each device: from ``limits``, otherwise :data:`SHARE` of the free memory.
 
-    Where one of several accelerators can hold a model of ``size()`` bytes, the others are left out.
-    Raises :class:`ModelError` for a device in ``limits`` that is not here.
+    If one of several accelerators can hold a model of ``size()`` bytes, the others are not used.
+    Raises :class:`ModelError` for a device in ``limits`` that this machine does not have.
     """
     from accelerate.utils import get_max_memory
 
@@ -106,7 +97,7 @@ def budgets(limits: Mapping[str, str], accelerators: bool, size: Callable[[], in
 
 @contextmanager
 def quiet_offloading() -> Iterator[None]:
-    """Within it accelerate does not warn of offloaded weights: that is what was asked for, and results say where."""
+    """Suppress accelerate's warning about offloaded weights: offloading is intended, and results report the places."""
     logger = logging.getLogger("accelerate.big_modeling")
 
     def other(record: logging.LogRecord) -> bool:
@@ -120,10 +111,10 @@ def quiet_offloading() -> Iterator[None]:
 
 
 def new_folder(parent: str | None) -> str | None:
-    """A fresh folder for offloaded weights, in ``parent`` or where temporary files go.
+    """A new folder for offloaded weights, in ``parent`` or among temporary files.
 
-    None where there is no such place, which most models do without: their weights are read from the checkpoint.
-    Raises :class:`ModelError` where ``parent`` cannot be used.
+    None if temporary files have no place; most models need none, because their weights are read from the checkpoint.
+    Raises :class:`ModelError` if ``parent`` cannot be used.
     """
     try:
         if parent is not None:
@@ -140,5 +131,5 @@ def new_folder(parent: str | None) -> str | None:
 
 
 def remove_folder(folder: str) -> None:
-    """Remove a folder of :func:`new_folder` and what is in it."""
+    """Remove a folder of :func:`new_folder` with its content."""
     shutil.rmtree(folder, ignore_errors=True)

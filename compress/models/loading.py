@@ -17,6 +17,7 @@ from ...registry.tensors.devices import place_name, places_of, stored_tensor
 from ..bundled import MODEL
 from . import device_map
 from .device_map import MaxMemory
+from .exported.manifest import MANIFEST
 
 
 class ModelSource(BaseModel):
@@ -37,7 +38,7 @@ class ModelSource(BaseModel):
     max_memory: MaxMemory = Field(
         default=None,
         description="with device: auto, the most that weights may take on a device, such as "
-        f"{device_map.EXAMPLE}; 90% of what is free by default",
+        f"{device_map.EXAMPLE}; by default 90% of what is free",
     )
     offload_folder: str | None = Field(
         default=None,
@@ -68,15 +69,15 @@ class ModelSource(BaseModel):
 
     @property
     def label(self) -> str:
-        """How reports name the model."""
+        """The model's name in reports."""
         return self.name or "bundled"
 
 
 @dataclass
 class Loaded:
-    """A model in evaluation mode without gradients, its tokenizer, and where they came from.
+    """A model in evaluation mode without gradients, its tokenizer and their origin.
 
-    ``identity``: name, revision asked for, commit found on the hub, whether its own code was run.
+    ``identity``: name, requested revision, commit found on the hub, whether the model's own code was run.
     """
 
     model: Any
@@ -85,10 +86,9 @@ class Loaded:
 
 
 def load(source: ModelSource, check: bool = True) -> Loaded:
-    """Model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy.
+    """Load model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy.
 
-    An exported folder is compared with its manifest first, unless ``check`` is false: :class:`DataError` says what is
-    damaged.
+    With ``check``, an exported folder is compared with its manifest first; :class:`DataError` names damaged files.
     """
     import transformers
 
@@ -97,10 +97,10 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
     device = usable_device(source.device)
     place = place_of(source)
     prepare.prepare(place, source.revision, check)
-    options = {"trust_remote_code": source.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.revision is not None:
         options["revision"] = source.revision
-    dtype = source.dtype
+    dtype: str = source.dtype
     if source.name is None and dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model, report = _placed(source, place, device, dtype, options)
@@ -127,21 +127,22 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
 def _placed(
     source: ModelSource, place: str, device: torch.device, dtype: str, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The model on its device, or on several and on disk, and transformers' report of what it loaded."""
+    """The model on its device, or spread over devices and disk, and transformers' report on its loading."""
     import transformers
 
     spread: dict[str, Any] = {}
     folder = None
-    if source.device == "auto" and device_map.can_spread(bool(source.max_memory or source.offload_folder)):
+    if source.device == "auto":
         limits = dict(source.max_memory or ())
         budgets = device_map.budgets(limits, device.type == "cuda", lambda: _size(source, place, dtype, options))
         folder = device_map.new_folder(source.offload_folder)
         spread = {"device_map": "auto", "max_memory": budgets, "offload_folder": folder}
     try:
         with device_map.quiet_offloading():
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            found: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype, attn_implementation=source.attention, output_loading_info=True, **spread, **options
             )
+        model, report = found
         if not spread:
             model = model.to(device)
         elif set(places_of(model)) == {"disk"}:
@@ -161,7 +162,7 @@ def _placed(
         ) from error
     except ModelError:
         raise
-    except Exception as error:  # a loader of everyone's checkpoints fails in every way there is
+    except Exception as error:  # loading checkpoints of any origin can fail with any error
         raise ModelError(_loading_failed("model", source, place, error)) from error
     finally:
         if folder is not None:
@@ -170,7 +171,7 @@ def _placed(
 
 
 def _size(source: ModelSource, place: str, dtype: str, options: dict[str, Any]) -> int:
-    """Bytes that the model takes, from its configuration alone."""
+    """Bytes of the model, computed from its configuration."""
     import transformers
 
     try:
@@ -187,7 +188,7 @@ def _size(source: ModelSource, place: str, dtype: str, options: dict[str, Any]) 
 def fingerprint(model: nn.Module) -> str:
     """sha256 over the state dict in name order: name, dtype, shape and bytes of every tensor, one at a time.
 
-    Offloaded tensors are read from where they are kept. Raises :class:`ModelError` for one that is nowhere.
+    Offloaded tensors are read from their store. Raises :class:`ModelError` for a tensor without values.
     """
     total = hashlib.sha256()
     state = model.state_dict()
@@ -195,18 +196,17 @@ def fingerprint(model: nn.Module) -> str:
         tensor = state[name]
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.device.type == "meta":
-            tensor = stored_tensor(model, name)
-        if tensor is None:
+        values = stored_tensor(model, name) if tensor.device.type == "meta" else tensor
+        if values is None:
             raise ModelError(f"{name} has no values, so the model has no fingerprint; load it with from_pretrained")
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # In logical order whatever the storage; cast to bytes by torch, because numpy has no bfloat16.
-        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        total.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        # In logical order for any storage; torch casts to bytes, because numpy has no bfloat16.
+        total.update(values.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name; raises :class:`ModelError` where this machine has none."""
+    """The device of that name; raises :class:`ModelError` if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -225,7 +225,7 @@ def usable_device(name: str) -> torch.device:
         return device
     try:
         torch.empty(1, device=device).cpu()
-    except Exception as error:  # each kind of device says in its own way that it is not there
+    except Exception as error:  # each kind of device raises its own error if it is missing
         reason = reason_of(error).split(". ")[0]
         raise ModelError(
             f"model.device: torch {torch.__version__} cannot use {name} here ({reason}); set model.device: auto"
@@ -234,7 +234,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def place_of(source: ModelSource) -> str:
-    """The folder or hub id to give to transformers, after the checks that it words badly."""
+    """The folder or hub id for transformers, checked first because transformers' own messages are unclear."""
     if source.name is None:
         folder = MODEL
     else:
@@ -251,7 +251,7 @@ def place_of(source: ModelSource) -> str:
             raise ModelError(f"the bundled model is missing from {folder}; install prunekit again, or set model.name")
         raise ModelError(f"model.name: {source.name} is a file; name the folder that holds it and config.json")
     if not (folder / "config.json").is_file():
-        if (folder / "prunekit.json").is_file():
+        if (folder / MANIFEST).is_file():
             raise ModelError(
                 f"model.name: {folder} is an export that holds no model of transformers (profile gguf or dynamic); "
                 "name the model that was pruned, or export with --profile hf-hetero"
@@ -263,13 +263,13 @@ def place_of(source: ModelSource) -> str:
 
 
 def _looks_like_path(name: str) -> bool:
-    """A hub id is NAME or OWNER/NAME; anything else can only mean a place on this machine."""
+    """Whether a name is a path: anything but a hub id, which is NAME or OWNER/NAME."""
     weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(("/", *weights))
 
 
 def reason_of(error: Exception) -> str:
-    """An error's kind and first line, without the trace of its causes or the title of a list that would follow."""
+    """An error's class and first line; the class alone if that line is the heading of a list."""
     lines = str(error).strip().splitlines()
     brief = bool(lines) and not lines[0].rstrip().endswith(":")
     return f"{type(error).__name__}: {lines[0][:300]}" if brief else type(error).__name__

@@ -1,7 +1,7 @@
-"""LoRA on every linear layer of a decoder, trained by transformers' Trainer and added to the weights.
+"""LoRA on every linear layer of a decoder, trained with transformers' Trainer and added to the weights.
 
-Low-rank updates are Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022, arXiv 2106.09685);
-recovering a pruned model by them is Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models"
+Low-rank updates are from Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022, arXiv 2106.09685);
+recovering a pruned model with them is from Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models"
 (NeurIPS 2023, arXiv 2305.11627), whose options are the defaults here.
 """
 
@@ -23,12 +23,12 @@ from ...registry import ModelError, NonFiniteError, SpecError
 from ..calibration.passes import Progress
 
 AVERAGED = 10
-"""Steps, at most, that the first and the last recorded loss are averages of: one batch's loss says little."""
+"""Largest number of steps over which the first and the last recorded loss are averaged."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """How low-rank updates are made and trained; a step takes ``batch_size`` x ``accumulate`` sequences."""
+    """Options of the low-rank updates and their training; a step takes ``batch_size`` x ``accumulate`` sequences."""
 
     rank: int = 8
     alpha: float = 16
@@ -41,51 +41,51 @@ class Lora:
 
     @property
     def taken(self) -> int:
-        """Sequences that all steps take together."""
+        """Number of sequences that all steps take together."""
         return self.steps * self.batch_size * self.accumulate
 
     @property
     def warmup(self) -> int:
-        """Steps in which the learning rate rises: LLM-Pruner's 100, fewer in a run that is short."""
+        """Steps in which the learning rate rises: 100 as in LLM-Pruner, fewer in a short run."""
         return min(100, self.steps // 10)
 
 
 def check_installed() -> None:
-    """Raise :class:`SpecError` where peft is not there."""
+    """Raise :class:`SpecError` if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
-        raise SpecError('recovery trains by peft, which is not installed; pip install "prunekit[recover]"')
+        raise SpecError('recovery trains with peft, which is not installed; pip install "prunekit[recover]"')
 
 
 def train(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress) -> tuple[Any, dict[str, Any]]:
-    """``model``, its decoder layers' linear weights changed by training on ``sequences``, and what was done.
+    """Train the linear weights in the decoder layers of ``model``; returns the model and a description of the training.
 
-    Shapes, names, dtype and biases stay. ``sequences`` are token ids (t,), each seen as often as the steps ask. The
-    random state of Python, numpy and torch is set by ``lora.seed``. Raises :class:`NonFiniteError` for a loss or a
-    weight that is NaN or infinite, :class:`ModelError` for a model that is partly on disk or out of memory.
+    Shapes, names, dtype and biases stay. ``sequences`` are token ids (t,). ``lora.seed`` sets the random state of
+    Python, numpy and torch. Raises :class:`NonFiniteError` for a loss or a weight that is NaN or infinite,
+    :class:`ModelError` for a model that is partly on disk or out of memory.
     """
     import peft
     import transformers
 
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ModelError(
-            "the model does not fit on the devices here, and offloaded weights cannot be trained; free some"
+            "the model does not fit on the devices here, and offloaded weights cannot be trained; free some memory"
         )
-    transformers.set_seed(lora.seed)  # the updates start at random
+    transformers.set_seed(lora.seed)  # the updates start with random values
     targets = linear_layers(model)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft declares int and takes any number
         lora_dropout=lora.dropout,
         target_modules=targets,
     )
     began = time.perf_counter()
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)  # updates are float32 in half precision
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)  # float32 updates for half precision
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     losses = _run(adapted, sequences, lora, progress)
     try:
         merged = adapted.merge_and_unload(safe_merge=True).eval().requires_grad_(False)
-    except ValueError as error:  # peft's word for weights that are not finite
+    except ValueError as error:  # peft raises it for weights that are not finite
         raise _not_finite("a weight", lora.steps, lora) from error
     several = max(1, min(AVERAGED, len(losses) // 2))
     first, last = (sum(some) / several for some in (losses[:several], losses[-several:]))
@@ -104,14 +104,14 @@ def train(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progres
 
 
 def linear_layers(model: Any) -> list[str]:
-    """Full names of all linear layers within the decoder's layers: neither embeddings nor the output layer."""
+    """Full names of all linear layers in the decoder layers, without embeddings and output layer."""
     layers = model.get_decoder().layers
     prefix = next(name for name, module in model.named_modules() if module is layers)
     return [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _run(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress) -> list[float]:
-    """Train in place; the loss of every step."""
+    """Train in place, and return the loss of every step."""
     import transformers
 
     kind = model.device.type
@@ -127,7 +127,7 @@ def _run(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress
             seed=lora.seed,
             data_seed=lora.seed,
             use_cpu=kind == "cpu",
-            # float16 gradients vanish unless the loss is scaled, and CUDA alone has the scaler.
+            # float16 gradients vanish unless the loss is scaled, and only CUDA has the scaler.
             fp16=model.dtype == torch.float16 and kind == "cuda",
             save_strategy="no",
             report_to="none",
@@ -138,7 +138,7 @@ def _run(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress
             dataloader_pin_memory=kind == "cuda",
         )
         _check_device(arguments, model)
-        arguments._n_gpu = min(1, arguments.n_gpu)  # else every CUDA device gets a copy and the batch grows by as many
+        arguments._n_gpu = min(1, arguments.n_gpu)  # otherwise every CUDA device gets a copy and the batch grows
         watch = _watching(lora, progress)
         trainer = transformers.Trainer(
             model=model,
@@ -160,17 +160,17 @@ def _run(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress
 
 
 def _check_device(arguments: Any, model: Any) -> None:
-    """Raise :class:`SpecError` where the Trainer would move the model elsewhere than it was put."""
+    """Raise :class:`SpecError` if the Trainer would move the model to another device."""
     wanted, taken = model.device, arguments.device
     if (wanted.type, wanted.index or 0) != (taken.type, taken.index or 0):
         raise SpecError(
             f"--device {wanted}: transformers' Trainer uses {taken} here; set CUDA_VISIBLE_DEVICES={wanted.index or 0} "
-            "and --device cuda, or take --device cpu"
+            "and --device cuda, or use --device cpu"
         )
 
 
 def _watching(lora: Lora, progress: Progress) -> Any:
-    """A callback that moves the bar, keeps the losses, and stops where one is not finite."""
+    """A callback that moves the bar, keeps the losses, and raises at one that is not finite."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):

@@ -1,4 +1,4 @@
-"""``prunekit recover``: an exported folder, trained and written anew; it appears when it was loaded and measured."""
+"""``prunekit recover``: trains an exported model, writes it to a new folder, loads it again and measures it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..calibration.passes import Progress, no_progress
 from ..export import reload
 from ..export.card import card
 from ..export.comparing import compared, logits_of
-from ..export.cut_model import dense_tensors
-from ..export.measures import entry, measure, recorded
+from ..export.measures import measure, record, recorded
 from ..export.profiles import profile_named
-from ..export.weights_file import INDEX, write_weights
-from ..models.exported.manifest import CARD, MANIFEST, finish, read_manifest
+from ..export.weights import INDEX, dense_tensors, write_weights
+from ..models.exported.manifest import CARD, MANIFEST, ExportMetric, Manifest, Training, read_manifest, write_manifest
 from ..models.loading import Loaded, ModelSource, fingerprint
-from ..output.folders import RunFolder
+from ..models.loading import load as load_model
+from ..output.folders import RunFolder, plain
 from ..runs.provenance import versions
 from ..runs.text import read_documents
 from .lora import Lora, check_installed, train
@@ -42,10 +42,10 @@ REASONS = {
 
 @dataclass
 class Recovery:
-    """One recovery: the export in ``folder``, trained on ``text`` as ``lora`` says, into the folder ``out``.
+    """One recovery: the export in ``folder`` is trained on ``text`` and written to the folder ``out``.
 
-    ``sequences`` of ``length`` tokens are drawn from the text; None takes as many as there are and the steps can use.
-    ``plugins`` are files with evaluators that the export was measured by.
+    ``sequences`` of ``length`` tokens are drawn from the text; None takes as many as the steps can use.
+    ``plugins``: files with the evaluators that measured the export.
     """
 
     folder: Path
@@ -59,52 +59,55 @@ class Recovery:
     plugins: Sequence[Path] = ()
     progress: Progress = no_progress
 
-    def recover(self) -> dict[str, Any]:
-        """Do it, and return the new manifest.
+    def recover(self) -> Manifest:
+        """Write the recovered folder, and return its manifest.
 
-        Raises :class:`SpecError` for a profile that cannot be trained, a folder that exists, or peft not installed;
-        :class:`DataError` for damaged files or a text that is too short; :class:`NonFiniteError` where training
-        diverges; :class:`ModelError`. Whatever fails, no folder is left.
+        Raises :class:`SpecError` for a profile that cannot be trained, a folder that exists, or a missing peft;
+        :class:`DataError` for damaged files or a text that is too short; :class:`NonFiniteError` if training
+        diverges; :class:`ModelError`. After an error there is no folder.
         """
         self.folder = Path(self.folder).expanduser()
         target = RunFolder(Path(self.out), self.overwrite, "recovered folder", MANIFEST)
         target.check()
-        manifest = read_manifest(self.folder)
-        self._check(manifest, target)
-        evaluators = [recorded(metric, self.plugins) for metric in manifest["metrics"]]
+        before = read_manifest(self.folder)
+        self._check(before, target)
+        evaluators = [recorded(metric, self.plugins) for metric in before.metrics]
         found = reload.load(self.folder, device=self.device)
         for evaluator in evaluators:
             evaluator.check(found.model)
-        sequences, about_text = self._read_text(found)
+        sequences, facts = self._read_text(found)
         with target.open() as partial:
             model, done = train(found.model, sequences, self.lora, self.progress)
             found.model = None
-            manifest["recovery"] = {**done, **about_text, "weights_before": manifest["weights"]}
             ids = sequences[0][None, :64]
             expected, dtype = logits_of(model, ids, None), model.dtype
-            self._write(model, manifest, partial)
-            del model  # one model is held at a time
-            again = Loaded(*reload.model_in(ModelSource(device=self.device, **reload.of_folder(partial))), {})
-            manifest |= {
+            self._write(model, before, partial)
+            del model  # one model is in memory at a time
+            again = load_model(reload.source_of(partial, ModelSource(device=self.device)), check=False)
+            check = compared(expected, logits_of(again.model, ids, None), dtype, alike=True)
+            metrics, notes = self._measure(evaluators, again, before)
+            changes = {
+                "recovery": Training(**done, **facts, weights_before=before.weights),
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "versions": versions(),
                 "weights": fingerprint(again.model),
-                "check": compared(expected, logits_of(again.model, ids, None), dtype, alike=True),
+                "check": check,
+                "metrics": metrics,
+                "notes": notes,
             }
-            self._measure(evaluators, again, manifest)
+            manifest = before.model_copy(update=changes)
             (partial / CARD).write_text(card(manifest, target.target.name), encoding="utf-8")
-            finish(partial, manifest)
-        return manifest
+            return write_manifest(partial, manifest)
 
-    def _check(self, manifest: dict[str, Any], target: RunFolder) -> None:
-        """Raise what is wrong with the folder and the options before anything is loaded."""
-        name = manifest["profile"]
+    def _check(self, manifest: Manifest, target: RunFolder) -> None:
+        """Raise for an unsuitable folder or option before anything is loaded."""
+        name = manifest.profile
         if name in REASONS:
             raise SpecError(
                 f"{self.folder} is of profile {profile_named(name).name}, which cannot be recovered: {REASONS[name]}; "
                 "nearest: export again with --profile hf-hetero or hf-uniform"
             )
-        if manifest.get("recovery"):
+        if manifest.recovery:
             raise SpecError(
                 f"{self.folder} has been recovered already; recover the folder that it came from, with more --steps"
             )
@@ -113,7 +116,7 @@ class Recovery:
         check_installed()
 
     def _read_text(self, found: reload.Export) -> tuple[list[Tensor], dict[str, Any]]:
-        """The sequences to train on, and what the manifest says of them."""
+        """The sequences (t,) int64 to train on, and their description."""
         context = context_length(found.model)
         if context is not None and self.length > context:
             raise DataError(
@@ -123,23 +126,25 @@ class Recovery:
         sequences = training_sequences(
             documents, found.tokenizer, self.length, self.sequences, self.lora.taken, self.lora.seed, label
         )
-        about = {"text": label, "sequences": len(sequences), "length": self.length, "fingerprint": digest(sequences)}
-        return sequences, about
+        facts = {"text": label, "sequences": len(sequences), "length": self.length, "fingerprint": digest(sequences)}
+        return sequences, facts
 
-    def _write(self, model: Any, manifest: dict[str, Any], partial: Path) -> None:
-        """The new weights under the names that the old ones have, and every other file as it was."""
-        for name in manifest["files"]:
+    def _write(self, model: Any, manifest: Manifest, partial: Path) -> None:
+        """Write the new weights under the names of the old ones, and copy every other file."""
+        for name in manifest.files:
             if not name.endswith(WEIGHTS) and name not in (CARD, INDEX):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.folder / name, partial / name)
-        write_weights(partial, dense_tensors(model), manifest["options"]["shard_size"])
+        write_weights(partial, dense_tensors(model), manifest.options.shard_size)
 
-    def _measure(self, evaluators: Sequence[Evaluator], again: Loaded, manifest: dict[str, Any]) -> None:
-        """Measure what the export was measured by; what it measured is kept as ``before_recovery``."""
-        notes = list(manifest["notes"])
-        for evaluator, metric in zip(evaluators, manifest["metrics"], strict=True):
-            measured = measure(evaluator, again, manifest["seeds"]["pipeline"], "recovered", progress=self.progress)
-            before = metric["exported"]
-            metric |= {**entry(evaluator, measured), "before_recovery": before, "exported": measured.values}
-            notes += [f"{metric['label']}: {note}" for note in measured.notes]
-        manifest["notes"] = list(dict.fromkeys(notes))
+    def _measure(
+        self, evaluators: Sequence[Evaluator], again: Loaded, before: Manifest
+    ) -> tuple[list[ExportMetric], list[str]]:
+        """Run the export's evaluators again; its own values are kept as ``before_recovery``."""
+        metrics, notes = [], list(before.notes)
+        for evaluator, metric in zip(evaluators, before.metrics, strict=True):
+            found = measure(evaluator, again, before.seeds["pipeline"], "recovered", progress=self.progress)
+            changes = {"evaluator": record(evaluator), "protocol": found.protocol, "exported": plain(found.values)}
+            metrics.append(metric.model_copy(update={**changes, "before_recovery": metric.exported}))
+            notes += [f"{metric.label}: {note}" for note in found.notes]
+        return metrics, list(dict.fromkeys(notes))

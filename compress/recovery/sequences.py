@@ -1,4 +1,4 @@
-"""The sequences that a recovery trains on: a text as one stream, cut without overlap, drawn by a seed."""
+"""Training sequences of a recovery: a text as one stream, cut without overlap, drawn with a seed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ...registry.tensors.windows import cut_windows, token_stream, with_bos
 def training_sequences(
     documents: Sequence[str], tokenizer: Any, length: int, wanted: int | None, most: int, seed: int, label: str
 ) -> list[Tensor]:
-    """Token ids (length,), int64: ``wanted`` sequences, or as many as there are and ``most`` allows.
+    """Token ids (length,) int64: ``wanted`` sequences, or all up to ``most``.
 
-    They are drawn without replacement and begin as calibration's do. Raises :class:`DataError` where the text has too
-    few.
+    They are drawn without replacement and start in the same way as calibration's. Raises :class:`DataError` for a text
+    with too few tokens.
     """
     stream = with_bos(token_stream(documents, tokenizer), tokenizer)
     pieces = [window.ids for window in cut_windows(stream, length, tail="drop")]

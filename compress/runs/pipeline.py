@@ -19,10 +19,11 @@ from ..calibration.statistics_file import StatisticsFile, check_place
 from ..files.spec import Calibration, PipelineSpec
 from ..models.loading import Loaded, load
 from ..output.folders import RunFolder
+from ..output.records import CalibrationFacts
 from ..pruning.prune import prune
 from .measuring import Known, Measuring
 from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
-from .records import FORMAT, CalibrationFacts, EvaluatorResult, RunResult, Seconds
+from .records import FORMAT, EvaluatorResult, RunResult, Seconds
 from .results import Results
 from .text import calibration_batches, read_documents
 from .text import fingerprint as text_fingerprint

@@ -13,8 +13,8 @@ from ...registry.tensors.devices import device_of, places_of
 from ..files.spec import PipelineSpec
 from ..models.loading import Loaded, fingerprint
 from ..output.formatting import share
+from ..output.records import CompensationFacts, Cut, Kept, LayerCut, ModelFacts, Ratio
 from ..pruning.pruned import Pruned
-from .records import CompensationFacts, Cut, Kept, LayerCut, ModelFacts, Ratio
 
 FAR = 0.02
 """Difference of the ratios asked for and achieved from which it is worth a note."""

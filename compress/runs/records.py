@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ...registry import SpecError
 from ..files.reader import describe
-from ..output.folders import plain
+from ..output.records import CalibrationFacts, CompensationFacts, LayerCut, ModelFacts, Plain, Ratio, Record, Values
 
 FORMAT: Literal[1] = 1
 """Version of results.json's layout."""
@@ -18,40 +18,6 @@ FORMAT: Literal[1] = 1
 RESULTS = "results.json"
 
 REMEDY = "name a store written by prunekit ablate, or a folder written by prunekit run or prunekit demo"
-
-Plain = Annotated[dict[str, Any], BeforeValidator(plain)]
-"""A mapping as JSON holds it: NaN and infinity are the texts ``nan``, ``inf`` and ``-inf``."""
-
-Values = Annotated[dict[str, "Value"], BeforeValidator(plain)]
-"""Value by name; NaN and infinity are the texts ``nan``, ``inf`` and ``-inf``, as in JSON."""
-
-
-Value = int | float | str | None
-
-
-def as_number(value: Value) -> Value:
-    """``value`` with the texts of NaN and infinity as floats."""
-    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
-
-
-class Record(BaseModel):
-    """A part of a run's result; keys of other versions are kept."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    def as_json(self) -> dict[str, Any]:
-        """The record as plain data; keys that an older file lacked stay absent."""
-        return self.model_dump(exclude_unset=True)
-
-
-class Ratio(Record):
-    """The share of the units to cut, as asked for and as achieved."""
-
-    asked: float | None = None
-    units_cut: float
-    """Mean over all sites."""
-    prunable_parameters_cut: float
-    """Of the parameters of all sites."""
 
 
 class EvaluatorResult(Record):
@@ -67,80 +33,6 @@ class EvaluatorResult(Record):
     """Values per layer, losses per window: of the ``dense`` and of the ``pruned`` model."""
     notes: list[str] = Field(default_factory=list)
     seconds: float = 0.0
-
-
-class ModelFacts(Record):
-    """Which model was pruned, and how it was run."""
-
-    name: str
-    revision: str | None = None
-    commit: str | None = None
-    trust_remote_code: bool = False
-    fingerprint: str | None = None
-    """sha256 of the weights."""
-    architecture: str | None = None
-    parameters: int
-    dtype: str
-    device: str
-    device_map: str | None = None
-    """Where the model's parts lie, for a model on several devices."""
-    attention: str | None = None
-
-
-class CalibrationFacts(Record):
-    """The text that was calibrated on."""
-
-    text: str
-    sequences: int | None = None
-    length: int | None = None
-    batch_size: int | None = None
-    seed: int | None = None
-    fingerprint: str | None = None
-    """sha256 of the token ids."""
-    statistics: str | None = None
-    """``read`` or ``written``, where a statistics file is named."""
-
-
-class CompensationFacts(Record):
-    """How the contribution of the dropped units was compensated."""
-
-    compensator: Plain
-    """Name and options."""
-    tokens: int | None = None
-    """Tokens of the covariances."""
-    ridge: dict[str, float] | None = None
-    """``least`` and ``largest`` of all sites, as shares of the mean variance."""
-    fell_back: list[str] = Field(default_factory=list)
-    """Sites whose covariance could not be solved."""
-
-
-class Kept(Record):
-    """Kept units of a site, and the units there were."""
-
-    kept: int
-    units: int
-
-
-class LayerCut(Record):
-    """Kept units of one layer; ``None`` for a site that the layer does not have."""
-
-    layer: int
-    attention: Kept | None = None
-    mlp: Kept | None = None
-
-    @property
-    def sites(self) -> dict[str, Kept]:
-        """Kept units by the kind of the site."""
-        return {kind: kept for kind, kept in (("attention", self.attention), ("mlp", self.mlp)) if kept is not None}
-
-
-class Cut(Record):
-    """How much was cut where."""
-
-    ratio: Ratio
-    compensation: CompensationFacts | None
-    attention_unit: str
-    layers: list[LayerCut]
 
 
 class Seconds(Record):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..output.formatting import extent, fact, number, sentence, share, table
-from .records import CompensationFacts, RunResult, Value
+from ..output.records import CompensationFacts, Value
+from .records import RunResult
 
 HEAD = ("measurement", "dense", "pruned", "change")
 

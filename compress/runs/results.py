@@ -9,7 +9,8 @@ from typing import Any
 
 from ...registry import SpecError
 from ..output.folders import write_json
-from .records import RESULTS, RunResult, as_number
+from ..output.records import as_number
+from .records import RESULTS, RunResult
 from .report import markdown
 
 

@@ -1,4 +1,4 @@
-"""Which of llama.cpp's built-in rules splits text into words as a byte-level tokenizer does."""
+"""Finds the built-in rule of llama.cpp that splits text into words as a byte-level tokenizer does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEKKEN = (
 )
 
 NAMES = {
-    # How text is split, and whether a word that is a token is taken without merges.
+    # The splitting expressions, and whether a word that is a token is used without merges.
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
     ((LLAMA3,), True): "llama-bpe",
@@ -28,17 +28,17 @@ NAMES = {
     ((QWEN2,), False): "qwen2",
     ((TEKKEN,), True): "tekken",
 }
-"""llama.cpp's ``tokenizer.ggml.pre`` by the expressions it was made for."""
+"""llama.cpp's ``tokenizer.ggml.pre`` for the splitting expressions of a tokenizer."""
 
 
 def pre_tokenizer_name(state: dict[str, Any]) -> tuple[str, list[str]]:
     """llama.cpp's name for the splitting of a byte-level tokenizer (tokenizer.json), and notes on differences.
 
-    Raises ModelError where llama.cpp has none: it would read text as other tokens than the model was trained on.
+    Raises ModelError if llama.cpp has no such rule: text would become other tokens than in training.
     """
     normalizer = (state["normalizer"] or {}).get("type")
     rules = _rules(state["pre_tokenizer"])
-    name = NAMES.get((rules, bool(state["model"].get("ignore_merges"))))
+    name = None if rules is None else NAMES.get((rules, bool(state["model"].get("ignore_merges"))))
     if name is None or normalizer not in (None, "NFC"):
         raise ModelError(
             f"profile gguf: the tokenizer's pre_tokenizer {state['pre_tokenizer']} (normalizer {normalizer}, "
@@ -53,26 +53,27 @@ def pre_tokenizer_name(state: dict[str, Any]) -> tuple[str, list[str]]:
         )
     if name == "tekken":
         notes.append(
-            "llama.cpp tells upper from lower case only in ASCII letters: other words of mixed case may give other "
-            "tokens"
+            "llama.cpp distinguishes upper and lower case only in ASCII letters: other words of mixed case may give "
+            "other tokens"
         )
     return name, notes
 
 
 def _rules(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
-    """The expressions that split text one after the other, or None where they are not all understood."""
+    """The expressions that split text in turn, or None if one of them is not known."""
     pre_tokenizer = pre_tokenizer or {"type": "none"}
     *splits, last = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None
     rules = [_rule(split) for split in splits] + ([GPT2] if last["use_regex"] else [])
-    return None if None in rules else tuple(rules)
+    known = tuple(rule for rule in rules if rule is not None)
+    return known if len(known) == len(rules) else None
 
 
 def _rule(split: dict[str, Any]) -> str | None:
     if split["type"] == "Digits" and split["individual_digits"]:
         return DIGITS
-    # Keeping the matches, or removing all that is between them, is the same where expressions match everything.
+    # The two behaviors are equal for expressions that match all text.
     if split["type"] == "Split" and (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True)):
         return split["pattern"].get("Regex")
     return None

@@ -1,8 +1,8 @@
 """A GGUF file of architecture ``deci``: every layer with its own head counts and MLP width, for llama.cpp.
 
 llama.cpp's Llama architectures share one graph, but only ``deci`` reads the three sizes as one list per layer and
-takes a bias on every projection. Its attention is plain causal attention with full rotary embeddings, so Mistral
-without a window and Qwen2 are models of it too.
+takes a bias on every projection. Its attention is plain causal attention with full rotary embeddings, so it also
+computes Mistral without a sliding window, and Qwen2.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ import torch
 from torch import Tensor
 
 from ....registry import ModelError, SpecError
-from ..layers import LayerShape
-from ..tensors import PlannedTensor, Tensors
+from ...models.architectures import head_size
+from ..configs import window_in_force
+from ..cut_model import LayerShape
+from ..weights import PlannedTensor, Tensors
 from .rope import add_rope, check_rope, rope_factors
 from .tokenizer import Vocabulary, read_vocabulary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-"""Values of a transformers config's ``model_type`` that ``deci`` computes."""
+"""The model types of transformers that ``deci`` computes."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What a matrix may be stored in."""
+"""The dtypes of matrices."""
 
 
-def check_supported(config) -> None:
-    """Refuse models that llama.cpp's ``deci`` does not compute; takes the dense model's transformers config.
+def check_supported(config: Any) -> None:
+    """Refuse models that llama.cpp's ``deci`` does not compute, by the dense model's transformers config.
 
-    Raises ModelError naming what it cannot do and what to export instead, SpecError where ``gguf`` is not installed.
+    Raises ModelError naming the unsupported part and another profile, SpecError if ``gguf`` is not installed.
     """
     _gguf()
     kind = config.model_type
@@ -45,9 +47,8 @@ def check_supported(config) -> None:
             f"profile gguf: hidden_act is {config.hidden_act!r}, but llama.cpp's deci computes silu; "
             "use profile hf-hetero or hf-uniform"
         )
-    window = getattr(config, "sliding_window", None)
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window and sliding and window < config.max_position_embeddings:
+    if window_in_force(config):
+        window = config.sliding_window
         raise ModelError(
             f"profile gguf: attention is limited to a sliding window of {window} positions (sliding_window), which "
             "llama.cpp's deci does not have; use profile hf-hetero or hf-uniform, or set sliding_window to null in "
@@ -57,12 +58,12 @@ def check_supported(config) -> None:
 
 
 def write_gguf(
-    path: Path, config, layers: Sequence[LayerShape], tensors: Tensors, tokenizer, *, name: str
+    path: Path, config: Any, layers: Sequence[LayerShape], tensors: Tensors, tokenizer: Any, *, name: str
 ) -> tuple[str, ...]:
-    """Write a cut model and its tokenizer as one GGUF file, a tensor at a time.
+    """Write a cut model and its tokenizer as one GGUF file, one tensor at a time.
 
-    ``config`` is the dense model's, ``tensors`` are cut already. Returns how text may be read otherwise than by
-    transformers, a sentence each. Raises ModelError for what GGUF cannot hold, before the file is opened.
+    ``config`` is the dense model's, ``tensors`` are cut already. Returns the differences from transformers in the
+    splitting of text, one sentence each. Raises ModelError for what GGUF cannot hold, before the file is opened.
     """
     check_supported(config)
     gguf = _gguf()
@@ -91,13 +92,13 @@ def write_gguf(
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
     """Query or key rows (heads * head_dim, ...) with the two halves of each head interleaved.
 
-    transformers rotates channel i with channel i + head_dim / 2; llama.cpp's ``deci`` rotates neighbours.
+    transformers rotates channel i with channel i + head_dim / 2; llama.cpp's ``deci`` rotates adjacent channels.
     """
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _add_metadata(
-    writer, config, layers: Sequence[LayerShape], tensors: Tensors, vocabulary: Vocabulary, name: str
+    writer: Any, config: Any, layers: Sequence[LayerShape], tensors: Tensors, vocabulary: Vocabulary, name: str
 ) -> None:
     gguf = _gguf()
     file_types = {
@@ -115,19 +116,19 @@ def _add_metadata(
     writer.add_feed_forward_length([layer.width for layer in layers])
     writer.add_head_count([layer.heads for layer in layers])
     writer.add_head_count_kv([layer.kv_heads for layer in layers])
-    # Without these llama.cpp divides the hidden size by the first layer's heads, which are fewer now.
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
+    # Without these llama.cpp divides the hidden size by the number of heads of the first layer, which was cut.
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(len(vocabulary.tokens))
-    add_rope(writer, config, _head_dim(config))
+    add_rope(writer, config, head_size(config))
 
 
-def _plans(config, layers: Sequence[LayerShape], tensors: Tensors) -> Tensors:
-    """The tensors by their GGUF names, in llama.cpp's layout and dtypes."""
+def _plans(config: Any, layers: Sequence[LayerShape], tensors: Tensors) -> Tensors:
+    """The tensors by their GGUF names, in the layout and dtypes of llama.cpp."""
     gguf = _gguf()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(layers))
-    head_dim = _head_dim(config)
+    head_dim = head_size(config)
     plans: Tensors = {}
     for source, plan in tensors.items():
         target = names.get_name(source, try_suffixes=(".weight", ".bias"))
@@ -166,12 +167,8 @@ def _check_layers(layers: Sequence[LayerShape]) -> None:
             )
 
 
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _numpy(tensor: Tensor) -> Any:
-    # NumPy has no bfloat16; GGUF only wants its bytes.
+    # NumPy has no bfloat16; GGUF needs only its bytes.
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 

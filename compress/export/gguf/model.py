@@ -1,4 +1,4 @@
-"""A GGUF that llama.cpp runs, called like a model of transformers: for measuring what was written."""
+"""A GGUF run by llama.cpp behind the interface of a transformers model, to measure the written file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ...models.loading import Loaded
 
 
 class GgufModel:
-    """Logits of a GGUF by llama.cpp on the CPU, its caches in float32; rows are run one after the other.
+    """Computes logits of a GGUF with llama.cpp on the CPU, with float32 caches, one row at a time.
 
-    Needs llama-cpp-python. Raises :class:`ModelError` where llama.cpp does not load the file.
+    Needs llama-cpp-python. Raises :class:`ModelError` if llama.cpp does not load the file.
     """
 
     device = torch.device("cpu")
@@ -36,7 +36,7 @@ class GgufModel:
         self._embeddings = nn.Embedding(vocabulary, 1)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Something with as many rows as there are tokens."""
+        """An embedding with one row for each token; its values have no meaning."""
         return self._embeddings
 
     def __call__(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
@@ -50,7 +50,7 @@ class GgufModel:
 
 
 def load_gguf(path: Path, tokenizer_folder: Path) -> Loaded:
-    """A GGUF with the tokenizer of transformers that lies beside it."""
+    """A GGUF with the transformers tokenizer in its folder."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))

@@ -1,8 +1,9 @@
-"""Rotary embeddings as llama.cpp's ``deci`` reads them: base, linear or YaRN scaling, Llama 3's factors."""
+"""Rotary embeddings for llama.cpp's ``deci``: base, linear or YaRN scaling, Llama 3's factors."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Values of ``rope_parameters.rope_type`` that can be written."""
 
 
-def check_rope(config) -> None:
+def check_rope(config: Any) -> None:
     """Refuse rotary embeddings that llama.cpp's ``deci`` does not compute as transformers does.
 
     Raises ModelError naming the parameter and the profiles that keep it.
@@ -26,7 +27,7 @@ def check_rope(config) -> None:
     if part != 1.0:
         raise _refusal("partial_rotary_factor", part, "llama.cpp's deci rotates whole heads, 1.0")
     if kind == "yarn":
-        # llama.cpp takes the paper's constants for deci and scales attention by 0.1 ln(factor) + 1.
+        # For deci llama.cpp uses the paper's constants, and scales attention by 0.1 ln(factor) + 1.
         usual = {
             "beta_fast": 32,
             "beta_slow": 1,
@@ -41,8 +42,8 @@ def check_rope(config) -> None:
                 raise _refusal(name, value, f"with YaRN it can be {expected or 'absent'}")
 
 
-def add_rope(writer, config, head_dim: int) -> None:
-    """Give a GGUF writer the rotary embeddings' metadata."""
+def add_rope(writer: Any, config: Any, head_dim: int) -> None:
+    """Add the metadata of the rotary embeddings to a GGUF writer."""
     import gguf
 
     parameters = config.rope_parameters
@@ -58,8 +59,8 @@ def add_rope(writer, config, head_dim: int) -> None:
         writer.add_rope_scaling_orig_ctx_len(original)
 
 
-def rope_factors(config, head_dim: int) -> Tensor | None:
-    """What Llama 3's scaling divides the frequencies by (head_dim / 2,), or None for other kinds."""
+def rope_factors(config: Any, head_dim: int) -> Tensor | None:
+    """The divisors of the frequencies in Llama 3's scaling, (head_dim / 2,) float32; None for other kinds."""
     parameters = config.rope_parameters
     if parameters["rope_type"] != "llama3":
         return None
@@ -70,7 +71,7 @@ def rope_factors(config, head_dim: int) -> Tensor | None:
     return 1.0 / parameters["rope_theta"] ** (channels / head_dim) / scaled
 
 
-def _refusal(name: str, value, allowed: str) -> ModelError:
+def _refusal(name: str, value: Any, allowed: str) -> ModelError:
     return ModelError(
         f"profile gguf: rope_parameters.{name} is {value!r}, but {allowed}; use profile hf-hetero or hf-uniform"
     )

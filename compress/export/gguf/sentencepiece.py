@@ -1,4 +1,4 @@
-"""BPE over characters (Llama 1 and 2, Mistral 7B), as llama.cpp reads it: by a score for each token."""
+"""BPE over characters (Llama 1 and 2, Mistral 7B), for which llama.cpp needs a score for each token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def spaces(state: dict[str, Any]) -> tuple[bool, list[str]]:
-    """Whether a tokenizer (tokenizer.json) puts a space before text, and notes on what llama.cpp leaves out.
+    """Whether a tokenizer (tokenizer.json) puts a space before text, and notes on steps that llama.cpp omits.
 
     Raises ModelError for normalizers and pre-tokenizers that llama.cpp does not have.
     """
@@ -49,11 +49,12 @@ def spaces(state: dict[str, Any]) -> tuple[bool, list[str]]:
 
 
 def merge_scores(vocabulary: dict[str, int], merges: list[Pair]) -> tuple[dict[str, float], list[str]]:
-    """A score for each token that merging makes, and notes on tokens that llama.cpp would make otherwise.
+    """A score for each token that merging creates, and notes on tokens that llama.cpp would create by other merges.
 
-    A tokenizer merges listed pairs, the first listed first; llama.cpp any pair that makes a token, the best-scored
-    token first. Within the span of a token nothing but that span decides, so each token has one last merge. With that
-    merge's place in the list as score both agree on all text if they agree on the last merge of every token.
+    A tokenizer merges the listed pairs in the order of the list. llama.cpp merges any pair that forms a token, the
+    token with the highest score first. The merges within a token depend on that token's text alone, so each token has
+    one last merge. The score is the negative rank of that merge: both then agree on all text if they agree on the last
+    merge of every token.
     """
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]
     if missing:
@@ -80,7 +81,7 @@ def merge_scores(vocabulary: dict[str, int], merges: list[Pair]) -> tuple[dict[s
 
 
 def _last_merge(token: str, rank: Callable[[str, str], float | None]) -> Pair | None:
-    """The pair that is merged last when a token's characters are merged, or None if it never comes about."""
+    """The pair that is merged last when a token's characters are merged; None if merging does not create the token."""
     parts = list(token)
     while len(parts) > 1:
         found = [(rank(*pair), place) for place, pair in enumerate(pairwise(parts))]
@@ -95,7 +96,7 @@ def _last_merge(token: str, rank: Callable[[str, str], float | None]) -> Pair | 
 
 
 def _collapses(step: dict[str, Any]) -> bool:
-    """Whether a normalizer only removes spaces at the ends, or all but one of several."""
+    """Whether a normalizer only removes spaces at the ends of a text, or repeated spaces."""
     if step["type"] == "Strip":
         return True
     return step["type"] == "Replace" and step["pattern"].get("Regex") in (r"\A +| +\z", " {2,}")

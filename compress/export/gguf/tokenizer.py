@@ -15,7 +15,7 @@ REMEDY = "Use profile hf-hetero or hf-uniform, which keep the tokenizer as it is
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp needs to know to read text as a tokenizer does."""
+    """A tokenizer's vocabulary and rules in the form of llama.cpp."""
 
     model: str
     """``gpt2`` (byte-level, merges) or ``llama`` (characters, scores)."""
@@ -27,17 +27,17 @@ class Vocabulary:
     scores: list[float] | None
     merges: list[str] | None
     space_prefix: bool
-    """Whether text begins with a space that is not there."""
+    """Whether a space is added before text."""
     special: dict[str, int | None]
     """Ids by role: bos, eos, unk, pad."""
     add_bos: bool
     add_eos: bool
     chat_template: str | dict[str, str] | None
     notes: tuple[str, ...]
-    """Where llama.cpp may read text otherwise than transformers, a sentence each."""
+    """Differences from transformers in the splitting of text, one sentence each."""
 
-    def add_to(self, writer, config) -> None:
-        """Give it to a GGUF writer; special tokens that the tokenizer lacks are taken from the model's config."""
+    def add_to(self, writer: Any, config: Any) -> None:
+        """Add it to a GGUF writer; special tokens that the tokenizer lacks are taken from the model's config."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -61,15 +61,15 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def read_vocabulary(tokenizer, rows: int) -> Vocabulary:
-    """A fast tokenizer's vocabulary, filled with unused tokens up to the ``rows`` of the embedding.
+def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
+    """A fast tokenizer's vocabulary, padded with unused tokens to the ``rows`` of the embedding.
 
-    Raises ModelError for tokenizers that llama.cpp cannot follow.
+    Raises ModelError for tokenizers whose rules llama.cpp does not have.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
-            f"profile gguf: a GGUF file holds the tokenizer, and {type(tokenizer).__name__} is no fast tokenizer; "
+            f"profile gguf: a GGUF file holds the tokenizer, and {type(tokenizer).__name__} is not a fast tokenizer; "
             "load the model from a folder with a tokenizer.json"
         )
     state = json.loads(backend.to_str())
@@ -82,14 +82,16 @@ def read_vocabulary(tokenizer, rows: int) -> Vocabulary:
     tokens, types = _tokens(state, rows)
     merges = [tuple(pair) for pair in model["merges"]]
     notes: list[str] = []
-    scores, joined, space_prefix = None, None, False
+    scores: list[float] | None = None
+    joined: list[str] | None = None
+    space_prefix = False
     if model["byte_fallback"]:
         kind, pre = "llama", "default"
         space_prefix, found = spaces(state)
         notes += found
-        scores, found = merge_scores(model["vocab"], merges)
+        by_token, found = merge_scores(model["vocab"], merges)
         notes += found
-        scores = [scores.get(token, -float(len(merges))) for token in tokens]
+        scores = [by_token.get(token, -float(len(merges))) for token in tokens]
     else:
         kind, (pre, notes) = "gpt2", pre_tokenizer_name(state)
         joined = [" ".join(pair) for pair in merges]
@@ -111,7 +113,7 @@ def read_vocabulary(tokenizer, rows: int) -> Vocabulary:
 
 
 def _tokens(state: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Texts and types of all rows, by id."""
+    """Texts and types of all rows (tokens), by id."""
     from gguf import TokenType
 
     model = state["model"]
@@ -135,12 +137,12 @@ def _tokens(state: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
             return TokenType.BYTE
         return TokenType.NORMAL
 
-    # Every text has to be there once: llama.cpp stops at two tokens of the same text.
+    # Every text must be unique: llama.cpp refuses two tokens with the same text.
     return [texts.get(index, f"[PAD{index}]") for index in range(rows)], [int(kind(index)) for index in range(rows)]
 
 
-def _added_around(tokenizer) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its bos token before and its eos token after a text; asked by trying it."""
+def _added_around(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the tokenizer puts its bos token before a text and its eos token after it, found by an example."""
     text = "a"
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
     full = tokenizer(text)["input_ids"]

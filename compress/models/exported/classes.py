@@ -1,4 +1,4 @@
-"""The model classes of exported models, made known to transformers."""
+"""Registers the classes of exported models with transformers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ....registry import ModelError
 from ..architectures import PRUNED
 
 CODE = "modeling_prunekit.py"
-"""The file with the model classes, here and next to exported weights."""
+"""The file with the model classes, in this package and in exported folders."""
 
 
 @functools.cache
 def register() -> None:
-    """Make transformers' Auto classes know exported models, so that no code from a folder has to be run.
+    """Register exported models with transformers' Auto classes, so that no code from a folder has to run.
 
-    Raises :class:`ModelError` where the installed transformers has no per-layer configurations.
+    Raises :class:`ModelError` if the installed transformers has no per-layer configurations.
     """
     import transformers
 
@@ -26,6 +26,7 @@ def register() -> None:
 
 
 def model_classes() -> tuple[Any, ...]:
+    """The classes of models with a shape for every layer; raises :class:`ModelError` as :func:`register` does."""
     try:
         from .modeling_prunekit import MODELS
     except ImportError as error:
@@ -34,7 +35,7 @@ def model_classes() -> tuple[Any, ...]:
 
 
 def needs() -> dict[str, str]:
-    """Packages, and their oldest versions, that load such a model."""
+    """The packages that load such a model, and their oldest versions."""
     model_classes()
     from .modeling_prunekit import OLDEST
 
@@ -42,5 +43,5 @@ def needs() -> dict[str, str]:
 
 
 def family_of(config: Any) -> str:
-    """The model type, that of an exported model being the family it was made of."""
+    """The model type; for an exported model, that of the family it was made from."""
     return config.model_type.removeprefix(PRUNED)

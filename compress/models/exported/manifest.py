@@ -1,43 +1,254 @@
-"""What every exported folder carries besides the model: a manifest with hashes, the recipe, the kept units."""
+"""The files that describe an exported folder: the manifest with sizes and hashes, and the kept units."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
-from ....registry import DataError
-from ...output.folders import write_json
+from pydantic import Field, ValidationError
 
-FORMAT = "prunekit export 1"
+from ....registry import DataError, SiteKind
+from ...output.folders import sha256_of, write_json
+from ...output.records import CalibrationFacts, CompensationFacts, LayerCut, ModelFacts, Plain, Ratio, Record, Values
+
+FORMAT: Literal["prunekit export 1"] = "prunekit export 1"
+"""Name and number of the manifest's format."""
 
 MANIFEST, RECIPE, KEPT, CARD = "prunekit.json", "recipe.yaml", "kept_units.json", "README.md"
 
 GGUF = "model.gguf"
 
-PARTS: dict[str, type | tuple[type, ...]] = {
-    "profile": str,
-    "strategy": str,
-    "files": dict,
-    "base": dict,
-    "options": dict,
-    "requires": dict,
-    "versions": dict,
-    "seeds": dict,
-    "ratio": dict,
-    "parameters": dict,
-    "layers": list,
-    "metrics": list,
-    "notes": list,
-    "weights": (str, NoneType),
-}
-"""What a manifest holds whatever the profile, and of what kind it is."""
+LOADED = (".safetensors", ".gguf", ".bin", ".pt", ".py", ".json", ".jinja", ".model", ".txt", ".yaml")
+"""Endings of files that a loader may read: none may be in a folder that the manifest does not list."""
+
+Kept = Mapping[tuple[int, SiteKind], tuple[int, ...]]
+"""Kept units by layer and kind, ascending."""
 
 
-def write_kept(folder: Path, kept: Mapping[tuple[int, str], tuple[int, ...]]) -> None:
+class FileFacts(Record):
+    """Size and content of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class ExportOptions(Record):
+    """The options of ``prunekit export`` that change what is written."""
+
+    multiple: int | None = None
+    freeze: str | None = None
+    shard_size: str = "5GB"
+
+
+class Frozen(Record):
+    """How decisions per batch were replaced by one."""
+
+    how: str
+    meaning: str
+
+
+class Losses(Record):
+    """Mean training loss of the first and of the last steps."""
+
+    first: float
+    last: float
+    averaged_over_steps: int
+
+
+class Training(Record):
+    """The LoRA training of a recovered model, and the text it was trained on."""
+
+    method: str
+    peft: str
+    rank: int
+    alpha: float
+    dropout: float
+    steps: int
+    learning_rate: float
+    batch_size: int
+    accumulate: int
+    seed: int
+    layers: list[str]
+    schedule: str
+    warmup_steps: int
+    trainable_parameters: int
+    epochs: float
+    loss: Losses
+    seconds: float
+    text: str
+    sequences: int
+    length: int
+    fingerprint: str
+    """sha256 of the token ids."""
+    weights_before: str | None
+    """Fingerprint of the weights before the training."""
+
+
+class ExportMetric(Record):
+    """The values of one evaluator: of the dense model, and of the exported one."""
+
+    label: str
+    dense: Values
+    per_batch: Values | None = None
+    """Before the decisions per batch were frozen."""
+    evaluator: Plain
+    """Name and options."""
+    protocol: Plain
+    exported: Values
+    before_recovery: Values | None = None
+
+
+class ScoreKept(Record):
+    """Share of the units that is cut, and share of the score that is kept, as means over sites."""
+
+    units_cut: float
+    score_kept: float | None
+    """``None`` if calibration gives no scores."""
+
+
+class Rounding(Record):
+    """The effect of a format's constraint on the numbers of kept units."""
+
+    equal: bool
+    multiple: int
+    asked: ScoreKept
+    """Without the constraint."""
+    achieved: ScoreKept
+    sites_changed: int
+    sites: int
+
+
+class Parameters(Record):
+    """Parameters of the dense model, of the units in use, and of the written model."""
+
+    dense: int
+    active: int
+    exported: int
+
+
+class LogitCheck(Record):
+    """The comparison of the written model's logits with those of the pruned model."""
+
+    logits: Literal["equal", "close"]
+    largest_difference: float
+    tokens: int
+
+
+class RunFacts(Record):
+    """The pipeline run with the same cut, and its measurements."""
+
+    started: str
+    metrics: list[Plain]
+
+
+class Manifest(Record):
+    """The content of prunekit.json."""
+
+    format: Literal["prunekit export 1"] = FORMAT
+    profile: str
+    created: str
+    """ISO 8601, UTC."""
+    strategy: str
+    options: ExportOptions
+    freeze: Frozen | None = None
+    recovery: Training | None = None
+    requires: dict[str, str]
+    """Packages that load the model, and their oldest versions."""
+    base: ModelFacts
+    license: str
+    calibration: CalibrationFacts | None = None
+    seeds: dict[str, int]
+    versions: dict[str, str]
+    plugins: dict[str, list[str]] = Field(default_factory=dict)
+    plugin_files: list[str] = Field(default_factory=list)
+    metrics: list[ExportMetric]
+    ratio: Ratio
+    compensation: CompensationFacts | None = None
+    attention_unit: str
+    layers: list[LayerCut]
+    rounding: Rounding | None = None
+    parameters: Parameters
+    weights: str | None
+    """Fingerprint of the written weights; ``None`` for a GGUF."""
+    check: LogitCheck | None = None
+    run: RunFacts | None = None
+    notes: list[str]
+    files: dict[str, FileFacts]
+    """By path within the folder; all files but the manifest."""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest with size and sha256 of every other file, and return it; it is the last file to write."""
+    paths = {name: folder / name for name in _names(folder) if name != MANIFEST}
+    files = {name: FileFacts(bytes=path.stat().st_size, sha256=sha256_of(path)) for name, path in paths.items()}
+    manifest = manifest.model_copy(update={"format": FORMAT, "files": files})
+    write_json(folder / MANIFEST, manifest.as_json())
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an exported folder.
+
+    Raises :class:`DataError` for a folder without one, and for a manifest that is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; name one that prunekit export wrote")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder} has no {MANIFEST}, so it is not a finished export; name one that is") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); export the model again") from error
+    data = data if isinstance(data, dict) else {}
+    if data.get("format") != FORMAT:
+        versions = data.get("versions")
+        version = versions.get("prunekit", "unknown") if isinstance(versions, dict) else "unknown"
+        raise DataError(
+            f"{path}: format {data.get('format')!r}, expected {FORMAT!r}; use the prunekit that wrote it "
+            f"({version}), or export the model again"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        raise DataError(f"{path} is damaged ({key} is not what an export writes); export the model again") from None
+    outside = [name for name in manifest.files if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    if outside:
+        raise DataError(f"{path} lists {outside[0]}, which is outside of the folder; it was not written by prunekit")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise :class:`DataError` naming the first files that differ from the manifest; all bytes are read."""
+    found = damages(folder, manifest)
+    if found:
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise DataError(
+            f"{folder}: {'; '.join(found[:3])}{more}; copy the folder again from where it was whole, or export it again"
+        )
+
+
+def damages(folder: Path, manifest: Manifest) -> list[str]:
+    """One sentence for every file that is missing, that has another size or content, or that is not listed."""
+    found = []
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != expected.bytes:
+            found.append(f"{name} has {path.stat().st_size:,} bytes, {expected.bytes:,} were written")
+        elif sha256_of(path) != expected.sha256:
+            found.append(f"{name} has changed since it was written (sha256 differs)")
+    listed = {*manifest.files, MANIFEST}
+    more = [name for name in _names(folder) if name not in listed and name.endswith(LOADED)]
+    # Names with a dot first are those of a hub's or git's own files.
+    return found + [f"{name} was not written by the export" for name in more if not name.startswith(".")]
+
+
+def write_kept(folder: Path, kept: Kept) -> None:
     """Write the kept units by layer and kind, one layer on a line."""
     layers: dict[int, dict[str, Any]] = {}
     for (layer, kind), units in sorted(kept.items()):
@@ -46,8 +257,8 @@ def write_kept(folder: Path, kept: Mapping[tuple[int, str], tuple[int, ...]]) ->
     (folder / KEPT).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def read_kept(folder: Path) -> dict[tuple[int, str], tuple[int, ...]] | None:
-    """The kept units by layer and kind; None where the folder lists none, as one whose cut is made per batch."""
+def read_kept(folder: Path) -> Kept | None:
+    """The kept units; None for a folder without them, such as one whose cut is made per batch."""
     path = folder / KEPT
     if not path.is_file():
         return None
@@ -58,84 +269,5 @@ def read_kept(folder: Path) -> dict[tuple[int, str], tuple[int, ...]] | None:
         raise DataError(f"{path} is damaged ({error}); export the model again") from error
 
 
-def finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest with the size and sha256 of every other file; it comes last."""
-    files = {name: _described(folder / name) for name in _names(folder) if name != MANIFEST}
-    manifest["files"] = files
-    write_json(folder / MANIFEST, {"format": FORMAT, **manifest})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported folder; raises :class:`DataError` for what is none, or one of another version."""
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; name one that prunekit export wrote")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{folder} has no {MANIFEST}, so it is not a finished export; name one that is") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); export the model again") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise DataError(
-            f"{path}: format {found!r}, expected {FORMAT!r}; use the prunekit that wrote it "
-            f"({_version(manifest)}), or export the model again"
-        )
-    damaged = [key for key, kind in PARTS.items() if not isinstance(manifest.get(key, ...), kind)]
-    if damaged or not all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in manifest["files"].values()):
-        what = damaged[0] if damaged else "files"
-        raise DataError(f"{path} is damaged ({what} is not what an export writes); export the model again")
-    outside = [name for name in manifest["files"] if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
-    if outside:
-        raise DataError(f"{path} lists {outside[0]}, which is outside of the folder; it was not written by prunekit")
-    return manifest
-
-
-def damages(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """One sentence for every file that is missing, of another size or content, or too much; all bytes are read."""
-    found = []
-    listed = manifest["files"]
-    for name, expected in listed.items():
-        path = folder / name
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            found.append(f"{name} has {path.stat().st_size:,} bytes, {expected['bytes']:,} were written")
-        elif sha256(path) != expected["sha256"]:
-            found.append(f"{name} has changed since it was written (sha256 differs)")
-    read = (".safetensors", ".gguf", ".bin", ".pt", ".py", ".json", ".jinja", ".model", ".txt", ".yaml")
-    more = [name for name in _names(folder) if name not in listed and name != MANIFEST and name.endswith(read)]
-    more = [name for name in more if not name.startswith(".")]  # what a hub or git keeps for itself
-    return found + [f"{name} was not written by the export" for name in more]
-
-
-def raise_damages(folder: Path, found: list[str]) -> None:
-    """Raise :class:`DataError` naming the first of a folder's damages."""
-    if found:
-        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-        raise DataError(
-            f"{folder}: {'; '.join(found[:3])}{more}; copy the folder again from where it was whole, or export it again"
-        )
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            total.update(block)
-    return total.hexdigest()
-
-
-def _described(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
 def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
-
-
-def _version(manifest: Any) -> str:
-    versions = manifest.get("versions") if isinstance(manifest, dict) else None
-    return str(versions.get("prunekit", "unknown")) if isinstance(versions, dict) else "unknown"

@@ -1,14 +1,15 @@
 """Causal language models whose layers differ in attention heads and MLP channels, as prunekit exports them.
 
-The layers' shapes stand in the configuration's ``per_layer_config``, which is transformers' own. This file needs
-transformers and torch alone: it is stored next to the weights, so that
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads them without prunekit; where prunekit
-is installed, the same classes are registered and no code from the folder is run.
+The shapes of the layers are in the configuration's ``per_layer_config``, which is part of transformers. This file
+needs only transformers and torch. A copy of it is in every exported folder, so that
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads the weights without prunekit. If prunekit
+is installed, it registers these classes, and no code from the folder runs.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import transformers
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -36,11 +38,18 @@ if not hasattr(PreTrainedConfig, "per_layer_config"):
     )
 
 
-class PerLayerShapes:
-    """A configuration with the shape of every layer: the family's fields, of which each layer may have its own.
+if TYPE_CHECKING:
+    ConfigMixin = PreTrainedConfig
+    ModelMixin = PreTrainedModel
+else:
+    ConfigMixin = ModelMixin = object
 
-    Read on the whole, ``num_attention_heads``, ``num_key_value_heads`` and the MLP's width are those of the model
-    before it was pruned. Two fields more say where an output projection has a bias that the family does not have.
+
+class PerLayerShapes(ConfigMixin):
+    """A configuration with a shape for every layer: each layer can have its own values of the family's fields.
+
+    The global values of ``num_attention_heads``, ``num_key_value_heads`` and the MLP's width are those of the model
+    before it was pruned. Two further fields mark output projections with a bias that the family does not have.
     """
 
     width = "intermediate_size"
@@ -53,21 +62,21 @@ class PerLayerShapes:
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Nothing: heads that are gone leave a number that need not divide the hidden size."""
+        """No check: after pruning, the number of heads need not divide the hidden size."""
 
 
-class PerLayerModel:
-    """A model of the family whose layers get the shapes that the configuration has for them."""
+class PerLayerModel(ModelMixin):
+    """A model of the family whose layers have the shapes of the configuration."""
 
     attention_output = "self_attn.o_proj"
-    mlp_inputs = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output = "mlp.down_proj"
 
     def __init__(self, config):
         whole = copy.copy(config)
-        whole.per_layer_config = None  # the family's own code builds layers that are all alike
+        whole.per_layer_config = None  # the family's own code builds layers of one shape
         super().__init__(whole)
-        # Its constructor has set what only it knows, such as the attention kernel.
+        # The constructor has set further values, such as the attention kernel.
         config.__dict__.update(whole.__dict__)
         for module in self.modules():
             if getattr(module, "config", None) is whole:
@@ -94,7 +103,7 @@ class PerLayerModel:
 
 
 def _resize(layer, path, rows=None, columns=None, bias=False):
-    """Put a linear layer of another shape in the place of the one that is there, unless it has that shape."""
+    """Replace a linear layer by one of another shape, unless it has that shape."""
     owner, _, name = path.rpartition(".")
     owner = layer.get_submodule(owner)
     old = getattr(owner, name)

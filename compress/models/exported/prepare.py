@@ -1,4 +1,4 @@
-"""An exported folder that is named as a model, to be measured or pruned like any other."""
+"""Prepares the loading of an exported folder that is named as a model."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from pathlib import Path
 
 from ..architectures import PRUNED
 from . import classes
-from .manifest import MANIFEST, damages, raise_damages, read_manifest
+from .manifest import MANIFEST, check_files, read_manifest
 
 
 def prepare(place: str, revision: str | None = None, check: bool = True) -> None:
-    """Compare an exported folder with its manifest, if ``check``, and have transformers know its model classes.
+    """Compare an exported folder with its manifest, if ``check``, and register its model classes with transformers.
 
     ``place`` is a folder or a hub id; nothing happens for models that prunekit has not written. Raises
-    :class:`DataError` for files that are not those that were written.
+    :class:`DataError` for files that differ from the written ones.
     """
     folder = Path(place)
     if check and (folder / MANIFEST).is_file():
-        raise_damages(folder, damages(folder, read_manifest(folder)))
+        check_files(folder, read_manifest(folder))
     from transformers import PreTrainedConfig
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(place, **({} if revision is None else {"revision": revision}))
-    except Exception:  # any fault is reported when the model is loaded
+    except Exception:  # loading the model reports what is wrong
         return
     if str(config.get("model_type", "")).startswith(PRUNED):
         classes.register()

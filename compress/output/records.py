@@ -1,0 +1,119 @@
+"""Typed parts that several JSON files share: the model, the calibration and the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ...registry import SiteKind
+from .folders import plain
+
+Value = int | float | str | None
+
+Plain = Annotated[dict[str, Any], BeforeValidator(plain)]
+"""A mapping as JSON holds it: NaN and infinity are the texts ``nan``, ``inf`` and ``-inf``."""
+
+Values = Annotated[Mapping[str, Value], BeforeValidator(plain)]
+"""Value by name; NaN and infinity are the texts ``nan``, ``inf`` and ``-inf``, as in JSON."""
+
+
+def as_number(value: Value) -> Value:
+    """``value`` with the texts of NaN and infinity as floats."""
+    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
+
+
+class Record(BaseModel):
+    """A part of a JSON file; keys of other versions are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as plain data; keys that an older file lacked stay absent."""
+        return self.model_dump(exclude_unset=True)
+
+
+class ModelFacts(Record):
+    """Which model was pruned, and how it was run."""
+
+    name: str
+    revision: str | None = None
+    commit: str | None = None
+    trust_remote_code: bool = False
+    fingerprint: str | None = None
+    """sha256 of the weights."""
+    architecture: str | None = None
+    parameters: int
+    dtype: str
+    device: str
+    device_map: str | None = None
+    """Where the model's parts lie, for a model on several devices."""
+    attention: str | None = None
+
+
+class CalibrationFacts(Record):
+    """The text that was calibrated on."""
+
+    text: str
+    sequences: int | None = None
+    length: int | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    fingerprint: str | None = None
+    """sha256 of the token ids."""
+    statistics: str | None = None
+    """``read`` or ``written``, where a statistics file is named."""
+
+
+class Ratio(Record):
+    """The share of the units to cut, as asked for and as achieved."""
+
+    asked: float | None = None
+    units_cut: float
+    """Mean over all sites."""
+    prunable_parameters_cut: float
+    """Of the parameters of all sites."""
+
+
+class CompensationFacts(Record):
+    """How the contribution of the dropped units was compensated."""
+
+    compensator: Plain
+    """Name and options."""
+    tokens: int | None = None
+    """Tokens of the covariances."""
+    ridge: dict[str, float] | None = None
+    """``least`` and ``largest`` of all sites, as shares of the mean variance."""
+    fell_back: list[str] = Field(default_factory=list)
+    """Sites whose covariance could not be solved."""
+
+
+class Kept(Record):
+    """Kept units of a site, and the units there were."""
+
+    kept: int
+    units: int
+
+
+class LayerCut(Record):
+    """Kept units of one layer; ``None`` for a site that the layer does not have."""
+
+    layer: int
+    attention: Kept | None = None
+    mlp: Kept | None = None
+
+    @property
+    def sites(self) -> dict[SiteKind, Kept]:
+        """Kept units by the kind of the site."""
+        kinds: dict[SiteKind, Kept | None] = {"attention": self.attention, "mlp": self.mlp}
+        return {kind: kept for kind, kept in kinds.items() if kept is not None}
+
+
+class Cut(Record):
+    """How much was cut where."""
+
+    ratio: Ratio
+    compensation: CompensationFacts | None
+    attention_unit: str
+    layers: list[LayerCut]

@@ -1,0 +1,77 @@
+"""Folders that were written with format 1, before the manifest was a typed model; tests/format1 holds them.
+
+``recovered`` is a whole folder of profile hf-uniform, frozen and recovered; ``dynamic.json`` a manifest alone.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from prunekit.compress import load
+from prunekit.compress.export.card import card
+from prunekit.compress.models.exported.manifest import CARD, MANIFEST, Manifest, read_manifest, write_manifest
+from prunekit.registry import DataError
+
+OLD = Path(__file__).parent / "format1"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(OLD / "recovered", tmp_path / "recovered")
+    return tmp_path / "recovered"
+
+
+def test_a_folder_loads(folder):
+    found = load(folder)
+    assert found.manifest.recovery.rank == 8 and found.manifest.freeze.how == "mean-score"
+    assert sum(parameter.numel() for parameter in found.model.parameters()) == found.manifest.parameters.exported
+    assert torch.isfinite(found.model(torch.tensor([[1, 5, 9]])).logits).all()
+
+
+def test_a_folder_is_verified(folder, command):
+    code, output = command("verify", folder)
+    assert code == 0 and "files holds" in output and "perplexity holds" in output, output
+
+
+@pytest.mark.parametrize("path", [OLD / "recovered" / MANIFEST, OLD / "dynamic.json"], ids=["recovered", "dynamic"])
+def test_nothing_of_a_manifest_is_lost(path, tmp_path):
+    data = json.loads(path.read_text())
+    manifest = Manifest.model_validate(data)
+    assert manifest.as_json() == data
+    (tmp_path / CARD).write_text("card")
+    again = write_manifest(tmp_path, manifest)
+    assert list(again.files) == [CARD] and read_manifest(tmp_path) == again
+    written = json.loads((tmp_path / MANIFEST).read_text())
+    assert list(written) == list(data) and {**written, "files": data["files"]} == data
+
+
+def test_the_card_says_the_same():
+    """One sentence has changed since: compensation was "given back"."""
+    old = (OLD / "recovered" / CARD).read_text()
+    new = card(read_manifest(OLD / "recovered"), "recovered")
+    differences = [pair for pair in zip(old.splitlines(), new.splitlines(), strict=True) if pair[0] != pair[1]]
+    assert differences == [
+        (
+            "What was dropped is given back by compensation `mean`.",
+            "The contribution of the dropped units is compensated by `mean`.",
+        )
+    ]
+
+
+def test_a_damaged_manifest_is_refused_in_one_sentence(folder):
+    data = json.loads((folder / MANIFEST).read_text())
+    del data["recovery"]["rank"]
+    (folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(
+        DataError, match=r"is damaged \(recovery is not what an export writes\); export the model again$"
+    ):
+        load(folder)
+
+
+def test_an_unknown_format_is_refused_with_the_version_that_wrote_it(folder):
+    data = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**data, "format": "prunekit export 2"}))
+    with pytest.raises(DataError, match=r"'prunekit export 2', expected .* use the prunekit that wrote it \(0.1.0\)"):
+        load(folder)
