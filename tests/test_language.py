@@ -20,6 +20,7 @@ FOLDERS = (
     "compress/bundled",
     "compress/cli",
     "compress/demo",
+    "compress/export",
     "compress/files",
     "compress/models",
     "compress/output",

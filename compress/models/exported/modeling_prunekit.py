@@ -9,7 +9,6 @@ is installed, it registers these classes, and no code from the folder runs.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import transformers
 from torch import nn
@@ -38,6 +37,7 @@ if not hasattr(PreTrainedConfig, "per_layer_config"):
     )
 
 
+TYPE_CHECKING = False  # type checkers read it as true
 if TYPE_CHECKING:
     ConfigMixin = PreTrainedConfig
     ModelMixin = PreTrainedModel
