@@ -1,4 +1,4 @@
-"""The side of the Ray engine that runs on the cluster's machines."""
+"""The part of the Ray engine that runs on the cluster's machines."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from .worker import Outcome, Worker, read_trial
 
 
 class Place(NamedTuple):
-    """Where a worker is: its machine's name, Ray's id of the machine, and what makes it unfit for the study."""
+    """The name of a worker's machine, and what makes the machine unfit for the study."""
 
     host: str
-    machine: str
     problem: str | None
 
 
@@ -29,15 +28,13 @@ class RemoteWorker:
 
     def __init__(self, threads: int, gpu: bool):
         if not gpu:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or device: auto would find one that Ray has not given to it
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or device: auto would find one that Ray has not assigned to it
         torch.set_num_threads(threads)
         self._worker = Worker()
 
     def start(self, version: str, files: Sequence[Path], trial: str) -> Place:
         """Where the worker is, and what is wrong there: another prunekit, missing files, plugins that fail."""
-        import ray
-
-        return Place(socket.gethostname(), ray.get_runtime_context().get_node_id(), unfitness(version, files, trial))
+        return Place(socket.gethostname(), unfitness(version, files, trial))
 
     def run(self, trial: str) -> Outcome:
         """Run one trial, given as its pipeline file."""
@@ -49,7 +46,7 @@ class RemoteWorker:
 
 
 def unfitness(version: str, files: Sequence[Path], trial: str) -> str | None:
-    """Why this machine cannot run a study of prunekit ``version`` that names ``files``; None: it can."""
+    """Why this machine cannot run a study of prunekit ``version`` that names ``files``; ``None`` if it can."""
     if version != __version__:
         return f"it has prunekit {__version__}, the study is run by {version}; install the same everywhere"
     missing = [str(file) for file in files if not file.exists()]
@@ -67,8 +64,9 @@ def unfitness(version: str, files: Sequence[Path], trial: str) -> str | None:
 
 def files_of(spec: PipelineSpec) -> set[Path]:
     """Every file and folder of this machine that a trial reads: plugins, model, texts, tasks."""
-    written = {"output": True, "model": {"offload_folder"}}
-    return set(_files(spec.model_dump(mode="python", serialize_as_any=True, exclude=written)))
+    data = spec.model_dump(mode="python", serialize_as_any=True, exclude={"output"})
+    del data["model"]["offload_folder"]  # written, like the output
+    return set(_files(data))
 
 
 def _files(value: Any) -> Iterator[Path]:
