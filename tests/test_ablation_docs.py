@@ -35,7 +35,7 @@ def test_the_pages_examples_are_valid(tmp_path, valid, block):
 def test_the_example_is_valid(valid):
     study = Study.load(DOCS / "examples" / "ablations" / "seeds.yaml")
     assert len(study.trials) == 2 * (1 + 3 * 3 * 2) + 1
-    assert valid(yaml.safe_load(study.text))
+    assert valid(yaml.safe_load(study.describe().text))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import re
 
 import pytest
 from prunekit.compress.ablation.display import brief
-from prunekit.compress.ablation.planned import StoredTrial
 from prunekit.compress.ablation.published import Published, unmeasured
 from prunekit.compress.ablation.study import Study
+from prunekit.compress.ablation.trials import StoredTrial
 from prunekit.compress.cli import main
 from prunekit.registry import SpecError
 from typer.testing import CliRunner

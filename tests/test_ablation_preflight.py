@@ -1,7 +1,7 @@
 """Before the first trial: what must fail on this machine is reported once, and nothing is started."""
 
 import pytest
-from prunekit.compress.ablation.preflight import preflight
+from prunekit.compress.ablation.mistakes import preflight
 from prunekit.compress.ablation.study import Study
 from prunekit.registry import SpecError
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from prunekit import __version__
-from prunekit.compress.ablation.planned import Planned
 from prunekit.compress.ablation.ray_cluster import demand
 from prunekit.compress.ablation.ray_engine import TIMEOUT_VARIABLE, choose, run_ray
 from prunekit.compress.ablation.ray_worker import RemoteWorker, files_of, unfitness
+from prunekit.compress.ablation.trials import Planned
 from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import PrunekitError, SpecError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..output.folders import plain
-from .planned import StoredTrial, spelt
 from .published import StudyRecord
+from .trials import StoredTrial, as_text
 
 if TYPE_CHECKING:
     from .study import Study
@@ -42,11 +42,11 @@ def _axes(before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> It
         if name not in after:
             yield f"axis {name}: gone"
     for name, values in after.items():
-        new = list(map(spelt, plain(values)))
+        new = list(map(as_text, plain(values)))
         if name not in before:
             yield f"axis {name}: new, with {', '.join(new)}"
             continue
-        old = list(map(spelt, before[name]))
+        old = list(map(as_text, before[name]))
         added, removed = [v for v in new if v not in old], [v for v in old if v not in new]
         said = [f"{what} {', '.join(which)}" for what, which in (("new", added), ("gone", removed)) if which]
         if not said and old != new:
@@ -75,12 +75,12 @@ def _fields(stored: Sequence[StoredTrial], study: Study) -> Iterator[str]:
 def _said(values: Mapping[str, Any], name: str) -> str:
     if name not in values:
         return "none"
-    value = spelt(values[name])
+    value = as_text(values[name])
     return f"content {value[7:19]}" if value.startswith("sha256 ") else value
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, spelt(value)) for name, value in settings.items()))
+    return tuple(sorted((name, as_text(value)) for name, value in settings.items()))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

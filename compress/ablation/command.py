@@ -8,16 +8,17 @@ from pathlib import Path
 import typer
 
 from ...registry import SpecError, near
+from ..files.yaml_file import YamlFile
 from ..output import printing
+from ..output.formatting import ranges
 from ..runs.provenance import versions
-from .blame import ranges
 from .display import Display
 from .local import run_local
-from .planned import Planned, StoredTrial
-from .preflight import preflight
+from .mistakes import preflight
 from .published import unmeasured
 from .store import Store
 from .study import Study
+from .trials import Planned, StoredTrial
 from .worker import Outcome
 
 ENGINES = ("local", "ray")
@@ -73,11 +74,11 @@ def ablate(
     _finish(trials, store.path, study, show)
 
 
-def validate(file: Path, settings: Iterable[str] = (), plugins: Iterable[Path] = ()) -> None:
-    """Say which trials an ablation file plans; raises :class:`SpecError` with all its mistakes."""
+def validate(file: YamlFile, settings: Iterable[str] = (), plugins: Iterable[Path] = ()) -> None:
+    """Print the trials that an ablation file plans; raises :class:`SpecError` with all its mistakes."""
     study = Study.load(file, settings, plugins)
     printing.catalog_problems(study.catalog)
-    printing.say(f"{file}: valid ablation, {_trials(len(study.trials))}", whole=True)
+    printing.say(f"{file.path}: valid ablation, {_trials(len(study.trials))}", whole=True)
     for trial in study.trials:
         printing.say(f"{trial.number:>4}  {trial.label}", whole=True)
 
@@ -159,7 +160,7 @@ def _by_error(failed: Iterable[StoredTrial]) -> dict[str | None, list[StoredTria
 def _named(trials: Sequence[StoredTrial]) -> str:
     """``trial 2 (pp 0.4)``; many are numbers alone."""
     if len(trials) > MOST_LABELS:
-        return f"trials {ranges({trial.number - 1 for trial in trials})}"
+        return f"trials {ranges(trial.number for trial in trials)}"
     said = ", ".join(f"{trial.number} ({trial.label})" for trial in trials)
     return f"trial{'s' * (len(trials) > 1)} {said}"
 

@@ -7,11 +7,10 @@ import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
-from ..calibration.passes import Progress
 from ..output.printing import Bars
-from .planned import Planned, StoredTrial
+from .trials import Planned, StoredTrial
 from .worker import Outcome
 
 BRIEF = 60
@@ -21,8 +20,9 @@ BRIEF = 60
 class Watch(Protocol):
     """What an engine tells about its trials."""
 
-    progress: Progress
-    """Shows the steps within the current trial, for engines that run one at a time in this process."""
+    def progress(self, items: Iterable[Any], label: str, total: int, /) -> Iterable[Any]:
+        """Shows the steps within the current trial, for engines that run one at a time in this process."""
+        ...
 
     def started(self, planned: Planned) -> None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .display import Watch
-from .planned import Planned
+from .trials import Planned
 from .worker import Outcome, Worker
 
 

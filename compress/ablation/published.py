@@ -12,8 +12,8 @@ from ..files.dotted import resolved_settings
 from ..files.reader import Place
 from ..files.spec import PipelineSpec
 from ..output.folders import plain
-from .axes import Axes, Complain, Draft, axes_of, check_settings, matches
-from .planned import StoredTrial, spelt
+from .grid import Axes, Draft, Report, axes_of, check_settings, matches
+from .trials import StoredTrial, as_text
 
 
 class Published(BaseModel):
@@ -52,12 +52,12 @@ def check_published(
     published: Sequence[Published],
     drafts: Sequence[Draft],
     specs: Mapping[int, PipelineSpec],
-    untold: Collection[str],
-    complain: Complain,
+    ignored: Collection[str],
+    report: Report,
 ) -> None:
     """An entry that belongs to no trial, or to no evaluator of its trials, is a slip of the pen.
 
-    Nothing is said about the axes in ``untold``.
+    Nothing is said about the axes in ``ignored``.
     """
     from ..runs.pipeline import labelled
 
@@ -65,19 +65,17 @@ def check_published(
     resolved = _resolved(published, drafts, specs)
     for index, entry in enumerate(published):
         place: Place = ("published", index)
-        if not drafts or not _known_settings(entry.where, (*place, "where"), axes, resolved, untold, complain):
+        if not drafts or not _known_settings(entry.where, (*place, "where"), axes, resolved, ignored, report):
             continue
         trials = [number for number, draft in enumerate(drafts) if _speaks_of(entry, draft, resolved.get(number, {}))]
-        if not trials and not untold and len(specs) == len(drafts):
-            complain((*place, "where"), "no trial has all of these values")
+        if not trials and not ignored and len(specs) == len(drafts):
+            report((*place, "where"), "no trial has all of these values")
         labels = {label: None for number in trials if number in specs for label, _ in labelled(specs[number].evaluate)}
         label, _, value = entry.metric.rpartition(".")
         if not (label and value):
-            complain(
-                (*place, "metric"), f"write EVALUATOR.VALUE, such as perplexity.perplexity (found {entry.metric!r})"
-            )
+            report((*place, "metric"), f"write EVALUATOR.VALUE, such as perplexity.perplexity (found {entry.metric!r})")
         elif labels and label not in labels:
-            complain(
+            report(
                 (*place, "metric"),
                 f"no evaluator of its trials is called {label!r}{near(label, labels)}; there are {', '.join(labels)}",
             )
@@ -111,20 +109,20 @@ def _known_settings(
     place: Place,
     axes: Axes,
     resolved: Mapping[int, Mapping[str, Any]],
-    untold: Collection[str],
-    complain: Complain,
+    ignored: Collection[str],
+    report: Report,
 ) -> bool:
-    """Whether every name is an axis that has the value, or a field of the pipelines; complains if not."""
+    """Whether every name is an axis that has the value, or a field of the pipelines; reports what is not."""
     fields: dict[str, set[str]] = {}
     for settings in resolved.values():
         for name in where.keys() & settings.keys():
-            fields.setdefault(name, set()).add(spelt(settings[name]))
+            fields.setdefault(name, set()).add(as_text(settings[name]))
 
     def known(name: str, value: Any) -> bool:  # an axis of listed trials alone has the base's value in the others
-        return name in fields and (name not in axes or spelt(value) in fields[name])
+        return name in fields and (name not in axes or as_text(value) in fields[name])
 
     others = {name: value for name, value in where.items() if not known(name, value)}
-    return check_settings(others, place, axes, complain, untold)
+    return check_settings(others, place, axes, report, ignored)
 
 
 def _speaks_of(entry: Published, draft: Draft, resolved: Mapping[str, Any]) -> bool:

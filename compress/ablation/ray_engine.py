@@ -16,9 +16,9 @@ from ... import __version__
 from ...registry import PrunekitError, SpecError
 from ..models.loading import reason_of
 from .display import Watch
-from .planned import Planned
 from .ray_cluster import Demand, connected, demand, resources
 from .ray_worker import RemoteWorker, files_of
+from .trials import Planned
 from .worker import Outcome
 
 ATTEMPTS = 3

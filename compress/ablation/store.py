@@ -17,8 +17,8 @@ from ...registry import StoreError
 from ..output.folders import plain
 from ..runs.records import Read, parsed
 from .changes import explain
-from .planned import Planned, StoredTrial
 from .published import StudyRecord
+from .trials import Planned, StoredTrial
 from .worker import Outcome
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
-"""Ablation files: what one says, and the trials that follow from it, validated before anything is loaded."""
+"""Ablation files: read with their base, and turned into trials that are validated before a model is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -11,17 +11,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...registry import Catalog, SpecError
+from ...registry import Catalog, SpecError, near
 from ..files.reader import Mistake, Mistakes, Place
-from ..files.spec import PipelineSpec, SpecReader
-from ..files.yaml_file import set_at
+from ..files.spec import DEFAULT_EVALUATORS, PipelineSpec, SpecReader, absolute
+from ..files.yaml_file import YamlFile, apply_settings, parse_place, read_yaml, set_at, yaml_value
 from ..runs.provenance import versions
-from .axes import Draft, axes_of, grid, listed, read_axes
-from .blame import blamed
-from .fields import field_names
-from .planned import Planned, identity, key_of
+from .grid import Draft, Report, axes_of, field_names, grid, listed, read_axes
+from .mistakes import explain_mistakes
 from .published import Published, StudyRecord, check_published
-from .study_file import Source, read_study
+from .trials import Planned, identity, key_of
+
+SMALLEST = "the smallest ablation file is  {base: {prune: {use: pp}}, vary: {prune.ratio: [0.2, 0.4]}}"
 
 
 class StudyFile(BaseModel):
@@ -29,7 +29,7 @@ class StudyFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    title: str | None = Field(default=None, description="what reports call the study; the file's name by default")
+    title: str | None = Field(default=None, description="the study's name in reports; the file's name by default")
     base: str | dict[str, Any] = Field(description="a pipeline, or the path of a pipeline file")
     vary: dict[Any, Any] = Field(
         default_factory=dict, description="axes: a field and its values, or a free name and labelled settings"
@@ -41,15 +41,137 @@ class StudyFile(BaseModel):
     published: tuple[Published, ...] = Field(default=(), description="values from the literature, for reports")
 
 
+@dataclass
+class Source:
+    """An ablation file and its base, ``--set`` applied."""
+
+    file: YamlFile
+    base: dict[str, Any] = field(default_factory=dict)
+    base_file: YamlFile | None = None
+    changed: list[Place] = field(default_factory=list)
+    """Places of the base that ``--set`` has changed."""
+    changed_axes: set[str] = field(default_factory=set)
+
+    @property
+    def plugins(self) -> list[Path]:
+        """The base's plugin files; raises :class:`SpecError` where they are not a list of files."""
+        files = self.base.get("plugins") or []
+        if not (isinstance(files, list) and all(isinstance(item, str) for item in files)):
+            where = self.at(("base", "plugins"))
+            raise SpecError(f"{self.file.path}: {where}base.plugins: expected a list of Python files (found {files!r})")
+        return [absolute(item, self.file.folder) for item in files]
+
+    @property
+    def axes(self) -> dict[Any, Any]:
+        """``vary``; empty where it is absent or not a mapping."""
+        found = self.file.data.get("vary")
+        return found if isinstance(found, dict) else {}
+
+    def entries(self, key: str) -> dict[int, dict[Any, Any]]:
+        """The mappings in ``exclude`` or ``trials``, by their places."""
+        found = self.file.data.get(key)
+        items = enumerate(found if isinstance(found, list) else ())
+        return {index: item for index, item in items if isinstance(item, dict)}
+
+    def at(self, place: Place) -> str:
+        """The file and line of a place, as a mistake begins."""
+        if place[:1] == ("base",) and any(place[1 : 1 + len(changed)] == changed for changed in self.changed):
+            return "--set "
+        if place[:1] == ("vary",) and place[1:2] and place[1] in self.changed_axes:
+            return "--set "
+        inside, line = self._line(place)
+        before = f"{self.base_file.path} " if inside and self.base_file else ""
+        return "" if line is None else f"{before}line {line}: "
+
+    def order(self, place: Place) -> tuple[bool, int]:
+        """Sort key: by line; what is in the base's own file comes last."""
+        return bool(self.base_file) and place[:1] == ("base",), self._line(place)[1] or 0
+
+    def _line(self, place: Place) -> tuple[bool, int | None]:
+        """Whether a place is in the base's own file, and its line there or in the study's file."""
+        if self.base_file and place[:1] == ("base",) and place[1:]:
+            line = self.base_file.line(place[1:])
+            if line is not None:
+                return True, line
+        return False, self.file.line(place)
+
+
+def read_study(path: str | Path | YamlFile, settings: Iterable[str] = ()) -> Source:
+    """The file and its base; raises :class:`SpecError` for files that cannot be read and settings that do not apply.
+
+    A setting changes the base (``prune.ratio=0.2``), an axis (``vary.prune.ratio=[0.2]``, null for none) or the title.
+    """
+    source = Source(read_yaml(path, "ablation file", SMALLEST))
+    place = f"{source.file.path}: {source.at(('base',))}base"
+    _drop_empty(source.file.data)
+    base = source.file.data.get("base")
+    if isinstance(base, str):
+        try:
+            source.base_file = read_yaml(absolute(base, source.file.folder))
+        except SpecError as error:
+            raise SpecError(f"{place}: {error}") from None
+        base = _anchored(source.base_file.data, source.base_file.folder)
+    elif base is None:
+        raise SpecError(
+            f"{source.file.path}: base: is required: a pipeline or a pipeline file's path, such as "
+            "base: {prune: {use: pp}}"
+        )
+    elif not isinstance(base, Mapping):
+        raise SpecError(f"{place}: expected a pipeline, or a pipeline file's path (found {base!r:.60})")
+    source.base = dict(base)
+    if source.base.get("evaluate") is None:
+        source.base["evaluate"] = list(DEFAULT_EVALUATORS)
+    for setting in settings:
+        _apply(source, setting)
+    _drop_empty(source.base)
+    return source
+
+
+def _drop_empty(sections: dict[str, Any]) -> None:
+    for section in [key for key, value in sections.items() if value is None]:
+        del sections[section]
+
+
+def _apply(source: Source, setting: str) -> None:
+    name, equals, text = setting.partition("=")
+    head, _, axis = name.partition(".")
+    if head in PipelineSpec.model_fields:
+        source.changed += apply_settings(source.base, [setting])
+        return
+    if not equals or not (name == "title" or (head == "vary" and axis)):
+        known = [*PipelineSpec.model_fields, "vary.AXIS", "title"]
+        raise SpecError(f"--set {setting}: there is no {name!r}{near(head, known)}; there are {', '.join(known)}")
+    value = yaml_value(setting, text)
+    if name == "title":
+        source.file.data["title"] = value
+        return
+    source.changed_axes.add(axis)
+    axes = source.file.data.setdefault("vary", {})
+    if isinstance(axes, dict):
+        axes[axis] = value
+        if value is None:
+            del axes[axis]
+
+
+def _anchored(value: Any, folder: Path, key: Any = None) -> Any:
+    """A base file's data with absolute paths: they start at that file's folder, not at the study's."""
+    if isinstance(value, dict):
+        found = {inner: _anchored(item, folder, inner) for inner, item in value.items()}
+        name = found.get("name")
+        if key == "model" and isinstance(name, str) and (folder / name).is_dir():
+            found["name"] = str(absolute(name, folder))
+        return found
+    if isinstance(value, list):
+        return [_anchored(item, folder, key) for item in value]
+    return str(absolute(value, folder)) if key in ("file", "plugins") and isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class Study:
     """A base pipeline and its variations; made by :meth:`load`."""
 
     title: str
     file: Path
-    text: str
-    """The file as it was read."""
-    base: dict[str, Any] = field(repr=False)
     axes: dict[str, list[Any]]
     """Values (labels, for an axis of a free name) by axis, those of listed trials included."""
     published: tuple[Published, ...]
@@ -59,19 +181,21 @@ class Study:
     _source: Source = field(repr=False)
 
     @classmethod
-    def load(cls, path: str | Path, settings: Iterable[str] = (), plugins: Iterable[str | Path] = ()) -> Study:
-        """Read an ablation file, changed by ``--set`` like ``settings``; ``plugins`` come before the base's own.
+    def load(
+        cls, path: str | Path | YamlFile, settings: Iterable[str] = (), plugins: Iterable[str | Path] = ()
+    ) -> Study:
+        """Read an ablation file, changed by ``settings`` as of ``--set``; ``plugins`` come before the base's own.
 
         Raises :class:`SpecError` naming every mistake of the file and of all its trials with its place, and
         :class:`PluginError` for a plugin file that does not load.
         """
-        source = read_study(Path(path), settings)
+        source = read_study(path, settings)
         files = [*(Path(file).resolve() for file in plugins), *source.plugins]
         catalog = Catalog.discover(dict.fromkeys(files))
-        reader = SpecReader(catalog, source.folder)
-        content = {**source.data, "base": source.base}
+        reader = SpecReader(catalog, source.file.folder)
+        content = {**source.file.data, "base": source.base}
         published: list[Published] = []
-        if isinstance(content.get("published"), list):  # one by one: the others are checked although one is wrong
+        if isinstance(content.get("published"), list):  # one by one, so that a wrong one does not hide the others
             entries = [
                 reader.model(Published, entry, ("published", index)) for index, entry in enumerate(content["published"])
             ]
@@ -81,39 +205,42 @@ class Study:
             reader.mistake(("vary",), f"write axes as a mapping: prune.use: [pp, flap] (found {found!r:.60})")
         file = reader.model(StudyFile, content, ())
         known = field_names(catalog)
-        axes = read_axes(source.axes(), known, reader.mistake)
-        broken = _broken(reader.mistakes, known)
-        untold = {*source.changed_axes, *broken}
-        drafts = grid(axes, source.entries("exclude"), reader.mistake, untold)
+        axes = read_axes(source.axes, known, reader.mistake)
+        broken = _broken_axes(reader.mistakes, known)
+        ignored = {*source.changed_axes, *broken}
+        drafts = grid(axes, source.entries("exclude"), reader.mistake, ignored)
         drafts += listed(source.entries("trials"), axes, known, reader.mistake, broken)
         if not drafts and not reader.mistakes:
             reader.mistake(("vary",), "no trials; vary a field, such as prune.ratio: [0.2, 0.4], or list trials")
-        _check_settings_matter(source, drafts, reader.mistake)
+        for place in source.changed:
+            name = ".".join(map(str, place))
+            if drafts and all(name in draft.fields for draft in drafts):
+                instead = "change its axis instead, with --set vary.AXIS=[...]"
+                reader.mistake(("base", *place), f"every trial sets {name}; {instead}")
         flawed = any(mistake.place[:1] in (("vary",), ("exclude",), ("trials",)) for mistake in reader.mistakes)
-        specs = _validated(source, drafts, files, catalog, reader, broken)
-        planned = _planned(drafts, specs, source.folder, (lambda *said: None) if flawed else reader.mistake)
-        check_published(published, drafts, specs, untold, reader.mistake)
+        specs = _validated(source, drafts, files, reader, broken)
+        trials = _planned(drafts, specs, source.file.folder, None if flawed else reader.mistake)
+        check_published(published, drafts, specs, ignored, reader.mistake)
         reader.mistakes.sort(key=lambda mistake: source.order(mistake.place))
-        reader.finish(str(path), source.at)
-        values = {name: [point.value for point in points] for name, points in axes_of(drafts).items()}
+        file = reader.result(file, str(source.file.path), source.at)
         return cls(
-            file.title or Path(path).stem,
-            Path(path).resolve(),
-            source.text,
-            source.base,
-            values,
-            tuple(published),
-            planned,
-            catalog,
-            drafts,
-            source,
+            title=file.title or source.file.path.stem,
+            file=source.file.path.resolve(),
+            axes={name: [point.value for point in points] for name, points in axes_of(drafts).items()},
+            published=tuple(published),
+            trials=trials,
+            catalog=catalog,
+            _drafts=drafts,
+            _source=source,
         )
 
     def refuse(self, found: Mapping[int, Sequence[Mistake]]) -> None:
         """Raise one :class:`SpecError` for mistakes of trials, by their place, at what causes them; none: nothing."""
-        reader = SpecReader(self.catalog, self._source.folder)
-        reader.mistakes = sorted(blamed(self._drafts, found), key=lambda said: self._source.order(said.place))
-        reader.finish(str(self._source.path), self._source.at)
+        reader = SpecReader(self.catalog, self._source.file.folder)
+        mistakes = explain_mistakes(self._drafts, found)
+        reader.mistakes = sorted(mistakes, key=lambda mistake: self._source.order(mistake.place))
+        if reader.mistakes:
+            reader.result(None, str(self._source.file.path), self._source.at)
 
     def describe(self) -> StudyRecord:
         """What a store holds of the study."""
@@ -122,32 +249,23 @@ class Study:
             file=self.file.name,
             axes=self.axes,
             published=self.published,
-            base=self.base,
-            text=self.text,
+            base=self._source.base,
+            text=self._source.file.text,
             versions=versions(),
         )
 
 
-def _broken(mistakes: Iterable[Mistake], known: frozenset[str]) -> set[str]:
-    """Axes with a mistake of their own; of misspelt fields those that were meant, too."""
+def _broken_axes(mistakes: Iterable[Mistake], known: frozenset[str]) -> set[str]:
+    """Axes with a mistake of their own; for a misas_text field also the field that was meant."""
     names = {str(mistake.place[1]) for mistake in mistakes if mistake.place[:1] == ("vary",) and mistake.place[1:]}
     meant = (get_close_matches(name, sorted(known), n=1) for name in names if name not in known)
     return names.union(*meant)
 
 
-def _missing(mistake: Mistake) -> bool:
-    return mistake.message.startswith(("is required", "name the Strategy;"))
-
-
 def _validated(
-    source: Source,
-    drafts: list[Draft],
-    files: list[Path],
-    catalog: Catalog,
-    reader: SpecReader,
-    broken: Collection[str],
+    source: Source, drafts: list[Draft], files: list[Path], reader: SpecReader, broken: Collection[str]
 ) -> dict[int, PipelineSpec]:
-    """The pipelines of all trials by their place; mistakes are said once for all trials that share them."""
+    """The pipelines of all trials by their place; a mistake that trials share is reported once."""
     specs: dict[int, PipelineSpec] = {}
     found: dict[int, Sequence[Mistake]] = {}
     for index, draft in enumerate(drafts):
@@ -156,44 +274,37 @@ def _validated(
         data["plugins"] = files
         wrong: list[Mistake] = []
         for name, value in draft.fields.items():
-            place = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+            place = parse_place(name)
             try:
                 set_at(data, place, deepcopy(value), name)
             except SpecError as error:
                 wrong.append(Mistake(place, str(error).removeprefix(f"{name}: ")))
         try:
-            specs[index] = PipelineSpec.of(data, folder=source.folder, catalog=catalog)
+            specs[index] = PipelineSpec.of(data, folder=source.file.folder, catalog=reader.catalog)
         except Mistakes as mistakes:
             # What a broken axis would have set is not missing.
-            wrong += [mistake for mistake in mistakes.found if not (broken and _missing(mistake))]
+            missing = ("is required", "name the Strategy;")
+            wrong += [each for each in mistakes.found if not (broken and each.message.startswith(missing))]
         if wrong:
             specs.pop(index, None)
             found[index] = wrong
-    reader.mistakes += blamed(drafts, found)
+    reader.mistakes += explain_mistakes(drafts, found)
     return specs
 
 
 def _planned(
-    drafts: list[Draft], specs: Mapping[int, PipelineSpec], folder: Path, complain: Callable[[Place, str], None]
+    drafts: list[Draft], specs: Mapping[int, PipelineSpec], folder: Path, report: Report | None
 ) -> tuple[Planned, ...]:
-    """The trials with their keys; two that are the same pipeline are refused."""
+    """The trials with their keys; a trial that repeats another's pipeline is left out, and reported."""
     planned: dict[str, Planned] = {}
     for index, spec in specs.items():
         pipeline = identity(spec, folder)
         trial = Planned(index + 1, key_of(pipeline), drafts[index].settings, spec, pipeline)
         first = planned.setdefault(trial.key, trial)
-        if first is not trial:
-            complain(
+        if first is not trial and report:
+            report(
                 drafts[index].place,
                 f"trial {trial.number} ({trial.label}) is the same pipeline as trial {first.number} ({first.label}); "
                 "leave one out",
             )
     return tuple(planned.values())
-
-
-def _check_settings_matter(source: Source, drafts: list[Draft], complain: Callable[[Place, str], None]) -> None:
-    """A field set by ``--set`` that every trial sets again would change nothing."""
-    for place in source.changed:
-        name = ".".join(map(str, place))
-        if drafts and all(name in draft.fields for draft in drafts):
-            complain(("base", *place), f"every trial sets {name}; change its axis instead, with --set vary.AXIS=[...]")

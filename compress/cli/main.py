@@ -17,6 +17,7 @@ from .options import OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, 
 if TYPE_CHECKING:
     from ...registry import Catalog
     from ..files.spec import PipelineSpec
+    from ..files.yaml_file import YamlFile
 
 # The commands import torch and what needs it when they run, so that --help and --version answer at once.
 
@@ -71,14 +72,15 @@ def run(
     Loads the model, calibrates, prunes, and measures the dense and the pruned model.
     """
     from ...registry import SpecError
-    from ..files.yaml_file import is_study
+    from ..files.yaml_file import read_yaml
     from ..output import printing
     from ..runs import report as tables
     from ..runs.pipeline import Pipeline
 
-    if is_study(file):
+    content = read_yaml(file)
+    if content.is_study:
         raise SpecError(f"{file} is an ablation file; use prunekit ablate {file}")
-    spec = _read(file, settings, plugin, overwrite)
+    spec = _read(content, settings, plugin, overwrite)
     printing.quiet()
     with printing.Bars() as bars:
         results = Pipeline(spec).run(out, progress=bars.track)
@@ -111,12 +113,13 @@ def validate(
     All mistakes are reported at once, each with its place.
     """
     from ..ablation import command
-    from ..files.yaml_file import is_study
+    from ..files.yaml_file import read_yaml
     from ..output import printing
 
-    if is_study(file):
-        return command.validate(file, settings or (), plugin or ())
-    spec = _read(file, settings, plugin)
+    content = read_yaml(file)
+    if content.is_study:
+        return command.validate(content, settings or (), plugin or ())
+    spec = _read(content, settings, plugin)
     printing.say(f"{file}: valid ({spec.prune.name})", whole=True)
 
 
@@ -164,7 +167,9 @@ for name, command in COMMANDS.items():
     app.command(name)(guarded(command))
 
 
-def _read(file: Path, settings: list[str] | None, plugins: list[Path] | None, overwrite: bool = False) -> PipelineSpec:
+def _read(
+    file: YamlFile, settings: list[str] | None, plugins: list[Path] | None, overwrite: bool = False
+) -> PipelineSpec:
     from ..files.spec import PipelineSpec
     from ..output import printing
 

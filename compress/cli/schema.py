@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from ...registry import ROLES, Catalog
-from ..ablation.fields import field_names
+from ..ablation.grid import field_names
 from ..ablation.study import StudyFile
 from ..files.spec import PipelineSpec
 

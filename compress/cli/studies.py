@@ -11,7 +11,7 @@ import typer
 from .options import PluginFiles, Settings
 
 if TYPE_CHECKING:
-    from ..ablation.planned import StoredTrial
+    from ..ablation.trials import StoredTrial
 
 # The commands import torch and what needs it when they run, so that --help and --version answer at once.
 

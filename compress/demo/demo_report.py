@@ -35,7 +35,8 @@ class Row:
 
 def table_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     """Cells under :data:`HEAD`; the ratio is written once for its block."""
-    cells, last = [], object()
+    cells: list[tuple[str, ...]] = []
+    last: float | None = None
     for row in rows:
         ratio = "" if row.ratio == last or row.ratio is None else share(row.ratio)
         last = row.ratio

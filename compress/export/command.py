@@ -8,7 +8,7 @@ from typing import Any
 
 from ...registry import SpecError
 from ..files.spec import PipelineSpec
-from ..files.yaml_file import is_study
+from ..files.yaml_file import read_yaml
 from ..models.exported.manifest import Manifest
 from ..output import printing
 from ..output.formatting import share
@@ -69,9 +69,10 @@ def source_of(source: Path, settings: Sequence[str], plugins: Sequence[Path]) ->
             raise SpecError(f"{results} holds {len(run.runs)} runs; name one of the pipeline files in {source}")
         # Measurements with other settings are not those of this export.
         return PipelineSpec.load(resolved, settings, plugins), None if settings else run
-    if is_study(source):
+    file = read_yaml(source)
+    if file.is_study:
         raise SpecError(f"{source} is an ablation file, of many models; name a pipeline file or a results folder")
-    return PipelineSpec.load(source, settings, plugins), None
+    return PipelineSpec.load(file, settings, plugins), None
 
 
 def show(manifest: Manifest) -> None:

@@ -10,10 +10,22 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from ...registry import ROLES, Catalog, Compensator, Component, HistoryStorage, PluginError, SpecError, Strategy, near
+from ...registry import (
+    ROLES,
+    Catalog,
+    Compensator,
+    Component,
+    HistoryStorage,
+    PluginError,
+    SparsityAllocator,
+    SpecError,
+    Strategy,
+    near,
+)
 from ..engine.runtime import Runtime
 
 Model = TypeVar("Model", bound=BaseModel)
+Built = TypeVar("Built")
 Place = tuple[str | int, ...]
 
 
@@ -32,11 +44,9 @@ class Mistake:
 class Mistakes(SpecError):
     """All mistakes of one piece of data, one by one in ``found``."""
 
-    found: tuple[Mistake, ...] = ()
-
-    def of(self, found: Iterable[Mistake]) -> Mistakes:
+    def __init__(self, message: str, found: Iterable[Mistake]):
+        super().__init__(message)
         self.found = tuple(found)
-        return self
 
 
 def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], options: Mapping[str, Any]) -> Strategy:
@@ -51,26 +61,27 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
         if key in options:
             raise SpecError(f"{key}: is not an option (found {options[key]!r}); the strategy is an argument of its own")
     reader = Reader(catalog)
+    built: Component | None
     if isinstance(strategy, str):
         label = f"strategy {strategy}"
         built = reader.component("strategies", {"use": strategy, **options}, ())
     else:
         if isinstance(strategy, type) and issubclass(strategy, Strategy):
-            strategy = strategy()
+            strategy = strategy.model_validate({})
         if not isinstance(strategy, Strategy):
             raise SpecError(f"expected the name of a strategy or a Strategy object, found {strategy!r}")
         label = f"strategy {strategy.name}"
-        built = reader.model(type(strategy), options, (), base=strategy)
-    reader.finish(label)
-    return built
+        built = reader.model(type(strategy), options, (), base=strategy) if options else reader.complete(strategy, ())
+    found = reader.result(built, label)
+    if not isinstance(found, Strategy):
+        raise SpecError(f"{label}: is not a strategy")
+    return found
 
 
 def build_runtime(runtime: Runtime | Mapping[str, Any] | None) -> Runtime:
     """A :class:`Runtime` from options; raises :class:`SpecError` naming every mistake at once."""
     reader = Reader(Catalog())
-    built = reader.model(Runtime, {} if runtime is None else runtime, ("runtime",))
-    reader.finish("runtime")
-    return built
+    return reader.result(reader.model(Runtime, {} if runtime is None else runtime, ("runtime",)), "runtime")
 
 
 class Reader:
@@ -81,15 +92,14 @@ class Reader:
         self.mistakes: list[Mistake] = []
         self._notes: list[str] = []
 
-    def finish(self, label: str, at: Callable[[Place], str] = lambda place: "") -> None:
-        """Raise one :class:`SpecError` with all mistakes, if there were any; ``at`` says where in a file."""
-        if len(self.mistakes) == 1:
-            only = self.mistakes[0]
-            raise Mistakes("\n".join([f"{label}: {at(only.place)}{only}", *self._notes])).of(self.mistakes)
-        if self.mistakes:
-            lines = [f"  {at(mistake.place)}{mistake}" for mistake in self.mistakes]
-            text = "\n".join([f"{label}: {len(self.mistakes)} mistakes", *lines, *self._notes])
-            raise Mistakes(text).of(self.mistakes)
+    def result(self, built: Built | None, label: str, at: Callable[[Place], str] = lambda place: "") -> Built:
+        """``built``, or one :class:`SpecError` with all mistakes; ``at`` gives the line of a place in a file."""
+        if built is not None and not self.mistakes:
+            return built
+        lines = [f"{at(mistake.place)}{mistake}" for mistake in self.mistakes]
+        several = [f"{label}: {len(lines)} mistakes", *(f"  {line}" for line in lines)]
+        message = [f"{label}: {lines[0]}"] if len(lines) == 1 else several
+        raise Mistakes("\n".join([*message, *self._notes]), self.mistakes)
 
     def mistake(self, place: Place, message: str) -> None:
         self.mistakes.append(Mistake(place, message))
@@ -111,7 +121,8 @@ class Reader:
             default = default_of(cls, key) if base is None else getattr(base, key)
             values[key] = self._value(cls.model_fields[key].annotation, value, here, default)
         if issubclass(cls, Strategy):
-            self._check_ratio(cls, values, place)
+            allocator, ratio = (values.get(key, default_of(cls, key)) for key in ("allocator", "ratio"))
+            self._check_ratio(allocator, ratio, place)
         flawed = {mistake.place[len(place)] for mistake in self.mistakes[start:] if len(mistake.place) > len(place)}
         kept = {key: value for key, value in values.items() if key not in flawed}
         try:
@@ -125,9 +136,7 @@ class Reader:
                 about = cls.model_fields[loc[0]].description if len(loc) == 1 and loc[0] in cls.model_fields else None
                 self.mistake((*place, *loc), describe(problem, about))
             return None
-        if isinstance(built, Strategy):
-            built = seed_parts(built)
-        return built if len(self.mistakes) == start else None
+        return _seeded(built) if len(self.mistakes) == start else None
 
     def component(self, role: str, raw: Any, place: Place, default: Component | None = None) -> Component | None:
         """A role's component from an object, a name, or a mapping of its name and options."""
@@ -178,11 +187,14 @@ class Reader:
             return self.model(cls, raw, place, base=default if isinstance(default, HistoryStorage) else None)
         return self.component(role, raw, place, default if isinstance(default, Component) else None)
 
-    def _check_ratio(self, cls: type[Strategy], values: Mapping[str, Any], place: Place) -> None:
-        """Whether there is a ratio depends on who divides it up; pydantic checks its range."""
-        allocator = values.get("allocator", default_of(cls, "allocator"))
-        ratio = values.get("ratio", default_of(cls, "ratio"))
-        if not isinstance(allocator, Component):
+    def complete(self, strategy: Strategy, place: Place) -> Strategy:
+        """A strategy that was built in Python, as :meth:`model` builds one."""
+        self._check_ratio(strategy.allocator, strategy.ratio, place)
+        return seed_parts(strategy)
+
+    def _check_ratio(self, allocator: Any, ratio: Any, place: Place) -> None:
+        """Whether a ratio is needed depends on the allocator; pydantic checks its range."""
+        if not isinstance(allocator, SparsityAllocator):
             return
         if allocator.takes_ratio and ratio is None:
             self.mistake((*place, "ratio"), "is required: the share of the model's units to cut, 0 <= ratio < 1")
@@ -215,16 +227,24 @@ class Reader:
         return next((entry.name for entry in self.catalog.of_role(role) if key in visible(entry.component)), None)
 
 
+def _seeded(built: Model) -> Model:
+    return built.model_copy(update=_seeded_parts(built)) if isinstance(built, Strategy) else built
+
+
 def seed_parts(strategy: Strategy) -> Strategy:
-    """``strategy`` with its seed, where it was given one, handed to its components that draw and name none."""
+    """``strategy`` with its seed, if it was given one, passed to its components that draw and name none."""
+    return strategy.model_copy(update=_seeded_parts(strategy))
+
+
+def _seeded_parts(strategy: Strategy) -> dict[str, Component]:
     if "seed" not in strategy.model_fields_set:
-        return strategy
+        return {}
     parts = {field: getattr(strategy, field) for field in type(strategy).model_fields}
     seeded = {key: with_seed(part, strategy.seed) for key, part in parts.items() if isinstance(part, Component)}
     changed = {key: part for key, part in seeded.items() if part is not parts[key]}
     for part in changed.values():
-        part.model_fields_set.discard("seed")  # still not its own: another seed of the strategy reaches it again
-    return strategy.model_copy(update=changed)
+        part.model_fields_set.discard("seed")  # so that another seed of the strategy reaches it again
+    return changed
 
 
 def with_seed(part: Model, seed: int) -> Model:

@@ -1,8 +1,8 @@
-"""What a pipeline file says, as pydantic models, and how one is read."""
+"""The sections of a pipeline file as pydantic models, and how a file is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,8 +13,8 @@ from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, nea
 from ..bundled import TEXTS
 from ..engine.runtime import Runtime
 from ..models.loading import ModelSource
-from .reader import Place, Reader, seed_parts, with_seed
-from .yaml_file import apply_settings, read_yaml
+from .reader import Model, Place, Reader, seed_parts, with_seed
+from .yaml_file import YamlFile, apply_settings, read_yaml
 
 DEFAULT_EVALUATORS = ("perplexity", "cost")
 
@@ -96,14 +96,16 @@ class PipelineSpec(BaseModel):
         return self._catalog or Catalog.discover(self.plugins)
 
     @classmethod
-    def load(cls, path: str | Path, settings: Iterable[str] = (), plugins: Iterable[str | Path] = ()) -> PipelineSpec:
-        """Read a pipeline file, changed by ``--set`` like ``settings``; ``plugins`` come before the file's own.
+    def load(
+        cls, path: str | Path | YamlFile, settings: Iterable[str] = (), plugins: Iterable[str | Path] = ()
+    ) -> PipelineSpec:
+        """Read a pipeline file, changed by ``settings`` as of ``--set``; ``plugins`` come before the file's own.
 
         Raises :class:`SpecError` naming every mistake with its place, and :class:`PluginError` for a plugin
         file that does not load.
         """
-        path = Path(path)
-        data, lines = read_yaml(path)
+        file = read_yaml(path)
+        data = file.data
         if data.get("evaluate") is None:
             data["evaluate"] = list(DEFAULT_EVALUATORS)  # so that --set evaluate.0.window=256 finds it
         changed = apply_settings(data, settings)
@@ -111,10 +113,10 @@ class PipelineSpec(BaseModel):
         def at(place: Place) -> str:
             if any(place[: len(setting)] == setting for setting in changed):
                 return "--set "
-            known = next((lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in lines), None)
-            return "" if known is None else f"line {known}: "
+            line = file.line(place)
+            return "" if line is None else f"line {line}: "
 
-        return cls.of(data, folder=path.resolve().parent, plugins=plugins, label=str(path), at=at)
+        return cls.of(data, folder=file.folder, plugins=plugins, label=str(file.path), at=at)
 
     @classmethod
     def of(
@@ -124,21 +126,20 @@ class PipelineSpec(BaseModel):
         plugins: Iterable[str | Path] = (),
         catalog: Catalog | None = None,
         label: str = "pipeline",
-        at=lambda place: "",
+        at: Callable[[Place], str] = lambda place: "",
     ) -> PipelineSpec:
         """The spec that a pipeline file with this content would give; relative paths start at ``folder``."""
         folder = folder or Path.cwd()
         listed = data.get("plugins") or []
         if not (isinstance(listed, (list, tuple)) and all(isinstance(item, (str, Path)) for item in listed)):
             raise SpecError(f"{label}: {at(('plugins',))}plugins: expected a list of Python files (found {listed!r})")
-        files = list(dict.fromkeys([*(Path(p).resolve() for p in plugins), *(_absolute(p, folder) for p in listed)]))
+        files = list(dict.fromkeys([*(Path(p).resolve() for p in plugins), *(absolute(p, folder) for p in listed)]))
         reader = SpecReader(catalog or Catalog.discover(files), folder)
         data = dict(data, plugins=files)
         for section in [key for key, value in data.items() if value is None]:
             del data[section]
         data.setdefault("evaluate", list(DEFAULT_EVALUATORS))
-        spec = reader.model(cls, data, ())
-        reader.finish(label, at)
+        spec = reader.result(reader.model(cls, data, ()), label, at)
         if "seed" in data:
             seeded = {
                 "calibration": with_seed(spec.calibration, spec.seed),
@@ -164,19 +165,19 @@ class SpecReader(Reader):
         super().__init__(catalog)
         self.folder = folder
 
-    def model(self, cls, raw, place, base=None):
+    def model(self, cls: type[Model], raw: Any, place: Place, base: BaseModel | None = None) -> Model | None:
         if isinstance(raw, Mapping) and issubclass(cls, TextSource):
             raw = self._text(dict(raw), place)
         if isinstance(raw, Mapping) and cls is ModelSource and (self.folder / str(raw.get("name"))).is_dir():
-            raw = {**raw, "name": str(_absolute(raw["name"], self.folder))}
+            raw = {**raw, "name": str(absolute(raw["name"], self.folder))}
         return super().model(cls, raw, place, base)
 
-    def _value(self, annotation, raw, place, default):
+    def _value(self, annotation: Any, raw: Any, place: Place, default: Any) -> Any:
         if _holds(annotation, Path):
             if isinstance(raw, (list, tuple)):
-                raw = [_absolute(one, self.folder) if isinstance(one, (str, Path)) else one for one in raw]
+                raw = [absolute(one, self.folder) if isinstance(one, (str, Path)) else one for one in raw]
             elif isinstance(raw, (str, Path)):
-                raw = _absolute(raw, self.folder)
+                raw = absolute(raw, self.folder)
         return super()._value(annotation, raw, place, default)
 
     def _text(self, raw: dict[str, Any], place: Place) -> dict[str, Any]:
@@ -187,7 +188,7 @@ class SpecReader(Reader):
                 f"no bundled text is called {bundled!r}{near(bundled, TEXTS)}; there are {', '.join(TEXTS)}",
             )
         if isinstance(file, (str, Path)):
-            raw["file"] = _absolute(file, self.folder)
+            raw["file"] = absolute(file, self.folder)
             if not raw["file"].is_file():
                 folder = f"{raw['file']} is a folder; name a .txt or .jsonl file"
                 self.mistake((*place, "file"), folder if raw["file"].is_dir() else f"there is no file {raw['file']}")
@@ -199,5 +200,6 @@ def _holds(annotation: Any, wanted: type) -> bool:
     return annotation is wanted or any(_holds(part, wanted) for part in get_args(annotation))
 
 
-def _absolute(path: str | Path, folder: Path) -> Path:
+def absolute(path: str | Path, folder: Path) -> Path:
+    """``path`` from ``folder``, ``~`` expanded."""
     return (folder / Path(path).expanduser()).resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,38 @@ SMALLEST = "the smallest pipeline file is  prune: {use: pp, ratio: 0.4}"
 PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
-def read_yaml(
-    path: Path, kind: str = "pipeline file", smallest: str = SMALLEST
-) -> tuple[dict[str, Any], dict[Place, int]]:
-    """The mapping in a YAML file and the line of every place in it; raises :class:`SpecError`.
+@dataclass
+class YamlFile:
+    """A YAML file as plain data, with the line of every place in it."""
+
+    path: Path
+    text: str
+    data: dict[str, Any]
+    lines: dict[Place, int]
+
+    @property
+    def is_study(self) -> bool:
+        """Whether it is an ablation file, not a pipeline file."""
+        return "prune" not in self.data and any(key in self.data for key in ("base", "vary", "trials"))
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start."""
+        return self.path.resolve().parent
+
+    def line(self, place: Place) -> int | None:
+        """The line of a place, else of the nearest place around it."""
+        return next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
+
+
+def read_yaml(path: str | Path | YamlFile, kind: str = "pipeline file", smallest: str = SMALLEST) -> YamlFile:
+    """A YAML file, read unless it is already; raises :class:`SpecError`.
 
     Only plain data is built, and a key given twice is refused where YAML itself would silently keep the last.
     """
+    if isinstance(path, YamlFile):
+        return path
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -45,11 +71,11 @@ def read_yaml(
         raise SpecError(f"{kind} {path} is empty; {smallest}")
     if not isinstance(data, dict):
         raise SpecError(f"{kind} {path} must be a mapping of sections, found {data!r:.60}; {smallest}")
-    return data, lines
+    return YamlFile(path, text, data, lines)
 
 
 def apply_settings(data: dict[str, Any], settings: Iterable[str]) -> list[Place]:
-    """Change ``data`` by ``prune.ratio=0.2``-like settings, values read as YAML; returns the places set.
+    """Change ``data`` by settings such as ``prune.ratio=0.2``, values read as YAML; returns the changed places.
 
     Numbers in the path are list places; a component given by its bare name becomes a mapping when one of
     its options is set. Raises :class:`SpecError`.
@@ -59,32 +85,41 @@ def apply_settings(data: dict[str, Any], settings: Iterable[str]) -> list[Place]
         path, equals, text = setting.partition("=")
         if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", path):
             raise SpecError(f"--set {setting}: write a path, an equals sign and a value, such as prune.ratio=0.2")
-        try:
-            value = yaml.safe_load(text)
-        except Exception:  # the loader also lets through what its conversions raise, for dates that do not exist
-            raise SpecError(f"--set {setting}: the value {text!r} is not valid YAML; put quotes around text") from None
-        place: Place = tuple(int(part) if part.isdigit() else part for part in path.split("."))
-        set_at(data, place, value, f"--set {setting}")
+        place = parse_place(path)
+        set_at(data, place, yaml_value(setting, text), f"--set {setting}")
         places.append(place)
     return places
 
 
-def set_at(data: dict[str, Any], place: Place, value: Any, said: str) -> None:
-    """Put ``value`` at a place of plain data; raises :class:`SpecError`, begun with ``said``, where there is none."""
+def yaml_value(setting: str, text: str) -> Any:
+    """The value of a ``--set`` option; raises :class:`SpecError`."""
+    try:
+        return yaml.safe_load(text)
+    except Exception:  # the loader also raises whatever its conversions raise, such as for dates that do not exist
+        raise SpecError(f"--set {setting}: the value {text!r} is not valid YAML; put quotes around text") from None
+
+
+def parse_place(dotted: str) -> Place:
+    """``evaluate.0.window`` -> ``("evaluate", 0, "window")``."""
+    return tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+
+
+def set_at(data: dict[str, Any], place: Place, value: Any, label: str) -> None:
+    """Put ``value`` at a place of plain data; raises :class:`SpecError`, its message begun with ``label``."""
     at: Any = data
     for depth, part in enumerate(place):
         here = ".".join(map(str, place[:depth])) or "the file"
         last = depth == len(place) - 1
         if isinstance(at, list):
             if not isinstance(part, int) or part > len(at):
-                raise SpecError(f"{said}: {here} is a list of {len(at)}, there is no place {part!r}")
+                raise SpecError(f"{label}: {here} is a list of {len(at)}, there is no place {part!r}")
             if part == len(at):
                 at.append({})
         elif isinstance(at, dict):
             if at.get(part) is None:
                 at[part] = [] if not last and isinstance(place[depth + 1], int) else {}
         else:
-            raise SpecError(f"{said}: {here} is {at!r}, which has no {part!r}")
+            raise SpecError(f"{label}: {here} is {at!r}, which has no {part!r}")
         if last:
             at[part] = value
         elif isinstance(at[part], str):
@@ -130,9 +165,3 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: Place, path: Path) 
     except Exception as error:  # whatever a conversion raises: a date that does not exist, a tag !!int before a word
         where = f"{path} line {node.start_mark.line + 1}: {'.'.join(map(str, place))}"
         raise SpecError(f"{where}: {node.value!r} is not valid YAML ({error}); put quotes around text") from None
-
-
-def is_study(path: Path) -> bool:
-    """Whether a file is an ablation file, not a pipeline; raises :class:`SpecError` for one that cannot be read."""
-    data, _ = read_yaml(path)
-    return "prune" not in data and any(key in data for key in ("base", "vary", "trials"))

@@ -67,6 +67,17 @@ def fact(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A markdown table, its columns aligned in the source too."""
     rows = [list(head), *(list(row) for row in rows)]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ...registry import Catalog
 
 Item = TypeVar("Item")
+Row = Sequence[str] | Sequence[str | Text]
 
 PIPED_WIDTH = 100
 
@@ -53,13 +54,13 @@ def say(line: str, whole: bool = False) -> None:
     out.print(line, highlight=False, markup=False, soft_wrap=whole)
 
 
-def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, title: str | None = None) -> None:
+def show_table(head: Sequence[str], rows: Iterable[Row], left: int = 1, title: str | None = None) -> None:
     """A table whose first ``left`` columns are text and the others numbers."""
     out.print(_table(head, rows, left, title))
     out.print()
 
 
-def show_wide_table(head: Sequence[str], rows: Sequence[Sequence[str | Text]], left: int, elsewhere: str) -> None:
+def show_wide_table(head: Sequence[str], rows: Sequence[Row], left: int, elsewhere: str) -> None:
     """A table whose words and numbers stay in one piece: as wide as it is in a pipe or a file.
 
     On a terminal the columns that do not fit are left out from the right, and a line says how many there are and
@@ -86,19 +87,16 @@ def narrow() -> bool:
     return out.is_terminal and out.width < 130
 
 
-def _whole(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> tuple[Table, int]:
+def _whole(head: Sequence[str], rows: Iterable[Row], left: int) -> tuple[Table, int]:
     """A table that is never wrapped, and the width that it needs."""
     table = _table(head, rows, left, whole=True)
     return table, Measurement.get(out, out.options.update(width=WIDEST), table).maximum
 
 
-def _table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], left: int, title: str | None = None, whole: bool = False
-) -> Table:
+def _table(head: Sequence[str], rows: Iterable[Row], left: int, title: str | None = None, whole: bool = False) -> Table:
     shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
     for index, name in enumerate(head):
-        side = "left" if index < left else "right"
-        shown.add_column(escape(name), justify=side, overflow="fold", no_wrap=whole)
+        shown.add_column(escape(name), justify="left" if index < left else "right", overflow="fold", no_wrap=whole)
     for row in rows:
         shown.add_row(*(cell if isinstance(cell, Text) else escape(cell) for cell in row))
     return shown

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ...registry import SiteKind
 from .folders import plain
 
-Value = int | float | str | None
+Value = float | int | str | None
 
 Plain = Annotated[dict[str, Any], BeforeValidator(plain)]
 """A mapping as JSON holds it: NaN and infinity are the texts ``nan``, ``inf`` and ``-inf``."""

@@ -1,4 +1,4 @@
-"""One trial of a study, as planned and as stored: its settings, its pipeline, and the key that tells them apart."""
+"""The trials of a study as planned and as stored, and the key that identifies a trial."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ from ..runs.records import RunResult
 
 @dataclass(frozen=True)
 class Planned:
-    """A trial that is to run; ``settings`` are its axis values (labels, for an axis of a free name), in axis order."""
+    """A trial that is to run."""
 
     number: int
     key: str
     """sha256 of :attr:`pipeline`."""
     settings: dict[str, Any]
+    """Values (labels, for an axis of a free name) by axis, in axis order."""
     spec: PipelineSpec
     pipeline: dict[str, Any] = field(repr=False, default_factory=dict)
-    """Everything the trial's numbers depend on: see :func:`identity`."""
+    """Everything that the trial's numbers depend on: see :func:`identity`."""
 
     @property
     def label(self) -> str:
-        """One line that tells the trial from the others: ``pp 0.4 other seed 1``."""
+        """One line that distinguishes the trial from the others: ``pp 0.4 other seed 1``."""
         return label_of(self.settings)
-
-
-Status = Literal["waiting", "done", "failed"]
 
 
 class StoredTrial(BaseModel):
@@ -47,13 +45,13 @@ class StoredTrial(BaseModel):
     number: int
     key: str
     settings: dict[str, Any]
-    status: Status
+    status: Literal["waiting", "done", "failed"]
     result: RunResult | None = None
     resolved: str | None = None
     error: str | None = None
     seconds: float | None = None
     pipeline: dict[str, Any] = Field(default_factory=dict)
-    """Everything that the key stands for."""
+    """As :attr:`Planned.pipeline`."""
 
     @property
     def label(self) -> str:
@@ -62,40 +60,35 @@ class StoredTrial(BaseModel):
 
 
 def label_of(settings: Mapping[str, Any]) -> str:
-    """Values in axis order; numbers that would say nothing alone are named."""
+    """Values in axis order; numbers whose axis is not obvious are named."""
     parts = []
     for name, value in settings.items():
-        said = spelt(value)
-        last = name.rsplit(".", 1)[-1]
-        parts.append(said if name in ("prune.use", "prune.ratio") or _says_itself(value) else f"{last} {said}")
+        alone = isinstance(value, str) or name in ("prune.use", "prune.ratio")
+        parts.append(as_text(value) if alone else f"{name.rsplit('.', 1)[-1]} {as_text(value)}")
     return " ".join(parts) or "base"
 
 
-def _says_itself(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def spelt(value: Any) -> str:
-    """A value of an axis as its file spells it."""
+def as_text(value: Any) -> str:
+    """A value of an axis as an ablation file writes it."""
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def identity(spec: PipelineSpec, folder: Path) -> dict[str, Any]:
-    """The resolved pipeline without its output and with nothing in it that moving the files would change.
+    """The resolved pipeline without its output, and without anything that changes when files are moved.
 
-    Text files, plugin files and folders of task files stand for their content, by sha256; a model folder is named from
-    ``folder``, the study's, where it lies below it, and stands for its configuration and its files' sizes.
+    Text files, plugin files and folders of task files are replaced by the sha256 of their content. A model folder is
+    named from ``folder``, the study's, where it lies below it, with a sha256 of its configuration and file sizes.
     """
     data = spec.model_dump(mode="python", serialize_as_any=True)
     data.pop("output")
     name = data["model"]["name"]
     if name is not None and Path(name).is_absolute():
-        data["model"]["name"] = f"{_from(Path(name), folder)}, sha256 {_outline(Path(name))}"
+        data["model"]["name"] = f"{_relative(Path(name), folder)}, sha256 {_outline(Path(name))}"
     return plain(_without_paths(data, folder))
 
 
 def key_of(pipeline: Mapping[str, Any]) -> str:
-    """sha256 of what :func:`identity` gives."""
+    """sha256 of the result of :func:`identity`."""
     return hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest()
 
 
@@ -105,16 +98,16 @@ def _without_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_paths(item, folder) for item in value]
     if isinstance(value, Path):
-        return f"sha256 {content(value)}" if value.exists() else _from(value, folder)
+        return f"sha256 {content(value)}" if value.exists() else _relative(value, folder)
     return value
 
 
-def _from(path: Path, folder: Path) -> str:
+def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else os.fspath(path)
 
 
 def _outline(folder: Path) -> str:
-    """sha256 of a model folder's configuration and of the names and sizes of its files: weights are not read."""
+    """sha256 of a model folder's configuration and of its files' names and sizes; weights are not read."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*")):
         if path.is_file():
