@@ -25,7 +25,7 @@ from .roles.parts import (
     SiteScores,
     SparsityAllocator,
 )
-from .roles.strategy import Strategy
+from .roles.strategy import PaddingOf, Strategy
 from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, complement
 from .tensors.history_storage import HistoryStorage
 from .tensors.moments import ChannelMoments
@@ -56,6 +56,7 @@ __all__ = [
     "ModelError",
     "NoCompensation",
     "NonFiniteError",
+    "PaddingOf",
     "PluginError",
     "Prepared",
     "ProbeSelector",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from ..registry import MaskApplier, Scorer, Site, SparsityAllocator, Strategy, hookimpl
@@ -18,15 +17,13 @@ class WandaSpScorer(Scorer):
     paper: ClassVar[str] = "Wanda, ICLR 2024, arXiv 2306.11695; structured in FLAP, AAAI 2024, arXiv 2312.11983"
 
     name: Literal["wanda_sp"] = "wanda_sp"
-    square_attention: bool = Field(default=False, description="square the channel scores of attention, as FLAP does")
 
-    def prepare(self, weight: Tensor, site: Site) -> tuple[Tensor, int]:
-        """``sum_o |W[o,c]|`` and the power of the score; (O, C) -> (C,), 1 or 2."""
-        return weight.abs().sum(0), 2 if self.square_attention and site.kind == "attention" else 1
+    def prepare(self, weight: Tensor, site: Site) -> Tensor:
+        """``sum_o |W[o,c]|``; (O, C) -> (C,)."""
+        return weight.abs().sum(0)
 
-    def score(self, prepared: tuple[Tensor, int], statistic: Tensor) -> Tensor:
-        weights, power = prepared
-        return (statistic.sqrt() * weights).pow(power)
+    def score(self, prepared: Tensor, statistic: Tensor) -> Tensor:
+        return statistic.sqrt() * prepared
 
 
 class WandaSp(Strategy):

@@ -75,16 +75,16 @@ def test_strategies_with_different_options(write):
         write(
             "base: {prune: {ratio: 0.4}}\nvary:\n  method:\n"
             "    pp: {prune.use: pp, prune.selector.rows: 0.1, prune.merger: {name: fixed_ratio, probe: 0.3}}\n"
-            "    flap: {prune.use: flap, prune.scorer.recurrence: flap_shipped}\n"
+            "    flap: {prune.use: flap, prune.scorer.weighted: false}\n"
             "    once: {prune.use: pp, prune.selector: null, prune.merger: null}\n"
             "  prune.skip_layers: [[0], []]\n"
         )
     )
     pp, _, flap, _, once, _ = (trial.spec.prune for trial in study.trials)
-    assert (pp.selector.rows, pp.merger.probe, flap.scorer.recurrence, once.dynamic) == (
+    assert (pp.selector.rows, pp.merger.probe, flap.scorer.weighted, once.dynamic) == (
         0.1,
         0.3,
-        "flap_shipped",
+        False,
         False,
     )
     assert [trial.spec.prune.skip_layers for trial in study.trials[:2]] == [(0,), ()]

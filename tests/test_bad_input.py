@@ -67,8 +67,8 @@ def test_a_batch_that_is_not_finite(make_model, batches):
 
 def test_a_batch_that_is_not_finite_where_the_probe_does_not_look(make_model, batches):
     model = make_model("llama-gqa")
-    options = dict(selector={"name": "random", "rows": 0.25}, skip_layers=[0, 1], rescale="off", trace=True)
-    with prune(model, "pp", ratio=0.4, calibration=batches, **options) as pruned:
+    options = dict(selector={"name": "random", "rows": 0.25}, skip_layers=[0, 1], trace=True)
+    with prune(model, "pp", ratio=0.4 / 3, calibration=batches, **options) as pruned:
         embeds = model.get_input_embeddings()(batches[0]["input_ids"]).clone()
         expected = model(inputs_embeds=embeds, use_cache=False).logits
         looked = {row for record in pruned.trace for row in record["rows"]}

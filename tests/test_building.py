@@ -28,10 +28,10 @@ def test_components_by_name_by_options_and_removed(catalog):
     assert not static.dynamic
 
 
-@pytest.mark.parametrize("scorer", [{"recurrence": "pp_shipped"}, {"name": "fluctuation", "recurrence": "pp_shipped"}])
+@pytest.mark.parametrize("scorer", [{"weighted": False}, {"name": "fluctuation", "weighted": False}])
 def test_the_strategys_own_component_keeps_its_settings(catalog, scorer):
     built = build_strategy(catalog, "flap", dict(ratio=0.4, scorer=scorer))
-    assert built.scorer.square_attention and built.scorer.recurrence == "pp_shipped"
+    assert built.scorer.square_attention and not built.scorer.weighted
     assert not build_strategy(catalog, "pp", dict(ratio=0.4, scorer={"name": "fluctuation"})).scorer.square_attention
 
 
@@ -39,6 +39,15 @@ def test_the_strategys_own_history_keeps_its_settings(catalog):
     mine = build_strategy(catalog, "pp", {"ratio": 0.4, "history": {"dtype": "float16"}})
     changed = build_strategy(catalog, mine, {"history": {"pool": 4}})
     assert (changed.history.dtype, changed.history.pool) == ("float16", 4)
+
+
+def test_old_files_that_write_the_defaults_of_options_that_moved_are_read(catalog):
+    old = {"rescale": "exact", "probe_mask": "selected", "pad_handling": "exclude"}
+    old |= {"scorer": {"name": "fluctuation", "recurrence": "published", "square_attention": True}}
+    old |= {"merger": {"name": "fixed_ratio", "as_shipped": False}}
+    built = build_strategy(catalog, "pp", {"ratio": 0.4, **old})
+    assert (built.scorer.name, built.scorer.square_attention, built.merger.name) == ("fluctuation", True, "fixed_ratio")
+    assert build_strategy(catalog, "pp_reference", dict(ratio=0.4, rescale="off")).rescale == "off"
 
 
 def test_a_strategy_object_is_changed_not_replaced(catalog):
@@ -58,7 +67,26 @@ def test_a_strategy_object_is_changed_not_replaced(catalog):
         (dict(ratio=0.4, rows=0.1), ["rows: unknown key", "option of selector", "selector: {rows: ...}"]),
         (dict(ratio=0.4, scorer=None), ["scorer: expected a Scorer", "found None"]),
         (dict(ratio=0.4, scorer=3), ["scorer: expected a Scorer", "found 3"]),
-        (dict(ratio=0.4, rescale="exakt"), ["rescale: ", "found 'exakt'", "did you mean 'exact'?"]),
+        (dict(ratio=0.4, attention_unit="kv_grop"), ["attention_unit: ", "'kv_grop'", "did you mean 'kv_group'?"]),
+        (dict(ratio=0.4, rescale="off"), ["rescale: is no longer an option here (found 'off'); write use: pp_ref"]),
+        (dict(ratio=0.4, probe_mask="first"), ["probe_mask: is no longer", "use: pp_reference, whose probe has"]),
+        (dict(ratio=0.4, pad_handling="reference"), ["pad_handling: is no longer", "write use: pp_reference"]),
+        (
+            dict(ratio=0.4, scorer={"name": "fluctuation", "recurrence": "pp_shipped"}),
+            ["scorer.recurrence: is no longer", "scorer: pp_reference_flap for pp_shipped"],
+        ),
+        (
+            dict(ratio=0.4, scorer={"name": "wanda_sp", "square_attention": True}),
+            ["scorer.square_attention: is no longer", "write scorer: wifn"],
+        ),
+        (
+            dict(ratio=0.4, merger={"name": "fixed_ratio", "as_shipped": True}),
+            ["merger.as_shipped: is no longer", "write merger: {name: pp_reference_fixed_ratio, probe: SHARE}"],
+        ),
+        (
+            dict(ratio=0.4, allocator="flap_shipped"),
+            ["allocator: SparsityAllocator 'flap_shipped' has another name now; write flap_reference"],
+        ),
         (dict(ratio=0.4, merger={"name": "fixed_ratio", "probe": 3}), ["merger.probe: ", "found 3"]),
         (dict(ratio=0.4, allocator="explicit"), ["allocator.attention: is required", "allocator.mlp: is required"]),
         (

@@ -199,7 +199,7 @@ def test_show_tells_every_option_of_every_role_of_that_name(command):
     text = " ".join(result.stdout.split())
     assert result.exit_code == 0
     assert "arXiv 2502.15618" in text
-    for words in ("rescale: exact | two_decimals | off, default exact", "skip_layers: list of int, default []"):
+    for words in ("attention_unit: kv_group | query_head, default kv_group", "skip_layers: list of int, default []"):
         assert words in text
     assert "ratio: float, required (unless the allocator takes none)" in text
     random = command("show", "random").stdout

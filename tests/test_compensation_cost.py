@@ -75,7 +75,7 @@ def measure(make_model, batches):
 
     def measured(use, compensate, evaluator=None, **options):
         model = make_model("llama-gqa")
-        options = {"ratio": 0.5, "skip_layers": [0], "rescale": "off", "calibration": batches, **options}
+        options = {"ratio": 0.5 * 2 / 3, "skip_layers": [0], "calibration": batches, **options}  # 0.5 of two layers
         with prune(model, use, compensate=compensate, **options) as pruned:
             subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {}).subject()
             found = (evaluator or Cost(batch_size=B, length=T)).evaluate(subject)

@@ -144,7 +144,7 @@ def test_a_near_name_and_the_names_there_are_make_one_sentence(load):
 # Sequential calibration
 
 
-@pytest.mark.parametrize("allocator", ["global_adaptive", "flap_shipped", "pp_flap_shipped"])
+@pytest.mark.parametrize("allocator", ["global_adaptive", "flap_reference", "pp_reference_flap"])
 def test_sequential_calibration_with_scores_of_all_layers_is_refused_before_anything_is_loaded(load, allocator):
     said = refused(load, f"use: wanda_sp, sequential: true, allocator: {allocator}")
     assert said.endswith(

@@ -11,19 +11,20 @@ from prunekit.registry.checks import built, check_evaluation, check_sites, check
 from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.allocation import Explicit, Uniform
 from prunekit.strategies.compensation import LeastSquares, LowRankLeastSquares
-from prunekit.strategies.flap.reference import PPFlapShipped
-from prunekit.strategies.flap.scorer import RECURRENCES, FluctuationScorer
+from prunekit.strategies.flap.scorer import FluctuationScorer
 from prunekit.strategies.pp.mergers import FixedRatio, ImportanceScaled
 from prunekit.strategies.pp.selectors import ResidualNorm, SpreadProbe
-from prunekit.strategies.wanda_sp import WandaSpScorer
+from prunekit.strategies.reference.pp_flap import PPReferenceFlap, PPReferenceFlapAllocator
 
 OURS = [entry.component for entry in Catalog.discover(block="").entries if entry.provider.startswith("prunekit ")]
 WITH_OPTIONS = {
     Explicit: Explicit(attention=(0.5, 0.0), mlp=(0.25, 0.99)),
-    PPFlapShipped: PPFlapShipped(group=8, mlp_multiple=4),  # the sites of the checks have 24 channels, not n x 128
+    # The sites of the checks have 24 channels, not n x 128.
+    PPReferenceFlapAllocator: PPReferenceFlapAllocator(group=8, mlp_multiple=4),
+    PPReferenceFlap: PPReferenceFlap(allocator=PPReferenceFlapAllocator(group=8, mlp_multiple=4)),
 }
 VARIANTS = [
-    FixedRatio(probe=0.3, as_shipped=True),
+    FixedRatio(probe=0.3),
     FluctuationScorer(square_attention=True, weighted=False),
     ImportanceScaled(momentum=1.0),
     LeastSquares(per_batch="solve", probe=1.0, ridge=1e-4),
@@ -33,8 +34,6 @@ VARIANTS = [
     ResidualNorm(positions=0.01, rows=0.01),
     SpreadProbe(positions=1.0),
     Uniform(mlp_multiple=8),
-    WandaSpScorer(square_attention=True),
-    *(FluctuationScorer(recurrence=name) for name in RECURRENCES),
 ]
 COMPONENTS = [WITH_OPTIONS.get(cls, cls) for cls in OURS] + VARIANTS
 CASES = [
@@ -103,4 +102,4 @@ def test_uniform_never_cuts_more_than_asked(ratio):
 def test_groups_that_do_not_fit_the_channels_are_refused():
     scores = [SiteScores(some_site("attention"), torch.rand(24), torch.rand(6))]
     with pytest.raises(SpecError, match=r"layer 0 attention has 24 channels.*groups of 128"):
-        PPFlapShipped().allocate(scores, 0.4)
+        PPReferenceFlapAllocator().allocate(scores, 0.4)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.strategies.pp import PP
 
 FAMILIES = ["llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "opt"]
 WIDE = {"llama": dict(intermediate_size=1600), "opt": dict(ffn_dim=1600)}
@@ -111,6 +112,13 @@ def test_a_mask_given_by_position(make_model, batches, family):
     assert pruned.trace != kept[0], "the mask must matter, or the check proves nothing"
 
 
+class FirstMask(PP):
+    """PP whose probe has the mask of the first positions."""
+
+    def mask_positions(self, positions):
+        return torch.arange(len(positions))
+
+
 @pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
 def test_a_probe_under_left_padding_sees_what_it_sees_without(make_model, family):
     """A probe of exactly the real tokens decides as the same tokens without padding do; so it needs their own mask."""
@@ -121,10 +129,10 @@ def test_a_probe_under_left_padding_sees_what_it_sees_without(make_model, family
     kept = {}
     for name, tokens, attention_mask, options in [
         ("padded", ids, mask, {"selector": {"positions": 0.5}}),
-        ("first", ids, mask, {"selector": {"positions": 0.5}, "probe_mask": "first"}),
+        ("first", ids, mask, {"selector": {"positions": 0.5}, "strategy": FirstMask()}),
         ("alone", ids[:, 12:], None, {"selector": {"positions": 1.0}}),
     ]:
-        with prune(model, "pp", ratio=0.5, merger="probe_only", trace=True, **options) as pruned:
+        with prune(model, **{"strategy": "pp", **options}, ratio=0.5, merger="probe_only", trace=True) as pruned:
             model(tokens, attention_mask=attention_mask, use_cache=False)
             kept[name] = [r["kept"] for r in pruned.trace]
     assert kept["padded"] == kept["alone"]

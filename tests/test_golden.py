@@ -1,6 +1,6 @@
 """The reference codes' recorded results on seeded models: kept sets exactly, losses to 1e-4.
 
-The options below are all it takes to turn the clean defaults into what the references compute. Where the
+The strategies of prunekit.strategies.reference compute what the reference codes do. Where the
 reference itself decides a tie by one ulp (the threshold element of its FLAP baseline) one unit may differ.
 """
 
@@ -16,28 +16,14 @@ from torch.nn import functional
 
 EVALUATED = ["eval0", "eval1", "eval2", "pad64", "pad48"]
 
-PP_CODE = dict(
-    skip_layers=[0, 1, 2],
-    rescale="two_decimals",
-    attention_unit="query_head",
-    probe_mask="first",
-    pad_handling="reference",
-    allocator={"name": "uniform", "mlp_multiple": 64},
-)
 PP_RUNS = {
-    "pp": ("pp", {}),
-    "pp_smallprobe": ("pp", {"selector": {"positions": 0.1, "rows": 0.1}}),
-    "pp_halfprobe": ("pp", {"selector": {"positions": 0.5, "rows": 0.5}}),
-    "fullbatch": ("full_batch_probing", {}),
-    "fullbatch_nohistory": ("full_batch_probing", {"merger": "probe_only"}),
-    "wandasp_baseline": ("wanda_sp", {}),
-    "flap_baseline": (
-        "flap",
-        {
-            "scorer": {"recurrence": "pp_shipped", "square_attention": False},
-            "allocator": {"name": "pp_flap_shipped", "sequence_length": 64},
-        },
-    ),
+    "pp": ("pp_reference", {}),
+    "pp_smallprobe": ("pp_reference", {"selector": {"positions": 0.1, "rows": 0.1}}),
+    "pp_halfprobe": ("pp_reference", {"selector": {"positions": 0.5, "rows": 0.5}}),
+    "fullbatch": ("pp_reference_full_batch", {}),
+    "fullbatch_nohistory": ("pp_reference_full_batch", {"merger": "probe_only"}),
+    "wandasp_baseline": ("pp_reference_wanda_sp", {}),
+    "flap_baseline": ("pp_reference_flap", {"allocator": {"sequence_length": 64}}),
 }
 # The FLAP baseline's threshold is itself a group of 128 attention channels (four heads of 32), and whether that group
 # stays depends on the last bit of a standard deviation, so on the processor. By model and label, the group's site.
@@ -47,13 +33,11 @@ DECIDED_BY_ONE_ULP = {
     ("opt-hd32", "flap_baseline@0.4"): (5, "attention"),
 }
 TIED_HEADS = 4
-WIFN = {"name": "wanda_sp", "square_attention": True}
-SHIPPED = {"recurrence": "flap_shipped"}
 FLAP_RUNS = {
-    "flap_WIFV_AL-AM": ("flap", {"scorer": SHIPPED, "allocator": "flap_shipped"}),
-    "flap_WIFV_UL-UM": ("flap", {"scorer": SHIPPED, "allocator": "uniform"}),
-    "flap_WIFN_AL-AM": ("flap", {"scorer": WIFN, "allocator": "flap_shipped"}),
-    "flap_IFV_AL-AM": ("flap", {"scorer": {**SHIPPED, "weighted": False}, "allocator": "flap_shipped"}),
+    "flap_WIFV_AL-AM": ("flap_reference", {}),
+    "flap_WIFV_UL-UM": ("flap_reference", {"allocator": "uniform"}),
+    "flap_WIFN_AL-AM": ("flap_reference", {"scorer": "wifn"}),
+    "flap_IFV_AL-AM": ("flap_reference", {"scorer": {"weighted": False}}),
     "wanda_sp": ("wanda_sp", {"sequential": True}),
     "mag_sp": ("magnitude", {}),
 }
@@ -126,7 +110,7 @@ def test_pp_code(golden, name, label):
     expected = recorded["runs"][label]
     variant, ratio = label.split("@")
     strategy, options = PP_RUNS[variant]
-    options = {**PP_CODE, **options, "ratio": float(ratio)}
+    options = {**options, "ratio": float(ratio)}
     data = inputs(golden)
     with reference_model(golden, name) as model:
         with prune(model, strategy, calibration=list(data["calib_input_ids"]), trace=True, **options) as pruned:

@@ -11,10 +11,12 @@ import torch
 from prunekit.compress import prune
 from prunekit.registry import ChannelHistory, MeanSquare, Producer, Rows, Site, SiteScores, SpecError
 from prunekit.strategies.allocation import Uniform
-from prunekit.strategies.flap.scorer import FluctuationScorer, PPShippedFluctuation
+from prunekit.strategies.flap.scorer import FluctuationScorer
 from prunekit.strategies.pp.mergers import FixedRatio, ImportanceScaled, ProbeOnly
 from prunekit.strategies.pp.scorer import PPsp
 from prunekit.strategies.pp.selectors import HiddenNorm, ResidualNorm
+from prunekit.strategies.reference.pp import PPReferenceFixedRatio
+from prunekit.strategies.reference.pp_flap import PPReferenceFluctuation
 from prunekit.strategies.wanda_sp import WandaSpScorer
 
 pytestmark = pytest.mark.smoke
@@ -98,12 +100,11 @@ def test_fixed_ratio(tensors, kind):
     """The reference gives the share to the probe in attention and to history in the MLP."""
     expected = tensors[f"metric/{kind}/ppwandasp/probefixratio0.3"]
 
-    def scores(**options) -> torch.Tensor:
-        merger = FixedRatio(probe=0.3, **options)
+    def scores(merger) -> torch.Tensor:
         return PPsp().unit_scores(metric(tensors, kind, PPsp(), merger, padded=False), PLACES[kind].unit_size)
 
-    torch.testing.assert_close(scores(as_shipped=True), expected, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(scores(), expected, rtol=1e-3) is (kind == "attn")
+    torch.testing.assert_close(scores(PPReferenceFixedRatio(probe=0.3)), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(scores(FixedRatio(probe=0.3)), expected, rtol=1e-3) is (kind == "attn")
 
 
 def kept_units(scores: torch.Tensor, place: Site, ratio: float, multiple: int) -> set[int]:
@@ -148,7 +149,7 @@ def layers_ratio(make_model, layers: int, ratio: float) -> float:
     """The share that the layers left are cut by, with three layers untouched, read off their 100 MLP channels."""
     sizes = {"hidden_size": 16, "intermediate_size": 100, "num_attention_heads": 2, "num_key_value_heads": 2}
     model = make_model("llama-mha", num_hidden_layers=layers, **sizes)
-    with prune(model, "random", ratio=ratio, skip_layers=[0, 1, 2], rescale="two_decimals") as pruned:
+    with prune(model, "pp_reference_wanda_sp", ratio=ratio, scorer="random", allocator={"mlp_multiple": 1}) as pruned:
         (kept,) = {count for (_, kind), count in pruned.counts.items() if kind == "mlp"}
     return round(1 - kept / 100, 2)
 
@@ -187,11 +188,11 @@ def test_history(tensors, padded):
 
 
 @pytest.mark.parametrize("padded", [0, 1])
-def test_shipped_fluctuation(tensors, padded):
+def test_fluctuation_of_the_reference(tensors, padded):
     label = f"stats/flap/pads{padded}"
     history = ChannelHistory(16, torch.device("cpu"))
     for number in range(3):
-        PPShippedFluctuation().observe(history, tensors[f"{label}/calib{number}"], None)
+        PPReferenceFluctuation().observe(history, tensors[f"{label}/calib{number}"], None)
     torch.testing.assert_close(history.table, tensors[f"{label}/after_calib/fluc_inp"])
     torch.testing.assert_close(history.mean, tensors[f"{label}/after_calib/baseline_inp"].mean(0))
     assert history.tokens == tensors[f"{label}/after_calib/nsamples"][0]
@@ -221,7 +222,7 @@ BATCH += [[-0.53796, -0.43096], [-1.17793, 0.40578], [0.16696, -0.67373]]
     [
         ("ppwandasp", ImportanceScaled(), 53.189),
         ("ppwandasp", ProbeOnly(), 36.4525),
-        ("ppwandasp", FixedRatio(probe=0.3, as_shipped=True), 36.3259),
+        ("ppwandasp", PPReferenceFixedRatio(probe=0.3), 36.3259),
         ("wandasp", ImportanceScaled(), 38.2215),
         ("wandasp", ProbeOnly(), 31.6417),
         ("flap", ImportanceScaled(), 136.4953),

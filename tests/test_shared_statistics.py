@@ -17,7 +17,7 @@ RUNS = [
     ("wanda_sp", {"compensate": "mean", "skip_layers": (1,)}),
     ("pp", {"skip_layers": (0,), "attention_unit": "query_head"}),
     ("flap", {"skip_layers": (2,), "attention_unit": "query_head"}),
-    ("pp", {"pad_handling": "reference"}),
+    ("pp_reference", {"skip_layers": ()}),
     ("wanda_sp", {"sequential": True}),
     ("full_batch_probing", {"merger": "fixed_ratio"}),
 ]
@@ -79,7 +79,7 @@ def test_a_text_is_read_once_for_a_statistic(model, batches):
     assert passes("pp") == passes("wanda_sp") == passes("pp", compensate="mean", skip_layers=(0,)) == 0
     assert passes("wanda_sp", attention_unit="query_head") == 0
     assert passes("flap") == 4 and passes("flap") == 0  # another statistic
-    assert passes("pp", pad_handling="reference") == 4
+    assert passes("pp_reference", skip_layers=()) == 0  # what it does to padding begins after calibration
     other = [{"input_ids": batch["input_ids"].flip(1)} for batch in batches]
     assert passes("pp", other) == 4 and passes("pp", other) == 0 == passes("pp")
     assert passes("pp", [{**batch, "attention_mask": torch.ones(4, 24).long()} for batch in batches]) == 4

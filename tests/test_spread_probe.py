@@ -77,8 +77,8 @@ def test_arguments_are_cut_to_every_rows_positions(batch, masks, first):
         "attention_mask": mask,
         "scale": 3,
     }
-    which = "first" if first else "selected"
-    chosen = probing._chosen_arguments(arguments, torch.zeros(batch, 6, 8), rows, positions, which)
+    shown = torch.arange(2) if first else positions
+    chosen = probing._chosen_arguments(arguments, torch.zeros(batch, 6, 8), rows, positions, shown)
     assert set(chosen) == {"position_embeddings", "position_ids", "attention_mask", "scale"} and chosen["scale"] == 3
     assert torch.equal(chosen["position_ids"], positions)
     seen = [torch.arange(2)] * batch if first else list(positions)
@@ -89,7 +89,7 @@ def test_arguments_are_cut_to_every_rows_positions(batch, masks, first):
         for whole, part in zip(rotary, chosen["position_embeddings"], strict=True):
             assert torch.equal(part[row], whole[0, positions[row]])
     flat = {**arguments, "attention_mask": torch.randn(masks, 6, generator=generator())}
-    found = probing._chosen_arguments(flat, torch.zeros(batch, 6, 8), rows, positions, "selected")["attention_mask"]
+    found = probing._chosen_arguments(flat, torch.zeros(batch, 6, 8), rows, positions, positions)["attention_mask"]
     assert torch.equal(found, flat["attention_mask"].expand(batch, 6).gather(1, positions))
 
 
@@ -105,11 +105,11 @@ def run(model, ids, valid, batches, **options):
 def test_each_row_sees_what_it_would_see_alone(make_model, batches, monkeypatch, family, attention, padding):
     compared = []
 
-    def checked(cut, given, rows, positions, mask):
-        together = probe_states(cut, given, rows, positions, mask)
+    def checked(cut, given, rows, positions, seen):
+        together = probe_states(cut, given, rows, positions, seen)
         assert positions.shape == (BATCH, 8) and not torch.equal(positions[0], positions[1])
         for row, (states, own) in enumerate(zip(together.view(BATCH, 8, -1), positions, strict=True)):
-            alone = probe_states(cut, given, rows[row : row + 1], own, mask).view(8, -1)
+            alone = probe_states(cut, given, rows[row : row + 1], own, own).view(8, -1)
             real = torch.ones(8, dtype=torch.bool) if valid is None else valid[row, own]
             torch.testing.assert_close(states[real], alone[real], rtol=1e-4, atol=1e-5)
             compared.append(int(real.sum()))
@@ -207,7 +207,7 @@ def test_every_token_meets_the_history_of_its_own_position(make_model, batches, 
     GIVEN.clear()
     model = make_model("opt")
     options = dict(ratio=0.4, calibration=batches, selector=SpreadProbe(positions=0.3), merger=Remembered())
-    with prune(model, "pp", trace=True, pad_handling="exclude", **options) as pruned, torch.no_grad():
+    with prune(model, "pp", trace=True, **options) as pruned, torch.no_grad():
         monkeypatch.setattr(decider.Decider, "_channel_scores", channel_scores)
         model(ids, attention_mask=None if valid is None else valid.long(), use_cache=False)
         positions = torch.tensor([record["positions"] for record in pruned.trace])

@@ -40,7 +40,7 @@ RUNS = [
     ("flap", {"compensate": "none"}),
     ("wanda_sp", {"skip_layers": (1,)}),
     ("pp", {"attention_unit": "query_head"}),
-    ("flap", {"scorer": {"recurrence": "flap_shipped"}}),
+    ("flap_reference", {}),
     ("magnitude", {"compensate": "mean", "allocator": "uniform"}),
     ("pp", {"history": {"pool": 4}}),
 ]
@@ -90,7 +90,7 @@ def test_what_is_in_it(model, batches, tmp_path):
     path = tmp_path / "s.safetensors"
     outcome(model, batches, statistics=path)
     tensors, metadata, table = parts_of(path)
-    assert metadata["format"] == "prunekit statistics 1" and metadata["pad_handling"] == "exclude"
+    assert metadata["format"] == "prunekit statistics 1"
     assert len(metadata["model"]) == len(metadata["text"]) == 64
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert "layers.1.mlp.down_proj" in table and tensors[table].shape == (24, 192)
@@ -123,7 +123,6 @@ def test_a_file_of_something_else_is_refused_with_the_reason(model, make_countin
     refused(model, batches[:3], path, r"other calibration text: .*name another file, or delete this one")
     masked = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches]
     refused(model, masked, path, "other calibration text")
-    refused(model, batches, path, "another way to count padding", pad_handling="reference")
     turned = make_counting(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     refused(turned, batches, path, r"another configuration of this model, such as its rotary embeddings")
     assert outcome(model, batches, statistics=path)[1] == 0, "and serves whom it is for as before"

@@ -143,7 +143,6 @@ def _prune(name: str, model: Any, setting: Setting, catalog: Catalog) -> Pruned:
     options: dict[str, Any] = {
         "allocator": {"mlp_multiple": 64},
         "skip_layers": setting.skipped_layers,
-        "rescale": "two_decimals",
         **setting.options,
     }
     for key, value in variant.strategy.items():  # in addition to what the user set of the same part
@@ -155,7 +154,10 @@ def _prune(name: str, model: Any, setting: Setting, catalog: Catalog) -> Pruned:
     rows = min(setting.batch, 4)
     text = [torch.randint(VOCABULARY, (rows, setting.length), generator=generator) for _ in range(CALIBRATION)]
     runtime = dict(variant.runtime)
-    return prune(model, "pp", ratio=setting.ratio, calibration=text, catalog=catalog, runtime=runtime, **options)
+    layers = model.config.num_hidden_layers
+    cut = layers - len(setting.skipped_layers)
+    ratio = round(setting.ratio * layers / cut, 2) * cut / layers  # of the layers that are cut, to two decimals
+    return prune(model, "pp", ratio=ratio, calibration=text, catalog=catalog, runtime=runtime, **options)
 
 
 def batch_of(setting: Setting, number: int) -> torch.Tensor:

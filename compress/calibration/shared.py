@@ -22,20 +22,20 @@ class SharedStatistics:
     """What one loaded model has shown on the calibration texts used last, so that no text is read twice.
 
     What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the
-    text, the statistic and how padding counts. At most ``texts`` are remembered, the oldest going first;
+    text and the statistic. At most ``texts`` are remembered, the oldest going first;
     a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared of small sites
     alone. Never shared: statistics of sequential calibration, which depend on what was cut before.
     """
 
     def __init__(self, texts: int = 4, covariance_bytes: int = 2**28):
         self.texts = texts
-        self._of: OrderedDict[tuple[str, str], Histories] = OrderedDict()
+        self._of: OrderedDict[str, Histories] = OrderedDict()
         self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
         self._covariance_bytes = covariance_bytes
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
         """Give every site its history, gathering what is not there yet in one pass over ``batches``."""
-        key = (fingerprint(batches), engine.strategy.pad_handling)
+        key = fingerprint(batches)
         known = self._of.setdefault(key, {})
         self._of.move_to_end(key)
         if any(_place(cut) not in known for cut in engine.cuts):

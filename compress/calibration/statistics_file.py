@@ -38,7 +38,6 @@ ORIGINS = {
     "model": "another model, or the same one with other weights or another dtype",
     "configuration": "another configuration of this model, such as its rotary embeddings, activations or heads",
     "text": "other calibration text: other documents, seed, number or length of sequences, or padding",
-    "pad_handling": "another way to count padding",
 }
 """What a file must have been gathered from, and what a difference means."""
 
@@ -60,7 +59,7 @@ class StatisticsFile:
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
         """Give every site its history."""
-        origin = origin_of(engine.model, batches, engine.strategy.pad_handling)
+        origin = origin_of(engine.model, batches)
         known = self._read(origin, engine.cuts) if self.path.exists() else {}
         if all(cut in known for cut in engine.cuts):
             for cut, history in known.items():
@@ -163,14 +162,13 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
         yield file, metadata
 
 
-def origin_of(model: nn.Module, batches: list[Batch], pad_handling: str) -> dict[str, str]:
-    """What statistics are of: sha256 of weights, configuration and token ids, and how padding counts."""
+def origin_of(model: nn.Module, batches: list[Batch]) -> dict[str, str]:
+    """What statistics are of: sha256 of weights, configuration and token ids."""
     configuration = {key: value for key, value in model.config.to_diff_dict().items() if key not in NOT_COMPUTING}
     return {
         "model": model_fingerprint(model),
         "configuration": hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode()).hexdigest(),
         "text": text_fingerprint(batches),
-        "pad_handling": pad_handling,
     }
 
 

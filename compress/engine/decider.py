@@ -14,9 +14,6 @@ from .records import Decision
 from .site_cut import SiteCut
 from .watching import NOBODY, Stages
 
-REFERENCE_PAD_EPSILON = 1e-3
-"""What the PP reference adds to its counts of real tokens in batches that have padding."""
-
 
 class Decider:
     """Runs a strategy's components on one site at a time; its only state is a random generator."""
@@ -66,10 +63,11 @@ class Decider:
         if x.shape[-1] != len(columns):
             x = x.index_select(2, columns)
         observed, known = self._measure(cut, x, valid, columns), history.of_columns(length, columns)
-        counts = observed.new_full((length,), x.shape[0]) if valid is None else valid.sum(0).float()
+        counted = self.strategy.counted(valid)
+        counts = observed.new_full((length,), x.shape[0]) if counted is None else counted.sum(0).float()
         observed, counts = history.storage.pooled(observed, counts)
         updated = cut.merger.update(known, observed)
-        if valid is not None and self.strategy.pad_handling == "exclude":
+        if counted is not None:
             # A position where every row is padding has shown nothing.
             updated = torch.where((counts > 0)[:, None], updated, known)
         cut.pending = columns, updated
@@ -92,17 +90,11 @@ class Decider:
         for cut in cuts:
             cut.pending = None
 
-    def _measure(
-        self, cut: SiteCut, x: Tensor, valid: Tensor | None, columns: Tensor | None = None, exclude: bool = False
-    ) -> Tensor:
+    def _measure(self, cut: SiteCut, x: Tensor, valid: Tensor | None, columns: Tensor | None = None) -> Tensor:
         mean = cut.history.mean
         if mean is not None and columns is not None:
             mean = mean[columns]
-        statistic = cut.scorer.statistic
-        if valid is None or exclude or self.strategy.pad_handling == "exclude":
-            return statistic.measure(x, valid, mean)
-        # The reference has zeroed what it leaves out of the sums, and divides by the real tokens.
-        return statistic.measure(x, None, mean) * (x.shape[0] / (valid.sum(0) + REFERENCE_PAD_EPSILON))[:, None]
+        return self.strategy.measure(cut.scorer.statistic, x, valid, mean)
 
     # Decisions
 
@@ -126,15 +118,16 @@ class Decider:
         """
         strategy, merger, valid = self.strategy, cut.merger, given.valid
         selector, uses_mean = strategy.probes_with, cut.compensation.compensator.uses_probe
-        counted = valid if strategy.pad_handling == "exclude" else None
         with self.stages("select"):
-            rows, positions = selector.select(given.states(cut, selector.looks_at), counted, self.generator)
+            rows, positions = selector.select(
+                given.states(cut, selector.looks_at), strategy.counted(valid), self.generator
+            )
         measured = mean = None
         if uses_mean or (merger is not None and merger.uses_probe):
             self.probe_valid = None if valid is None else pick_tokens(valid, rows, positions)
             try:
                 with self.stages("probe"):
-                    x = probe_states(cut, given, rows, positions, strategy.probe_mask)
+                    x = probe_states(cut, given, rows, positions, strategy.mask_positions(positions))
                     x = x.view(len(rows), positions.shape[-1], -1)
                     if merger is not None and merger.uses_probe:
                         measured = self._measure_probe(cut, x, self.probe_valid, positions)
@@ -162,11 +155,11 @@ class Decider:
 
     def _measure_probe(self, cut: SiteCut, x: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
         """The statistic of a probe x (b, t, C) position by position, (t, C); of one whose rows have positions (b, t)
-        of their own token by token, (b*t, C): the reference knows no such probe, so its padding is left out."""
+        of their own token by token, (b*t, C)."""
         if positions.dim() == 1:
             return self._measure(cut, x, valid)
         valid = None if valid is None else valid.reshape(1, -1)
-        return self._measure(cut, x.reshape(1, -1, x.shape[-1]), valid, exclude=True)
+        return self._measure(cut, x.reshape(1, -1, x.shape[-1]), valid)
 
     def _mean_of(self, cut: SiteCut, x: Tensor, valid: Tensor | None) -> Tensor:
         """The channels' mean over the probe's real tokens; x (b, t, C) -> (C,) float32."""

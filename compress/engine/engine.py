@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ...registry import ChannelHistory, Site, Strategy
-from . import reference_padding, site_linear
+from . import site_linear
 from .call_arguments import learn_names
 from .compensation import without_probe
 from .compiling import compile_decoder
@@ -75,10 +75,7 @@ class Engine:
             self._handles.append(layers[index].register_forward_pre_hook(passing.enter_layer(index), **before))
         if self.strategy.probes_with is None:
             return
-        if self.strategy.pad_handling == "reference":
-            attention = [site.consumer for site in self.all_sites if site.kind == "attention"]
-            outputs = [self.model.get_submodule(path) for path in attention]
-            self._handles += reference_padding.install(layers, outputs, passing.padding_of)
+        self._handles += self.strategy.install(self.model, layers, self.all_sites, passing.padding_of)
         for cut in self.cuts:
             self._handles.append(cut.norm.register_forward_pre_hook(passing.enter_norm(cut)))
             self._handles.append(cut.entry.register_forward_pre_hook(passing.enter_site(cut), **before))

@@ -45,14 +45,12 @@ class SiteInput:
 
 
 @torch.no_grad()
-def probe_states(
-    cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor, mask: Literal["selected", "first"]
-) -> Tensor:
+def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
     """What would enter the consumer for the probe's tokens, all units kept; (b, t, C).
 
     No attention, rotary or activation code is repeated here: the block runs its own forward with its consumer handing
-    back what it reads. Positions are (t,), or (b, t) where every row has its own. ``mask`` says which positions'
-    attention mask the probe gets.
+    back what it reads. Positions are (t,), or (b, t) where every row has its own. ``seen``, of the same length,
+    are the positions whose attention mask the probe gets.
     """
     chosen = given.chosen(cut, rows, positions)
     cut.rest()
@@ -63,17 +61,17 @@ def probe_states(
             return cut.activation(cut.entry.forward(chosen))
         if cut.site.kind == "mlp":
             return cut.entry.forward(chosen)
-        arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, mask)
+        arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, seen)
         return cut.entry.forward(chosen, **arguments)[0]
     finally:
         cut.probing = False
 
 
 def _chosen_arguments(
-    arguments: dict[str, Any], hidden: Tensor, rows: Tensor, positions: Tensor, mask: Literal["selected", "first"]
+    arguments: dict[str, Any], hidden: Tensor, rows: Tensor, positions: Tensor, seen: Tensor
 ) -> dict[str, Any]:
     """The attention's keyword arguments, those per token cut to the probe's tokens, the cache left out."""
-    batch, length = hidden.shape[0], positions.shape[-1]
+    batch = hidden.shape[0]
 
     def of_tokens(t: Tensor) -> Tensor:
         return pick_tokens(t.expand(batch, *t.shape[1:]) if positions.dim() == 2 else t, rows, positions)
@@ -85,7 +83,6 @@ def _chosen_arguments(
         chosen["position_ids"] = of_tokens(chosen["position_ids"])
     attention_mask = chosen.get("attention_mask")
     if attention_mask is not None:
-        seen = positions if mask == "selected" else torch.arange(length, device=positions.device)
         chosen["attention_mask"] = _chosen_mask(attention_mask, batch, rows, seen)
     return chosen
 

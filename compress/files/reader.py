@@ -23,6 +23,7 @@ from ...registry import (
     near,
 )
 from ..engine.runtime import Runtime
+from . import moved
 
 Model = TypeVar("Model", bound=BaseModel)
 Built = TypeVar("Built")
@@ -116,6 +117,12 @@ class Reader:
         for key, value in raw.items():
             here = (*place, key)
             if key not in visible(cls):
+                default, remedy = moved.OPTIONS.get((role_of(cls) or "", key), (None, ""))
+                if remedy and value == default:
+                    continue
+                if remedy:
+                    self.mistake(here, f"is no longer an option here (found {value!r}); {remedy}")
+                    continue
                 self.mistake(here, f"unknown key{self._instead(cls, key, base)}")
                 continue
             default = default_of(cls, key) if base is None else getattr(base, key)
@@ -161,6 +168,8 @@ class Reader:
             cls = self.catalog.get(role, name)
         except PluginError as error:
             message, *notes = str(error).split("\n")
+            if (role, name) in moved.NAMES:
+                message, notes = f"{title} {name!r} has another name now; write {moved.NAMES[role, name]}", []
             self.mistake(at_name, message)
             self._notes = notes
             likely = get_close_matches(name, [entry.name for entry in self.catalog.of_role(role)], n=1)

@@ -143,16 +143,12 @@ def sites_within(strategy: Strategy, sites: list[Site], layers: int) -> tuple[li
     others = layers - len(kept_whole)
     if not others:
         raise SpecError(f"skip_layers: all {layers} layers are skipped, so a ratio of {strategy.ratio} is out of reach")
-    ratio = strategy.ratio
-    if strategy.rescale != "off":
-        ratio = ratio * layers / others
-    if strategy.rescale == "two_decimals":
-        ratio = round(ratio, 2)
+    ratio = strategy.site_ratio(strategy.ratio, layers, len(kept_whole))
     if ratio >= 1:
         raise SpecError(
             f"ratio {strategy.ratio} is out of reach: with {len(kept_whole)} of {layers} layers skipped the others "
-            f"would have to lose {ratio:.3g} of their units; skip fewer layers, ask for less than "
-            f"{others / layers:.3g}, or set rescale: off"
+            f"would have to lose {ratio:.3g} of their units; skip fewer layers, or ask for less than "
+            f"{others / layers:.3g}"
         )
     return inside, ratio
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
 
 from ..component import Component, wrong_signature
-from ..sites import AttentionUnit
+from ..sites import AttentionUnit, Site
 from ..tensors.history_storage import HistoryStorage
+from ..tensors.statistics import Statistic
 from .compensation import Compensator, NoCompensation
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
+
+PaddingOf = Callable[[Tensor], Tensor | None]
 
 
 class Strategy(Component):
@@ -24,15 +29,10 @@ class Strategy(Component):
     # The ratio's exact place depends on the allocator, so the model cannot declare it required.
     ratio: float | None = Field(default=None, description="share of the model's units to cut, 0 <= ratio < 1")
     skip_layers: tuple[int, ...] = Field(default=(), description="layers left untouched")
-    rescale: Literal["exact", "two_decimals", "off"] = Field(
-        default="exact",
-        description="cut the other layers harder so that the mean over all layers is the ratio asked for; "
-        "two_decimals rounds the harder ratio as the PP reference does; off leaves it",
-    )
     attention_unit: AttentionUnit = Field(
         default="kv_group",
         description="kv_group cuts a key/value head with its query heads (all four projections and the KV cache); "
-        "query_head cuts query heads only, as the PP reference does under grouped-query attention",
+        "query_head cuts query heads only, which saves less under grouped-query attention",
     )
     scorer: Scorer
     allocator: SparsityAllocator
@@ -49,16 +49,6 @@ class Strategy(Component):
     sequential: bool = Field(
         default=False,
         description="calibrate every layer on the outputs of the layers already cut (static strategies; slower)",
-    )
-    probe_mask: Literal["selected", "first"] = Field(
-        default="selected",
-        description="attention mask of the probe: that of the selected positions, or, as the PP reference "
-        "has it, of as many first positions (wrong under left padding)",
-    )
-    pad_handling: Literal["exclude", "reference"] = Field(
-        default="exclude",
-        description="exclude keeps padding out of probe and statistics; reference does what the PP code does "
-        "(1e-3 in the denominators, padded embeddings and attention outputs zeroed, pads ranked like tokens)",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of parts that draw and name no seed of their own")
 
@@ -107,6 +97,36 @@ class Strategy(Component):
                 "scores of all layers at once; use allocator uniform or explicit"
             )
         return self
+
+    # Hooks that a strategy may override.
+
+    def site_ratio(self, ratio: float, layers: int, skipped: int) -> float:
+        """The share that layers that are not skipped lose, so that all layers together lose ``ratio``."""
+        return ratio * layers / (layers - skipped)
+
+    def mask_positions(self, positions: Tensor) -> Tensor:
+        """Positions whose attention mask the probe at ``positions`` (t,) or (b, t) gets; int64 of the same length."""
+        return positions
+
+    def counted(self, valid: Tensor | None) -> Tensor | None:
+        """Tokens that a selector may choose and that history learns from; (B, T) bool, None for all."""
+        return valid
+
+    def measure(self, statistic: Statistic, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
+        """The statistic of a probe or a batch at each position; x (B, T, c), valid (B, T) -> (T, c) float32."""
+        return statistic.measure(x, valid, mean)
+
+    def install(
+        self, model: nn.Module, layers: Sequence[nn.Module], sites: Sequence[Site], padding_of: PaddingOf
+    ) -> list[Any]:
+        """Forward hooks of the strategy's own, where it probes; their handles are removed with the pruning.
+
+        ``sites`` are all of the model. ``padding_of(states)`` gives the padded tokens (b, t) bool of the probe or batch
+        that is running, or None.
+        """
+        return []
+
+    # What follows from the options.
 
     @property
     def probes_with(self) -> ProbeSelector | None:

@@ -8,7 +8,6 @@ from ...registry import Compensator, MaskApplier, Scorer, SparsityAllocator, Str
 from ..application import Slice
 from ..compensation.mean import Mean
 from .adaptive import GlobalAdaptive
-from .reference import FlapShipped, PPFlapShipped
 from .scorer import FluctuationScorer
 
 
@@ -31,7 +30,7 @@ def scorers() -> list[type[Scorer]]:
 
 @hookimpl
 def allocators() -> list[type[SparsityAllocator]]:
-    return [GlobalAdaptive, FlapShipped, PPFlapShipped]
+    return [GlobalAdaptive]
 
 
 @hookimpl

@@ -39,13 +39,9 @@ class FixedRatio(MovingAverage):
 
     name: Literal["fixed_ratio"] = "fixed_ratio"
     probe: float = Field(default=0.5, ge=0, le=1, description="the probe's share")
-    as_shipped: bool = Field(
-        default=False, description="at MLPs give that share to history instead, as the PP reference's code does"
-    )
 
     def merge(self, probe: Tensor, history: Tensor, site: Site) -> Tensor:
-        swapped = self.as_shipped and site.kind == "mlp"
-        return torch.lerp(history, probe, 1 - self.probe if swapped else self.probe)
+        return torch.lerp(history, probe, self.probe)
 
 
 class ProbeOnly(HistoryMerger):

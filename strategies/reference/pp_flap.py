@@ -1,4 +1,4 @@
-"""The allocations that the shipped codes of FLAP and of PP's FLAP baseline compute, for reproduction."""
+"""The FLAP baseline in the published code of Probe Pruning, which differs from its authors' FLAP."""
 
 from __future__ import annotations
 
@@ -8,38 +8,56 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from ...registry import SiteScores, SparsityAllocator, SpecError
+from ...registry import (
+    ChannelHistory,
+    Compensator,
+    Fluctuation,
+    Scorer,
+    SiteScores,
+    SparsityAllocator,
+    SpecError,
+    Statistic,
+)
 from ..allocation import kept_width
-from .adaptive import standardised
+from ..compensation.mean import Mean
+from ..flap.adaptive import standardised
+from ..flap.scorer import FluctuationScorer
+from .pp import PPRepository
 
 
-class FlapShipped(SparsityAllocator):
-    """FLAP's own code (AL-AM): a head costs the integer 512/3 = 170 channels, whatever the model."""
+class PPReferenceFluctuation(Fluctuation):
+    """The recurrence of the FLAP baseline in PP's code: the batch mean is divided as if it were a sum."""
 
-    needs_scores: ClassVar[bool] = True
-    name: Literal["flap_shipped"] = "flap_shipped"
-    head_cost: int = Field(default=170, ge=1, description="channels that one head counts for")
+    name: Literal["fluctuation_pp_reference"] = "fluctuation_pp_reference"
 
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
-        if not ratio:  # the code's strict comparison would drop the lowest unit even then
-            return [scores.site.units for scores in sites]
-        per_site = [standardised(scores) for scores in sites]
-        costs = [
-            torch.full(z.shape, self.head_cost if scores.site.kind == "attention" else 1, device=z.device)
-            for scores, z in zip(sites, per_site, strict=True)
-        ]
-        values, order = torch.cat(per_site).sort(descending=True)
-        kept_cost = torch.cat(costs)[order].cumsum(0)
-        threshold = values[(kept_cost - kept_cost[-1] * (1 - ratio)).abs().argmin()]
-        return [int((z > threshold).sum()) for z in per_site]
+    def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
+        history.grow(x.shape[1])
+        seen, batch = history.tokens, x.shape[0]
+        old = torch.zeros(x.shape[-1], device=x.device) if history.mean is None else history.mean
+        new = (old * seen + x.float().mean((0, 1))) / (seen + batch)
+        if seen:
+            values = x.float()
+            deviations = ((values - new) * (values - old)).sum(0)
+            table = history.table[: x.shape[1]]
+            table.mul_((seen - 1) / (seen + batch - 1)).add_(deviations, alpha=1 / (seen + batch))
+        history.mean = new
+        history.tokens = seen + batch
 
 
-class PPFlapShipped(SparsityAllocator):
+class PPReferenceFlapScorer(FluctuationScorer):
+    """FLAP's score by the recurrence of PP's published code, which does not square attention."""
+
+    statistic: ClassVar[Statistic | None] = PPReferenceFluctuation()
+    name: Literal["pp_reference_flap"] = "pp_reference_flap"
+
+
+class PPReferenceFlapAllocator(SparsityAllocator):
     """The FLAP baseline in PP's code: heads are compared in groups of 128 channels, whatever the head size."""
 
     needs_scores: ClassVar[bool] = True
-    name: Literal["pp_flap_shipped"] = "pp_flap_shipped"
+    name: Literal["pp_reference_flap"] = "pp_reference_flap"
     sequence_length: int = Field(
         default=1024, ge=1, description="positions T in the price of attention's score products"
     )
@@ -71,8 +89,8 @@ class PPFlapShipped(SparsityAllocator):
             return 1
         if site.channels % self.group:
             raise SpecError(
-                f"allocator pp_flap_shipped: {site.label} has {site.channels} channels, which are not whole groups of "
-                f"{self.group}; set group to a divisor"
+                f"allocator pp_reference_flap: {site.label} has {site.channels} channels, which are not whole groups "
+                f"of {self.group}; set group to a divisor"
             )
         return self.group
 
@@ -89,3 +107,12 @@ class PPFlapShipped(SparsityAllocator):
 
 def _double(scores: SiteScores) -> SiteScores:
     return replace(scores, channels=scores.channels.double())
+
+
+class PPReferenceFlap(PPRepository):
+    """The FLAP baseline of PP's published code."""
+
+    name: Literal["pp_reference_flap"] = "pp_reference_flap"
+    scorer: Scorer = PPReferenceFlapScorer()
+    allocator: SparsityAllocator = PPReferenceFlapAllocator()
+    compensate: Compensator = Mean()
