@@ -1,4 +1,4 @@
-"""What calibration takes beyond plain dense passes over the same text, in time and in memory: a page of markdown.
+"""Time and memory of calibration compared with plain dense passes over the same text: a page of markdown.
 
 python docs/benchmarks/calibration_overhead.py --out docs/benchmarks/calibration-overhead.md
 """
@@ -44,7 +44,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def measure(chosen: argparse.Namespace, dtype: str, use: str) -> dict[str, Any]:
-    """Seconds of calibrating on a batch and of the plain pass, in turn; peak memory for few and many batches."""
+    """Seconds of calibrating on a batch and of the plain pass, alternating; peak memory for few and many batches."""
     with torch.device(chosen.device):
         config = PRESETS[chosen.preset].config(chosen.layers, chosen.length)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -89,11 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [
         "# What calibration costs",
         "",
-        "Statistics of all sites in one pass, beside a plain pass of the decoder over the same batch: "
+        "Statistics of all sites in one pass, compared with a plain pass of the decoder over the same batch: "
         f"{chosen.preset}, {chosen.layers} layers, random weights, batches of {chosen.rows} x {chosen.length}, "
         f"{chosen.rounds} rounds in turn; {chosen.threads} threads of {processor()}, torch {torch.__version__}, device "
-        f"{chosen.device}. Ratios are medians with their 95% interval. Peak memory is what calibrating on so many "
-        "batches allocates at once.",
+        f"{chosen.device}. Ratios are medians with their 95% interval. Peak memory is the most "
+        "that calibrating on that number of batches allocates at once.",
         "",
         "| dtype | statistic of | plain, s | calibrating, s | ratio | peak, 2 batches | peak, 8 batches |",
         "|---|---|---:|---:|---:|---:|---:|",

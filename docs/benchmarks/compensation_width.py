@@ -1,4 +1,4 @@
-"""What least squares costs at the width of LLaMA-2-7B, in time, memory and precision: a page of markdown.
+"""Time, memory and precision of least squares at the width of LLaMA-2-7B: a page of markdown.
 
 python docs/benchmarks/compensation_width.py --out docs/benchmarks/compensation-width.md
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import shlex
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from page_file import put
+from prunekit.evaluators.timing import processor
 from width_sizes import HEADS, TOY, Sizes
 
 PARTS = "ABCD"
@@ -29,7 +29,7 @@ PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "prunekit.comp
 
 
 def fresh_processes() -> BaseContext:
-    """How to start processes that have loaded the libraries and nothing else."""
+    """A context that starts processes which have loaded the libraries and nothing else."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -44,19 +44,9 @@ def call(work: str, *arguments: Any) -> Any:
 
 
 def apart(context: BaseContext, work: str, *arguments: Any) -> Any:
-    """The result of a function that runs in a process of its own, whose memory nothing else has used."""
+    """The result of a function in its own process, whose memory nothing else has used."""
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(call, work, *arguments).result()
-
-
-def machine() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def positive(text: str) -> int:
@@ -67,13 +57,13 @@ def positive(text: str) -> int:
 
 
 def options(arguments: list[str] | None) -> tuple[argparse.Namespace, Sizes]:
-    """What was asked for, and the sizes that follow from it; exits with 2 where they cannot be."""
+    """The options, and the sizes that follow from them; exits with 2 for bad ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=positive, help="C of the MLP (11008)")
     parser.add_argument("--outputs", type=positive, help="hidden size, and C of the attention: a multiple of 64 (4096)")
     parser.add_argument("--tokens", type=positive, help="calibration tokens, in batches of 4 x 1024 (16384)")
     parser.add_argument(
-        "--repeats", type=positive, help="how often each time of part C is taken; the median counts (3)"
+        "--repeats", type=positive, help="number of timings of part C, of which the median is reported (3)"
     )
     parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="of torch (all cores)")
     parser.add_argument("--parts", default=",".join(PARTS), help="which parts to measure (A,B,C,D)")
@@ -113,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             found.setdefault(part, []).append(apart(context, *job))
     asked = [shlex.quote(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     command = " ".join(["python docs/benchmarks/compensation_width.py", *asked]).replace(str(chosen.out), "PAGE")
-    put(apart(context, "width_page.page", sizes, found, machine(), command, time.perf_counter() - began), chosen.out)
+    put(apart(context, "width_page.page", sizes, found, processor(), command, time.perf_counter() - began), chosen.out)
 
 
 if __name__ == "__main__":

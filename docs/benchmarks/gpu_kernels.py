@@ -1,4 +1,4 @@
-"""The Triton kernels beside what they replace, on a CUDA device: a page of markdown.
+"""The Triton kernels compared with the operations that they replace, on a CUDA device: a page of markdown.
 
 python docs/benchmarks/gpu_kernels.py --out docs/benchmarks/gpu-kernels.md
 
@@ -29,7 +29,7 @@ except ImportError as error:
 
 
 class Shape(NamedTuple):
-    """Of one site and batch: hidden size, channels, channels kept, rows, positions."""
+    """One site and batch: hidden size, channels, kept channels, rows, positions."""
 
     hidden: int
     channels: int
@@ -59,7 +59,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def reduction(shape: Shape, device: str, dtype: torch.dtype) -> Ways:
-    """Squares of what enters the consumer, summed over rows."""
+    """Squares of the consumer's input, summed over rows."""
     x = torch.randn(shape.rows, shape.positions, shape.kept, device=device, dtype=dtype)
     return {
         "Triton": lambda: triton_reductions.position_sums(x, None, True, None),
@@ -83,7 +83,7 @@ def producer(shape: Shape, device: str, dtype: torch.dtype) -> Ways:
 
 
 def consumer(shape: Shape, device: str, dtype: torch.dtype) -> Ways:
-    """Kept columns of a weight that lies by columns, times the batch."""
+    """Kept columns of a column-major weight, times the batch."""
     x = torch.randn(shape.rows, shape.positions, shape.kept, device=device, dtype=dtype)
     weight = torch.randn(shape.channels, shape.hidden, device=device, dtype=dtype).t()
     kept = torch.randperm(shape.channels, device=device)[: shape.kept].sort().values
@@ -96,7 +96,7 @@ def consumer(shape: Shape, device: str, dtype: torch.dtype) -> Ways:
 
 
 def rows_of(ways: Ways, clock: Clock, rounds: int) -> list[str]:
-    """A table's rows: medians, and ratios to the first way, all ways in turn."""
+    """A table's rows: medians, and ratios to the first variant; all variants run in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     expected = next(iter(ways.values()))().float()
     for number in range(rounds + 2):
@@ -118,7 +118,7 @@ def rows_of(ways: Ways, clock: Clock, rounds: int) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     chosen = options(arguments)
     if not chosen.toy and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device is here; TRITON_INTERPRET=1 with --toy runs the same code on a CPU")
+        raise SystemExit("there is no CUDA device; TRITON_INTERPRET=1 with --toy runs the same code on a CPU")
     device, shapes = ("cpu", TOY) if chosen.toy else ("cuda", SHAPES)
     dtype = getattr(torch, chosen.dtype or ("float32" if chosen.toy else "bfloat16"))
     clock = Clock() if chosen.toy else EventClock((torch.device("cuda", 0),))

@@ -1,4 +1,4 @@
-"""What storing PP's history in less memory does over many batches, to decisions and to perplexity: a page of markdown.
+"""Effect of storing PP's history in less memory on decisions and perplexity, over many batches: a page of markdown.
 
 python docs/benchmarks/history_storage.py --out docs/benchmarks/history-storage.md
 """
@@ -29,7 +29,7 @@ STORAGES: dict[str, dict[str, Any]] = {
     "pool 64": {"pool": 64},
     "float16, pool 16": {"dtype": "float16", "pool": 16},
 }
-"""The first is what the others are compared with."""
+"""The first is the baseline of the others."""
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
@@ -42,14 +42,14 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=32, help="of calibration (32)")
     parser.add_argument("--rows", type=int, default=20, help="of a batch (20)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence (64)")
-    parser.add_argument("--batches", type=int, help="at most so many; by default as many as the text has")
+    parser.add_argument("--batches", type=int, help="at most; all of the text by default")
     parser.add_argument("--ratio", type=float, default=0.4)
     parser.add_argument("--out", type=Path, help="write the page here instead of to stdout")
     return parser.parse_args(arguments)
 
 
 def run(model: Any, calibration: list, batches: Tensor, ratio: float, storage: dict[str, Any]) -> dict[str, Any]:
-    """Losses of the second half of the batches, what was kept in them, and the bytes of the histories."""
+    """Losses and kept units of the second half of the batches, and the bytes of the histories."""
     losses, half = [], len(batches) // 2
     given = dict(ratio=ratio, skip_layers=(0,), calibration=calibration, history=storage, trace=True)
     with prune(model, "pp", **given) as pruned, torch.no_grad():
@@ -73,11 +73,11 @@ def page(chosen: argparse.Namespace, found: dict[str, dict[str, Any]], batches: 
     lines = [
         "# PP's history in less memory",
         "",
-        f"Model: {model}; {chosen.ratio:.0%} cut, first layer untouched, float32; calibrated on {chosen.sequences} "
+        f"Model: {model}; {chosen.ratio:.0%} cut, first layer not pruned, float32; calibrated on {chosen.sequences} "
         f"sequences of {chosen.calibration.name}, then {len(batches)} batches of {chosen.rows} x {chosen.length} of "
-        f"{' and '.join(path.name for path in chosen.text)}, history learning with momentum 0.99. Counted is the "
-        "second half of the batches, when history has moved; *changed* is the share of the kept units that float32 "
-        "without pooling does not keep.",
+        f"{' and '.join(path.name for path in chosen.text)}, history updated with momentum 0.99. The values are of "
+        "the second half of the batches, after the history has changed; *changed* is the share of the kept units that "
+        "float32 without pooling does not keep.",
         "",
         "| stored as | memory | heads changed | channels changed | perplexity | relative |",
         "|---|---:|---:|---:|---:|---:|",

@@ -1,4 +1,4 @@
-"""Where a benchmark's page goes."""
+"""Writes a benchmark's page."""
 
 from pathlib import Path
 

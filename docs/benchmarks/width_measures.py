@@ -1,4 +1,4 @@
-"""What compensation_width.py measures: each function runs in a process of its own and returns plain numbers."""
+"""Parts A and B of compensation_width.py: each function runs in its own process and returns plain numbers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def static_cut(sizes: Sizes, kind: str, ratio: float) -> dict[str, Any]:
         folded.append(time.perf_counter() - began if name == "compensate" else 0)
 
     compensate, covariance = LeastSquares(ridge=RIDGE, memory_gib=8), ChannelMoments.bytes_of(sizes.width(kind))
-    model.model(input_ids=batches[0], use_cache=False)  # what the first pass alone takes is no part of any of them
+    model.model(input_ids=batches[0], use_cache=False)  # the first pass needs more: it is not measured
     with memory.watched():
         pruned = cut_one(model, "wanda_sp", kind, ratio, calibration=batches, compensate=compensate, progress=timed)
         seconds["solve"], grown["solve"] = time.perf_counter() - seconds.pop("ended"), memory.growth()
@@ -162,7 +162,7 @@ class Activations:
 
 
 def covariances(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x (N, C): as calibration gathers it, in float64 about the exact mean, and in float32 without centring."""
+    """Of x (N, C): as in calibration, in float64 about the exact mean, and in float32 without centring."""
     moments = ChannelMoments(x.shape[1], x.device)
     exact = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     raw = torch.zeros_like(exact, dtype=torch.float32)
@@ -177,7 +177,7 @@ def covariances(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def accuracy(sizes: Sizes, kind: str, ratio: float) -> dict[str, Any]:
-    """Part B: float32 against float64, from the covariance to what the folded weight puts out."""
+    """Part B: float32 against float64, from the covariance to the output of the folded weight."""
     torch.set_num_threads(sizes.threads)
     channels = sizes.width(kind)
     source = Activations(channels)
@@ -217,7 +217,7 @@ def _error(one: Tensor, exact: Tensor) -> float:
 
 
 def seconds_of(work: Callable[[], Any], repeats: int) -> float:
-    """Median of ``repeats`` runs; one that does not count has gone before."""
+    """Median seconds of ``repeats`` runs."""
     taken = []
     for _ in range(repeats):
         began = time.perf_counter()

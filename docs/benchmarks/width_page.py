@@ -10,9 +10,9 @@ from width_sizes import RIDGE, Sizes
 
 NAMES = {"mlp": "MLP", "attention": "heads"}
 CHEAP, DEAR = 0.1, 0.5
-"""Shares of the time that the cut saves up to which giving back is called cheap, and at a price."""
+"""Shares of the saved time up to which compensation is called affordable, and affordable at a price."""
 LIMIT = 8 * 2**30
-"""Bytes that one site may take."""
+"""Bytes that one site may use."""
 
 
 def page(sizes: Sizes, found: dict[str, list[dict[str, Any]]], machine: str, command: str, seconds: float) -> str:
@@ -21,8 +21,8 @@ def page(sizes: Sizes, found: dict[str, list[dict[str, Any]]], machine: str, com
     lines = [
         f"# Least squares at C = {sizes.channels:,} and {sizes.outputs:,}",
         "",
-        "What the compensator `least_squares` costs in one layer of that width: once for a static cut, every time for",
-        "a cut made per batch. Letters: C channels entering the consumer, k kept, d dropped.",
+        "The cost of the compensator `least_squares` in one layer of that width: once for a static cut, in every batch",
+        "for a cut made per batch. Letters: C channels entering the consumer, k kept, d dropped.",
         "",
         *_protocol(sizes, machine, command, seconds),
     ]
@@ -59,15 +59,15 @@ def _static(sizes: Sizes, found: list[dict]) -> list[str]:
         rows.append((kind, f"{cut['channels']:,}", f"{cut['dropped']:,}", *times, *sizes_in_gib))
         worst, whole = max(grown.values()), sum(cut[name] for name in ("gather", "solve", "fold"))
         said.append(
-            f"- {kind}: {whole:.1f} s in all and at most {_gib(worst)} beside the model, "
-            f"{'within' if worst < LIMIT else 'not within'} 8 GiB; the whole process held {_gib(cut['process'])}. "
-            f"Checked before anything is taken: {_gib(cut['stated'])} for covariance and solving."
+            f"- {kind}: {whole:.1f} s in all and at most {_gib(worst)} in addition to the model, "
+            f"{'within' if worst < LIMIT else 'not within'} 8 GiB; the whole process took {_gib(cut['process'])}. "
+            f"Checked in advance: {_gib(cut['stated'])} for covariance and solving."
         )
     return [
         "## A. A cut made once",
         "",
         f'`prune(model, "wanda_sp", compensate="least_squares")`, {found[0]["ratio"]:.0%} of one site cut, the other',
-        f"left whole, {found[0]['tokens']:,} random tokens in batches of {sizes.calibration_rows} x {sizes.length:,}.",
+        f"not pruned, {found[0]['tokens']:,} random tokens in batches of {sizes.calibration_rows} x {sizes.length:,}.",
         "A pass runs the layer over all of them: first for the scores, then for the covariance. Solve: from then",
         "until `prune` returns. Fold: the weight and the bias, in the first forward pass afterwards.",
         "Memory: growth of the process over what it held with the model loaded and one batch",
@@ -100,9 +100,9 @@ def _accuracy(sizes: Sizes, found: list[dict]) -> list[str]:
         f"The same {sizes.tokens:,} activations through `ChannelMoments` in float32, as calibration gathers them, and",
         f"in float64 about the exact mean; then {found[0]['ratio']:.0%} of the channels, drawn at random, are dropped.",
         "The activations have C / 8 common factors, and lognormal sizes of tokens (sigma 0.7), of channels and of",
-        "means beside the spread (sigma 1.5 each: one channel in 60 has a mean of some 20 times its spread or more).",
+        "means relative to the spread (sigma 1.5 each: one channel in 60 has a mean of 20 times its spread or more).",
         "Relative errors in the Frobenius norm; the output is that of fresh activations without their mean. Uncentred:",
-        "float32 sums of products, the mean's part taken off at the end. Left: the share of the dense output about its",
+        "float32 sums of products, the mean's part subtracted last. Left: the share of the dense output about its",
         "mean that least squares (in float64) and the mean alone do not restore.",
         "",
         *table(head, rows),
@@ -116,15 +116,15 @@ def _per_batch(sizes: Sizes, found: list[dict]) -> list[str]:
         "",
         f"One decision's slope, and its folding into the weight (`W_kept + W_cut @ slope`, {sizes.outputs:,} outputs):",
         f"seconds, median of {sizes.repeats}. Swapped: kept units that calibration alone would not keep; `pivot` costs",
-        "more the more there are, `solve` and low rank cost the same whatever is kept, `usual` leaves the correction",
+        "more the more there are, `solve` and low rank cost the same for any units, `usual` leaves the correction",
         "out.",
         "",
         f"- Dense: the whole layer, attention and MLP, on a batch of {sizes.batch_rows} x {sizes.length:,} tokens,",
         f"  measured at {sizes.timed_rows} x {sizes.length:,} and scaled linearly by "
         f"{sizes.batch_rows / sizes.timed_rows:g}.",
         "- Saved: how much less a static cut of this site alone takes, without a probe, measured in turn with dense.",
-        "- Break-even: tokens of a batch from which the cut saves more time than giving back takes.",
-        "- Held: memory of this one site for as long as cuts are made; every layer takes it again.",
+        "- Break-even: tokens of a batch above which the cut saves more time than the compensation takes.",
+        "- Held: memory of this one site while cuts are made; every layer needs the same.",
         f"- Affordable: yes up to {CHEAP:.0%} of the time saved, at a price up to {DEAR:.0%}, else no.",
     ]
     head = (

@@ -1,4 +1,4 @@
-"""Parts C and D of compensation_width.py: what compensation costs per batch, and how much decisions move."""
+"""Parts C and D of compensation_width.py: the cost of compensation per batch, and how much decisions change."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from width_sizes import RIDGE, Sizes
 
 SWAPPED = (0.0, 0.05, 0.1, 0.2)
 GATHERED = 4096
-"""Tokens behind the covariance whose compensation is timed: times do not depend on its values."""
+"""Tokens of the covariance whose compensation is timed: times do not depend on its values."""
 SEQUENCES = 32
 """Calibration sequences of part D."""
 
 
 def per_batch(sizes: Sizes, kind: str, ratio: float) -> dict[str, Any]:
-    """Part C: one decision's slope and folding by every method, beside the dense block and what the cut saves."""
+    """Part C: one decision's slope and folding by every method, compared with dense and with the cut's saving."""
     model = build(sizes)
     ids = tokens_of(sizes.timed_rows, sizes.length)
     found: dict[str, Any] = {"kind": kind, "ratio": ratio}
@@ -91,7 +91,7 @@ def _methods(site: Site, count: int, weight: Tensor, sizes: Sizes) -> list[dict[
 
 
 def _swapped(usual: Tensor, units: int, share: float) -> Tensor:
-    """The usual units with a share of them exchanged for others; (k,) -> (k,) ascending."""
+    """The calibrated units with a share of them replaced by others; (k,) -> (k,) ascending."""
     others = complement(usual, units)
     count = min(round(share * len(usual)), len(others))
     return torch.cat([usual[count:], others[:count]]).sort().values

@@ -1,4 +1,4 @@
-"""What compensation_width.py measures at."""
+"""The sizes of compensation_width.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 HEADS = 32
 RIDGE = 0.01
-"""Of every regression, as a share of the mean variance: chosen from tokens it would not be the same everywhere."""
+"""Of every regression, as a share of the mean variance. Fixed, because one chosen from the tokens would vary."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """C of the MLP and O (the hidden size, and C of the attention), tokens, and how often a time is taken."""
+    """C of the MLP and O (the hidden size, and C of the attention), tokens, and number of timings."""
 
     channels: int = 11008
     outputs: int = 4096
