@@ -1,6 +1,6 @@
-"""Folders that were written with format 1, before the manifest was a typed model; tests/format1 holds them.
+"""Folders of format 1 that prunekit 0.1.0 wrote; tests/format1 holds them.
 
-``recovered`` is a whole folder of profile hf-uniform, frozen and recovered; ``dynamic.json`` a manifest alone.
+``recovered`` is of profile hf-uniform, frozen and recovered; ``dynamic`` is PP on the bundled model.
 """
 
 import json
@@ -35,9 +35,18 @@ def test_a_folder_is_verified(folder, command):
     assert code == 0 and "files holds" in output and "perplexity holds" in output, output
 
 
-@pytest.mark.parametrize("path", [OLD / "recovered" / MANIFEST, OLD / "dynamic.json"], ids=["recovered", "dynamic"])
-def test_nothing_of_a_manifest_is_lost(path, tmp_path):
-    data = json.loads(path.read_text())
+def test_a_dynamic_folder_loads_and_computes_as_before():
+    """The sums of two batches' logits are those of 0.1.0; the second batch sees the updated history."""
+    found = load(OLD / "dynamic")
+    assert found.pruned.strategy.name == "pp" and found.pruned.strategy.dynamic
+    ids = torch.tensor([[0, 5, 6, 7, 9, 11, 40, 50]])
+    sums = [float(found.model(ids).logits.sum()) for _ in range(2)]
+    assert sums == pytest.approx([-129565.688, -129559.281], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["recovered", "dynamic"])
+def test_nothing_of_a_manifest_is_lost(name, tmp_path):
+    data = json.loads((OLD / name / MANIFEST).read_text())
     manifest = Manifest.model_validate(data)
     assert manifest.as_json() == data
     (tmp_path / CARD).write_text("card")

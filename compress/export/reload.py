@@ -58,19 +58,6 @@ def load(
     manifest = read_manifest(folder)
     if check:
         check_files(folder, manifest)
-    return load_checked(folder, manifest, device, base, plugins, trust_remote_code, check)
-
-
-def load_checked(
-    folder: Path,
-    manifest: Manifest,
-    device: str = "auto",
-    base: str | None = None,
-    plugins: Sequence[str | Path] = (),
-    trust_remote_code: bool = False,
-    check_base: bool = True,
-) -> Export:
-    """The result of :func:`load` for a folder whose files were already compared with its manifest."""
     if manifest.profile == "gguf":
         raise SpecError(
             f"{folder} holds a GGUF, which llama.cpp runs and transformers does not; load "
@@ -91,7 +78,7 @@ def load_checked(
         )
     loaded = load_model(spec.model.model_copy(update=changes))
     expected = manifest.base.fingerprint or ""
-    if check_base and fingerprint(loaded.model) != expected:
+    if check and fingerprint(loaded.model) != expected:
         raise DataError(
             f"{folder}: the base model {base or spec.model.label} has other weights than this was exported from "
             f"(fingerprint {expected[:12]}...); name the right one with base, or export again"

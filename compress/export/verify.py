@@ -109,7 +109,8 @@ def _loaded(
     files = manifest.plugin_files
     if manifest.profile == "dynamic" and files and not plugins:
         raise _NotHere(f"its strategy comes from {', '.join(files)}, which is run only where named (--plugin)")
-    found = reload.load_checked(folder, manifest, "auto", base, plugins, trust)
+    # The files were compared before; the weights are compared next.
+    found = reload.load(folder, base=base, plugins=plugins, trust_remote_code=trust, check=False)
     return found.loaded, found.pruned
 
 
