@@ -149,7 +149,7 @@ def test_mistakes_stop_it_before_anything_is_made(command, tmp_path):
     refused(command("--workers", "2"), "--workers is for --engine ray")
     refused(command("--address", "auto"), "--address is for --engine ray")
     refused(command("--out", tmp_path), "is a folder")
-    refused(command("--out", "moods.yaml"), "no results store")
+    refused(command("--out", "moods.yaml"), "not a results store")
     refused(command("--plugin", "none.py"), "none.py does not exist")
     assert not (tmp_path / "results").exists()
 

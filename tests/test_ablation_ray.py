@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from prunekit.compress.ablation import ray_cluster, ray_engine
-from prunekit.compress.ablation.local import run_local
 from prunekit.compress.ablation.ray_engine import run_ray
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.trials import Planned
-from prunekit.compress.ablation.worker import Outcome
+from prunekit.compress.ablation.worker import Outcome, run_local
 from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.files.spec import PipelineSpec
 from prunekit.registry import PrunekitError

@@ -7,11 +7,10 @@ import pytest
 from prunekit.compress.ablation import worker as worker_module
 from prunekit.compress.ablation.command import ablate
 from prunekit.compress.ablation.display import Display, Forecast, duration
-from prunekit.compress.ablation.local import in_order, run_local
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.trials import StoredTrial
-from prunekit.compress.ablation.worker import Outcome, Worker, read_trial
+from prunekit.compress.ablation.worker import Outcome, Worker, in_order, read_trial, run_local
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.cli.studies import show_trials
 from prunekit.compress.output import printing

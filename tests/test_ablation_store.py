@@ -202,7 +202,7 @@ def test_what_is_no_store(tmp_path, study, kind):
     elif kind != "none":
         file.write_text("just some text, and not a database\n" * 30 if kind == "text" else "")
     before = None if kind in ("folder", "none") else file.read_bytes()
-    words = "no results store"
+    words = "there is no results store" if kind in ("folder", "none") else "is not a results store"
     assert words in refusal(Store.open, file)
     if kind != "none":
         expected = "is a folder; name a file with --out" if kind == "folder" else words
@@ -285,4 +285,4 @@ def test_a_store_that_is_deleted_while_it_is_written(path, study):
     with Store.create_or_resume(path, study()) as store:
         store.record(planned[0].key, outcome())
         path.unlink()
-        assert "moved or deleted meanwhile" in refusal(store.record, planned[1].key, outcome())
+        assert "moved or deleted during the run" in refusal(store.record, planned[1].key, outcome())

@@ -17,6 +17,7 @@ FOLDERS = (
     "docs/results",
     "docs/studies",
     "docs/examples",
+    "compress/ablation",
     "compress/bundled",
     "compress/cli",
     "compress/demo",

@@ -1,4 +1,4 @@
-"""Explains how a study differs from the one that a results store was begun with."""
+"""Explains how a study differs from the one that a results store was created for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.dotted import flatten
 from ..output.folders import plain
 from .published import StudyRecord
 from .trials import StoredTrial, as_text
@@ -18,10 +19,8 @@ MOST_LINES = 12
 
 def explain(path: Path, before: StudyRecord, stored: Sequence[StoredTrial], study: Study) -> str:
     """One message: what changed, how much of the store still applies, and how to go on."""
-    finished = [trial for trial in stored if trial.status != "waiting"]
+    finished = {trial.key for trial in stored if trial.status != "waiting"}
     planned = {trial.key for trial in study.trials}
-    applying = sum(trial.key in planned for trial in finished)
-    new = sum(trial.key not in {done.key for done in finished} for trial in study.trials)
     changes = [*_axes(before.axes, study.axes), *_fields(stored, study)]
     if not changes:
         changes = ["other trials of the same axes, or another order of them"]
@@ -31,7 +30,8 @@ def explain(path: Path, before: StudyRecord, stored: Sequence[StoredTrial], stud
         [
             f"results store {path} was begun with another version of {study.file.name}:",
             *(f"  {change}" for change in changes),
-            f"{applying} of its {len(finished)} finished trials still apply, {new} of {len(study.trials)} would run.",
+            f"{len(finished & planned)} of its {len(finished)} finished trials still apply, "
+            f"{len(planned - finished)} of {len(study.trials)} would run.",
             "Go on in it with --update (the others stay in it, unused), or begin another store with --out",
         ]
     )
@@ -47,32 +47,30 @@ def _axes(before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> It
             yield f"axis {name}: new, with {', '.join(new)}"
             continue
         old = list(map(as_text, before[name]))
-        added, removed = [v for v in new if v not in old], [v for v in old if v not in new]
-        said = [f"{what} {', '.join(which)}" for what, which in (("new", added), ("gone", removed)) if which]
-        if not said and old != new:
-            said = ["another order"]
-        if said:
-            yield f"axis {name}: {'; '.join(said)}"
+        differences = (("new", [v for v in new if v not in old]), ("gone", [v for v in old if v not in new]))
+        changes = [f"{what} {', '.join(which)}" for what, which in differences if which]
+        if changes or old != new:
+            yield f"axis {name}: {'; '.join(changes) or 'another order'}"
 
 
 def _fields(stored: Sequence[StoredTrial], study: Study) -> Iterator[str]:
     """Fields that differ in trials whose settings are the same."""
     old = {_settings(trial.settings): trial.pipeline for trial in stored}
-    changes: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
     for trial in study.trials:
         was = old.get(_settings(plain(trial.settings)))
         if was is None or was == trial.pipeline:
             continue
-        before, after = dict(_flat(was)), dict(_flat(trial.pipeline))
+        before, after = flatten(was), flatten(trial.pipeline)
         for name in dict.fromkeys([*before, *after]):
             if before.get(name) != after.get(name):
-                change = f"{name}: {_said(before, name)} -> {_said(after, name)}"
-                changes.setdefault(change, []).append(trial.label)
-    for change, trials in changes.items():
-        yield f"{change} (in {len(trials)} trial{'s' * (len(trials) > 1)})"
+                change = f"{name}: {_value(before, name)} -> {_value(after, name)}"
+                counts[change] = counts.get(change, 0) + 1
+    for change, count in counts.items():
+        yield f"{change} (in {count} trial{'s' * (count > 1)})"
 
 
-def _said(values: Mapping[str, Any], name: str) -> str:
+def _value(values: Mapping[str, Any], name: str) -> str:
     if name not in values:
         return "none"
     value = as_text(values[name])
@@ -81,14 +79,3 @@ def _said(values: Mapping[str, Any], name: str) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, as_text(value)) for name, value in settings.items()))
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        for index, item in enumerate(value):
-            yield from _flat(item, f"{name}.{index}")
-    else:
-        yield name, value

@@ -1,4 +1,4 @@
-"""``prunekit ablate``: runs what is left of a study and prints its table."""
+"""``prunekit ablate``: runs the trials of a study that have no result yet, and prints its table."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from ..output import printing
 from ..output.formatting import ranges
 from ..runs.provenance import versions
 from .display import Display
-from .local import run_local
 from .mistakes import preflight
 from .published import unmeasured
 from .store import Store
 from .study import Study
 from .trials import Planned, StoredTrial
-from .worker import Outcome
+from .worker import Outcome, run_local
 
 ENGINES = ("local", "ray")
 
 MOST_LABELS = 3
-"""Trials of one error that are named by their settings too."""
+"""Trials with the same error that are listed with their settings; more are listed by number."""
 
 ShowTrials = Callable[[Path, Sequence[StoredTrial]], None]
 """Prints the finished trials of a store as a table."""
@@ -45,8 +44,8 @@ def ablate(
 ) -> None:
     """Run the trials of a study that the store ``out`` (else results/FILE.sqlite) has no results of.
 
-    Raises :class:`PrunekitError` for everything that is the user's to mend, and ``typer.Exit`` with code 1 where
-    trials have failed. What is finished stays in the store, however the run ends.
+    Raises :class:`PrunekitError` for everything that the user can fix, and ``typer.Exit`` with code 1 if trials have
+    failed. Finished trials stay in the store, however the run ends.
     """
     if engine not in ENGINES:
         raise SpecError(f"--engine: there is no {engine!r}{near(engine, ENGINES)}; there are {', '.join(ENGINES)}")
@@ -57,12 +56,12 @@ def ablate(
     study = Study.load(file, settings, plugins)
     printing.catalog_problems(study.catalog)
     path = out or Path("results") / f"{file.stem}.sqlite"
-    # Before a store is begun: a file that must be mended would then differ from the store's.
+    # Before a store is begun: fixing the file afterwards would make it differ from the store's.
     study.refuse(preflight(study.trials, _due(study, path, retry), here=engine == "local"))
     with Store.create_or_resume(path, study, update) as store:
         _warn_of_versions(store)
         stored = store.trials
-        todo = {trial.key for trial in stored if trial.status in _again(retry)}
+        todo = {trial.key for trial in stored if trial.status in _to_run(retry)}
         waiting = [trial for trial in study.trials if trial.key in todo]
         _begin(study, stored, waiting, retry)
         try:
@@ -83,7 +82,7 @@ def validate(file: YamlFile, settings: Iterable[str] = (), plugins: Iterable[Pat
         printing.say(f"{trial.number:>4}  {trial.label}", whole=True)
 
 
-def _again(retry: bool) -> tuple[str, ...]:
+def _to_run(retry: bool) -> tuple[str, ...]:
     return ("waiting", "failed") if retry else ("waiting",)
 
 
@@ -93,7 +92,7 @@ def _due(study: Study, path: Path, retry: bool) -> set[str]:
     if not path.is_file():
         return due
     with Store.open(path) as store:
-        return due - {trial.key for trial in store.trials if trial.status not in _again(retry)}
+        return due - {trial.key for trial in store.trials if trial.status not in _to_run(retry)}
 
 
 def _run(
@@ -114,25 +113,21 @@ def _run(
         if engine == "local":
             run_local(waiting, record, watch)
         else:
-            _ray()(waiting, record, watch, workers=workers, address=address)
+            from .ray_engine import run_ray
 
-
-def _ray() -> Callable[..., None]:
-    from .ray_engine import run_ray
-
-    return run_ray
+            run_ray(waiting, record, watch, workers=workers, address=address)
 
 
 def _begin(study: Study, stored: Sequence[StoredTrial], waiting: Sequence[Planned], retry: bool) -> None:
-    """One line: how many trials there are, and what is known of them already."""
-    said = [f"{study.title}: {_trials(len(study.trials))}"]
+    """One line: how many trials there are, and how many are done."""
+    parts = [f"{study.title}: {_trials(len(study.trials))}"]
     done, failed = (sum(trial.status == status for trial in stored) for status in ("done", "failed"))
     if done or failed:
-        said.append(f"{done} done")
-        said.append(f"{len(waiting)} to run")
+        parts.append(f"{done} done")
+        parts.append(f"{len(waiting)} to run")
     if failed:
-        said.append(f"{failed} failed before" + ("" if retry else " (--retry runs them again)"))
-    printing.say(", ".join(said), whole=True)
+        parts.append(f"{failed} failed before" + ("" if retry else " (--retry runs them again)"))
+    printing.say(", ".join(parts), whole=True)
 
 
 def _finish(trials: Sequence[StoredTrial], path: Path, study: Study, show: ShowTrials) -> None:
@@ -158,11 +153,11 @@ def _by_error(failed: Iterable[StoredTrial]) -> dict[str | None, list[StoredTria
 
 
 def _named(trials: Sequence[StoredTrial]) -> str:
-    """``trial 2 (pp 0.4)``; many are numbers alone."""
+    """``trial 2 (pp 0.4)``; of many only the numbers."""
     if len(trials) > MOST_LABELS:
         return f"trials {ranges(trial.number for trial in trials)}"
-    said = ", ".join(f"{trial.number} ({trial.label})" for trial in trials)
-    return f"trial{'s' * (len(trials) > 1)} {said}"
+    names = ", ".join(f"{trial.number} ({trial.label})" for trial in trials)
+    return f"trial{'s' * (len(trials) > 1)} {names}"
 
 
 def part(count: int, total: int) -> str:

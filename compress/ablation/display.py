@@ -7,7 +7,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from ..output.printing import Bars
 from .trials import Planned, StoredTrial
@@ -17,20 +17,8 @@ BRIEF = 60
 """Characters of an error in a line of progress."""
 
 
-class Watch(Protocol):
-    """What an engine tells about its trials."""
-
-    def progress(self, items: Iterable[Any], label: str, total: int, /) -> Iterable[Any]:
-        """Shows the steps within the current trial, for engines that run one at a time in this process."""
-        ...
-
-    def started(self, planned: Planned) -> None: ...
-
-    def finished(self, planned: Planned, outcome: Outcome) -> None: ...
-
-
 class Forecast:
-    """Seconds that are left, from the trials that have finished: a trial takes as long as its strategy's median."""
+    """Seconds that are left, where a trial takes the median of the finished trials of its strategy."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, list[float]] = {}
@@ -39,7 +27,7 @@ class Forecast:
         self._seconds.setdefault(strategy, []).append(seconds)
 
     def left(self, strategies: Iterable[str], running: Iterable[float] = (), workers: int = 1) -> float | None:
-        """For trials of these strategies, some of them ``running`` for so many seconds; None where nothing is known."""
+        """For trials of these strategies, some ``running`` for so many seconds; ``None`` if no trial has finished."""
         if not self._seconds:
             return None
         overall = median(second for seconds in self._seconds.values() for second in seconds)
@@ -49,7 +37,7 @@ class Forecast:
 
 
 class Display:
-    """Drives the progress display; a context manager, and the :class:`Watch` of the engines."""
+    """The progress display, a :class:`~.worker.Watch`; a context manager."""
 
     def __init__(self, trials: Sequence[Planned], stored: Sequence[StoredTrial], waiting: Sequence[Planned]):
         self._total = len(trials)
@@ -58,10 +46,10 @@ class Display:
         self._failed = 0
         self._bars = Bars()
         self._forecast = Forecast()
-        of = {trial.key: trial.spec.prune.name for trial in trials}
+        strategies = {trial.key: trial.spec.prune.name for trial in trials}
         for trial in stored:
-            if trial.status == "done" and trial.seconds is not None and trial.key in of:
-                self._forecast.learn(of[trial.key], trial.seconds)
+            if trial.status == "done" and trial.seconds is not None and trial.key in strategies:
+                self._forecast.learn(strategies[trial.key], trial.seconds)
 
     def __enter__(self) -> Display:
         self._bars.__enter__()
@@ -72,8 +60,8 @@ class Display:
     def __exit__(self, *exc: object) -> None:
         self._bars.__exit__(*exc)
 
-    def progress(self, items: Iterable, label: str, total: int) -> Iterable:
-        """The steps within a trial, on a bar of their own; the time left goes down with them."""
+    def progress(self, items: Iterable[Any], label: str, total: int) -> Iterable[Any]:
+        """The steps within a trial, on a bar of their own; the time left is updated with them."""
         if not self._bars.shown:
             yield from items
             return
@@ -103,7 +91,7 @@ class Display:
 
     @property
     def left(self) -> str:
-        """``about 3 min left``; empty where all is done or nothing is known."""
+        """``about 3 min left``; empty if all is done or no trial has finished."""
         now = time.monotonic()
         strategies = [trial.spec.prune.name for trial in self._waiting.values()]
         running = [now - began for began in self._running.values()]
@@ -113,19 +101,19 @@ class Display:
     def _refresh(self) -> None:
         names = [trial.label for key, trial in self._waiting.items() if key in self._running]
         current = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
-        said = ["trials", f"{self._failed} failed" if self._failed else "", self.left, current]
-        self._bars.update(self._task, " · ".join(part for part in said if part), self._total - len(self._waiting))
+        parts = ["trials", f"{self._failed} failed" if self._failed else "", self.left, current]
+        self._bars.update(self._task, " · ".join(part for part in parts if part), self._total - len(self._waiting))
 
 
 def brief(error: str) -> str:
-    """An error's kind where it names one, else how it begins: the end of the run says it whole."""
+    """An error's kind if it names one, else its beginning; the end of the run prints all of it."""
     line = next(iter(error.strip().splitlines()), "")
     kind = re.match(r"[A-Z]\w+(?=: )", line)
     return kind.group() if kind else textwrap.shorten(line, BRIEF, placeholder=" ...")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 0.4 s, 12 s, 3 min, 2 h 5 min."""
+    """Seconds for people: 0.4 s, 12 s, 3 min, 2 h 5 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

@@ -1,4 +1,4 @@
-"""Values from the literature: what an entry says, and whether it speaks of anything that the study measures."""
+"""Published values of a study, and the checks that they belong to trials and measurements of it."""
 
 from __future__ import annotations
 
@@ -55,22 +55,21 @@ def check_published(
     ignored: Collection[str],
     report: Report,
 ) -> None:
-    """An entry that belongs to no trial, or to no evaluator of its trials, is a slip of the pen.
-
-    Nothing is said about the axes in ``ignored``.
-    """
+    """Report entries without a trial, or without an evaluator of their trials; ``ignored`` axes are not checked."""
     from ..runs.pipeline import labelled
 
     axes = axes_of(drafts)
-    resolved = _resolved(published, drafts, specs)
+    resolved: dict[int, dict[str, Any]] = {}
+    if any(name not in draft.settings for draft in drafts for entry in published for name in entry.where):
+        resolved = {number: resolved_settings(spec.to_yaml()) for number, spec in specs.items()}
     for index, entry in enumerate(published):
         place: Place = ("published", index)
-        if not drafts or not _known_settings(entry.where, (*place, "where"), axes, resolved, ignored, report):
+        if not drafts or not _check_where(entry.where, (*place, "where"), axes, resolved, ignored, report):
             continue
-        trials = [number for number, draft in enumerate(drafts) if _speaks_of(entry, draft, resolved.get(number, {}))]
-        if not trials and not ignored and len(specs) == len(drafts):
+        numbers = [number for number, draft in enumerate(drafts) if _applies(entry, draft, resolved.get(number, {}))]
+        if not numbers and not ignored and len(specs) == len(drafts):
             report((*place, "where"), "no trial has all of these values")
-        labels = {label: None for number in trials if number in specs for label, _ in labelled(specs[number].evaluate)}
+        labels = {label: None for number in numbers if number in specs for label, _ in labelled(specs[number].evaluate)}
         label, _, value = entry.metric.rpartition(".")
         if not (label and value):
             report((*place, "metric"), f"write EVALUATOR.VALUE, such as perplexity.perplexity (found {entry.metric!r})")
@@ -81,30 +80,7 @@ def check_published(
             )
 
 
-def _resolved(
-    published: Iterable[Published], drafts: Sequence[Draft], specs: Mapping[int, PipelineSpec]
-) -> dict[int, dict[str, Any]]:
-    """By place of the trial, its pipeline's settings as reports name them; none where axes say all that is asked."""
-    asked = {name for entry in published for name in entry.where}
-    if all(asked <= set(draft.settings) for draft in drafts):
-        return {}
-    return {number: resolved_settings(spec.to_yaml()) for number, spec in specs.items()}
-
-
-def unmeasured(published: Sequence[Published], trials: Iterable[StoredTrial]) -> Iterator[str]:
-    """A message for every entry whose value an evaluator that has run does not have."""
-    names: dict[str, dict[str, None]] = {}
-    for trial in trials:
-        for metric in trial.result.metrics if trial.result else ():
-            names.setdefault(metric.label, {}).update(dict.fromkeys(metric.pruned))
-    for index, entry in enumerate(published):
-        label, _, value = entry.metric.rpartition(".")
-        if label in names and value not in names[label]:
-            there = ", ".join(names[label])
-            yield f"published.{index}.metric: {label} has no value {value}{near(value, names[label])}; it has {there}"
-
-
-def _known_settings(
+def _check_where(
     where: Mapping[str, Any],
     place: Place,
     axes: Axes,
@@ -125,7 +101,20 @@ def _known_settings(
     return check_settings(others, place, axes, report, ignored)
 
 
-def _speaks_of(entry: Published, draft: Draft, resolved: Mapping[str, Any]) -> bool:
-    """Whether the trial has the values; what is none of its settings is looked for in its resolved pipeline."""
+def _applies(entry: Published, draft: Draft, resolved: Mapping[str, Any]) -> bool:
+    """Whether the trial has the values, in its settings or else in its resolved pipeline."""
     settings = draft.settings
     return matches(entry.where, settings if set(entry.where) <= set(settings) else {**resolved, **settings})
+
+
+def unmeasured(published: Sequence[Published], trials: Iterable[StoredTrial]) -> Iterator[str]:
+    """A message for every entry whose value is not among those that its evaluator measured."""
+    names: dict[str, dict[str, None]] = {}
+    for trial in trials:
+        for metric in trial.result.metrics if trial.result else ():
+            names.setdefault(metric.label, {}).update(dict.fromkeys(metric.pruned))
+    for index, entry in enumerate(published):
+        label, _, value = entry.metric.rpartition(".")
+        if label in names and value not in names[label]:
+            there = ", ".join(names[label])
+            yield f"published.{index}.metric: {label} has no value {value}{near(value, names[label])}; it has {there}"

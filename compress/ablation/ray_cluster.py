@@ -1,4 +1,4 @@
-"""Joins a Ray cluster, or starts one on this machine while it is needed; says what a worker may ask of it."""
+"""Joins a Ray cluster, or starts one on this machine while it is needed; computes what its workers need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OBJECT_STORE = 100 * 2**20
 """Bytes of a local cluster's object store: only pipelines and their results pass through it."""
 
 REACH = 5.0
-"""Seconds in which something has to answer at a cluster's address; Ray itself would go on trying for minutes."""
+"""Seconds within which a cluster's address must answer; Ray itself would try for minutes."""
 
 QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_SCHEDULER_EVENTS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 """Environment that keeps Ray's own lines off the terminal, where the progress of the study is shown."""
@@ -28,7 +28,7 @@ QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_SCHEDULER_EVENTS": "0", "RAY_USA
 
 @dataclass(frozen=True)
 class Demand:
-    """How many workers a study asks for, what each of them needs, and how many have room now."""
+    """How many workers a study asks for, what each of them needs, and for how many there is room now."""
 
     workers: int
     cpus: int
@@ -37,14 +37,14 @@ class Demand:
 
     @property
     def label(self) -> str:
-        """What is asked for, in words."""
+        """The demand in words."""
         need = f"{self.gpus} GPU" if self.gpus else f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"
         return f"{self.workers} worker{'s' if self.workers > 1 else ''} with {need} each"
 
 
 @contextmanager
 def connected(address: str | None, workers: int | None) -> Iterator[tuple[Any, bool]]:
-    """The module ``ray``, connected for the length of the block, and whether the cluster is one of its own.
+    """The module ``ray``, connected for the length of the block, and whether the cluster was started here.
 
     A connection that the process has already is used and left as it is. Else it joins the cluster at ``address``
     or ``RAY_ADDRESS`` (``auto``: the one that runs on this machine), or starts one here, with CPUs for ``workers``,
@@ -77,9 +77,9 @@ def _module() -> Any:
 
 
 def _where(address: str | None) -> tuple[str | None, str]:
-    """The cluster's address, None for one of our own, and what it is called in messages.
+    """The cluster's address (``None``: start one here), and its name in messages.
 
-    As in Ray, the environment says what ``auto`` means.
+    As in Ray, ``RAY_ADDRESS`` defines ``auto``.
     """
     variable = os.environ.get("RAY_ADDRESS")
     chosen, place = address or None, f"--address {address}"
@@ -89,13 +89,13 @@ def _where(address: str | None) -> tuple[str | None, str]:
 
 
 def _reach(ray: Any, address: str, place: str) -> None:
-    """Raise :class:`SpecError` where nothing answers at ``HOST:PORT``; what has no port is left to Ray.
+    """Raise :class:`SpecError` where nothing answers at ``HOST:PORT``; an address without a port is not checked.
 
     ``auto`` may be a cluster that Ray remembers but that has died.
     """
     source = place.replace("=", " ").split()[0]
     if address == "auto":
-        # No public function tells. If this one is gone, or finds nothing, ray.init says so by itself.
+        # No public function has it. If this one is gone, or finds nothing, ray.init reports it.
         with suppress(Exception):
             from ray._private.services import get_ray_address_from_environment
 
@@ -108,7 +108,7 @@ def _reach(ray: Any, address: str, place: str) -> None:
     host = host.strip("[]")
     hosts = [host]
     if host == "localhost" or host.startswith("127."):
-        hosts.append(ray.util.get_node_ip_address())  # what Ray makes of it
+        hosts.append(ray.util.get_node_ip_address())  # Ray replaces it by this
     for host in hosts:
         try:
             socket.create_connection((host, int(port)), timeout=REACH).close()
@@ -141,7 +141,7 @@ def _connect(ray: Any, address: str | None, place: str, workers: int | None) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             ray.init(**options)
-    except Exception as error:  # from sockets, processes, versions and configuration: Ray has no class for them
+    except Exception as error:  # of sockets, processes, versions or configuration: Ray has no class for them
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if address is None:
             raise PrunekitError(
@@ -155,15 +155,16 @@ def _connect(ray: Any, address: str | None, place: str, workers: int | None) -> 
         ) from None
     finally:
         if main:
-            signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in the place of ours
+            signal.signal(signal.SIGTERM, terminate)  # Ray replaces our handler by its own
 
 
 def demand(ray: Any, devices: Collection[str], workers: int | None, threads: int, trials: int) -> Demand:
-    """What to ask of the cluster for a study whose trials name ``devices`` and compute on ``threads`` threads.
+    """The workers to ask for, for a study whose trials name ``devices`` and compute on ``threads`` threads.
 
     One GPU for a worker where trials ask for one (``cuda``, or ``auto`` while the cluster has any), else a CPU for
     every thread; fewer CPUs where ``workers`` would not fit otherwise. As many workers as there are GPUs, or as have
-    CPUs for all their threads, unless told; never more than trials. Raises :class:`SpecError` for a numbered GPU.
+    CPUs for all their threads, unless ``workers`` is set; never more than trials. Raises :class:`SpecError` for a
+    numbered GPU.
     """
     numbered = sorted(device for device in devices if device.startswith("cuda:"))
     if numbered:
@@ -185,7 +186,7 @@ def demand(ray: Any, devices: Collection[str], workers: int | None, threads: int
 
 
 def resources(ray: Any) -> str:
-    """What the cluster has and what of it is free, in words."""
+    """The total and the free resources of the cluster, in words."""
     total, free = ray.cluster_resources(), ray.available_resources()
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
     counts = ", ".join(f"{kind} {total.get(kind, 0):g} ({free.get(kind, 0):g} free)" for kind in ("GPU", "CPU"))

@@ -15,11 +15,10 @@ import torch
 from ... import __version__
 from ...registry import PrunekitError, SpecError
 from ..models.loading import reason_of
-from .display import Watch
 from .ray_cluster import Demand, connected, demand, resources
 from .ray_worker import RemoteWorker, files_of
 from .trials import Planned
-from .worker import Outcome
+from .worker import Outcome, Watch
 
 ATTEMPTS = 3
 """Times that Ray runs a trial whose worker dies, or starts a worker that dies as it starts."""

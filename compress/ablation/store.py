@@ -31,7 +31,7 @@ FORMAT = 1
 """Version of the layout (PRAGMA user_version)."""
 
 BUSY_SECONDS = 20.0
-"""How long a reader waits for a write to end."""
+"""Seconds that a reader waits for a write to end."""
 
 LAYOUT = """
 CREATE TABLE study (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -59,10 +59,10 @@ class Store:
 
     @classmethod
     def create_or_resume(cls, path: str | Path, study: Study, update: bool = False) -> Store:
-        """Open the study's store for writing, made new where there is none, and lock it against other writers.
+        """Open the study's store for writing, created if there is none, and lock it against other writers.
 
-        A store whose trials are not those of ``study`` is refused with an explanation; ``update`` goes on with
-        it instead: trials that still apply are kept, and the others stay in the file, unused.
+        A store whose trials are not those of ``study`` is refused with an explanation; with ``update``
+        it is used all the same: trials that still apply are kept, and the others stay in the file, unused.
         """
         path = Path(path).expanduser().absolute()
         lock = _locked(path)
@@ -72,7 +72,7 @@ class Store:
                 _create(path, study)
             store = cls(path, _connect(path), lock)
             store._adopt(study, update)
-            with store._writing() as connection:  # where that fails, it must be known before the first trial runs
+            with store._writing() as connection:  # so that a failure is found before the first trial runs
                 connection.execute(f"PRAGMA user_version = {FORMAT}")
         except BaseException:
             if store is not None:
@@ -93,7 +93,7 @@ class Store:
 
     @property
     def study(self) -> StudyRecord:
-        """The study that the store was begun with, or last updated to."""
+        """The study that the store was created for, or last updated to."""
         with _errors(self.path):
             rows = self._connection.execute("SELECT name, value FROM study ORDER BY rowid").fetchall()
         return _parsed(StudyRecord, {name: json.loads(value) for name, value in rows}, f"{self.path}: study")
@@ -108,7 +108,7 @@ class Store:
         return [_stored(row, self.path) for row in rows]
 
     def record(self, key: str, outcome: Outcome) -> None:
-        """Store what became of a trial; when this returns, the disk has it."""
+        """Store how a trial ended; when this returns, it is on the disk."""
         data = None if outcome.result is None else json.dumps(plain(outcome.result.as_json()), allow_nan=False)
         status = "done" if outcome.error is None else "failed"
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -121,7 +121,7 @@ class Store:
                 raise KeyError(f"the plan has no trial {key}")
 
     def close(self) -> None:
-        """Close the file and let other writers in."""
+        """Close the file and release the lock."""
         self._connection.close()
         if self._lock is not None:
             self._lock.release()
@@ -171,7 +171,7 @@ def _parsed(kind: type[Read], data: Any, place: str) -> Read:
 
 
 def _write_plan(connection: sqlite3.Connection, study: StudyRecord, trials: Sequence[Planned]) -> None:
-    """The study and its plan; results that are there already stay."""
+    """Write the study and its plan; existing results stay."""
     for name, value in study.model_dump().items():
         connection.execute(
             "INSERT INTO study VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
@@ -187,7 +187,7 @@ def _write_plan(connection: sqlite3.Connection, study: StudyRecord, trials: Sequ
 
 
 def _create(path: Path, study: Study) -> None:
-    """A store with the plan and no results, whole or not at all."""
+    """Create a store with the plan and no results, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with _errors(path):
@@ -219,7 +219,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             found = connection.execute("PRAGMA application_id").fetchone()[0]
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if found != APPLICATION_ID:
-                raise StoreError(f"{path} is no results store of prunekit; name another file with --out")
+                raise StoreError(f"{path} is not a results store of prunekit; name another file with --out")
             if version != FORMAT:
                 raise StoreError(
                     f"{path} is a results store of another version of prunekit (layout {version}, this one reads "
@@ -232,7 +232,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _locked(path: Path) -> filelock.BaseFileLock:
-    """The store's lock, held; the operating system lets it go when the process ends, however it ends."""
+    """The store's lock, acquired; the operating system releases it when the process ends, however it ends."""
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
         if path.is_dir():
@@ -252,19 +252,19 @@ def _locked(path: Path) -> filelock.BaseFileLock:
 
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """SQLite's and the system's errors in one message with the remedy."""
+    """Turns errors of SQLite and the system into one message with the remedy."""
     try:
         yield
     except sqlite3.Error as error:
         message = str(error)
         if "readonly" in message and not path.exists():
-            message, remedy = "it was moved or deleted meanwhile", "put it back, and run the same command again"
+            message, remedy = "it was moved or deleted during the run", "put it back, and run the same command again"
         elif "is full" in message or "disk I/O" in message:
             remedy = "free some space and run the same command again; finished trials that were stored are kept"
         elif "locked" in message:
             remedy = "another program has it open; close that and run the same command again"
         elif "not a database" in message or "malformed" in message:
-            remedy = "it is no results store of prunekit; name another file with --out"
+            remedy = "it is not a results store of prunekit; name another file with --out"
         else:
             remedy = "make file and folder writable, or choose another place with --out"
         raise StoreError(f"results store {path}: {message}; {remedy}") from None

@@ -1,13 +1,15 @@
-"""Runs trials on one loaded model: what they share is measured once, and what goes wrong in one stays its own."""
+"""Runs trials one after the other; the model is loaded, and the dense model measured, once for all of them."""
 
 from __future__ import annotations
 
 import gc
 import time
 import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -20,6 +22,7 @@ from ..models.loading import Loaded, ModelSource, load
 from ..runs.measuring import Known
 from ..runs.pipeline import Pipeline
 from ..runs.records import RunResult
+from .trials import Planned
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,45 @@ class Outcome:
     resolved: str | None
     error: str | None
     seconds: float
+
+
+class Watch(Protocol):
+    """Follows an engine's trials."""
+
+    def progress(self, items: Iterable[Any], label: str, total: int, /) -> Iterable[Any]:
+        """``items``, the steps within the current trial, for engines that run one trial at a time in this process."""
+        ...
+
+    def started(self, planned: Planned) -> None: ...
+
+    def finished(self, planned: Planned, outcome: Outcome) -> None: ...
+
+
+def run_local(planned: Sequence[Planned], record: Callable[[Planned, Outcome], None], watch: Watch) -> None:
+    """Run trials in this process and ``record`` each as it ends; an error of ``record`` ends the run.
+
+    Trials of one model run in a row, and among them those of one calibration text, so that each model is loaded once.
+    """
+    worker = Worker()
+    for trial in in_order(planned):
+        watch.started(trial)
+        outcome = worker.run(trial.spec, watch.progress)
+        record(trial, outcome)
+        watch.finished(trial, outcome)
+
+
+def in_order(planned: Sequence[Planned]) -> list[Planned]:
+    """Models in the order of their first trials, then calibrations in theirs, then as planned."""
+    first: dict[object, int] = {}
+    for trial in planned:
+        first.setdefault(trial.spec.model, trial.number)
+        first.setdefault((trial.spec.model, trial.spec.calibration), trial.number)
+
+    def place(trial: Planned) -> tuple[int, int, int]:
+        model, text = trial.spec.model, trial.spec.calibration
+        return first[model], first[model, text], trial.number
+
+    return sorted(planned, key=place)
 
 
 class Worker:
@@ -44,8 +86,8 @@ class Worker:
     def run(self, spec: PipelineSpec, progress: Progress = no_progress) -> Outcome:
         """Run one trial; the model is loaded for the first, and again only for another ``spec.model``.
 
-        Only KeyboardInterrupt and SystemExit get through; every other error becomes :attr:`Outcome.error`:
-        the message of a :class:`PrunekitError`, or else kind, message and place.
+        Raises only KeyboardInterrupt and SystemExit; every other error becomes :attr:`Outcome.error`: the message of a
+        :class:`PrunekitError`, or else kind, message and place.
         """
         began = time.perf_counter()
         result: RunResult | None = None
@@ -56,7 +98,7 @@ class Worker:
             result, resolved = results.record, results.resolved
         except PrunekitError as mistake:
             error = str(mistake)
-        except Exception as failure:  # a trial that fails in whatever way must not stop the others
+        except Exception as failure:  # whatever it is, it must not stop the other trials
             error = describe(failure)
         if error is not None:
             gc.collect()  # the failed trial's tensors, which its traceback held
@@ -73,7 +115,7 @@ class Worker:
 
 
 def read_trial(text: str) -> PipelineSpec:
-    """The trial's spec from its YAML, in a process that knows nothing of the study.
+    """The trial's spec from its YAML, in a process that has not read the study.
 
     Trials with the same plugin files share their classes, so that dense measurements are found again.
     """
@@ -87,7 +129,7 @@ def _catalog(files: tuple[Path, ...]) -> Catalog:
 
 
 def describe(failure: Exception) -> str:
-    """Kind, message and last place of an error that no class of ours foresaw."""
+    """Kind, message and last place of an unforeseen error."""
     frames = traceback.extract_tb(failure.__traceback__)
     place = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
     message = str(failure).strip()

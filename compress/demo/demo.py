@@ -108,7 +108,7 @@ def measure(bars: printing.Bars) -> list[tuple[Run, Results]]:
     dense: Known = {}
     statistics = SharedStatistics()
     inner: Progress = bars.track if bars.shown else no_progress
-    done = []
+    done: list[tuple[Run, Results]] = []
     for made in bars.track(runs, "strategies", len(runs)):
         if not bars.shown:
             bars.say(f"{len(done) + 1}/{len(runs)} {made.file.removesuffix('.yaml')}")
@@ -131,11 +131,11 @@ def gather(done: list[tuple[Run, Results]]) -> list[Row]:
             row.flops = found["cost.flops_ratio"]["pruned"]
             row.parameters = found["cost.parameters_ratio"]["pruned"]
             row.time = found["latency.prefill_ratio"]["pruned"]
-            row.compensated = made.spec.prune.compensate != "none"
+            row.compensated = made.spec.prune.compensate.name != "none"
             row.dynamic = made.spec.prune.dynamic
-    dense = {name: both.get("dense") for name, both in done[0][1].metrics.items()}
-    perplexity, accuracy = dense["perplexity.perplexity"], dense[f"zero_shot.{TASK}"]
-    return [Row("dense", None, perplexity, perplexity, accuracy, 1.0, 1.0, 1.0), *rows.values()]
+    first = done[0][1].metrics
+    dense, accuracy = first["perplexity.perplexity"]["dense"], first[f"zero_shot.{TASK}"]["dense"]
+    return [Row("dense", None, dense, dense, accuracy, 1.0, 1.0, 1.0), *rows.values()]
 
 
 def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], said: list[str]) -> None:

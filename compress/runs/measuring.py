@@ -82,8 +82,10 @@ class Measuring:
         self._running.reset()
 
     def _evaluator(self, name: str) -> Evaluator:
-        listed = next((evaluator for evaluator in self.listed if evaluator.name == name), None)
-        return listed or self._running.catalog.get("evaluators", name)()
+        named = [evaluator for evaluator in self.listed if evaluator.name == name]
+        found = named[0] if named else self._running.catalog.get("evaluators", name).model_validate({})
+        assert isinstance(found, Evaluator)
+        return found
 
     def _track(self, items: Any, label: str, total: int) -> Any:
         what = "dense" if self._running.is_dense else self._running.strategy.name
@@ -98,7 +100,6 @@ class Measuring:
         """The model pruned to the same counts by what the whole batch shows of itself."""
         own, strategy = self._running, self._running.strategy
         counts = tuple((layer, kind, count) for (layer, kind), count in own.counts.items())
-        options = {"selector": "whole_batch", "merger": "probe_only", "attention_unit": strategy.attention_unit}
         with (
             own.suspended(),
             prune(
@@ -107,7 +108,9 @@ class Measuring:
                 catalog=own.catalog,
                 allocator=SameCounts(counts=counts),
                 skip_layers=strategy.skip_layers,
-                **options,
+                selector="whole_batch",
+                merger="probe_only",
+                attention_unit=strategy.attention_unit,
             ) as other,
         ):
             measured, self._running, self._known[False] = self._known[False], other, {}

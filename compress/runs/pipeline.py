@@ -19,7 +19,7 @@ from ..calibration.statistics_file import StatisticsFile, check_place
 from ..files.spec import Calibration, PipelineSpec
 from ..models.loading import Loaded, load
 from ..output.folders import RunFolder
-from ..output.records import CalibrationFacts
+from ..output.records import CalibrationFacts, Value
 from ..pruning.prune import prune
 from .measuring import Known, Measuring
 from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
@@ -67,10 +67,9 @@ class Pipeline:
     ) -> Results:
         """Run everything and write nothing.
 
-        Runs on one ``loaded`` model may share ``dense``, what evaluators measured on it unpruned, and
-        ``statistics``, what calibration showed of it; both are filled here.
+        Runs on one ``loaded`` model may share ``dense``, the measurements of the unpruned model, and ``statistics``,
+        those of the calibration; both are filled here.
         """
-        dense = {} if dense is None else dense
         spec, began = self.spec, time.perf_counter()
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         torch.manual_seed(spec.seed)
@@ -81,10 +80,13 @@ class Pipeline:
             check_place(file)
         loaded = loaded or load(spec.model)
         check_lengths(spec, loaded)
-        batches, about_calibration = self._calibration(loaded)
-        if file is not None and batches is not None:
-            statistics = StatisticsFile(file)
-        seconds = {"load": time.perf_counter() - began}
+        batches, calibration = None, None
+        if spec.prune.needs_calibration:
+            batches, calibration = calibration_of(spec.calibration, loaded)
+        stored = StatisticsFile(file) if file is not None and batches is not None else None
+        prepared = time.perf_counter()
+        trace: list[dict[str, Any]] = []
+        metrics: list[EvaluatorResult] = []
         with prune(
             loaded.model,
             spec.prune,
@@ -92,31 +94,32 @@ class Pipeline:
             trace=spec.output.trace,
             catalog=spec.catalog,
             progress=progress,
-            statistics=statistics,
+            statistics=statistics if stored is None else stored,
             runtime=spec.runtime,
         ) as pruned:
-            seconds["prune"] = time.perf_counter() - began - seconds["load"]
-            trace = None if pruned.trace is None else [{"evaluator": None, **record} for record in pruned.trace]
-            outcomes = []
-            measuring = Measuring(loaded, pruned, progress, dense, spec.evaluate, spec.seed)
+            calibrated = time.perf_counter()
+
+            def take_trace(label: str | None) -> None:
+                trace.extend({"evaluator": label, **record} for record in (pruned.trace or [])[len(trace) :])
+
+            take_trace(None)
+            measuring = Measuring(loaded, pruned, progress, {} if dense is None else dense, spec.evaluate, spec.seed)
             for label, evaluator in labelled(spec.evaluate):
-                before = len(pruned.trace or ())
-                outcomes.append(self._evaluate(label, evaluator, measuring))
-                if trace is not None:
-                    trace += [{"evaluator": label, **record} for record in pruned.trace[before:]]
+                metrics.append(_evaluate(label, evaluator, measuring))
+                take_trace(label)
             cut = about_cut(pruned)
             notes = notes_on_cut(pruned, cut)
-        seconds["total"] = time.perf_counter() - began
-        if about_calibration is not None and isinstance(statistics, StatisticsFile):
-            about_calibration = about_calibration.model_copy(update={"statistics": statistics.used})
-        result = RunResult(
+        ended = time.perf_counter()
+        if calibration is not None and stored is not None:
+            calibration = calibration.model_copy(update={"statistics": stored.used})
+        record = RunResult(
             format=FORMAT,
             started=started,
             strategy=spec.prune.name,
             ratio=cut.ratio,
-            metrics=outcomes,
+            metrics=metrics,
             model=about_model(loaded),
-            calibration=about_calibration,
+            calibration=calibration,
             compensation=cut.compensation,
             attention_unit=cut.attention_unit,
             layers=cut.layers,
@@ -124,44 +127,44 @@ class Pipeline:
             seeds={"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             versions=versions(),
             plugins=plugins_used(spec),
-            notes=[*notes, *(note for outcome in outcomes for note in outcome.notes)],
-            seconds=Seconds(**{key: round(value, 2) for key, value in seconds.items()}),
+            notes=[*notes, *(note for metric in metrics for note in metric.notes)],
+            seconds=Seconds(
+                load=round(prepared - began, 2),
+                prune=round(calibrated - prepared, 2),
+                total=round(ended - began, 2),
+            ),
         )
-        return Results(result, pinned(spec, loaded).to_yaml(), trace)
+        return Results(record, pinned(spec, loaded).to_yaml(), trace if spec.output.trace else None)
 
-    def _calibration(self, loaded: Loaded) -> tuple[list | None, CalibrationFacts | None]:
-        """Calibration batches, where the strategy needs any, and their description."""
-        if not self.spec.prune.needs_calibration:
-            return None, None
-        return calibration_of(self.spec.calibration, loaded)
 
-    @staticmethod
-    def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> EvaluatorResult:
-        """One evaluator's values, dense and pruned."""
-        began, dense = time.perf_counter(), None
-        notes: list[str] = []
-        details = {}
-        if not evaluator.paired:
-            measured = measuring.measure(evaluator, dense=True)
-            dense, details["dense"] = measured.values, measured.details
-            notes = [f"{label}, dense: {note}" for note in measured.notes]
-            notes += published_warnings(measuring.loaded, measured)
-        measured = measuring.measure(evaluator)
-        notes += [f"{label}: {note}" for note in measured.notes]
-        values, details["pruned"] = measured.values, measured.details
-        if evaluator.paired:
-            dense = {key.removeprefix("dense_"): value for key, value in values.items() if key.startswith("dense_")}
-            values = {key: value for key, value in values.items() if not key.startswith("dense_")}
-        return EvaluatorResult(
-            evaluator=evaluator.name,
-            label=label,
-            dense=dense,
-            pruned=values,
-            protocol=measured.protocol,
-            details={key: found for key, found in details.items() if found},
-            notes=list(dict.fromkeys(notes)),
-            seconds=round(time.perf_counter() - began, 2),
-        )
+def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> EvaluatorResult:
+    """One evaluator's values, dense and pruned."""
+    began = time.perf_counter()
+    dense: dict[str, Value] | None = None
+    details: dict[str, Any] = {}
+    notes: list[str] = []
+    if not evaluator.paired:
+        unpruned = measuring.measure(evaluator, dense=True)
+        dense, details["dense"] = dict(unpruned.values), unpruned.details
+        notes = [f"{label}, dense: {note}" for note in unpruned.notes]
+        notes += published_warnings(measuring.loaded, unpruned)
+    measured = measuring.measure(evaluator)
+    notes += [f"{label}: {note}" for note in measured.notes]
+    pruned: dict[str, Value] = dict(measured.values)
+    details["pruned"] = measured.details
+    if evaluator.paired:
+        dense = {key.removeprefix("dense_"): value for key, value in pruned.items() if key.startswith("dense_")}
+        pruned = {key: value for key, value in pruned.items() if not key.startswith("dense_")}
+    return EvaluatorResult(
+        evaluator=evaluator.name,
+        label=label,
+        dense=dense,
+        pruned=pruned,
+        protocol=measured.protocol,
+        details={key: found for key, found in details.items() if found},
+        notes=list(dict.fromkeys(notes)),
+        seconds=round(time.perf_counter() - began, 2),
+    )
 
 
 def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, CalibrationFacts]:
@@ -210,7 +213,7 @@ def check_lengths(spec: PipelineSpec, loaded: Loaded) -> None:
     """
     for evaluator in spec.evaluate:
         evaluator.check(loaded.model)
-    if not (spec.prune.dynamic and spec.prune.merger.uses_history):
+    if not (spec.prune.dynamic and spec.prune.merger and spec.prune.merger.uses_history):
         return
     context = context_length(loaded.model)
     for index, evaluator in enumerate(spec.evaluate):
@@ -227,7 +230,8 @@ def check_lengths(spec: PipelineSpec, loaded: Loaded) -> None:
 
 def labelled(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
     """Evaluators with the names that results call them by: several of one kind are numbered."""
-    total, seen = Counter(evaluator.name for evaluator in evaluators), Counter()
+    total = Counter(evaluator.name for evaluator in evaluators)
+    seen: Counter[str] = Counter()
     found = []
     for evaluator in evaluators:
         seen[evaluator.name] += 1
