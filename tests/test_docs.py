@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from prunekit.compress import Pruned
+from prunekit.compress.files import moved
 from prunekit.registry import Catalog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +152,12 @@ def test_the_picture_shows_every_room_in_order():
 def test_contributors_read_the_order_of_the_rooms(floor):
     words = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
     assert f"`{floor}/`: {', '.join(ROOMS[floor])}" in words
+
+
+def test_the_changelog_names_every_option_that_moved():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    old = [name for _, name in (*moved.OPTIONS, *moved.NAMES)]
+    assert [name for name in (*old, *moved.NAMES.values()) if name not in changes] == []
 
 
 def test_commit_hooks_use_the_version_of_the_constraints():
