@@ -155,7 +155,7 @@ def _prune(name: str, model: Any, setting: Setting, catalog: Catalog) -> Pruned:
     text = [torch.randint(VOCABULARY, (rows, setting.length), generator=generator) for _ in range(CALIBRATION)]
     runtime = dict(variant.runtime)
     layers = model.config.num_hidden_layers
-    cut = layers - len(setting.skipped_layers)
+    cut = max(1, layers - len(setting.skipped_layers))
     ratio = round(setting.ratio * layers / cut, 2) * cut / layers  # of the layers that are cut, to two decimals
     return prune(model, "pp", ratio=ratio, calibration=text, catalog=catalog, runtime=runtime, **options)
 
