@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import PluginFiles, Settings
+from .options import Commands, PluginFiles, Settings
 
 # The commands import torch and what needs it when they run, so that --help and --version answer at once.
 
@@ -137,4 +137,4 @@ def recover(
     command.recover(folder, out, source, lora, **options)
 
 
-COMMANDS = {"export": export, "verify": verify, "diff": diff, "recover": recover}
+COMMANDS: Commands = {"export": export, "verify": verify, "diff": diff, "recover": recover}

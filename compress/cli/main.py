@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 
 from ... import __version__
 from . import exports, studies
-from .options import OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, Terminated, guarded
+from .options import Commands, OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, Terminated, guarded
 
 if TYPE_CHECKING:
     from ...registry import Catalog
@@ -153,7 +152,7 @@ def schema(
     typer.echo(json.dumps(made, indent=2))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: Commands = {
     "run": run,
     **exports.COMMANDS,
     **studies.COMMANDS,

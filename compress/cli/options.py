@@ -20,6 +20,9 @@ OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Wh
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing results folder.")]
 PipelineFile = Annotated[Path, typer.Argument(metavar="FILE", help="A pipeline file (YAML).")]
 
+Commands = dict[str, Callable[..., None]]
+"""Functions of commands by the commands' names; main.py registers them."""
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM was received: stop as for Ctrl-C, with another exit code."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import PluginFiles, Settings
+from .options import Commands, PluginFiles, Settings
 
 if TYPE_CHECKING:
     from ..ablation.trials import StoredTrial
@@ -150,7 +150,7 @@ def bench(
     )
 
 
-COMMANDS = {"ablate": ablate, "report": report, "pivot": pivot, "compare": compare, "bench": bench}
+COMMANDS: Commands = {"ablate": ablate, "report": report, "pivot": pivot, "compare": compare, "bench": bench}
 
 
 def show_trials(path: Path, trials: Sequence[StoredTrial]) -> None:

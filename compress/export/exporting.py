@@ -46,7 +46,7 @@ from .comparing import check_tokenizer, compared, logits_of, some_tokens
 from .constraint import rounding
 from .licence import copy_licence_files, licence_of
 from .measures import measure, record, repeatable
-from .profiles import check_freezing, profile_named
+from .profiles import Profile, check_freezing, profile_named
 from .reload import source_of
 from .weights import SHARD_SIZE, check_shard_size
 from .writing import check_possible, write_model
@@ -83,14 +83,8 @@ class Exporter:
         self._notes = []
         spec, profile = self.spec, profile_named(self.profile)
         folder = RunFolder(Path(self.out), self.overwrite, "exported folder", MANIFEST)
-        folder.check()
-        if spec.model.name is not None and Path(spec.model.name).expanduser().resolve() == folder.target:
-            raise SpecError(f"--out names the model that is to be pruned ({folder.target}); choose another folder")
-        for evaluator in repeatable(spec.evaluate):
-            evaluator.check_options()
+        self._check_options(profile, folder)
         strategy = profile.constraint(self.multiple).on(spec.prune)
-        check_freezing(profile, spec.prune, self.freeze)
-        check_shard_size(self.shard_size)
         loaded = load(spec.model)
         self._check_run(loaded)
         check_lengths(spec.model_copy(update={"evaluate": repeatable(spec.evaluate)}), loaded)
@@ -118,8 +112,10 @@ class Exporter:
             before = self._measure_before(loaded, pruned)
             if self.freeze is not None:
                 pruned.freeze(self.freeze, batches, self.progress)
-            cut, active, effect = about_cut(pruned), pruned.active_parameters(), rounding(pruned)
-            name, ids = folder.target.name, some_tokens(loaded, batches)
+            cut, effect = about_cut(pruned), rounding(pruned)
+            active = pruned.active_parameters()
+            ids = some_tokens(loaded, batches)
+            name = folder.target.name
             self._notes += notes_on_cut(pruned, cut)
             self._notes += write_model(profile, pruned, loaded.tokenizer, partial, self.shard_size, name)
             if profile.needs_one_cut:
@@ -163,6 +159,17 @@ class Exporter:
             )
             (partial / CARD).write_text(card(manifest, name), encoding="utf-8")
             return write_manifest(partial, manifest)
+
+    def _check_options(self, profile: Profile, folder: RunFolder) -> None:
+        """Raise for a wrong option before anything is loaded."""
+        folder.check()
+        name = self.spec.model.name
+        if name is not None and Path(name).expanduser().resolve() == folder.target:
+            raise SpecError(f"--out names the model that is to be pruned ({folder.target}); choose another folder")
+        for evaluator in repeatable(self.spec.evaluate):
+            evaluator.check_options()
+        check_freezing(profile, self.spec.prune, self.freeze)
+        check_shard_size(self.shard_size)
 
     @property
     def _runtime(self) -> Runtime:

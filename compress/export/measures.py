@@ -72,7 +72,7 @@ def recorded(metric: ExportMetric, plugins: Sequence[Path] = (), trust: bool = F
         )
     reader = SpecReader(Catalog.discover(plugins), Path.cwd())
     built = reader.component("evaluators", metric.evaluator, ())
-    built = reader.result(built, f"the export was measured by {metric.label}")
-    if not isinstance(built, Evaluator):
+    evaluator = reader.result(built, f"the export was measured by {metric.label}")
+    if not isinstance(evaluator, Evaluator):
         raise DataError(f"the evaluator recorded for {metric.label} cannot be built; export the model again")
-    return built
+    return evaluator

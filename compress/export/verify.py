@@ -69,7 +69,7 @@ def checks(
     yield Check("files", "fails" if found else "holds", "; ".join(found) or f"{count} files, sizes and sha256")
     yield _versions(manifest.versions)
     if found:
-        yield Check("loading", "not checked", "the files have to be whole first")
+        yield Check("loading", "not checked", "the files must be complete and unchanged first")
         return
     try:
         loaded, pruned = _loaded(folder, manifest, base, plugins, trust_remote_code)
