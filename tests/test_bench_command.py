@@ -87,8 +87,8 @@ def test_the_command_prints_tables_and_writes_them(small, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "llama-2-7"], "--preset: unknown preset 'llama-2-7' (did you mean 'llama-2-7b'?)"),
-        (["--arms", "dense,ideel"], "--arms: unknown arm 'ideel' (did you mean 'ideal'?)"),
+        (["--preset", "llama-2-7"], "--preset: unknown name 'llama-2-7' (did you mean 'llama-2-7b'?)"),
+        (["--arms", "dense,ideel"], "--arms: unknown name 'ideel' (did you mean 'ideal'?)"),
         (["--arms", "ideal,pp"], "--arms: add the arm dense"),
         (["--dtype", "float64"], "--dtype: expected any of float32, bfloat16, float16; found 'float64'"),
         (["--batch", "20"], "--batch: expected sequences x tokens, such as 20x256; found '20'"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...registry import Catalog, SpecError, near
+from ...registry import Catalog
 from ..pruning.prune import find_sites, prune
 from ..pruning.pruned import Pruned
 from .presets import VOCABULARY, Preset
@@ -66,10 +66,6 @@ class Arm:
     name: str
     model: Any
     pruned: Pruned | None = None
-
-    @property
-    def title(self) -> str:
-        return TITLES[self.name]
 
     @property
     def decoder(self) -> nn.Module:
@@ -172,10 +168,3 @@ def close_all(arms: Sequence[Arm]) -> None:
     for arm in arms:
         with suppress(Exception):
             arm.close()
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raise :class:`SpecError` for an unknown arm."""
-    for name in names:
-        if name not in TITLES:
-            raise SpecError(f"--arms: unknown arm {name!r}{near(name, TITLES)}; choose among {', '.join(TITLES)}")

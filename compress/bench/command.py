@@ -6,7 +6,7 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from ..models.loading import usable_device
 from ..output import printing
 from ..output.folders import RunFolder, write_json
 from . import table
-from .arms import DEFAULT, Setting, check_names
+from .arms import DEFAULT, TITLES, Setting
 from .malloc import keep_freed_memory
 from .measure import Measured, measure
 from .presets import PRESETS, Case
@@ -59,8 +59,8 @@ def bench(
     folder = RunFolder(Path(out), overwrite, what="benchmark", marker=RESULT) if out else None
     if folder:
         folder.check()
-    names = list(dict.fromkeys(_each("--arms", arms, str, "names"))) if arms else list(DEFAULT)
-    check_names(names)
+    asked = _each("--arms", arms, str, "") or DEFAULT
+    names = list(dict.fromkeys(_known("--arms", name, TITLES) for name in asked))
     if "dense" not in names:
         raise SpecError("--arms: add the arm dense; all ratios are relative to it")
     try:
@@ -122,11 +122,7 @@ def settings_of(
 
     Raises :class:`SpecError` for a bad value.
     """
-    if preset not in PRESETS:
-        raise SpecError(
-            f"--preset: unknown preset {preset!r}{near(preset, PRESETS)}; choose among {', '.join(PRESETS)}"
-        )
-    chosen = PRESETS[preset]
+    chosen = PRESETS[_known("--preset", preset, PRESETS)]
     count = layers or chosen.layers
     skipped = chosen.skipped_layers if count >= chosen.layers else ()
     if skip is not None:
@@ -159,6 +155,12 @@ def strategy_options(settings: Sequence[str], names: Sequence[str]) -> dict[str,
         if key in options and "pp-reference" in names:
             raise SpecError(f"--set prune.{key}: the arm pp-reference has its own; leave that arm out of --arms")
     return options
+
+
+def _known(option: str, name: str, names: Collection[str]) -> str:
+    if name not in names:
+        raise SpecError(f"{option}: unknown name {name!r}{near(name, names)}; choose among {', '.join(names)}")
+    return name
 
 
 def _each(option: str, text: str | None, parse: Callable[[str], Value], expected: str) -> list[Value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...evaluators.allocations import meter, peak_bytes
 from ...evaluators.cost import formulas
 from ...evaluators.parts import Ledger
-from ...evaluators.timing import Clock, Result, clock_of, machine
+from ...evaluators.timing import Clock, clock_of, machine
 from ...registry import STAGES
 from ...registry.tensors.kernels import usable_on
 from ..calibration.passes import Progress
@@ -35,11 +35,6 @@ class ProcessorClock(Clock):
 
     def now(self) -> float:
         return time.process_time()
-
-    def timed(self, call: Callable[[], Result]) -> tuple[float, Result]:
-        start = self.now()
-        result = call()
-        return self.now() - start, result
 
 
 @dataclass

@@ -47,9 +47,6 @@ def sliced(model: nn.Module, sites: Sequence[Site], counts: Mapping[tuple[int, S
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
+    return linear.requires_grad_(False)
