@@ -5,7 +5,7 @@ import torch
 from prunekit.compress import prune
 from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.models.loading import Loaded
-from prunekit.compress.reporting import plot_costs
+from prunekit.compress.reporting import plots
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators.cost import FORMULAS, PARTS, Cost, formulas
 from prunekit.evaluators.latency import Latency
@@ -191,5 +191,5 @@ def test_time_has_the_stage_where_batches_are_compensated(measure):
 
 
 def test_plots_show_every_part():
-    assert set(plot_costs.FLOP_PARTS) == set(PARTS)
-    assert plot_costs.LOOKS["compensate"] == plot_costs.LOOKS["compensation"]
+    assert set(plots.FLOP_PARTS) == set(PARTS)
+    assert plots.LOOKS["compensate"] == plots.LOOKS["compensation"]

@@ -28,6 +28,7 @@ FOLDERS = (
     "compress/models",
     "compress/output",
     "compress/recovery",
+    "compress/reporting",
     "compress/runs",
 )
 pytestmark = pytest.mark.smoke

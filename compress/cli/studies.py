@@ -157,21 +157,19 @@ def show_trials(path: Path, trials: Sequence[StoredTrial]) -> None:
     """Print the finished trials of a store as a table."""
     from ..ablation.command import part
     from ..output import printing
-    from ..reporting.aggregate import tabulate
-    from ..reporting.findings import axis_title, read
+    from ..reporting.axes import axis_title
     from ..reporting.protocols import Protocols
-    from ..reporting.rows import rows_of
+    from ..reporting.summary import summarise
+    from ..reporting.tables import head, table_rows
+    from ..reporting.trials import read
 
     done = sum(trial.status == "done" for trial in trials)
     if done < len(trials):
         printing.say(f"{part(done, len(trials))} done")
-    table = tabulate(read(path))
-    head = [*map(axis_title, table.shown_axes), *(column.title for column in table.columns)]
-    rows = [
-        [*(text for text, _ in row.settings), *(cell.text for cell in row.cells)]
-        for row in rows_of(table, table.columns, Protocols())
-    ]
-    printing.show_wide_table(head, rows, max(1, len(table.shown_axes)), f"prunekit report {path}")
-    if table.repeated:
-        seeds = ", ".join(map(axis_title, table.repeated))
+    summary = summarise(read(path))
+    rows = [row.texts for row in table_rows(summary, summary.metrics, Protocols())]
+    left = max(1, len(summary.shown_axes))
+    printing.show_wide_table(head(summary, summary.metrics), rows, left, f"prunekit report {path}")
+    if summary.repeated:
+        seeds = ", ".join(map(axis_title, summary.repeated))
         printing.say(f"Values are mean ± standard deviation over {seeds}.")

@@ -2,75 +2,206 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...registry import SpecError
+from ..files.dotted import flatten, resolved_settings
 from ..output import printing
 from ..output.formatting import number
-from ..runs.records import RunResult, read_results
+from ..runs.records import RESULTS, Comparison, EvaluatorResult, RunResult, read_results
 from ..runs.report import headline
-from . import differences
-from .bootstrap import FEW_WINDOWS, Windows, paired_interval, unpaired
+from .axes import finite
+from .protocols import fact
+from .statistics import FEW_WINDOWS, not_paired, paired_bootstrap, windows_of
 
 TAKES = "prunekit compare takes two folders written by prunekit run"
 
+IGNORED = ("output.", "plugins")
+"""Prefixes of settings that say where results go, or follow from the components in use."""
+
+CIRCUMSTANCES = {
+    "processor", "accelerator", "threads", "torch", "clock", "lm_eval", "dtype", "device", "attention", "meter",
+    "pairs", "warmup", "breakdown", "prefill_samples", "decode_samples", "sites", "pruned_perplexity",
+    "dense_perplexity", "pruned_seconds", "dense_seconds", "seed",
+}  # fmt: skip
+"""Protocol keys that do not change a value's meaning: machine, repetitions, and measured values."""
+
+COUNTED = {"windows", "tokens", "pages", "words", "bytes", "documents", "ids_sha256"}
+"""Protocol keys that follow from others; they are named only where those are equal."""
+
+OF_THE_MODEL = {"parameters", "parameters_ratio", "weights"}
+"""Values that depend on no batch or text."""
+
+RANDOM_IDS = "random ids"
+"""How protocols name tokens that are not a text."""
+
+MOST_NAMED = 4
+"""Maximum number of differences that a sentence names."""
+
+ABSENT = object()
+
+Line = tuple[str, str, str]
+"""Key, A's value, B's value."""
+
 
 def compare(a: Path, b: Path, samples: int = 10_000, seed: int = 0) -> None:
-    """Print what two results folders differ in, and how sure the difference of their perplexities is.
+    """Print how two results folders differ, and the interval of the difference of their perplexities.
 
-    ``samples`` and ``seed`` are of the bootstrap over windows. Raises :class:`SpecError` for a folder that holds
-    no results of one run.
+    ``samples`` and ``seed`` are of the bootstrap over windows. Raises :class:`SpecError` for a folder without the
+    results of one run.
     """
     folders = [Path(a).expanduser(), Path(b).expanduser()]
     first, second = (_one_run(folder) for folder in folders)
-    for name, folder, data in zip("AB", folders, (first, second), strict=True):
+    for name, folder, result in zip("AB", folders, (first, second), strict=True):
         printing.say(f"{name}: {folder}", whole=True)
-        printing.say(f"   {headline(RunResult.model_validate(data))}")
+        printing.say(f"   {headline(result)}")
     printing.say("")
-    resolved = [_resolved(folder) for folder in folders]
-    _differing("settings that differ", differences.settings(*resolved), "the settings are the same")
-    _differing("model, machine and versions that differ", differences.origins(first, second), "model, machine and "
-               "versions are the same")  # fmt: skip
-    if None in resolved:
-        # Without the pipelines, the protocols still say how the numbers were measured.
-        _differing("protocols that differ", differences.protocols(first, second), "the protocols are the same")
-    head = ("measurement", "dense", "A", "B", "B to A")
-    printing.show_table(head, differences.results(first, second), title="results")
-    for sentence in [*differences.unlike(first, second), *intervals(first, second, samples, seed)]:
+    left, right = (_resolved(folder) for folder in folders)
+    _differing("settings that differ", settings(left, right), "the settings are the same")
+    _differing("model, machine and versions that differ", origins(first, second),
+               "model, machine and versions are the same")  # fmt: skip
+    printing.show_table(("measurement", "dense", "A", "B", "B to A"), results(first, second), title="results")
+    for sentence in [*differences(first, second), *intervals(first, second, samples, seed)]:
         printing.say(sentence)
 
 
-def intervals(a: dict[str, Any], b: dict[str, Any], samples: int, seed: int) -> list[str]:
+def settings(a: str | None, b: str | None) -> list[Line]:
+    """The settings of two resolved pipelines that differ."""
+    found = _lines(resolved_settings(a), resolved_settings(b))
+    # A component that one side lacks: its options show that already.
+    parents = {name[:end] for name, *_ in found for end in range(len(name)) if name[end] == "."}
+    return [line for line in found if line[0] not in parents and not line[0].startswith(IGNORED)]
+
+
+def origins(a: RunResult, b: RunResult) -> list[Line]:
+    """Differences in model, calibration text, machine, origin of the components and versions."""
+    return _lines(_origin(a), _origin(b))
+
+
+def _origin(result: RunResult) -> dict[str, Any]:
+    found = {f"model {name}": value for name, value in result.model.as_json().items()}
+    found["calibration fingerprint"] = result.calibration.fingerprint if result.calibration else None
+    for metric in result.metrics:
+        machine = ("processor", "accelerator", "threads", "clock")
+        found |= {name: metric.protocol[name] for name in machine if name in metric.protocol}
+    found["components from"] = sorted(result.plugins)
+    return found | {f"version of {name}": version for name, version in result.versions.items()}
+
+
+def results(a: RunResult, b: RunResult) -> list[tuple[str, str, str, str, str]]:
+    """Measurement, dense, A, B and B relative to A, for each value that either has.
+
+    Dense values that differ are both shown; values with different protocols are not related.
+    """
+    rows = []
+    for label in dict.fromkeys(metric.label for result in (a, b) for metric in result.metrics):
+        one, other = a.metric(label), b.metric(label)
+        sides = [metric for metric in (one, other) if metric]
+        for name in dict.fromkeys(name for metric in sides for name in metric.pruned):
+            first, second = (metric.pruned.get(name) if metric else None for metric in (one, other))
+            if first is None and second is None:
+                continue
+            dense = [number((metric.dense or {}).get(name)) if metric else "-" for metric in (one, other)]
+            title = label if label == name else f"{label}: {name}"
+            unlike = bool(one and other and not_comparable(one, other, name))
+            related = "-" if unlike else _relation(name, first, second)
+            shown = dense[0] if dense[0] == dense[1] else " / ".join(dense)
+            rows.append((title.replace("_", " "), shown, number(first), number(second), related))
+    return rows
+
+
+def differences(a: RunResult, b: RunResult) -> list[str]:
+    """A sentence for every evaluator whose values do not compare, with the differences in its protocol."""
+    said = []
+    for one, other in _shared(a, b):
+        names = one.pruned.keys() & other.pruned.keys()
+        found = sorted({text for name in names for text in not_comparable(one, other, name)})
+        if found:
+            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+            said.append(f"{one.label}: A and B do not compare: {', '.join(found[:MOST_NAMED])}{more}")
+    return said
+
+
+def not_comparable(one: EvaluatorResult, other: EvaluatorResult, name: str) -> list[str]:
+    """What a value depends on and differs between two protocols: ``length 128 against 256``."""
+    if name in OF_THE_MODEL:
+        return []
+    first, second = ({k: _any_seed(v) for k, v in flatten(found.protocol).items()} for found in (one, other))
+    found = {line[0]: line[1:] for line in _lines(first, second) if _matters(line[0], name, first)}
+    # Equal tokens compare, whatever their limit was.
+    same = {key.rpartition(".")[0] for key in first if key.endswith("ids_sha256") and first[key] == second.get(key)}
+    limits = {f"{place}.{key}".removeprefix(".") for place in same for key in ("limit", "documents")}
+    found = {key: values for key, values in found.items() if key not in limits}
+    causes = {key: values for key, values in found.items() if key.rpartition(".")[2] not in COUNTED} or found
+    return [f"{key.replace('_', ' ').replace('.', ' ')} {a} against {b}" for key, (a, b) in causes.items()]
+
+
+def _matters(key: str, name: str, protocol: Mapping[str, Any]) -> bool:
+    """Whether a value depends on a protocol's key: a decoding step's on those of decoding, a task's on its own."""
+    last, task = key.rpartition(".")[2], name.removesuffix("_stderr")
+    if last in CIRCUMSTANCES or (last.startswith("decode") and not name.startswith("decode")):
+        return False
+    of_task = any(known.startswith(f"tasks.{task}.") for known in protocol)
+    return not (of_task and key.startswith("tasks.")) or key.startswith(f"tasks.{task}.")
+
+
+def _any_seed(value: Any) -> Any:
+    """``random ids, seed 1`` without its seed: the result depends on the number of ids only."""
+    return RANDOM_IDS if isinstance(value, str) and value.startswith(RANDOM_IDS) else value
+
+
+def _relation(name: str, first: Any, second: Any) -> str:
+    if finite(first) is None or finite(second) is None:
+        return ""
+    if first == second:
+        return "same"
+    if name == "loss" or not first or second / first <= 0:  # a logarithm, or no ratio
+        return f"{second - first:+.3g}"
+    return f"x {second / first:.3g}"
+
+
+def _shared(a: RunResult, b: RunResult) -> list[tuple[EvaluatorResult, EvaluatorResult]]:
+    return [(metric, other) for metric in a.metrics if (other := b.metric(metric.label))]
+
+
+def _lines(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Line]:
+    pairs = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in dict.fromkeys([*left, *right])]
+    return [(key, _text(one), _text(other)) for key, one, other in pairs if one != other]
+
+
+def _text(value: Any) -> str:
+    return "-" if value is ABSENT else "none" if value is None else fact(value)
+
+
+def intervals(a: RunResult, b: RunResult, samples: int, seed: int) -> list[str]:
     """A sentence for every perplexity that both runs measured: its interval, or why there is none."""
-    others = {outcome["label"]: outcome for outcome in b["metrics"]}
-    pairs = [(o, others[o["label"]]) for o in a["metrics"] if o["evaluator"] == "perplexity" and o["label"] in others]
+    pairs = [pair for pair in _shared(a, b) if pair[0].evaluator == "perplexity"]
     if not pairs:
         return ["no interval: the runs share no perplexity measurement"]
-    prints = [data["model"].get("fingerprint") for data in (a, b)]
-    if prints[0] != prints[1]:
-        return [
-            f"no interval: the dense models differ (fingerprints {str(prints[0])[:12]} and {str(prints[1])[:12]}), so "
-            "the difference would be theirs as much as the pruning's"
-        ]
-    return [_interval(first, second, samples, seed) for first, second in pairs]
+    prints = [str(result.model.fingerprint)[:12] for result in (a, b)]
+    if a.model.fingerprint != b.model.fingerprint:
+        return [f"no interval: the dense models differ (fingerprints {prints[0]} and {prints[1]})"]
+    return [_interval(one, other, samples, seed) for one, other in pairs]
 
 
-def _interval(a: dict[str, Any], b: dict[str, Any], samples: int, seed: int) -> str:
-    label = a["label"]
-    why = unpaired(a, b)
-    if why:
-        return f"{label}: no interval: {why}"
-    found = paired_interval(Windows.of(a), Windows.of(b), samples, seed)
+def _interval(a: EvaluatorResult, b: EvaluatorResult, samples: int, seed: int) -> str:
+    first, second, why = windows_of(a), windows_of(b), not_paired(a, b)
+    if why or first is None or second is None:
+        return f"{a.label}: no interval: {why}"
+    found, windows = paired_bootstrap(first, second, samples, seed), first.shape[1]
     if found is None:
-        return f"{label}: no interval: the perplexities are too large"
-    verdict = "which leaves out zero" if found.certain else "which holds zero: no difference is shown"
-    few = f" With only {found.windows} windows it is too short." if found.windows < FEW_WINDOWS else ""
+        return f"{a.label}: no interval: the perplexities are too large"
+    difference, ratio = found
+    significant = ratio.low > 1 or ratio.high < 1
+    result = "which excludes 0" if significant else "which includes 0: the difference is not significant"
+    few = f" With only {windows} windows it is too narrow." if windows < FEW_WINDOWS else ""
+    value, low, high = map(_signed, difference)
     return (
-        f"{label}: B - A = {_signed(found.difference)}, 95% interval {_signed(found.low)} to {_signed(found.high)}, "
-        f"{verdict}; B / A = {found.ratio:.4f}, {found.ratio_low:.4f} to {found.ratio_high:.4f}. Paired bootstrap over "
-        f"{found.windows} windows, {found.samples:,} samples, seed {found.seed}; it covers the choice of text, not of "
-        f"seeds.{few}"
+        f"{a.label}: B - A = {value}, 95% interval {low} to {high}, {result}; B / A = {ratio.value:.4f}, "
+        f"{ratio.low:.4f} to {ratio.high:.4f}. Paired bootstrap over {windows} windows, {samples:,} samples, seed "
+        f"{seed}; it covers the choice of text, not of seeds.{few}"
     )
 
 
@@ -78,19 +209,19 @@ def _signed(value: float) -> str:
     return ("-" if value < 0 else "+") + number(abs(value))
 
 
-def _one_run(folder: Path) -> dict[str, Any]:
+def _one_run(folder: Path) -> RunResult:
     if folder.is_file():
-        raise SpecError(f"{folder} is a file, and {TAKES}; prunekit report shows the store of an ablation")
-    if not (folder / "results.json").is_file():
-        what = "is no results folder (no results.json in it)" if folder.is_dir() else "is not there"
+        raise SpecError(f"{folder} is a file, and {TAKES}; prunekit report shows the store of a study")
+    if not (folder / RESULTS).is_file():
+        what = f"is not a results folder (no {RESULTS} in it)" if folder.is_dir() else "does not exist"
         raise SpecError(f"{folder} {what}; {TAKES}")
-    data = read_results(folder).as_json()
-    if "runs" in data:
+    found = read_results(folder)
+    if isinstance(found, Comparison):
         raise SpecError(
-            f"{folder} holds {len(data['runs'])} runs, and compare takes folders of one run each; "
+            f"{folder} holds {len(found.runs)} runs, and compare takes folders of one run each; "
             "prunekit report compares them all"
         )
-    return data
+    return found
 
 
 def _resolved(folder: Path) -> str | None:
@@ -98,7 +229,7 @@ def _resolved(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _differing(title: str, lines: list[differences.Line], none: str) -> None:
+def _differing(title: str, lines: list[Line], none: str) -> None:
     if lines:
         printing.show_table(("", "A", "B"), lines, left=3, title=title)
     else:

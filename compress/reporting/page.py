@@ -1,4 +1,4 @@
-"""report.html: one file with everything in it, which asks nothing of any network."""
+"""report.html: the whole report in one file, which loads nothing from a network."""
 
 from __future__ import annotations
 
@@ -11,69 +11,62 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ... import __version__
-from .aggregate import Table
-from .columns import Column, all_columns
-from .facts import facts, identities, versions
-from .figures import Plot
-from .findings import Findings, axis_title
-from .notes import notes
-from .protocols import Protocols
-from .published import STATEMENT, beside
-from .rows import rows_of
-from .tables import PUBLISHED_HEAD, crossing, explanation
-from .verdict import bounds, conclusion, findings_in_detail
+from .axes import axis_title
+from .metrics import Metric, all_metrics
+from .protocols import Protocols, identities, notes, summary_facts, versions
+from .published import HEAD, STATEMENT, compare_with_published
+from .ranking import EXPLANATION, conclusion, ranking_table
+from .style import Plot
+from .summary import Summary
+from .tables import explanation, table_rows
+from .trials import Study
 
 PRINTED = 9
-"""Most columns of a table that fit a printed page; the first ones are the telling ones."""
+"""Maximum number of columns of a table on paper; the first ones matter most."""
 
 LINK = re.compile(r"https?://[^\s<>\"']*[\w/]|arXiv[ :](\d{4}\.\d{4,5})")
 
 
-def html(table: Table, plots: Sequence[Plot]) -> str:
-    """The page; the same findings give the same bytes."""
+def html(summary: Summary, plots: Sequence[Plot]) -> str:
+    """The page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"links": links, "keep": keep}
-    findings, protocols = table.findings, Protocols()
-    main = _table(table, table.columns, protocols)
-    every = _table(table, all_columns(findings), protocols)
+    study, protocols = summary.study, Protocols()
+    main = _table(summary, summary.metrics, protocols)
+    every = _table(summary, all_metrics(study), protocols)
+    rankings = [(metric, *ranking_table(summary, metric)) for metric in summary.quality]
     return environment.from_string(_file("page.html")).render(
         version=__version__,
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js")),
-        title=findings.title,
-        source=findings.source.name,
-        progress=progress(findings),
-        conclusion=conclusion(table),
-        detail=findings_in_detail(table),
-        bounds=bounds(table),
-        crossing=crossing(table, plots),
-        facts=facts(findings),
+        study=study,
+        progress=progress(study),
+        conclusion=conclusion(summary),
+        facts=summary_facts(study),
         main=main,
         every=every,
-        explanation=explanation(table),
-        published=beside(table),
-        published_head=PUBLISHED_HEAD,
+        explanation=explanation(summary),
+        rankings=[(metric.title, head, rows) for metric, head, rows in rankings if rows],
+        ranking_explanation=EXPLANATION,
+        published=compare_with_published(summary),
+        published_head=HEAD,
         statement=STATEMENT,
         plots=[(plot, Markup(plot.inline)) for plot in plots],
-        failed=findings.failed,
-        waiting=findings.waiting,
-        notes=notes(table),
+        notes=notes(summary),
         protocols=protocols.all,
         measured=protocols.by_label,
-        text=findings.text,
-        versions=versions(findings),
-        identities=identities(findings),
-        single=len(findings.trials) == 1,
+        versions=versions(study),
+        identities=identities(study),
     )
 
 
-def progress(findings: Findings) -> list[str]:
-    """How far a study is, in a sentence; nothing where all of it is measured."""
-    done, planned = len(findings.done), len(findings.trials)
+def progress(study: Study) -> list[str]:
+    """How many trials are done, in a sentence; nothing if all are."""
+    done, planned = len(study.done), len(study.trials)
     if done == planned:
         return []
-    missing = [f"{len(findings.failed)} failed"] if findings.failed else []
-    missing += [f"{findings.waiting} {'is' if findings.waiting == 1 else 'are'} waiting"] if findings.waiting else []
+    missing = [f"{len(study.failed)} failed"] if study.failed else []
+    missing += [f"{study.waiting} {'is' if study.waiting == 1 else 'are'} waiting"] if study.waiting else []
     return [f"{done} of {planned} trials {'is' if done == 1 else 'are'} done{''.join(f', {m}' for m in missing)}."]
 
 
@@ -88,16 +81,16 @@ def links(text: str) -> Markup:
 
 
 def keep(text: str) -> Markup:
-    """Text whose hyphenated names are not broken."""
+    """Text whose hyphenated names do not break across lines."""
     return Markup(re.sub(r"\w+-\w+", r'<span class="keep">\g<0></span>', str(Markup.escape(text))))
 
 
-def _table(table: Table, columns: Sequence[Column], protocols: Protocols) -> dict[str, Any]:
-    rows = rows_of(table, columns, protocols)
+def _table(summary: Summary, metrics: Sequence[Metric], protocols: Protocols) -> dict[str, Any]:
+    rows = table_rows(summary, metrics, protocols)
     return {
-        "axes": [(axis_title(name), name) for name in table.shown_axes],
-        "columns": columns,
-        "printed": max(1, PRINTED - len(table.shown_axes)),
+        "axes": [(axis_title(name), name) for name in summary.shown_axes],
+        "columns": metrics,
+        "printed": max(1, PRINTED - len(summary.shown_axes)),
         "dense": [row for row in rows if row.dense],
         "rows": [row for row in rows if not row.dense],
     }

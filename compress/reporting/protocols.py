@@ -1,21 +1,24 @@
-"""Protocols told once: what a value depends on, gathered over the trials it is made of, and numbered."""
+"""How results were measured: protocols, each listed once, and the facts that all trials share."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..files.dotted import resolved_settings
 from ..output.formatting import number
-from .findings import Trial, finite
+from ..runs.records import RunResult
+from .axes import finite
+from .summary import Summary
+from .trials import Study, Trial
 
 MOST_VALUES = 4
-"""Different values of one key that are listed; more are counted."""
-
+"""Maximum number of values listed of one key; more are counted."""
 
 BETWEEN = " / "
-"""Stands between different values of one key."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,20 @@ class Protocol:
 
 
 class Protocols:
-    """Every different protocol of a report, numbered in the order in which it was first asked for."""
+    """The distinct protocols of a report, numbered in the order in which they appear."""
 
     def __init__(self) -> None:
         self._known: dict[str, Protocol] = {}
 
     def of(self, label: str, trials: Iterable[Trial]) -> Protocol | None:
-        """The protocol of what an evaluator measured on these trials; None where it did not run.
-
-        What differs from trial to trial, as a seed does, is listed.
-        """
-        outcomes = [outcome for trial in trials if (outcome := trial.outcome(label))]
-        if not outcomes:
+        """The protocol of an evaluator in these trials; None if it did not run."""
+        found = [metric for trial in trials if (metric := trial.metric(label))]
+        if not found:
             return None
-        facts = tuple(merged([outcome["protocol"] for outcome in outcomes]).items())
-        notes = tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.get("notes") or ()))
+        facts = tuple(merged(metric.protocol for metric in found).items())
+        notes = tuple(dict.fromkeys(note for metric in found for note in metric.notes))
         key = json.dumps([label, facts, notes])
-        if key not in self._known:
-            self._known[key] = Protocol(len(self._known) + 1, label, facts, notes)
-        return self._known[key]
+        return self._known.setdefault(key, Protocol(len(self._known) + 1, label, facts, notes))
 
     @property
     def all(self) -> list[Protocol]:
@@ -55,25 +53,22 @@ class Protocols:
 
     @property
     def by_label(self) -> dict[str, dict[str, str]]:
-        """Each evaluator's facts over everything that was asked for; what differs too often is counted."""
+        """Every evaluator's protocol over all its uses; keys with many values have their number."""
         found: dict[str, dict[str, dict[str, None]]] = {}
         for protocol in self.all:
             for name, value in protocol.facts:
-                pieces = dict.fromkeys(value.split(BETWEEN))  # those of each trial, as :func:`merged` lists them
-                found.setdefault(protocol.label, {}).setdefault(name, {}).update(pieces)
+                found.setdefault(protocol.label, {}).setdefault(name, {}).update(dict.fromkeys(value.split(BETWEEN)))
         return {
             label: {
-                name: BETWEEN.join(values)
-                if len(values) <= MOST_VALUES
-                else f"{len(values)} values, one for each result"
+                name: BETWEEN.join(values) if len(values) <= MOST_VALUES else f"{len(values)} different values"
                 for name, values in facts.items()
             }
             for label, facts in found.items()
         }
 
 
-def merged(protocols: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Each key's values as text, those that differ one after the other; keys that are null everywhere left out."""
+def merged(protocols: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The distinct values of each key as text; keys that are null everywhere are left out."""
     found: dict[str, dict[str, None]] = {}
     for protocol in protocols:
         for key, value in protocol.items():
@@ -83,8 +78,8 @@ def merged(protocols: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 
 def fact(value: Any) -> str:
-    """A protocol's or setting's value as text."""
-    if isinstance(value, dict):
+    """A value of a protocol or setting as text."""
+    if isinstance(value, Mapping):
         return ", ".join(f"{key.replace('_', ' ')} {fact(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, (list, tuple)):
         return " ".join(map(fact, value))
@@ -92,6 +87,115 @@ def fact(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float) and finite(value) is not None:
         return f"{value:g}" if abs(value) < 1e6 else number(value)
-    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
-        return value[:12]  # a sha256: the results have it whole
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12]  # a sha256; the results contain all of it
     return repr(value) if isinstance(value, str) and value != value.strip() else str(value)
+
+
+def summary_facts(study: Study) -> list[tuple[str, str]]:
+    """Model, texts, machine, trials and date; values that differ between trials are listed."""
+    results = study.results
+    windows = [m.protocol for trial in study.done for m in trial.metrics if m.evaluator == "perplexity"]
+    layers = (resolved_settings(trial.resolved).get("prune.skip_layers") for trial in study.done)
+    versions = merged(result.versions for result in results)
+    facts = {
+        "Model": _distinct(map(_model, results)),
+        "Measured on": _distinct(_text(protocol) for protocol in windows if protocol.get("text")),
+        "Calibrated on": _distinct(map(_calibration, results)) or "nothing",
+        "Layers not pruned": _distinct(map(_layers, layers)),
+        "Machine": _distinct(map(_machine, results)),
+        "Trials": _trials(study),
+        "Run": " to ".join(dict.fromkeys(ends([result.started[:10] for result in results]))),
+        "Software": ", ".join(f"{n} {versions[n]}" for n in ("prunekit", "torch", "transformers") if n in versions),
+    }
+    return [(name, text) for name, text in facts.items() if text]
+
+
+def ends(values: list[str]) -> tuple[str, str]:
+    """The least and the largest."""
+    return min(values), max(values)
+
+
+def versions(study: Study) -> dict[str, str]:
+    """Versions of the software of all trials, differing ones listed."""
+    return merged(result.versions for result in study.results) or merged([study.versions])
+
+
+def identities(study: Study) -> list[tuple[str, str]]:
+    """Fingerprints and plugins: they show whether another run used the same weights, texts and components."""
+    results = study.results
+    facts = {
+        "weights, sha256": _distinct(result.model.fingerprint or "" for result in results),
+        "commit": _distinct(result.model.commit or "" for result in results),
+        "calibration, sha256": _distinct((r.calibration and r.calibration.fingerprint) or "" for r in results),
+        "components from": _distinct(name for result in results for name in result.plugins),
+    }
+    return [(name, text) for name, text in facts.items() if text]
+
+
+def notes(summary: Summary) -> list[tuple[str, str]]:
+    """Every note with its configurations; notes that differ only in numbers are one, with the numbers of the first."""
+    found: dict[str, tuple[str, dict[str, None], int]] = {}
+    for configuration in summary.configurations:
+        for trial in configuration.trials:
+            for note in dict.fromkeys(trial.result.notes if trial.result else ()):
+                pattern = re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", note)
+                first, names, count = found.get(pattern, (note, {}, 0))
+                found[pattern] = (first, {**names, summary.name(configuration): None}, count + 1)
+    total = len(summary.study.done)
+    said = []
+    for first, names, count in found.values():
+        listed = "; ".join(names) if len(names) <= MOST_VALUES else f"{len(names)} configurations"
+        said.append((first, f"{listed}: {count} of {total} trials"))
+    return said
+
+
+def _model(result: RunResult) -> str:
+    model = result.model
+    size = f"{model.parameters / 1e9:.3g}\u00a0B" if model.parameters >= 1e9 else f"{model.parameters / 1e6:.3g}\u00a0M"
+    return f"{model.name} ({model.architecture}, {size} parameters, {model.dtype})"
+
+
+def _text(protocol: Mapping[str, Any]) -> str:
+    parts = [fact(protocol["text"])]
+    if protocol.get("tokens") and protocol.get("windows"):
+        parts.append(f"{number(protocol['tokens'])} tokens scored in {protocol['windows']} windows")
+    parts += [f"{name} {protocol[key]}" for key, name in (("window", "window"), ("batch_size", "batch"))
+              if protocol.get(key)]  # fmt: skip
+    return ", ".join(parts)
+
+
+def _calibration(result: RunResult) -> str:
+    found = result.calibration
+    return f"{found.text}, {found.sequences} sequences of {found.length} tokens" if found else ""
+
+
+def _layers(layers: Any) -> str:
+    """``layers 0, 1``; empty where it is not known."""
+    if not isinstance(layers, (list, tuple)):
+        return ""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else "none"
+
+
+def _machine(result: RunResult) -> str:
+    known: dict[str, Any] = {}
+    for metric in result.metrics:
+        known.update({k: v for k, v in metric.protocol.items() if k in ("accelerator", "processor", "threads") and v})
+    parts = [str(known[name]) for name in ("accelerator", "processor") if name in known]
+    parts += [f"{known['threads']} thread{'s' * (known['threads'] != 1)}"] if "threads" in known else []
+    return ", ".join([*parts, result.model.device] if parts else [])
+
+
+def _trials(study: Study) -> str:
+    parts = [f"{len(study.done)} done"]
+    parts += [f"{len(study.failed)} failed"] if study.failed else []
+    parts += [f"{study.waiting} waiting"] if study.waiting else []
+    seconds = sum(trial.seconds or 0 for trial in study.trials)
+    if not seconds:
+        return ", ".join(parts)
+    duration = f"{seconds:.0f}\u00a0s" if seconds < 100 else f"{seconds / 60:.0f}\u00a0min"
+    return ", ".join([*parts, duration if seconds < 6000 else f"{seconds / 3600:.1f}\u00a0h"])
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text))

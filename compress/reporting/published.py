@@ -1,25 +1,27 @@
-"""Ours beside the literature's values."""
+"""Compares the results with published values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from ..ablation.published import Published
 from ..files.dotted import resolved_settings
-from .aggregate import Table
-from .columns import Column, all_columns, find
-from .configurations import Configuration, key
-from .findings import finite, setting_text
+from .axes import finite, key, setting_text
+from .metrics import Metric, all_metrics, find
+from .summary import Cell, Configuration, Summary
+
+HEAD = ("configuration", "metric", "published", "ours", "difference", "source")
 
 STATEMENT = (
-    "Published values come from other code, and often from another model, text or window than was measured here; "
-    "protocols may differ, and where they do the difference says nothing about either."
+    "Published values come from other code, and often from another model, text or window. Where the protocols differ, "
+    "the difference shows nothing about either."
 )
 
 
 @dataclass(frozen=True)
-class Beside:
-    """One published value beside what was measured here."""
+class PublishedRow:
+    """One published value next to ours."""
 
     where: str
     metric: str
@@ -27,55 +29,50 @@ class Beside:
     ours: str
     difference: str
     source: str
-    column: Column | None = None
-    configuration: Configuration | None = None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """In the order of :data:`HEAD`."""
+        return (self.where, self.metric, self.theirs, self.ours, self.difference, self.source)
 
 
-def beside(table: Table) -> list[Beside]:
-    """A row for every published value, one for each configuration that it speaks of; unmeasured ones say so."""
-    rows = []
-    columns = [*table.columns, *all_columns(table.findings)]
-    for entry in table.findings.published:
-        rows += _entry(table, columns, entry)
-    return rows
+def compare_with_published(summary: Summary) -> list[PublishedRow]:
+    """A row for each published value and configuration it applies to; values not measured here are listed as such."""
+    metrics = [*summary.metrics, *all_metrics(summary.study)]
+    return [row for entry in summary.study.published for row in _entry(summary, metrics, entry)]
 
 
-def _entry(table: Table, columns: list[Column], entry: dict[str, Any]) -> list[Beside]:
-    where, theirs = dict(entry.get("where") or {}), entry.get("value")
-    column = find(columns, str(entry.get("metric")))
-    metric = column.title if column else str(entry.get("metric"))
-    source = str(entry.get("source") or "")
-    said = ", ".join(setting_text(name, value) for name, value in where.items())
-    matching = [c for c in table.configurations if _matches(c, where)]
-    written = column.text(theirs) if column else setting_text("", theirs)
-    if entry.get("dense"):
+def _entry(summary: Summary, metrics: list[Metric], entry: Published) -> list[PublishedRow]:
+    where, theirs = entry.where, entry.value
+    metric = find(metrics, entry.metric)
+    title = metric.title if metric else entry.metric
+    name = ", ".join(setting_text(axis, value) for axis, value in where.items())
+    written = metric.text(theirs) if metric else setting_text("", theirs)
+    matching = [c for c in summary.configurations if _matches(c, where)]
+    cells: list[tuple[str, Cell]] = []
+    if metric and entry.dense:
+        name = ", ".join(filter(None, ("dense", name)))
         references = sorted({c.reference for c in matching})
-        cells = [(None, table.dense_name(i), table.dense[i].cell(column)) for i in references] if column else []
-        said = ", ".join(filter(None, ("dense", said)))
-    else:
-        cells = [(c, table.name(c), c.cell(column)) for c in matching] if column else []
-    cells = [(c, name, cell) for c, name, cell in cells if cell.mean is not None]
-    if not cells:
-        return [Beside(said or "any", metric, written, "not measured", "", source)]
-    found = []
-    for configuration, own, cell in cells:
-        name = own if len(cells) > 1 else said or "any"
-        found.append(
-            Beside(
-                name, metric, written, cell.text, difference(column, cell.mean, theirs), source, column, configuration
-            )
-        )
-    return found
+        cells = [(summary.dense_name(i), summary.dense_cell(i, metric)) for i in references]
+    elif metric:
+        cells = [(summary.name(c), summary.cell(c, metric)) for c in matching]
+    measured = [(own, cell) for own, cell in cells if cell.mean is not None]
+    if not measured or not metric:
+        return [PublishedRow(name or "any", title, written, "not measured", "", entry.source)]
+    return [
+        PublishedRow(own if len(measured) > 1 else name or "any", title, written, cell.text,
+                  _difference(metric, cell.mean or 0.0, theirs), entry.source)
+        for own, cell in measured
+    ]  # fmt: skip
 
 
-def difference(column: Column, ours: float, theirs: Any) -> str:
-    """Ours minus theirs, in the value's own unit and in percent (of accuracies and shares, in points)."""
+def _difference(metric: Metric, ours: float, theirs: float) -> str:
+    """Ours minus theirs, and in percent; of accuracies and shares in points."""
     if finite(theirs) is None:
         return ""
-    if column.style in ("share", "accuracy"):
+    if metric.style in ("share", "accuracy"):
         return f"{100 * (ours - theirs):+.1f} points"
-    percent = f" ({100 * (ours / theirs - 1):+.0f}%)" if theirs else ""
-    return f"{ours - theirs:+.3g}{percent}"
+    return f"{ours - theirs:+.3g}" + (f" ({100 * (ours / theirs - 1):+.0f}%)" if theirs else "")
 
 
 def _matches(configuration: Configuration, where: dict[str, Any]) -> bool:

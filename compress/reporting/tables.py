@@ -1,193 +1,220 @@
-"""A report's tables as Markdown, CSV and LaTeX."""
+"""The main table as rows of text, and a report's tables as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
-import csv
-import io
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import pandas as pd
+
+from ..output.formatting import number
 from ..output.formatting import table as markdown_table
-from .aggregate import RATIO, Table
-from .columns import Column, all_columns
-from .facts import facts
-from .figures import safe_name
-from .findings import axis_title, finite
-from .plots import Plot
-from .protocols import Protocols
-from .published import STATEMENT, beside
-from .rows import Row, rows_of
-from .verdict import bounds, conclusion, findings_in_detail
+from .axes import RATIO, axis_title, finite, setting_text
+from .metrics import Metric, all_metrics
+from .protocols import Protocol, Protocols, summary_facts
+from .published import HEAD, STATEMENT, compare_with_published
+from .ranking import EXPLANATION, conclusion, ranking_table
+from .style import Plot
+from .summary import Cell, Configuration, Summary
+from .trials import RELATIVE
 
-PUBLISHED_HEAD = ("of", "measure", "published", "ours", "difference", "source")
-
-LATEX = {
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-}  # fmt: skip
-
-
-def head(table: Table, columns: Sequence[Column]) -> list[str]:
-    """Titles of the axes, then of the columns."""
-    return [*map(axis_title, table.shown_axes), *(column.title for column in columns)]
-
-
-def explanation(table: Table) -> list[str]:
-    """How to read the main table, in sentences."""
-    relative = [column.title for column in table.columns if column.relative or column.of_dense]
-    said = [f"Relative to the dense model of the same run: {', '.join(relative)}."] if relative else []
-    if table.repeated:
-        repeated = ", ".join(map(axis_title, table.repeated))
-        said.append(f"Values are mean ± standard deviation (n - 1) over repetitions ({repeated}).")
-    if table.best:
-        shared = " and ".join(map(axis_title, [RATIO, *table.circumstances]))
-        part = any(len(c.trials) < c.planned for c in table.configurations)
-        whole = " and has a value for every planned repetition" if part else ""
-        said.append(f"Bold: the best mean at the same {shared}, among what computes less than the dense model{whole}.")
-    return said
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """Where a study is shown that no plot of quality shows."""
+class Shown:
+    """One number in a table."""
 
-    said: str
-    command: str
-
-
-def crossing(table: Table, plots: Sequence[Plot]) -> Crossing | None:
-    """The command that crosses two axes of a study of one ratio of whose quality nothing is drawn."""
-    axes = [name for name in (*table.methods, *table.circumstances) if name != RATIO]
-    drawn = any(plot.name.startswith(safe_name(column.key)) for plot in plots for column in table.quality)
-    if drawn or not table.quality or len(axes) < 2 or len({c.ratio for c in table.configurations}) > 1:
-        return None
-    names = [shlex.quote(part) for part in (table.findings.source.name, *axes[:2])]
-    command = "prunekit pivot {} --rows {} --columns {}".format(*names)
-    return Crossing(
-        "There is one ratio only, so quality is not drawn. As a cross table, with --out also drawn:", command
-    )
+    text: str
+    sort: float | None
+    best: bool
+    protocol: Protocol | None
+    about: str
+    """The configuration, the metric, and the values behind the number."""
 
 
-def markdown(table: Table, plots: Sequence[Plot]) -> str:
+@dataclass(frozen=True)
+class Row:
+    """One line: settings, then numbers."""
+
+    settings: tuple[tuple[str, float | str], ...]
+    """Text and sort key by axis."""
+    cells: tuple[Shown, ...]
+    dense: bool = False
+    starts_block: bool = False
+
+    @property
+    def texts(self) -> list[str]:
+        return [*(text for text, _ in self.settings), *(cell.text for cell in self.cells)]
+
+
+def head(summary: Summary, metrics: Sequence[Metric]) -> list[str]:
+    """Titles of the axes, then of the metrics."""
+    return [*map(axis_title, summary.shown_axes), *(metric.title for metric in metrics)]
+
+
+def table_rows(summary: Summary, metrics: Sequence[Metric], protocols: Protocols) -> list[Row]:
+    """Dense models first, then the configurations in order."""
+    rows = [_dense_row(summary, reference, metrics, protocols) for reference in range(len(summary.dense))]
+    last = None
+    for c in summary.configurations:
+        block = (c.reference, c.ratio)
+        settings = tuple(
+            (setting_text(axis, value), _sort_key(axis, value))
+            if (value := c.settings.get(axis, ...)) is not ...
+            else ("-", "")
+            for axis in summary.shown_axes
+        )
+        cells = tuple(_configuration_cell(summary, c, metric, protocols) for metric in metrics)
+        rows.append(Row(settings, cells, starts_block=last not in (None, block)))
+        last = block
+    return rows
+
+
+def _dense_row(summary: Summary, reference: int, metrics: Sequence[Metric], protocols: Protocols) -> Row:
+    """``dense`` is in the first column without a setting of its own, else before the first setting."""
+    dense, name = summary.dense[reference], summary.dense_name(reference)
+    texts = [setting_text(a, dense.settings[a]) if a in dense.settings else "" for a in summary.shown_axes]
+    free = next((index for index, text in enumerate(texts) if not text), 0)
+    texts[free] = ", ".join(filter(None, ("dense", texts[free])))
+    cells = []
+    for metric in metrics:
+        cell = summary.dense_cell(reference, metric)
+        cells.append(_shown(cell, name, False, protocols.of(metric.label, dense.trials)))
+    return Row(tuple((text, "") for text in texts), tuple(cells), dense=True)
+
+
+def _configuration_cell(summary: Summary, c: Configuration, metric: Metric, protocols: Protocols) -> Shown:
+    cell, values = summary.cell(c, metric), summary.sample(c, metric).finite
+    seeds = f", mean ± standard deviation of {len(values)} seeds ({', '.join(map(number, values))})"
+    about = (seeds if cell.sd is not None else "") + (f"; {metric.meaning}" if metric.meaning else "")
+    best = (c.number, metric.key) in summary.best
+    return _shown(cell, summary.name(c), best, protocols.of(metric.label, c.trials), about + _extent(metric, c))
+
+
+def _shown(cell: Cell, name: str, best: bool, protocol: Protocol | None, about: str = "") -> Shown:
+    return Shown(cell.text, cell.mean, best, protocol, f"{name}, {cell.metric.title}: {cell.text}{about}")
+
+
+def _extent(metric: Metric, configuration: Configuration) -> str:
+    """Least and largest repetition, or the standard error, where the evaluator reports them."""
+    found = configuration.first.metric(metric.label) if len(configuration.trials) == 1 else None
+    values = found.pruned if found else {}
+    low, high, error = (finite(values.get(f"{metric.name}_{end}")) for end in ("min", "max", "stderr"))
+    if low is not None and high is not None:
+        return f"; from {metric.text(low)} to {metric.text(high)} over the repetitions"
+    return "" if error is None else f"; standard error {metric.text(error)}"
+
+
+def _sort_key(axis: str, value: object) -> float | str:
+    known = finite(value)
+    return setting_text(axis, value) if known is None else known
+
+
+def explanation(summary: Summary) -> list[str]:
+    """At most two sentences: how to read the main table's values, and its marks."""
+    evaluators = {metric.label: metric.evaluator for trial in summary.study.done for metric in trial.metrics}
+    relative = [m.title for m in summary.metrics if m.relative or (evaluators[m.label], m.name) in RELATIVE]
+    said = [f"{', '.join(relative)} are relative to the dense model of the same run"] if relative else []
+    if summary.repeated:
+        said.append(f"values are mean ± standard deviation (n - 1) over {', '.join(map(axis_title, summary.repeated))}")
+    text = "; ".join(said)
+    marks = ""
+    if summary.best:
+        same = " and ".join(map(axis_title, [RATIO, *summary.conditions]))
+        part = any(len(c.trials) < c.planned for c in summary.configurations)
+        whole = " and has a value for every planned repetition" * part
+        marks = f"Bold: the best mean at the same {same}, of what computes less than the dense model{whole}."
+    return list(filter(None, (f"{text[:1].upper()}{text[1:]}." if text else "", marks)))
+
+
+def markdown(summary: Summary, plots: Sequence[Plot]) -> str:
     """report.md."""
-    findings, protocols = table.findings, Protocols()
-    rows = rows_of(table, table.columns, protocols)
-    lines = [f"# {findings.title}", "", conclusion(table), ""]
-    detail = findings_in_detail(table)
-    lines += [*(f"- {said}" for said in (*detail, *filter(None, [bounds(table)])) if len(detail) > 1), ""]
-    cells = [[text for text, _ in row.settings] + [_bold(cell.text, cell.best) for cell in row.cells] for row in rows]
-    lines += [*markdown_table(head(table, table.columns), cells), "", *explanation(table), ""]
-    cross = crossing(table, plots)
-    lines += [f"{cross.said} `{cross.command}`", ""] if cross else []
-    published = beside(table)
+    study, protocols = summary.study, Protocols()
+    rows = table_rows(summary, summary.metrics, protocols)
+    lines = [f"# {study.title}", "", " ".join(conclusion(summary)), ""]
+    cells = [[*(t for t, _ in row.settings), *(_bold(cell) for cell in row.cells)] for row in rows]
+    lines += [*markdown_table(head(summary, summary.metrics), cells), "", *explanation(summary), ""]
+    tables = [(metric, *ranking_table(summary, metric)) for metric in summary.quality]
+    for metric, titles, ranked in tables:
+        lines += [f"## Ranking by {metric.title}", "", *markdown_table(titles, ranked), ""] if ranked else []
+    lines += [EXPLANATION, ""] if any(ranked for *_, ranked in tables) else []
+    published = compare_with_published(summary)
     if published:
-        cells = [(b.where, b.metric, b.theirs, b.ours, b.difference, b.source) for b in published]
-        lines += ["## Beside published values", "", *markdown_table(PUBLISHED_HEAD, cells), "", STATEMENT, ""]
-    if findings.failed or findings.waiting:
+        rows_ = [row.cells for row in published]
+        lines += ["## Compared with published values", "", *markdown_table(HEAD, rows_), "", STATEMENT, ""]
+    if study.failed or study.waiting:
         lines += ["## Not measured", ""]
-        lines += [f"- {trial.label}: {_line(trial.error)}" for trial in findings.failed]
-        lines += [f"- waiting: {findings.waiting} of {len(findings.trials)} trials"] if findings.waiting else []
+        lines += [f"- {t.label}: {' '.join((t.error or 'failed without a message').split())}" for t in study.failed]
+        lines += [f"- waiting: {study.waiting} of {len(study.trials)} trials"] if study.waiting else []
         lines.append("")
     for plot in plots:
         lines += [f"## {plot.title}", "", f"![{plot.title}](plots/{plot.name}.png)", "", plot.caption, ""]
-    lines += ["## How it was measured", "", *(f"- **{name}**: {text}" for name, text in facts(findings))]
+    lines += ["## How it was measured", "", *(f"- **{name}**: {text}" for name, text in summary_facts(study))]
     for label, protocol in protocols.by_label.items():
         lines.append(f"- **{label}**: " + "; ".join(f"{name}: {value}" for name, value in protocol.items()))
-    lines += ["", "table.csv and table.tex hold the table above, trials.csv every trial with every value.", ""]
-    return "\n".join(_single_blank(lines))
+    lines += ["", "table.csv and table.tex hold the main table, trials.csv every trial with every value.", ""]
+    return "\n".join(lines)
 
 
-def table_csv(table: Table) -> str:
+def _bold(cell: Shown) -> str:
+    return f"**{cell.text}**" if cell.best else cell.text
+
+
+def table_csv(summary: Summary) -> str:
     """One row for each configuration: trials finished and planned, mean and standard deviation of every value."""
-    columns = all_columns(table.findings)
-    axes = list(dict.fromkeys(name for c in table.configurations for name in c.settings))
-    names = [name for column in columns for name in (column.key, f"{column.key}.sd")]
-    lines = [["kind", *axes, "trials", "planned", *names]]
-    for reference in table.dense:
-        cells = [reference.cell(column) for column in columns]
-        settings = [reference.settings.get(axis) for axis in axes]
-        lines.append(["dense", *settings, "", "", *(value for cell in cells for value in (cell.mean, None))])
-    for configuration in table.configurations:
-        cells = [configuration.cell(column) for column in columns]
-        settings = [configuration.settings.get(axis) for axis in axes]
-        values = [value for cell in cells for value in (cell.mean, cell.sd)]
-        lines.append(["pruned", *settings, len(configuration.trials), configuration.planned, *values])
-    return csv_text(lines)
+    metrics = all_metrics(summary.study)
+    rows = []
+    for index, dense in enumerate(summary.dense):
+        values = {metric.key: summary.dense_cell(index, metric).mean for metric in metrics}
+        rows.append({"kind": "dense", **dense.settings, **values})
+    for c in summary.configurations:
+        row = {"kind": "pruned", **c.settings, "trials": len(c.trials), "planned": c.planned}
+        for metric in metrics:
+            cell = summary.cell(c, metric)
+            row |= {metric.key: cell.mean, f"{metric.key}.sd": cell.sd}
+        rows.append(row)
+    axes = dict.fromkeys(name for c in summary.configurations for name in c.settings)
+    names = [name for metric in metrics for name in (metric.key, f"{metric.key}.sd")]
+    return csv_text(pd.DataFrame(rows, columns=["kind", *axes, "trials", "planned", *names], dtype=object))
 
 
-def trials_csv(table: Table) -> str:
-    """One row for each trial, failed and waiting ones too: settings, state, and every value pruned and dense."""
-    findings = table.findings
-    columns = all_columns(findings)
-    axes = list(dict.fromkeys(name for trial in findings.trials for name in trial.settings))
-    names = [name for column in columns for name in (column.key, f"{column.key}.dense")]
-    lines = [["trial", *axes, "status", "error", "seconds", *names]]
-    for trial in findings.trials:
-        values = [value for column in columns for value in (column.value(trial), column.dense(trial))]
-        settings = [trial.settings.get(axis) for axis in axes]
-        lines.append([trial.number, *settings, trial.status, trial.error, trial.seconds, *values])
-    return csv_text(lines)
+def trials_csv(summary: Summary) -> str:
+    """One row for each trial: settings, state, error, seconds, and every value of the pruned and the dense model."""
+    frame = summary.study.frame
+    trial, settings = frame["trial"], frame["setting"] if "setting" in frame else pd.DataFrame(index=frame.index)
+    columns = {"trial": trial["trial"], **settings, **{name: trial[name] for name in ("status", "error", "seconds")}}
+    for metric in all_metrics(summary.study):
+        columns |= {metric.key: frame["pruned", metric.key], f"{metric.key}.dense": frame["dense", metric.key]}
+    return csv_text(pd.DataFrame(columns))
 
 
-def latex(table: Table) -> str:
-    """The main table for a paper; needs the booktabs package."""
-    rows = rows_of(table, table.columns, Protocols())
-    axes = len(table.shown_axes)
-    lines = [
-        "% needs \\usepackage{booktabs}",
-        "\\begin{table}",
-        "\\centering",
-        f"\\caption{{{_tex(table.findings.title)}. {_tex(' '.join(explanation(table)))}}}",
-        f"\\begin{{tabular}}{{{'l' * axes}{'r' * len(table.columns)}}}",
-        "\\toprule",
-        " & ".join(map(_tex, head(table, table.columns))) + " \\\\",
-        "\\midrule",
+def csv_text(frame: pd.DataFrame) -> str:
+    """A table as CSV; texts that a spreadsheet would evaluate as formulas are quoted."""
+    rows = [
+        [f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in row]
+        for row in frame.itertuples(index=False)
     ]
+    return pd.DataFrame(rows, columns=frame.columns, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def latex(summary: Summary) -> str:
+    """The main table for a paper; needs the booktabs package."""
+    rows = table_rows(summary, summary.metrics, Protocols())
+    titles, axes = [title.translate(LATEX) for title in head(summary, summary.metrics)], len(summary.shown_axes)
+    body = []
     for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and (row.starts_block or (before.dense and not row.dense)):
-            lines.append("\\midrule")
-        lines.append(_latex_row(row))
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
-
-
-def _latex_row(row: Row) -> str:
-    cells = [_tex(text) for text, _ in row.settings]
-    cells += [f"\\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text) for cell in row.cells]
-    return " & ".join(cells) + " \\\\"
-
-
-def _tex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
-
-
-def _bold(text: str, best: bool) -> str:
-    return f"**{text}**" if best else text
-
-
-def _line(text: str | None) -> str:
-    return " ".join((text or "failed without a message").split())
-
-
-def _single_blank(lines: Sequence[str]) -> list[str]:
-    """The lines with runs of empty ones made one."""
-    return [line for before, line in zip(["", *lines], lines, strict=False) if line or before]
-
-
-def csv_text(lines: list[list[Any]]) -> str:
-    """Lines as CSV; texts that a spreadsheet would take for formulas are quoted."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for line in lines:
-        writer.writerow([_plain(value) for value in line])
-    return text.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        # A spreadsheet would take these for formulas.
-        return f"'{value}" if value[:1] in ("=", "+", "-", "@") and finite(value) is None else value
-    return value
+        cells = [text.translate(LATEX) for text in row.texts]
+        for index, cell in enumerate(row.cells, axes):
+            cells[index] = f"\\textbf{{{cells[index]}}}" if cell.best else cells[index]
+        if before and (row.starts_block or (before.dense and not row.dense)):
+            cells[0] = f"\\midrule\n{cells[0]}"
+        body.append(cells)
+    caption = f"{summary.study.title}. {' '.join(explanation(summary))}".translate(LATEX)
+    text = pd.DataFrame(body).to_latex(
+        header=titles, index=False, escape=False, caption=caption, column_format="l" * axes + "r" * len(summary.metrics)
+    )
+    return f"% needs \\usepackage{{booktabs}}\n{text}"

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prunekit.compress.reporting.findings import Findings, Trial
+from prunekit.compress.ablation.published import Published
+from prunekit.compress.reporting.trials import Study, Trial
+from prunekit.compress.runs.records import RunResult
 
 LAYERS = 8
 TOKENS = [127.0] + [128.0] * 29
@@ -95,6 +97,13 @@ def run_data(strategy="pp", ratio=0.4, seed=0, ids="a" * 64, harm=None):
     }  # fmt: skip
 
 
+def run_result(*args, only=None, **options):
+    """:func:`run_data` as a record, with the evaluators of ``only`` if that is given."""
+    data = run_data(*args, **options)
+    data["metrics"] = [found for found in data["metrics"] if only is None or found["label"] in only]
+    return RunResult.model_validate(data)
+
+
 def resolved(strategy="pp", ratio=0.4, **prune):
     """A resolved pipeline."""
     prune = {"use": strategy, "ratio": ratio, "skip_layers": [0], **prune}
@@ -105,6 +114,11 @@ def resolved(strategy="pp", ratio=0.4, **prune):
 @pytest.fixture(name="run_data")
 def _run_data():
     return run_data
+
+
+@pytest.fixture(name="run_result")
+def _run_result():
+    return run_result
 
 
 @pytest.fixture(name="outcome")
@@ -123,8 +137,8 @@ def _resolved():
 
 
 @pytest.fixture
-def make_findings():
-    """A study of strategies x ratios x seeds; ``extra`` trials come after."""
+def make_study():
+    """A study of strategies x ratios x seeds; ``extra`` trials come after, ``only`` names evaluators."""
 
     def make(strategies=STRATEGIES, ratios=(0.2, 0.4), seeds=(0,), published=(), extra=(), **options):
         trials = []
@@ -132,11 +146,13 @@ def make_findings():
             for ratio in ratios:
                 for seed in seeds:
                     settings = {"prune.use": strategy, "prune.ratio": ratio, "seed": seed}
-                    data = run_data(strategy, ratio, seed, **options)
-                    trials.append(Trial(len(trials) + 1, settings, "done", data, resolved(strategy, ratio), None, 12.5))
+                    result = run_result(strategy, ratio, seed, **options)
+                    pipeline = resolved(strategy, ratio)
+                    trials.append(Trial(len(trials) + 1, settings, "done", result, pipeline, None, 12.5))
         axes = {"prune.use": list(strategies), "prune.ratio": list(ratios), "seed": list(seeds)}
         trials += [Trial(len(trials) + 1 + i, *rest) for i, rest in enumerate(extra)]
         text = "title: Strategies compared\nvary:\n  prune.use: [pp]\n"
-        return Findings("Strategies compared", Path("study.sqlite"), tuple(trials), axes, tuple(published), text)
+        entries = tuple(Published(**entry) for entry in published)
+        return Study("Strategies compared", Path("study.sqlite"), tuple(trials), axes, entries, text)
 
     return make

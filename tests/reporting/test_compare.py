@@ -1,15 +1,12 @@
 """``prunekit compare``: what two runs differ in, and how sure the difference of their perplexities is."""
 
 import json
-from math import exp
 
-import numpy as np
 import pytest
 from prunekit.compress.cli.main import app
 from prunekit.compress.output import printing
-from prunekit.compress.reporting import differences
-from prunekit.compress.reporting.bootstrap import Windows, paired_interval
-from prunekit.compress.reporting.compare import compare, intervals
+from prunekit.compress.reporting.compare import compare, differences, intervals, origins, results, settings
+from prunekit.compress.runs.records import EvaluatorResult, RunResult
 from prunekit.registry import SpecError
 from typer.testing import CliRunner
 
@@ -36,50 +33,6 @@ def shown(monkeypatch):
     return lambda: printing.out.export_text()
 
 
-def windows(levels, tokens):
-    return Windows(tuple(level * t for level, t in zip(levels, tokens, strict=True)), tuple(tokens))
-
-
-def test_the_interval_is_what_resampling_by_hand_gives():
-    generator = np.random.default_rng(5)
-    tokens = generator.integers(20, 60, 40).astype(float)
-    hard = generator.normal(3, 0.5, 40)
-    a, b = windows(hard, tokens), windows(hard + generator.normal(0.05, 0.02, 40), tokens)
-    found = paired_interval(a, b, samples=4000, seed=1)
-    sums = [[], []]
-    for _ in range(4000):
-        drawn = generator.integers(0, 40, 40)
-        for side, losses in zip(sums, (a.losses, b.losses), strict=True):
-            side.append(np.array(losses)[drawn].sum() / tokens[drawn].sum())
-    by_hand = np.percentile(np.exp(sums[1]) - np.exp(sums[0]), (2.5, 97.5))
-    assert (found.low, found.high) == pytest.approx(tuple(by_hand), rel=0.04)
-    whole = [exp(sum(side.losses) / tokens.sum()) for side in (a, b)]
-    assert found.difference == pytest.approx(whole[1] - whole[0]) and found.ratio == pytest.approx(whole[1] / whole[0])
-    assert found.certain and 1 < found.ratio_low < found.ratio < found.ratio_high
-    # Pairing is what makes it short: against windows in another order the same losses show nothing.
-    shuffled = Windows(b.losses[::-1], b.tokens[::-1])
-    assert paired_interval(Windows(a.losses, b.tokens[::-1]), shuffled, 500, 1).certain is False
-
-
-def test_the_same_seed_gives_the_same_interval_and_equal_runs_none_of_a_difference():
-    tokens = [10.0] * 30
-    generator = np.random.default_rng(2)
-    a, b = (windows(generator.normal(3, 0.3, 30), tokens) for _ in range(2))
-    assert paired_interval(a, b, 1000, 7) == paired_interval(a, b, 1000, 7) != paired_interval(a, b, 1000, 8)
-    same = paired_interval(a, a, 1000, 7)
-    assert (same.difference, same.low, same.high, same.certain) == (0, 0, 0, False)
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_few_windows_have_no_interval(count):
-    side = windows([3.0] * count, [10.0] * count)
-    assert paired_interval(side, side) is None
-
-
-def test_overflowing_perplexities_have_no_interval():
-    assert paired_interval(windows([800, 800], [10, 10]), windows([3, 3], [10, 10])) is None
-
-
 def test_two_runs_side_by_side(folder, shown):
     compare(folder("a"), folder("b", "wanda_sp"), samples=500, seed=3)
     text = shown()
@@ -88,14 +41,14 @@ def test_two_runs_side_by_side(folder, shown):
     assert "model, machine and versions are the same" in lines
     assert "perplexity 24.00 33.60 34.75 x 1.03" in lines
     assert "prr - 369.2 336.0 x 0.91" in lines
-    assert "perplexity: B - A = +1.152, 95% interval +" in text and "which leaves out zero" in text
+    assert "perplexity: B - A = +1.152, 95% interval +" in text and "which excludes 0" in text
     assert "30 windows, 500 samples, seed 3" in text
 
 
 def test_runs_that_are_the_same_say_so(folder, shown):
     compare(folder("a"), folder("b"), samples=200)
     text = shown()
-    assert "the settings are the same" in text and "which holds zero: no difference is shown" in text
+    assert "the settings are the same" in text and "which includes 0: the difference is not significant" in text
 
 
 def other_ids(data):
@@ -117,7 +70,7 @@ def no_perplexity(data):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (other_ids, "the windows are not the same"),
+        (other_ids, "the windows differ"),
         (other_model, "the dense models differ"),
         (no_windows, "no losses of single windows"),
         (no_perplexity, "share no perplexity"),
@@ -131,14 +84,14 @@ def test_what_cannot_be_paired_gets_no_interval(folder, shown, change, why):
 def test_a_different_model_and_version_are_named(run_data):
     a, b = run_data(), run_data()
     b["versions"]["torch"], b["model"]["fingerprint"] = "2.14.0", "0" * 64
-    found = {key: (one, other) for key, one, other in differences.origins(a, b)}
+    found = {key: (one, other) for key, one, other in origins(*map(RunResult.model_validate, (a, b)))}
     assert found == {"version of torch": ("2.13.0", "2.14.0"), "model fingerprint": ("f" * 12, "0" * 12)}
 
 
 def test_settings_are_compared_by_name_and_parts_once():
     a = "prune: {use: pp, selector: {name: x, rows: 0.1}}\nevaluate: [{name: cost}, {name: perplexity, window: 5}]"
     b = "prune: {use: pp, selector: null}\nevaluate: [{name: perplexity, window: 6}, {name: cost}]\noutput: {dir: x}"
-    assert differences.settings(a, b) == [
+    assert settings(a, b) == [
         ("prune.selector.name", "x", "-"), ("prune.selector.rows", "0.1", "-"), ("evaluate.perplexity.window", "5", "6")
     ]  # fmt: skip
 
@@ -148,11 +101,11 @@ def test_windows_of_few_are_warned_about(run_data):
     for data in (a, b):
         sides = data["metrics"][0]["details"]["pruned"]
         sides.update({key: values[:4] for key, values in sides.items()})
-    assert "With only 4 windows" in intervals(a, b, 100, 0)[0]
+    assert "With only 4 windows" in intervals(*map(RunResult.model_validate, (a, b)), 100, 0)[0]
 
 
 def test_folders_that_hold_no_single_run_are_refused(folder, tmp_path, run_data):
-    with pytest.raises(SpecError, match="no results folder"):
+    with pytest.raises(SpecError, match="not a results folder"):
         compare(folder("a"), tmp_path)
     (tmp_path / "study.sqlite").touch()
     with pytest.raises(SpecError, match=r"study.sqlite is a file, .*two folders .*prunekit run; prunekit report shows"):
@@ -189,7 +142,7 @@ def test_what_was_measured_otherwise_gets_no_relation(folder, shown):
     assert "zero shot: boolq 0.700 0.650 0.650 same" in lines
 
 
-def test_machine_times_and_other_tasks_do_not_forbid_a_relation(outcome):
+def test_machine_times_and_other_tasks_do_not_forbid_a_relation(outcome, run_result):
     tasks = {"boolq": {"documents": 10}, "piqa": {"documents": 20}}
     fewer = {"boolq": {"documents": 10}, "piqa": {"documents": 5}}
     a = [
@@ -200,8 +153,8 @@ def test_machine_times_and_other_tasks_do_not_forbid_a_relation(outcome):
         outcome("zero_shot", None, {"boolq": 0.6, "piqa": 0.6, "mean": 0.6}, {"tasks": fewer}),
         outcome("latency", None, {"prefill_ratio": 0.6, "decode_ratio": 0.6}, {"threads": 2, "decode_steps": 8}),
     ]  # fmt: skip
-    rows = {row[0]: row[-1] for row in differences.results({"metrics": a}, {"metrics": b})}
-    assert rows == {
+    runs = [run_result().model_copy(update={"metrics": [EvaluatorResult(**one) for one in side]}) for side in (a, b)]
+    assert {row[0]: row[-1] for row in results(*runs)} == {
         "zero shot: boolq": "x 1.2", "zero shot: piqa": "-", "zero shot: mean": "-",
         "latency: prefill ratio": "x 1.2", "latency: decode ratio": "-",
     }  # fmt: skip
@@ -212,4 +165,4 @@ def test_the_same_tokens_compare_whatever_their_limit_or_seed_was(run_data):
     b["metrics"][0]["protocol"]["limit"] = 500
     for data, seed in ((a, 0), (b, 1)):
         data["metrics"][2]["protocol"]["text"] = f"random ids, seed {seed}"
-    assert differences.unlike(a, b) == []
+    assert differences(*map(RunResult.model_validate, (a, b))) == []

@@ -5,13 +5,12 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from prunekit.compress.reporting.aggregate import tabulate
 from prunekit.compress.reporting.page import html, links
 from prunekit.compress.reporting.plots import draw
+from prunekit.compress.reporting.summary import summarise
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -71,17 +70,16 @@ def made():
 
 
 @pytest.fixture
-def page(made, make_findings):
+def page(made, make_study):
     """A study's page with a few figures; what users write in it looks like HTML."""
     if not made:
         evil = "<script>alert(1)</script> & </style>"
         source = "A paper, arXiv 2502.15618, https://example.org/paper"
         published = [{"where": {}, "metric": "perplexity.perplexity", "value": 20.0, "source": source}]
         failed = ({"prune.use": evil, "prune.ratio": 0.9, "seed": 0}, "failed", None, None, evil)
-        findings = make_findings(["flap", "pp"], published=published, extra=[failed])
-        few = [replace(t, data={**t.data, "metrics": t.data["metrics"][:1]}) for t in findings.done]
-        plots = draw(tabulate(replace(findings, trials=tuple(few))))
-        made["page"] = html(tabulate(findings), plots)
+        source = make_study(["flap", "pp"], published=published, extra=[failed])
+        plots = draw(summarise(make_study(["flap", "pp"], only=["perplexity"])))
+        made["page"] = html(summarise(source), plots)
     return made["page"]
 
 
@@ -117,7 +115,9 @@ def test_numbers_lead_to_their_protocol_without_a_script(page):
     targets = set(re.findall(r'popovertarget="([^"]+)"', page))
     assert targets and all(f'<div popover class="protocol" id="{target}"' in page for target in targets)
     assert page.count("strangers own: score") and "a plugin" in page
-    assert "<dt>Skipped layers</dt><dd>0</dd>" in page  # what the pipeline says, not what happens to keep all units
+    assert (
+        "<dt>Layers not pruned</dt><dd>layer 0</dd>" in page
+    )  # what the pipeline says, not what happens to keep all units
 
 
 def browse(page: str, tmp_path, *options: str) -> tuple[str, str]:
@@ -159,15 +159,22 @@ def test_the_browser_would_report_an_error_or_a_request(page, tmp_path):
     assert "example.org" in console and "undefinedName" in console
 
 
-def test_notes_and_values_of_protocols_are_told_once(make_findings):
-    findings = make_findings(["pp", "flap"], [0.4], seeds=(0, 1))
-    for trial, seconds, sites in zip(findings.trials, (0.61, 0.62, 0.63, 0.64), (14, 7, 8, 14), strict=True):
-        saved = trial.number == 3
+def test_notes_and_values_of_protocols_are_listed_once(make_study):
+    source = make_study(["pp", "flap"], [0.4], seeds=(0, 1))
+    for trial, seconds, sites in zip(source.trials, (0.61, 0.62, 0.63, 0.64), (14, 7, 8, 14), strict=True):
         note = f"prr: no time saved: a batch takes {seconds} s pruned and 0.5 s dense, so there is no PRR"
-        trial.data["notes"] = ["another" if saved else note]
-        trial.outcome("overlap")["protocol"]["sites"] = sites
-    made = html(tabulate(findings), [])
-    assert made.count("no time saved, so there is no PRR") == 1
-    assert "(PP; FLAP (1 of 2 trials))" in made and "(FLAP (1 of 2 trials))" in made
+        trial.result.notes[:] = ["another" if trial.number == 3 else note]
+        trial.metric("overlap").protocol["sites"] = sites
+    made = html(summarise(source), [])
+    assert made.count("so there is no PRR") == 1
+    assert "(PP; FLAP: 3 of 4 trials)" in made and "(FLAP: 1 of 4 trials)" in made
     section = made[made.index('<section id="protocol">') : made.index('<section id="every">')]
     assert "<dt>sites</dt><dd>14 / 7 / 8</dd>" in section
+
+
+def test_rankings_are_tables_with_intervals_and_at_most_two_sentences(make_study):
+    made = html(summarise(make_study(["pp", "flap"])), [])
+    section = made[made.index('<section id="ranking">') : made.index('<section id="protocol">')]
+    assert section.count("<table") == 2 and section.count("<p") == 1 and "6.1% to 7.2% (30 windows)" in section
+    lead = entities.unescape(re.search(r'<p class="lead">(.*?)</p>', made)[1])
+    assert lead.count(". ") <= 2

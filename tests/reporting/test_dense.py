@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prunekit.compress.reporting.aggregate import tabulate
-from prunekit.compress.reporting.findings import Findings, Trial
+from prunekit.compress.ablation.published import Published
 from prunekit.compress.reporting.plots import draw
 from prunekit.compress.reporting.protocols import Protocols
-from prunekit.compress.reporting.published import beside
-from prunekit.compress.reporting.rows import rows_of
-from prunekit.compress.reporting.verdict import conclusion, findings_in_detail
+from prunekit.compress.reporting.published import compare_with_published
+from prunekit.compress.reporting.ranking import conclusion, ranking_table
+from prunekit.compress.reporting.summary import summarise
+from prunekit.compress.reporting.tables import table_rows
+from prunekit.compress.reporting.trials import Study, Trial
+from prunekit.compress.runs.records import RunResult
 
 
 @pytest.fixture
@@ -26,10 +28,11 @@ def study(run_data):
             for outcome in data["metrics"]:
                 change(outcome)
             data["metrics"] = [outcome for outcome in data["metrics"] if outcome["label"] != "gone"]
-            trials.append(Trial(len(trials) + 1, settings, "done", data, resolved(settings) if resolved else None))
+            result = RunResult.model_validate(data)
+            trials.append(Trial(len(trials) + 1, settings, "done", result, resolved(settings) if resolved else None))
         names = dict.fromkeys(name for settings, _ in planned for name in settings)
         axes = {name: list(dict.fromkeys(s[name] for s, _ in planned if name in s)) for name in names}
-        return Findings("A study", Path("study.sqlite"), tuple(trials), axes)
+        return Study("A study", Path("study.sqlite"), tuple(trials), axes)
 
     return make
 
@@ -51,8 +54,8 @@ def nothing(outcome):
 
 def shown(table, title):
     """First cells of every row, and its value in one column."""
-    rows = rows_of(table, table.columns, Protocols())
-    index = [column.title for column in table.columns].index(title)
+    rows = table_rows(table, table.metrics, Protocols())
+    index = [column.title for column in table.metrics].index(title)
     return [(*(text for text, _ in row.settings), row.cells[index].text) for row in rows]
 
 
@@ -71,7 +74,7 @@ def limits(study, uses=("pp", "flap"), ratios=(0.4,)):
 
 
 def test_no_dense_value_is_made_of_two_protocols(study):
-    table = tabulate(limits(study))
+    table = summarise(limits(study))
     assert shown(table, "zero-shot")[:2] == [("dense", "10", "50.0%"), ("dense", "60", "53.3%")]
     assert [c.reference for c in table.configurations] == [0, 0, 1, 1]
     assert all(len({c.reference for c in block}) == 1 for block in table.blocks())
@@ -82,7 +85,7 @@ def test_no_dense_value_is_made_of_two_protocols(study):
 )
 def test_every_evaluators_protocol_tells_dense_models_apart(study, label, key):
     values = [{"length": n} if label == "prr" else n for n in (64, 256)]
-    table = tabulate(
+    table = summarise(
         study(
             *(({"prune.use": use, "on": str(v)}, changed(label, **{key: v})) for use in ("pp", "flap") for v in values)
         )
@@ -104,14 +107,14 @@ def test_every_evaluators_protocol_tells_dense_models_apart(study, label, key):
     ],
 )
 def test_machines_seeds_and_measured_values_do_not(study, label, facts):
-    table = tabulate(
+    table = summarise(
         study(*(({"prune.use": u}, changed(label, **f)) for u, f in zip(("pp", "flap"), facts, strict=True)))
     )
     assert len(table.dense) == 1 and len(table.blocks()) == 1
 
 
 def test_what_differs_by_the_seed_does_not(study):
-    table = tabulate(
+    table = summarise(
         study(
             *(
                 ({"prune.use": use, "seed": seed}, changed("perplexity", ids_sha256=str(seed)))
@@ -127,21 +130,23 @@ def test_a_strangers_options_tell_dense_models_apart(study):
     def pipeline(settings):
         return yaml.safe_dump({"evaluate": [{"name": "strangers_own", "depth": settings["on"], "seed": 3}]})
 
-    table = tabulate(study(*(({"prune.use": "pp", "on": n}, nothing) for n in (1, 2)), resolved=pipeline))
+    table = summarise(study(*(({"prune.use": "pp", "on": n}, nothing) for n in (1, 2)), resolved=pipeline))
     assert [d.settings for d in table.dense] == [{"on": 1}, {"on": 2}]
 
 
 def test_two_models_are_two_dense_rows(study):
-    findings = study(*(({"prune.use": u, "model": m}, nothing) for m in ("a", "b") for u in ("pp", "flap")))
-    for trial in findings.trials:
-        trial.data["model"]["fingerprint"] = trial.settings["model"] * 64
-    table = tabulate(findings)
+    source = study(*(({"prune.use": u, "model": m}, nothing) for m in ("a", "b") for u in ("pp", "flap")))
+    trials = []
+    for trial in source.trials:
+        model = trial.result.model.model_copy(update={"fingerprint": trial.settings["model"] * 64})
+        trials.append(replace(trial, result=trial.result.model_copy(update={"model": model})))
+    table = summarise(replace(source, trials=tuple(trials)))
     assert [d.settings for d in table.dense] == [{"model": "a"}, {"model": "b"}]
     assert [c.reference for c in table.configurations] == [0, 0, 1, 1]
 
 
 def test_two_circumstances_label_four_dense_rows(study):
-    table = tabulate(
+    table = summarise(
         study(
             *(
                 ({"prune.use": u, "text": t, "evaluate.0.window": w}, changed("perplexity", text=t, window=w))
@@ -155,22 +160,22 @@ def test_two_circumstances_label_four_dense_rows(study):
 
 
 def test_dense_rows_say_so_where_every_axis_tells_them_apart(study):
-    findings = study(
+    source = study(
         *(
             ({"evaluate.0.window": w}, changed("perplexity", {"perplexity": d}, window=w))
             for w, d in ((32, 50.0), (64, 37.0))
         )
     )
-    table = tabulate(findings)
+    table = summarise(source)
     assert [row[:2] for row in shown(table, "perplexity")] == [
         ("dense, 32", "50.00"), ("dense, 64", "37.00"), ("32", "33.60"), ("64", "33.60")
     ]  # fmt: skip
-    about = rows_of(table, table.columns, Protocols())[1].cells[0].about
+    about = table_rows(table, table.metrics, Protocols())[1].cells[0].about
     assert about.startswith("dense, window 64, perplexity: 37.00")
 
 
 def test_a_study_of_seeds_alone_has_labels(study):
-    table = tabulate(study(*(({"seed": seed}, nothing) for seed in (0, 1))))
+    table = summarise(study(*(({"seed": seed}, nothing) for seed in (0, 1))))
     assert [row[:2] for row in shown(table, "FLOPs")] == [("dense", ""), ("PP", "40%")]
 
 
@@ -186,13 +191,13 @@ def without(label, **protocol):
 
 def test_what_lacks_an_evaluator_joins_what_has_it(study):
     planned = [({"prune.use": u, "text": t}, changed("perplexity", text=t)) for t in "ab" for u in ("pp", "flap")]
-    table = tabulate(study(({"prune.use": "random", "text": "b"}, without("perplexity")), *planned))
+    table = summarise(study(({"prune.use": "random", "text": "b"}, without("perplexity")), *planned))
     assert [d.settings for d in table.dense] == [{"text": "b"}, {"text": "a"}]
     assert [table.name(c) for c in table.configurations if c.reference == 0] == ["random, b", "PP, b", "FLAP, b"]
 
 
 def test_what_joins_makes_no_bridge_between_protocols(study):
-    table = tabulate(
+    table = summarise(
         study(
             ({"prune.use": "pp", "on": "x"}, changed("perplexity", text="a")),
             ({"prune.use": "random", "on": "x"}, without("perplexity")),
@@ -207,14 +212,14 @@ def test_what_joins_makes_no_bridge_between_protocols(study):
 def test_dense_rows_are_named_after_what_is_measured_not_after_what_is_pruned(study):
     bound = (("pp", "a"), ("flap", "b"))
     trials = [({"prune.use": u, "text": t}, changed("perplexity", text=t)) for u, t in bound]
-    assert [d.settings for d in tabulate(study(*trials)).dense] == [{"text": "a"}, {"text": "b"}]
+    assert [d.settings for d in summarise(study(*trials)).dense] == [{"text": "a"}, {"text": "b"}]
     trials = [({"prune.use": u}, change) for (u, _), (_, change) in zip(bound, trials, strict=True)]
-    assert [d.settings for d in tabulate(study(*trials)).dense] == [{"prune.use": "pp"}, {"prune.use": "flap"}]
+    assert [d.settings for d in summarise(study(*trials)).dense] == [{"prune.use": "pp"}, {"prune.use": "flap"}]
 
 
 def test_protocols_behind_a_free_name_never_compete(study):
-    table = tabulate(study(*(({"measured": w}, changed("perplexity", window=w)) for w in ("short", "long"))))
-    assert table.circumstances == [] and [len(block) for block in table.blocks()] == [1, 1]
+    table = summarise(study(*(({"measured": w}, changed("perplexity", window=w)) for w in ("short", "long"))))
+    assert table.conditions == [] and [len(block) for block in table.blocks()] == [1, 1]
 
 
 def test_protocols_never_compete(study):
@@ -222,30 +227,31 @@ def test_protocols_never_compete(study):
         ({"evaluate.1.num_fewshot": n, "prune.ratio": 0.4}, changed("zero_shot", tasks={"t": {"num_fewshot": n}}))
         for n in (0, 5)
     ]
-    findings = study(*shots)
-    for trial, mean in zip(findings.trials, (0.4, 0.6), strict=True):
-        trial.outcome("zero_shot")["pruned"] |= {"mean": mean, "boolq_stderr": 0.001, "piqa_stderr": 0.001}
-    table = tabulate(findings)
-    assert table.circumstances == ["evaluate.1.num_fewshot"] and not table.best
+    source = study(*shots)
+    for trial, mean in zip(source.trials, (0.4, 0.6), strict=True):
+        trial.metric("zero_shot").pruned.update({"mean": mean, "boolq_stderr": 0.001, "piqa_stderr": 0.001})
+    table = summarise(source)
+    assert table.conditions == ["evaluate.1.num_fewshot"] and not table.best
     assert [len(block) for block in table.blocks()] == [1, 1]
-    assert not any("num fewshot 5 has the highest" in said for said in (conclusion(table), *findings_in_detail(table)))
+    assert ranking_table(table, table.metric("zero_shot.mean"))[1] == []
+    assert "highest" not in " ".join(conclusion(table))
 
 
 def test_circumstances_part_what_one_dense_model_shares(study):
-    table = tabulate(
+    table = summarise(
         study(*(({"prune.use": u, "calibrated": t}, nothing) for t in ("same", "other") for u in ("pp", "flap")))
     )
     assert len(table.dense) == 1
     assert [[table.name(c) for c in block] for block in table.blocks()] == [
         ["PP, same", "FLAP, same"], ["PP, other", "FLAP, other"]
     ]  # fmt: skip
-    marked = {table.name(c) for c in table.configurations if (id(c), "perplexity.perplexity") in table.best}
+    marked = {table.name(c) for c in table.configurations if (c.number, "perplexity.perplexity") in table.best}
     assert marked == {"PP, same", "PP, other"}
 
 
 def test_of_repeated_times_the_median_stands(study):
     seconds = (0.3, 0.1, 0.2)
-    table = tabulate(
+    table = summarise(
         study(
             *(
                 ({"prune.use": "pp", "seed": i}, changed("latency", {"prefill_seconds": s}))
@@ -253,14 +259,15 @@ def test_of_repeated_times_the_median_stands(study):
             )
         )
     )
-    column = replace(table.column("latency.prefill_ratio"), name="prefill_seconds", of_dense=False)
-    assert table.dense[0].cell(column).mean == 0.2
+    metric = replace(table.metric("latency.prefill_ratio"), name="prefill_seconds")
+    assert table.dense_cell(0, metric).mean == 0.2
 
 
 def test_bars_and_published_values_name_their_dense_model(study):
-    findings = limits(study, ratios=(0.2, 0.4))
-    entry = {"where": {}, "dense": True, "metric": "zero_shot.mean", "value": 0.5, "source": "A"}
-    table = tabulate(replace(findings, published=(entry,)))
-    assert [(b.where, b.ours) for b in beside(table)] == [("dense, limit 10", "50.0%"), ("dense, limit 60", "53.3%")]
+    source = limits(study, ratios=(0.2, 0.4))
+    entry = Published(where={}, dense=True, metric="zero_shot.mean", value=0.5, source="A")
+    table = summarise(replace(source, published=(entry,)))
+    rows = [(row.where, row.ours) for row in compare_with_published(table)]
+    assert rows == [("dense, limit 10", "50.0%"), ("dense, limit 60", "53.3%")]
     drawn = {plot.name: plot.svg for plot in draw(table)}
     assert all(f"dense, limit {n}" in drawn[f"where-{what}"] for n in (10, 60) for what in ("time", "operations"))

@@ -9,7 +9,8 @@ from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.worker import Outcome
 from prunekit.compress.files.dotted import flatten
 from prunekit.compress.reporting import command
-from prunekit.compress.reporting.findings import axis_title, named_text, read, setting_text
+from prunekit.compress.reporting.axes import axis_title, named_text, setting_text
+from prunekit.compress.reporting.trials import read
 from prunekit.compress.runs.records import RunResult
 from prunekit.registry import PrunekitError, SpecError
 
@@ -56,9 +57,9 @@ def test_a_store_is_read_while_it_is_not_finished(store):
     assert [trial.status for trial in found.trials] == ["done", "done", "failed", "waiting"]
     assert found.axes == {"prune.use": ["wanda_sp", "magnitude"], "prune.ratio": [0.2, 0.4]}
     assert found.trials[1].settings == {"prune.use": "wanda_sp", "prune.ratio": 0.4}
-    assert found.trials[1].outcome("cost")["pruned"]["flops_ratio"] == pytest.approx(0.68)
+    assert found.trials[1].metric("cost").pruned["flops_ratio"] == pytest.approx(0.68)
     assert found.failed[0].error == "it went wrong" and found.waiting == 1
-    assert found.published[0]["source"] == "A paper"
+    assert found.published[0].source == "A paper"
 
 
 def test_a_run_and_the_demo_are_read(run_folder, run_data):
@@ -73,6 +74,16 @@ def test_a_run_and_the_demo_are_read(run_folder, run_data):
     assert len(found.done) == 4
 
 
+def test_the_frame_has_a_row_for_each_trial(store):
+    frame = read(store).frame
+    assert frame["trial", "status"].tolist() == ["done", "done", "failed", "waiting"]
+    assert frame["setting", "prune.ratio"].tolist() == [0.2, 0.4, 0.2, 0.4]
+    assert frame["pruned", "cost.flops_ratio"].tolist()[:2] == pytest.approx([0.84, 0.68])
+    assert frame["dense", "cost.flops_ratio"].tolist()[:2] == [1.0, 1.0]
+    assert frame["pruned", "strangers_own.shape"].tolist()[:2] == ["round", "round"]
+    assert frame["pruned", "cost.flops"].isna().tolist() == [False, False, True, True]
+
+
 def written(folder, name, content):
     (folder / name).write_text(content) if isinstance(content, str) else (folder / name).write_bytes(content)
     return folder / name
@@ -83,7 +94,7 @@ def written(folder, name, content):
     [
         (lambda f: f / "nowhere", r"there is no .*nowhere"),
         (lambda f: f, "not a results folder"),
-        (lambda f: written(f, "text.sqlite", "not a database at all"), "no store of an ablation"),
+        (lambda f: written(f, "text.sqlite", "not a database at all"), "is not a study's store"),
         (lambda f: written(f, "results.json", "{").parent, "cannot be read"),
         (lambda f: written(f, "results.json", "[]").parent, "holds no results"),
         (lambda f: written(f, "results.json", '{"format": 99, "metrics": []}').parent, "format 99.*reads 1"),

@@ -4,42 +4,42 @@ from dataclasses import replace
 from statistics import stdev
 
 import pytest
-from prunekit.compress.reporting.aggregate import tabulate
-from prunekit.compress.reporting.findings import Trial
 from prunekit.compress.reporting.protocols import Protocols
-from prunekit.compress.reporting.published import beside
-from prunekit.compress.reporting.rows import rows_of
-from prunekit.compress.reporting.verdict import bounds, conclusion
+from prunekit.compress.reporting.published import compare_with_published
+from prunekit.compress.reporting.ranking import conclusion, ranking_table
+from prunekit.compress.reporting.summary import summarise
+from prunekit.compress.reporting.tables import table_rows
+from prunekit.compress.reporting.trials import Trial
 
 
 def by_name(table):
     return {table.name(configuration): configuration for configuration in table.configurations}
 
 
-def test_seeds_are_taken_together(make_findings):
-    table = tabulate(make_findings(["pp", "flap"], [0.4], seeds=(0, 1, 2)))
+def test_seeds_are_taken_together(make_study):
+    table = summarise(make_study(["pp", "flap"], [0.4], seeds=(0, 1, 2)))
     assert table.axes == ["prune.use"] and table.repeated == ["seed"]
     pp = by_name(table)["PP"]
-    column = table.column("perplexity.perplexity")
-    values = [trial.outcome("perplexity")["pruned"]["perplexity"] for trial in pp.trials]
-    cell = pp.cell(column)
+    column = table.metric("perplexity.perplexity")
+    values = [trial.metric("perplexity").pruned["perplexity"] for trial in pp.trials]
+    cell = table.cell(pp, column)
     assert len(pp.trials) == 3
     assert cell.mean == pytest.approx(sum(values) / 3) and cell.sd == pytest.approx(stdev(values))
     assert cell.text == f"{cell.mean:.2f} ± {cell.sd:.2f}"
-    flops = table.column("cost.flops_ratio")
-    assert pp.cell(flops).sd is None and pp.cell(flops).text == "70%"  # the same for every seed: no spread to show
+    flops = table.metric("cost.flops_ratio")
+    assert table.cell(pp, flops).sd is None and table.cell(pp, flops).text == "70%"  # no spread
 
 
-def test_rows_begin_with_dense_and_say_their_protocol(make_findings):
-    table = tabulate(make_findings(["pp", "wanda_sp"]))
+def test_rows_begin_with_dense_and_say_their_protocol(make_study):
+    table = summarise(make_study(["pp", "wanda_sp"]))
     protocols = Protocols()
-    rows = rows_of(table, table.columns, protocols)
+    rows = table_rows(table, table.metrics, protocols)
     assert [row.dense for row in rows] == [True, False, False, False, False]
     assert [text for text, _ in rows[0].settings] == ["dense", ""]
     assert [[text for text, _ in row.settings] for row in rows[1:]] == [
         ["PP", "20%"], ["Wanda-sp", "20%"], ["PP", "40%"], ["Wanda-sp", "40%"]
     ]  # fmt: skip
-    titles = [column.title for column in table.columns]
+    titles = [column.title for column in table.metrics]
     dense = dict(zip(titles, rows[0].cells, strict=True))
     assert dense["FLOPs"].text == "100%" and dense["prefill time"].text == "1.00" and dense["zero-shot"].text == "61.0%"
     assert dense["perplexity"].protocol.facts[:2] == (("text", "bundled reference-evaluation"), ("window", "128"))
@@ -50,61 +50,57 @@ def test_rows_begin_with_dense_and_say_their_protocol(make_findings):
     assert {"strangers own: score", "strangers own: shape"} <= set(titles)
 
 
-def test_the_best_of_every_ratio_is_marked_among_what_saves(make_findings):
-    table = tabulate(make_findings())
-    marked = {(table.name(c), key) for c in table.configurations for i, key in table.best if i == id(c)}
+def test_the_best_of_every_ratio_is_marked_among_what_saves(make_study):
+    table = summarise(make_study())
+    marked = {(table.name(c), key) for c in table.configurations for i, key in table.best if i == c.number}
     quality = {pair for pair in marked if pair[1] in ("perplexity.perplexity", "zero_shot.mean")}
     assert quality == {(f"PP, {r}", key) for r in ("20%", "40%") for key in ("perplexity.perplexity", "zero_shot.mean")}
     assert not {pair for pair in marked if pair[1] == "cost.flops_ratio"}  # four share the least
-    assert bounds(table) == (
-        "full-batch probing computes more than the dense model: a bound to compare with, no contender here."
-    )
+    head, rows = ranking_table(table, table.metric("perplexity.perplexity"))
+    bound = [row for row in rows if row[1] == "full-batch probing"]
+    assert {row[-1] for row in bound} == {"computes no less than dense, not ranked"}
+    assert [row[0] for row in bound] == ["20%", "40%"] and head[-1] == "conclusion"
 
 
-def test_prr_says_that_no_time_is_saved(make_findings):
-    table = tabulate(make_findings(["full_batch_probing"]))
-    assert table.configurations[0].cell(table.column("prr.prr")).text == "no time saved"
+def test_prr_says_that_no_time_is_saved(make_study):
+    table = summarise(make_study(["full_batch_probing"]))
+    assert table.cell(table.configurations[0], table.metric("prr.prr")).text == "no time saved"
 
 
-def test_two_texts_have_two_dense_rows(make_findings, run_data):
-    findings = make_findings(["pp"], [0.4])
+def test_two_texts_have_two_dense_rows(make_study, run_result):
+    source = make_study(["pp"], [0.4])
     other = [
-        Trial(9 + i, {"prune.use": "pp", "prune.ratio": r, "on": "other"}, "done", run_data("pp", r, ids="b" * 64))
+        Trial(9 + i, {"prune.use": "pp", "prune.ratio": r, "on": "other"}, "done", run_result("pp", r, ids="b" * 64))
         for i, r in enumerate((0.2, 0.4))
     ]
-    first = replace(findings.trials[0], settings={**findings.trials[0].settings, "on": "same"})
-    table = tabulate(replace(findings, trials=(first, *other), axes={}))
+    first = replace(source.trials[0], settings={**source.trials[0].settings, "on": "same"})
+    table = summarise(replace(source, trials=(first, *other), axes={}))
     assert [reference.settings["on"] for reference in table.dense] == ["same", "other"]
     assert [c.reference for c in table.configurations] == [0, 1, 1]
 
 
-def test_any_subset_of_evaluators_makes_a_table(make_findings):
-    findings = make_findings(["pp", "flap"])
+def test_any_subset_of_evaluators_makes_a_table(make_study):
     for label in ("perplexity", "strangers_own", "overlap"):
-        trials = [
-            replace(t, data={**t.data, "metrics": [o for o in t.data["metrics"] if o["label"] == label]})
-            for t in findings.trials
-        ]
-        table = tabulate(replace(findings, trials=tuple(trials)))
-        assert {column.label for column in table.columns} == {label}
-        assert conclusion(table).endswith(".")
+        table = summarise(make_study(["pp", "flap"], only=[label]))
+        assert {column.label for column in table.metrics} == {label}
+        assert conclusion(table)[0].endswith(".")
 
 
-def test_values_that_are_no_numbers_are_shown_and_never_best(make_findings):
-    findings = make_findings(["pp", "flap"], [0.4])
-    findings.trials[0].outcome("perplexity")["pruned"]["perplexity"] = "inf"
-    table = tabulate(findings)
-    column = table.column("perplexity.perplexity")
-    assert by_name(table)["PP"].cell(column).text == "inf"
-    assert conclusion(table).startswith("FLAP at 40% moves perplexity from 24.00 to 36.00")
+def test_values_that_are_no_numbers_are_shown_and_never_best(make_study):
+    source = make_study(["pp", "flap"], [0.4])
+    source.trials[0].metric("perplexity").pruned["perplexity"] = "inf"
+    table = summarise(source)
+    column = table.metric("perplexity.perplexity")
+    assert table.cell(by_name(table)["PP"], column).text == "inf"
+    assert conclusion(table)[0].startswith("At 40% pruning, FLAP changes perplexity from 24.00 to 36.00")
 
 
 # Published values
 
 
-def test_published_values_stand_beside_ours(make_findings):
+def test_published_values_stand_beside_ours(make_study):
     where = {"prune.use": "pp", "prune.ratio": 0.4}
-    findings = make_findings(
+    source = make_study(
         ["pp", "flap"],
         published=[
             {"where": where, "metric": "perplexity.perplexity", "value": 16.8, "source": "A"},
@@ -113,8 +109,8 @@ def test_published_values_stand_beside_ours(make_findings):
             {"where": {**where, "prune.skip_layers": [1]}, "metric": "zero_shot.mean", "value": 0.5, "source": "D"},
         ],
     )
-    ours = findings.trials[1].outcome("perplexity")["pruned"]["perplexity"]
-    rows = beside(tabulate(findings))
+    ours = source.trials[1].metric("perplexity").pruned["perplexity"]
+    rows = compare_with_published(summarise(source))
     assert [row.source for row in rows] == ["A", "B", "C", "D"]
     assert rows[0].theirs == "16.80" and rows[0].ours == f"{ours:.2f}"
     assert rows[0].difference == f"{ours - 16.8:+.3g} ({100 * (ours / 16.8 - 1):+.0f}%)"

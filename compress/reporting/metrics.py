@@ -1,0 +1,184 @@
+"""Which values a report shows, their titles, which direction is better, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from ..output.formatting import number, share
+from .axes import finite, setting_text
+from .trials import Study, numbers
+
+PLUGIN_VALUES = 6
+"""Maximum number of values of unknown evaluators in the main table; the complete table has all."""
+
+DISTINGUISHED_BY = ("text", "convention", "window", "stride", "batch_size", "length", "tasks", "limit")
+"""Protocol keys that distinguish two evaluators of one kind in titles, the clearest first."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value of one evaluator."""
+
+    label: str
+    """The evaluator's label in the results."""
+    name: str
+    """The value's name."""
+    title: str
+    meaning: str = ""
+    better: str | None = None
+    """``lower``, ``higher``, or None."""
+    style: str = "number"
+    """``number``, ``share`` (69%), ``accuracy`` (52.3%) or ``times`` (0.71)."""
+    quality: bool = False
+    """Whether it measures the quality of the model."""
+    relative: bool = False
+    """Whether reports divide the pruned value by the dense one."""
+    rank: int = 0
+    """Position group in the main table: 0 first, then 1, then 2."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.label}.{self.name}"
+
+    @property
+    def sign(self) -> int:
+        """Factor that makes lower better."""
+        return -1 if self.better == "higher" else 1
+
+    def pruned(self, frame: pd.DataFrame) -> pd.Series:
+        """The pruned model's finite values by trial, NaN elsewhere."""
+        if ("pruned", self.key) not in frame:
+            return pd.Series(float("nan"), index=frame.index)
+        values = numbers(frame["pruned", self.key])
+        return values / numbers(frame["dense", self.key]).replace(0, float("nan")) if self.relative else values
+
+    def dense(self, frame: pd.DataFrame) -> pd.Series:
+        """The dense model's finite values by trial, NaN elsewhere; 1 for a value that is relative to it."""
+        if ("dense", self.key) not in frame:
+            return pd.Series(float("nan"), index=frame.index)
+        if self.relative:
+            return numbers(frame["pruned", self.key]).notna().map({True: 1.0, False: float("nan")})
+        return numbers(frame["dense", self.key])
+
+    def text(self, value: float | str | None) -> str:
+        """A value as text."""
+        known = None if isinstance(value, str) else finite(value)
+        if known is None or self.style == "number":
+            return number(value)
+        if self.style == "share":
+            return share(known)
+        return f"{100 * known:.1f}%" if self.style == "accuracy" else f"{known:.2f}"
+
+    def spread(self, mean: float, sd: float) -> str:
+        """Mean and standard deviation, with the decimals of the mean."""
+        percent = self.style in ("share", "accuracy")
+        scale, unit = (100, "%") if percent else (1, "")
+        shown = self.text(mean).rstrip("%")
+        if "e" in shown:
+            return f"{self.text(mean)} ± {number(sd)}"
+        decimals = max(len(shown.partition(".")[2]), 1 if self.style == "share" else 0)
+        if round(scale * sd, decimals) == 0:
+            return self.text(mean)
+        return f"{scale * mean:,.{decimals}f} ± {scale * sd:,.{decimals}f}{unit}"
+
+
+LOWER, HIGHER = "lower", "higher"
+
+KNOWN: dict[str, tuple[Metric, ...]] = {
+    "perplexity": (
+        Metric("", "perplexity", "perplexity", "of the text, per token", LOWER, quality=True),
+        Metric("", "word_perplexity", "word perplexity", "of the text, per word", LOWER, quality=True),
+    ),
+    "zero_shot": (
+        Metric("", "mean", "zero-shot", "mean accuracy over the tasks", HIGHER, "accuracy", quality=True),
+    ),
+    "cost": (
+        Metric("", "flops_ratio", "FLOPs",
+               "operations per token of a prefill, with those of probe and compensation, relative to dense",
+               LOWER, "share"),
+        Metric("", "parameters_ratio", "parameters", "parameters kept, relative to dense", LOWER, "share", rank=1),
+    ),
+    "latency": (
+        Metric("", "prefill_ratio", "prefill time", "seconds of a prefill, relative to dense", LOWER, "times"),
+        Metric("", "decode_ratio", "decode time", "seconds of a decoded token, relative to dense", LOWER, "times",
+               rank=1),
+    ),
+    "memory": (
+        Metric("", "prefill_peak", "extra memory",
+               "peak bytes of a prefill beyond weights and statistics, relative to dense; a pruned model holds copies "
+               "of the weights it keeps", LOWER, "share", relative=True, rank=2),
+    ),
+    "prr": (
+        Metric("", "prr", "PRR", "increase of perplexity per second of a batch saved", LOWER),
+    ),
+    "similarity": (
+        Metric("", "cka", "CKA", "linear CKA with the dense model's layers, mean", HIGHER, "number", rank=1),
+    ),
+    "overlap": (
+        Metric("", "full_batch", "overlap", "Jaccard overlap of the kept units with full-batch probing, mean", None,
+               "times", rank=1),
+        Metric("", "chance", "overlap by chance", "Jaccard overlap of as many units drawn at random, mean", None,
+               "times", rank=1),
+    ),
+}  # fmt: skip
+"""Values in the main table and the plots, by evaluator."""
+
+
+def main_metrics(study: Study) -> list[Metric]:
+    """The main table's metrics, of those measured: quality, cost and time, the others, and those of plugins."""
+    evaluators = evaluators_of(study)
+    found: list[Metric] = []
+    for evaluator, known in KNOWN.items():
+        labels = [label for label, name in evaluators.items() if name == evaluator]
+        suffixes = _suffixes(study, labels)
+        found += [
+            replace(metric, label=label, title=metric.title + suffixes[label]) for label in labels for metric in known
+        ]
+    found = sorted((metric for metric in found if _measured(study, metric)), key=lambda metric: metric.rank)
+    others = [metric for metric in all_metrics(study) if evaluators[metric.label] not in KNOWN]
+    return found + others[:PLUGIN_VALUES]
+
+
+def all_metrics(study: Study) -> list[Metric]:
+    """Every measured value of every evaluator, under its own name."""
+    names = dict.fromkeys((m.label, name) for trial in study.done for m in trial.metrics for name in m.pruned)
+    found = [Metric(label, name, f"{label}: {name}".replace("_", " ")) for label, name in names]
+    return [metric for metric in found if _measured(study, metric)]
+
+
+def evaluators_of(study: Study) -> dict[str, str]:
+    """Evaluator by label, in the order in which they first ran."""
+    return {metric.label: metric.evaluator for trial in study.done for metric in trial.metrics}
+
+
+def find(metrics: Sequence[Metric], asked: str) -> Metric | None:
+    """The metric ``label.value``, else the first ``evaluator.value`` whatever number its label has."""
+    exact = next((metric for metric in metrics if metric.key == asked), None)
+    evaluator, _, name = asked.rpartition(".")
+    return exact or next((m for m in metrics if m.label.partition(" ")[0] == evaluator and m.name == name), None)
+
+
+def _measured(study: Study, metric: Metric) -> bool:
+    """Whether any trial has the value, or a note that explains its absence (PRR without saved time)."""
+    if ("pruned", metric.key) not in study.frame:
+        return False
+    values = metric.pruned(study.frame) if metric.relative else study.frame["pruned", metric.key]
+    return bool(values.notna().any()) or any(
+        metric.name in found.pruned and found.notes for t in study.done if (found := t.metric(metric.label))
+    )
+
+
+def _suffixes(study: Study, labels: list[str]) -> dict[str, str]:
+    """What distinguishes the titles of several evaluators of one kind, by label."""
+    if len(labels) < 2:
+        return dict.fromkeys(labels, "")
+    protocols = {label: next(m.protocol for t in study.done if (m := t.metric(label))) for label in labels}
+    for key in DISTINGUISHED_BY:
+        texts = {label: setting_text("", protocol.get(key)) for label, protocol in protocols.items()}
+        if len(set(texts.values())) == len(labels):
+            name = "" if key == "text" else f"{key.replace('_', ' ')} "
+            return {label: f" ({name}{texts[label]})" for label in labels}
+    return {label: f" {label.partition(' ')[2]}" for label in labels}

@@ -1,0 +1,210 @@
+"""Ranks the configurations that compete, with the intervals of their differences from the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..output.formatting import share
+from .axes import RATIO, USE, axis_title, key, named_text, setting_text
+from .metrics import Metric
+from .statistics import Difference, difference
+from .summary import ABOVE_DENSE, Configuration, Summary
+
+COSTS = ("cost.flops_ratio", "latency.prefill_ratio", "cost.parameters_ratio")
+"""Values shown next to the ranked one."""
+
+HEADLINE_COSTS = (("cost.flops_ratio", "FLOPs"), ("latency.prefill_ratio", "prefill time"))
+
+MOST_NAMED = 4
+"""Maximum number of configurations that a sentence names; the others are counted."""
+
+EXPLANATION = (
+    "Each configuration is compared with the best one of the same ratio and conditions, by the windows, seeds or "
+    "questions that both share. The 95% intervals are not corrected for the number of comparisons."
+)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One configuration in a ranking."""
+
+    configuration: Configuration
+    conclusion: str
+    difference: Difference | None = None
+    """From the best; None for the best, and for what is not ranked."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The ranking of the configurations that compete, by one metric."""
+
+    metric: Metric
+    ranked: list[Ranked]
+    """Those with a value for every planned seed, the best first; where there are none, all with a value."""
+    unranked: list[Ranked]
+    unmeasured: list[str]
+    """Methods of which no trial is finished."""
+    complete: bool
+
+    @property
+    def best(self) -> Configuration:
+        return self.ranked[0].configuration
+
+    @property
+    def ties(self) -> list[Configuration]:
+        """Everything not significantly worse than the best."""
+        return [row.configuration for row in self.ranked if row.difference and row.difference.doubt]
+
+
+def rankings(summary: Summary, metric: Metric) -> list[Block]:
+    """A ranking of every block that has values."""
+    saving = any(summary.saves(c) for c in summary.configurations if summary.mean(c, metric) is not None)
+    found = []
+    for block in summary.blocks():
+        able = [c for c in block if summary.saves(c)] if saving else block
+        whole = [c for c in able if summary.cell(c, metric).complete]
+        valued = [c for c in able if summary.mean(c, metric) is not None]
+        ranked = sorted(whole or valued, key=lambda c: metric.sign * (summary.mean(c, metric) or 0.0))
+        if not ranked:
+            continue
+        rows = [_compared(summary, metric, ranked[0], c) for c in ranked]
+        if not whole:
+            rows = [Ranked(c, "incomplete, none is called best") for c in ranked]
+        left = [Ranked(c, f"{_seeds(summary, metric, c)}, not ranked") for c in able if c not in ranked]
+        left += [Ranked(c, "computes no less than dense, not ranked") for c in block if c not in able]
+        found.append(Block(metric, rows, left, _unmeasured(summary, block), bool(whole)))
+    return found
+
+
+def _compared(summary: Summary, metric: Metric, best: Configuration, other: Configuration) -> Ranked:
+    if other is best:
+        return Ranked(best, "best")
+    found = difference(metric, summary.sample(best, metric), summary.sample(other, metric))
+    why = found.doubt or found.caution
+    text = f"{'not ' if found.doubt else ''}significantly worse{f': {why}' if why else ''}"
+    return Ranked(other, text, found)
+
+
+def ranking_table(summary: Summary, metric: Metric) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the rankings of all blocks in which anything competes."""
+    costs = [cost for name in COSTS if (cost := summary.metric(name))]
+    where = [name for name in summary.shown_axes if name == RATIO or name in summary.conditions]
+    own = [name for name in summary.shown_axes if name not in where]
+    head = [*map(axis_title, where), "configuration", metric.title, *(cost.title for cost in costs)]
+    head += ["behind the best", "95% interval", "conclusion"]
+    rows = []
+    for block in rankings(summary, metric):
+        if len(block.ranked) + len(block.unranked) + len(block.unmeasured) < 2:
+            continue
+        here = [setting_text(name, block.best.settings[name]) if name in block.best.settings else "-" for name in where]
+        for row in (*block.ranked, *block.unranked):
+            found, c = row.difference, row.configuration
+            cells = [summary.cell(c, shown).text for shown in (metric, *costs)]
+            gap, intervals = (found.gap_text, found.intervals_text(" (")) if found else ("", "")
+            rows.append([*here, summary.name(c, own), *cells, gap, intervals, row.conclusion])
+        rows += [[*here, name, *([""] * (len(costs) + 3)), "not measured"] for name in block.unmeasured]
+    return head, rows
+
+
+def conclusion(summary: Summary) -> list[str]:
+    """At most two sentences: the best by the first quality metric and what it costs, then the best by the others."""
+    if not summary.quality:
+        return [f"{len(summary.study.done)} trials were measured, none of them for quality."]
+    first, *others = summary.quality
+    blocks = rankings(summary, first)
+    if not blocks:
+        return [f"No trial has a finite {first.title}."]
+    top = max(block.best.ratio or 0.0 for block in blocks)
+    opening = f"At {share(top)} pruning, " if top else ""
+    clauses = [_clause(summary, block, True) for block in _at(summary, blocks, top)]
+    more = [_clause(summary, block, False) for m in others for block in _at(summary, rankings(summary, m), top)]
+    second = "; ".join(more)
+    return [f"{opening}{'; '.join(clauses)}.", *([f"{second[:1].upper()}{second[1:]}."] if more else [])]
+
+
+def _at(summary: Summary, blocks: Sequence[Block], ratio: float) -> list[Block]:
+    """The blocks of a ratio; of more than two only the one with the best value of all."""
+    found = [block for block in blocks if (block.best.ratio or 0.0) == ratio]
+    if len(found) <= 2:
+        return found
+    several = [block for block in found if block.complete and len(block.ranked) > 1]
+    several = several or [block for block in found if block.complete] or found
+    return [min(several, key=lambda block: block.metric.sign * (summary.mean(block.best, block.metric) or 0.0))]
+
+
+def _clause(summary: Summary, block: Block, costs: bool) -> str:
+    """Which configuration of a block is best, or which tie."""
+    metric, best, ties = block.metric, block.best, block.ties
+    every = [row.configuration for row in (*block.ranked, *block.unranked)]
+    where = [f"{axis_title(n)} {setting_text(n, best.settings[n])}" for n in summary.conditions if n in best.settings]
+    shared = [n for n in summary.shown_axes if len({key(c.settings.get(n)) for c in every}) == 1]
+    alone = len(every) == 1 or block.unmeasured
+    own = [n for n in summary.shown_axes if n not in shared or (alone and n in (USE, *summary.methods))]
+
+    def named(configuration: Configuration) -> str:
+        return f"{summary.name(configuration, own)} ({summary.cell(configuration, metric).text})"
+
+    text = f"with {', '.join(where)}, " if where else ""
+    dense = summary.dense_cell(best.reference, metric).text
+    if not block.complete:
+        text += f"no configuration has a {metric.title} for all its seeds, so none is called best"
+    elif len(block.ranked) == 1:
+        text += f"{summary.name(best, own)} changes {metric.title} from {dense} to {summary.cell(best, metric).text}"
+    elif ties:
+        text += f"{_several([named(c) for c in (best, *ties)])} tie for the best {metric.title} (dense {dense})"
+    else:
+        extreme, side = ("lowest", "below") if metric.better == "lower" else ("highest", "above")
+        text += f"{named(best)} has the {extreme} {metric.title} (dense {dense})"
+        second = block.ranked[1]
+        if found := second.difference:
+            interval = found.intervals_text(" over ")
+            certain = "; ".join(filter(None, [interval and f"95% interval {interval}", found.caution]))
+            text += f", {found.gap_text} {side} {named(second.configuration)}{certain and f' ({certain})'}"
+    if costs and block.complete:
+        text += _cost(summary, best, "the first " if ties else "")
+    left = [f"{summary.name(row.configuration, own)} ({_seeds(summary, metric, row.configuration)})"
+            for row in block.unranked if summary.saves(row.configuration)]  # fmt: skip
+    left += [f"{name} (not measured)" for name in block.unmeasured]
+    return text + (f"; not ranked: {_several(left)}" if left else "")
+
+
+def _cost(summary: Summary, configuration: Configuration, subject: str) -> str:
+    """What a configuration computes and takes, relative to dense; more than dense is stated as such."""
+    costs = [(cost, what) for name, what in HEADLINE_COSTS if (cost := summary.metric(name))]
+    cells = [(summary.cell(configuration, cost), what) for cost, what in costs]
+    said = [
+        f"{cell.text} of dense's {what}{', more than dense' * (cell.mean > 1)}" for cell, what in cells if cell.mean
+    ]
+    return f", {subject}at {' and '.join(said)}" if said else ""
+
+
+def _seeds(summary: Summary, metric: Metric, configuration: Configuration) -> str:
+    cell = summary.cell(configuration, metric)
+    return f"{cell.count} of {cell.planned} seeds" if cell.count else f"no finite {metric.title}"
+
+
+def _unmeasured(summary: Summary, block: Sequence[Configuration]) -> list[str]:
+    """Methods planned under the block's conditions of which no trial is finished; those above dense are not missed."""
+    methods, names = summary.methods, []
+    where = [name for name in summary.axes if name not in methods]
+
+    def same(settings: Mapping[str, object], other: Mapping[str, object], axes: Sequence[str]) -> bool:
+        return all(key(settings.get(name)) == key(other.get(name)) for name in axes)
+
+    for trial in summary.study.trials:
+        values = {name: trial.settings[name] for name in methods if trial.settings.get(name) is not None}
+        above = any(value in ABOVE_DENSE for value in values.values() if isinstance(value, str))
+        planned = (
+            trial.status != "done" and bool(values) and not above and same(trial.settings, block[0].settings, where)
+        )
+        if planned and not any(same(trial.settings, c.settings, methods) for c in block):
+            names.append(", ".join(named_text(name, value) for name, value in values.items()))
+    return list(dict.fromkeys(names))
+
+
+def _several(names: Sequence[str]) -> str:
+    """The first names, and the number of the others."""
+    more = len(names) - MOST_NAMED
+    shown = list(names) if more <= 0 else [*names[:MOST_NAMED], f"{more} other{'s' * (more > 1)}"]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

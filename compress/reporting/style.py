@@ -1,0 +1,108 @@
+"""The style of all plots, and how a figure becomes files and a drawing in the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+
+INK, MUTED, RULE, PAPER = "#16191d", "#59616b", "#d8dce1", "#fdfefe"
+"""Text, secondary text, grid lines and background; the page replaces each of them by its value."""
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4e9b", "#8c6d46")
+"""Okabe and Ito's palette without yellow and black, which have little contrast on white and black, and two more."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
+FILLS = ("full", "none", "left", "top")
+LINES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+HATCHES = ("", "///", "xxx", "\\\\\\")
+HEAT = matplotlib.colormaps["cividis"]
+
+VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"} | {
+    colour: f"--c{index}" for index, colour in enumerate(COLOURS)
+}
+"""The page's variable for each colour; its values follow light, dark and print."""
+
+STYLE: Any = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.labelsize": 9, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED, "axes.linewidth": 0.7,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": RULE, "grid.linewidth": 0.6,
+    "axes.facecolor": "none", "figure.facecolor": PAPER, "text.color": INK,
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "xtick.major.size": 2.5, "ytick.major.size": 2.5,
+    "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.5, "lines.markersize": 6,
+    "hatch.linewidth": 0.6, "svg.fonttype": "none", "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+WIDTH = 5.2
+"""Inches: two figures side by side on a desktop's page, one across a phone's."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure as files."""
+
+    name: str
+    """File name without its ending."""
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+    wide: bool = False
+    """Whether it takes the page's whole width."""
+
+    @property
+    def inline(self) -> str:
+        """The drawing for the page: without background, with the page's colours and font, and ids of its own."""
+        body = self.svg[self.svg.index("<svg") :]
+        body = body.replace(f'style="fill: {PAPER}"', 'style="fill: none"', 1)  # the background is drawn first
+        for colour, variable in VARIABLES.items():
+            body = body.replace(colour, f"var({variable})")
+        body = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', body)
+        body = re.sub(r'(xlink:href="#|url\(#)', rf"\1{self.name}-", body)
+        body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+        body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", body)
+        start, rest = body.split(">", 1)
+        start = re.sub(r'\s(width|height)="[^"]*"', "", start)
+        return f'{start} role="img" aria-label="{escape(self.title)}">{rest}'
+
+
+@contextmanager
+def drawing(width: float = WIDTH, height: float = 3.7) -> Iterator[Figure]:
+    """An empty figure in the reports' style; sizes in inches."""
+    with matplotlib.rc_context(STYLE):
+        yield Figure(figsize=(width, height))
+
+
+def finished(figure: Figure, name: str, title: str, caption: str, wide: bool = False) -> Plot:
+    """The figure's files; call it within :func:`drawing`."""
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg")
+    figure.savefig(png, format="png", dpi=200)
+    file_name = "".join(c if c.isalnum() or c == "-" else "_" for c in name.replace(".", "-"))
+    return Plot(file_name, title, caption, svg.getvalue(), png.getvalue(), wide)
+
+
+def percent(value: float, _place: float = 0) -> str:
+    """A share as a tick's label, with the decimals it needs: 35%, 37.5%."""
+    return f"{round(100 * value, 4) + 0:g}%"
+
+
+def ink_on(colour: tuple[float, float, float, float]) -> str:
+    """Black or white, whichever is readable on a colour (red, green, blue, opacity from 0 to 1)."""
+    red, green, blue, _ = colour
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+
+
+def heat_colours(lower_is_better: bool = False) -> Colormap:
+    """The colours of heat maps: bright is good."""
+    return HEAT.reversed() if lower_is_better else HEAT

@@ -1,0 +1,315 @@
+"""Summarises trials by configuration: mean and deviation over seeds, dense models, and the best of each block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from ..files.dotted import resolved_settings
+from .axes import RATIO, STRATEGY_AXES, USE, is_method, is_protocol, is_repetition, key, named_text, setting_text
+from .dense import dense_groups
+from .metrics import Metric, all_metrics, find, main_metrics
+from .statistics import Sample
+from .trials import Study, Trial
+
+ABOVE_DENSE = ("full_batch_probing",)
+"""Strategies that compute more than the dense model at any ratio."""
+
+MOST_BEST = 2
+"""Maximum number of configurations marked as best; more equal values are not a distinction."""
+
+PRUNING = ("prune.", "calibration.")
+"""Prefixes of settings that a dense model does not have."""
+
+NOTHING_SAVED = "no time saved"
+"""How the note of a missing PRR begins."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of one configuration over its seeds, or of a dense model."""
+
+    metric: Metric
+    text: str
+    mean: float | None = None
+    sd: float | None = None
+    """Standard deviation over seeds (n - 1); None for fewer than two different values."""
+    count: int = 0
+    """Seeds that have a value."""
+    planned: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned seed has a value."""
+        return self.count == self.planned
+
+
+@dataclass
+class Configuration:
+    """Trials that differ only in their seeds."""
+
+    number: int
+    settings: dict[str, Any]
+    trials: list[Trial] = field(default_factory=list)
+    """The finished ones."""
+    places: list[int] = field(default_factory=list)
+    """Their rows in the study's frame."""
+    planned: int = 0
+    """The number of trials, unfinished ones included."""
+    reference: int = 0
+    """Index of the dense model that it compares with."""
+
+    @property
+    def first(self) -> Trial:
+        return self.trials[0]
+
+    @property
+    def strategy(self) -> str:
+        return self.first.result.strategy if self.first.result else ""
+
+    @property
+    def ratio(self) -> float | None:
+        """The ratio asked for, else the share of units cut."""
+        ratio = self.first.result.ratio if self.first.result else None
+        return None if ratio is None else ratio.units_cut if ratio.asked is None else ratio.asked
+
+    def kept(self, kind: str) -> list[float | None]:
+        """Share of units kept in each layer, mean over seeds; None for a layer without such a site."""
+        layers = zip(*(trial.result.layers for trial in self.trials if trial.result), strict=False)
+        sites = [[layer.sites[kind] for layer in versions if kind in layer.sites] for versions in layers]
+        return [fmean(site.kept / site.units for site in versions) if versions else None for versions in sites]
+
+
+@dataclass
+class Dense:
+    """A model before pruning, as measured in some of the trials."""
+
+    settings: dict[str, Any]
+    """What distinguishes it from the study's other dense models."""
+    trials: list[Trial]
+    places: list[int]
+
+
+@dataclass
+class Summary:
+    """The configurations of a study and their values."""
+
+    study: Study
+    metrics: list[Metric]
+    """Those of the main table."""
+    axes: list[str]
+    """The settings that vary, without seeds."""
+    configurations: list[Configuration]
+    """Ordered by dense model and ratio, otherwise as planned."""
+    dense: list[Dense]
+    repeated: list[str]
+    """The axes that repeat the measurement."""
+
+    def metric(self, asked: str) -> Metric | None:
+        return find(self.metrics, asked)
+
+    @property
+    def quality(self) -> list[Metric]:
+        return [metric for metric in self.metrics if metric.quality]
+
+    @property
+    def shown_axes(self) -> list[str]:
+        """The axes with a column: those that vary, else strategy and ratio."""
+        return self.axes or [name for name in (USE, RATIO) if any(name in c.settings for c in self.configurations)]
+
+    @property
+    def strategy_axis(self) -> str | None:
+        return next((name for name in STRATEGY_AXES if name in self.axes), None)
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """The axes that vary how a model is pruned; their combinations compete."""
+        return [name for name in self.axes if is_method(name, self.study.text)]
+
+    @cached_property
+    def conditions(self) -> list[str]:
+        """The axes, besides the ratio, in which competing configurations must agree.
+
+        Those that are not methods; in a study without methods, those of the evaluation.
+        """
+        if self.methods:
+            return [name for name in self.axes if name not in (RATIO, *self.methods)]
+        return [name for name in self.axes if is_protocol(name, self.study.text)]
+
+    def name(self, configuration: Configuration, axes: Sequence[str] | None = None) -> str:
+        """The settings that vary, in a row."""
+        names = self.shown_axes if axes is None else axes
+        texts = [named_text(name, configuration.settings[name]) for name in names if name in configuration.settings]
+        return ", ".join(texts) or setting_text(USE, configuration.strategy)
+
+    def dense_name(self, reference: int) -> str:
+        """``dense``, followed by what distinguishes it from other dense models."""
+        settings = self.dense[reference].settings
+        return ", ".join(["dense", *(named_text(name, value) for name, value in settings.items())])
+
+    def sample(self, configuration: Configuration, metric: Metric) -> Sample:
+        """The trials with their values, for tests."""
+        return Sample(configuration.trials, self._values[metric].loc[configuration.places].tolist())
+
+    def cell(self, configuration: Configuration, metric: Metric) -> Cell:
+        """Mean and standard deviation over the seeds."""
+        mean, sd, count = (part[metric][configuration.number] for part in self._moments)
+        planned = max(configuration.planned, len(configuration.trials))
+        if not count:
+            return Cell(metric, self._absent(configuration, metric), planned=planned)
+        spread = None if sd != sd else float(sd)
+        text = metric.text(mean) if spread is None else metric.spread(mean, spread)
+        if count < planned:
+            text += f" ({count} of {planned})"
+        return Cell(metric, text, float(mean), spread, int(count), planned)
+
+    def dense_cell(self, reference: int, metric: Metric) -> Cell:
+        """The dense model's value: the median of repeated measurements."""
+        frame = self.study.frame.loc[self.dense[reference].places]
+        values = metric.dense(frame)
+        if values.notna().any():
+            return Cell(metric, metric.text(float(values.median())), float(values.median()))
+        raw = frame["dense", metric.key].dropna() if ("dense", metric.key) in frame and not metric.relative else ()
+        return Cell(metric, metric.text(next(iter(raw), None)))
+
+    def mean(self, configuration: Configuration, metric: Metric | None) -> float | None:
+        return self.cell(configuration, metric).mean if metric else None
+
+    def saves(self, configuration: Configuration) -> bool:
+        """Whether it computes less than the dense model: as measured, else as known of its strategy."""
+        flops = self.mean(configuration, self.metric("cost.flops_ratio"))
+        return configuration.strategy not in ABOVE_DENSE if flops is None else flops < 1
+
+    def blocks(self) -> list[list[Configuration]]:
+        """Configurations that compete: same dense model, ratio and conditions."""
+        found: dict[Any, list[Configuration]] = {}
+        for c in self.configurations:
+            found.setdefault((c.reference, c.ratio, key([c.settings.get(n) for n in self.conditions])), []).append(c)
+        return list(found.values())
+
+    @cached_property
+    def best(self) -> set[tuple[int, str]]:
+        """Number of the configuration and key of the metric, for the best values of every block.
+
+        Of those that compute less than the dense model, and have a value for every planned seed.
+        """
+        marked = set()
+        for block in self.blocks():
+            able = [configuration for configuration in block if self.saves(configuration)]
+            for metric in (metric for metric in self.metrics if metric.better):
+                cells = {c.number: self.cell(c, metric) for c in able}
+                texts = {
+                    i: metric.text(cell.mean) for i, cell in cells.items() if cell.mean is not None and cell.complete
+                }
+                if len(set(texts.values())) < 2:
+                    continue
+                best = min(texts, key=lambda i: metric.sign * (cells[i].mean or 0.0))
+                equal = [i for i, text in texts.items() if text == texts[best]]
+                marked |= {(i, metric.key) for i in equal if len(equal) <= MOST_BEST}
+        return marked
+
+    @cached_property
+    def _values(self) -> pd.DataFrame:
+        """Finite values by trial and metric."""
+        metrics = dict.fromkeys([*self.metrics, *all_metrics(self.study)])
+        return pd.DataFrame({metric: metric.pruned(self.study.frame) for metric in metrics})
+
+    @cached_property
+    def _moments(self) -> list[dict[Any, Any]]:
+        """Mean, standard deviation and count, by metric and configuration."""
+        owner = {place: c.number for c in self.configurations for place in c.places}
+        groups = self._values.groupby(self._values.index.map(owner))
+        varies = groups.nunique() > 1
+        # Equal values are kept as they are: their mean may differ in the last digit.
+        parts = (groups.mean().where(varies, groups.first()), groups.std().where(varies), groups.count())
+        return [part.to_dict() for part in parts]
+
+    def _absent(self, configuration: Configuration, metric: Metric) -> str:
+        """What stands for a missing number: the text measured instead, or why there is none."""
+        if not metric.relative and ("pruned", metric.key) in self.study.frame:
+            raw = self.study.frame["pruned", metric.key].loc[configuration.places].dropna().tolist()
+            if raw:
+                return metric.text(raw[0])
+        found = [trial.metric(metric.label) for trial in configuration.trials]
+        return NOTHING_SAVED if any(NOTHING_SAVED in note for one in found if one for note in one.notes) else "-"
+
+
+def summarise(study: Study) -> Summary:
+    """Gather the trials of a study by configuration."""
+    names = list(dict.fromkeys(name for trial in study.trials for name in trial.settings))
+    names = [*(name for name in study.axes if name in names), *(name for name in names if name not in study.axes)]
+    repeated = [name for name in names if is_repetition(name)]
+    configurations = _configurations(study, names, repeated)
+    # Settings of unfinished trials count: they were planned to vary.
+    planned = {name: {key(t.settings[name]) for t in study.trials if name in t.settings} for name in names}
+    axes = [
+        name
+        for name in names
+        if name not in repeated
+        and (len({key(c.settings.get(name)) for c in configurations}) > 1 or len(planned[name]) > 1)
+    ]
+    for configuration in () if axes else configurations:  # nothing varies: strategy and ratio name the row
+        asked = {} if configuration.ratio is None else {RATIO: configuration.ratio}
+        configuration.settings = {USE: configuration.strategy, **asked, **configuration.settings}
+    dense = _compare_with_dense(study, configurations, axes)
+    configurations.sort(key=lambda c: (c.reference, c.ratio or 0.0))
+    seeds = [name for name in repeated if len(planned[name]) > 1]
+    return Summary(study, main_metrics(study), axes, configurations, dense, seeds)
+
+
+def _configurations(study: Study, names: Sequence[str], repeated: Sequence[str]) -> list[Configuration]:
+    """The configurations with at least one finished trial; unfinished trials count as planned."""
+    found: dict[str, Configuration] = {}
+    homes: dict[str, Configuration] = {}
+
+    def plan(trial: Trial) -> str:
+        return key({name: value for name, value in trial.settings.items() if name not in repeated})
+
+    for place, trial in enumerate(study.trials):
+        if trial.result is None:
+            continue
+        resolved = resolved_settings(trial.resolved) if len(trial.settings) < len(names) else {}
+        known = {**{name: resolved[name] for name in names if name in resolved}, **trial.settings}
+        settings = {name: known[name] for name in names if name in known and name not in repeated}
+        home = found.setdefault(key(settings), Configuration(len(found), settings))
+        home.trials.append(trial)
+        home.places.append(place)
+        homes[plan(trial)] = home
+    for trial in study.trials:
+        home = homes.get(plan(trial)) or found.get(plan(trial)) or Configuration(-1, {})
+        home.planned += 1
+    return list(found.values())
+
+
+def _compare_with_dense(study: Study, configurations: Sequence[Configuration], axes: Sequence[str]) -> list[Dense]:
+    """The dense models; sets the reference of every configuration."""
+    groups = dense_groups([c.trials for c in configurations], [c.settings for c in configurations])
+    members = [[configurations[index] for index in group.members] for group in groups]
+    dense = []
+    for index, group in enumerate(members):
+        settings = {name: group[0].settings[name] for name in axes if _distinguishes(name, index, members)}
+        # A dense model has no pruning settings, unless nothing else distinguishes two.
+        own = {
+            name: value
+            for name, value in settings.items()
+            if not is_method(name, study.text) and not name.startswith(PRUNING)
+        }
+        for member in group:
+            member.reference = index
+        trials = [trial for member in group for trial in member.trials]
+        dense.append(Dense(own or settings, trials, [place for member in group for place in member.places]))
+    return dense
+
+
+def _distinguishes(name: str, index: int, groups: Sequence[Sequence[Configuration]]) -> bool:
+    """Whether an axis has one value in a group and other values elsewhere."""
+    values = [{key(member.settings.get(name)) for member in group} for group in groups]
+    others = set().union(*(found for i, found in enumerate(values) if i != index))
+    if len(groups) < 2 or len(values[index]) > 1 or name not in groups[index][0].settings:
+        return False
+    return not values[index] & others if any(len(found) > 1 for found in values) else bool(others - values[index])

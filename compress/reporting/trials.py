@@ -1,0 +1,173 @@
+"""Reads a study's store, a run's folder or the demo's folder into one frame of trials."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ...registry import SpecError
+from ..ablation.published import Published
+from ..ablation.store import Store
+from ..runs.records import REMEDY, Comparison, EvaluatorResult, RunResult, read_results
+from .axes import RATIO, USE, finite, named_text, setting_text
+
+SQLITE = b"SQLite format 3\0"
+
+RELATIVE = {
+    ("cost", "flops_ratio"), ("cost", "floor_ratio"), ("cost", "parameters_ratio"),
+    ("latency", "prefill_ratio"), ("latency", "decode_ratio"),
+}  # fmt: skip
+"""Evaluator and value, of values that the evaluator measures relative to the dense model."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pruned model and its measurements."""
+
+    number: int
+    settings: dict[str, Any]
+    """Value or label by axis."""
+    status: str = "done"
+    """``done``, ``failed`` or ``waiting``."""
+    result: RunResult | None = None
+    """The results of a trial that is done."""
+    resolved: str | None = None
+    error: str | None = None
+    seconds: float | None = None
+
+    @property
+    def label(self) -> str:
+        """All settings in a row."""
+        return ", ".join(named_text(name, value) for name, value in self.settings.items()) or "the run"
+
+    @property
+    def metrics(self) -> list[EvaluatorResult]:
+        """One result for each evaluator that ran."""
+        return self.result.metrics if self.result else []
+
+    def metric(self, label: str) -> EvaluatorResult | None:
+        """The result of the evaluator with this label, if it ran."""
+        return next((found for found in self.metrics if found.label == label), None)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All trials of a report's source."""
+
+    title: str
+    source: Path
+    trials: tuple[Trial, ...]
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+    """The values of each axis, in order."""
+    published: tuple[Published, ...] = ()
+    text: str | None = None
+    """The study's file, or the run's resolved pipeline."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def done(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.result]
+
+    @property
+    def results(self) -> list[RunResult]:
+        """The results of all finished trials."""
+        return [trial.result for trial in self.trials if trial.result]
+
+    @property
+    def failed(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.status == "failed"]
+
+    @property
+    def waiting(self) -> int:
+        return sum(trial.status == "waiting" for trial in self.trials)
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row for each trial, in order, as measured.
+
+        Columns have two levels: ``trial`` (trial, status, error, seconds), ``setting`` (axis), and ``pruned`` and
+        ``dense`` (label.value). A value relative to the dense model is 1 there.
+        """
+        facts, pruned, dense = [], [], []
+        for trial in self.trials:
+            facts.append(
+                {"trial": trial.number, "status": trial.status, "error": trial.error, "seconds": trial.seconds}
+            )
+            pruned.append({f"{m.label}.{name}": value for m in trial.metrics for name, value in m.pruned.items()})
+            dense.append({
+                f"{m.label}.{name}": (m.dense or {}).get(name, 1.0 if (m.evaluator, name) in RELATIVE else None)
+                for m in trial.metrics for name in m.pruned
+            })  # fmt: skip
+        parts = {"trial": facts, "setting": [trial.settings for trial in self.trials], "pruned": pruned, "dense": dense}
+        return pd.concat({name: pd.DataFrame(rows, dtype=object) for name, rows in parts.items()}, axis=1)
+
+
+def numbers(values: pd.Series) -> pd.Series:
+    """The finite numbers of a column, NaN elsewhere."""
+    return values.map(finite).astype(float)
+
+
+def read(source: Path) -> Study:
+    """The trials of a store or folder; raises :class:`SpecError` if it is neither, or no trial is finished."""
+    source = Path(source).expanduser()
+    if source.is_dir():
+        study = _folder(source)
+    elif source.is_file():
+        study = _store(source)
+    else:
+        raise SpecError(f"there is no {source}; {REMEDY}")
+    if not study.done:
+        states = f"{len(study.failed)} failed, {study.waiting} waiting"
+        first = f"; the first error: {study.failed[0].error}" if study.failed else ""
+        raise SpecError(f"{source}: no trial is finished ({states}), so there is nothing to report{first}")
+    return study
+
+
+def _folder(folder: Path) -> Study:
+    found = read_results(folder)
+    if isinstance(found, Comparison):
+        trials = tuple(
+            Trial(number, {USE: run.strategy, RATIO: run.ratio.asked, "text": run.situation}, "done", run,
+                  _text(folder / run.pipeline), None, run.seconds.total)
+            for number, run in enumerate(found.runs, 1)
+        )  # fmt: skip
+        names = trials[0].settings if trials else {}
+        axes = {name: list(dict.fromkeys(trial.settings[name] for trial in trials)) for name in names}
+        return Study("Strategies compared", folder, trials, axes)
+    resolved = _text(folder / "resolved.yaml")
+    settings = {USE: found.strategy, RATIO: found.ratio.asked}
+    trial = Trial(1, settings, "done", found, resolved, None, found.seconds.total)
+    return Study(f"{setting_text(USE, found.strategy)} on {found.model.name}", folder, (trial,), text=resolved)
+
+
+def _store(path: Path) -> Study:
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(SQLITE))
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error}") from None
+    if begin != SQLITE:
+        raise SpecError(f"{path} is not a study's store; {REMEDY}")
+    with Store.open(path) as store:
+        study, stored = store.study, store.trials
+    trials = tuple(Trial(t.number, t.settings, t.status, t.result, t.resolved, t.error, t.seconds) for t in stored)
+    return Study(
+        title=study.title or path.stem,
+        source=path,
+        trials=trials,
+        axes=study.axes,
+        published=study.published,
+        text=study.text,
+        versions=study.versions,
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
