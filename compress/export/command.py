@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from ...registry import SpecError
 from ..files.spec import PipelineSpec
 from ..files.yaml_file import read_yaml
@@ -18,8 +20,6 @@ from .card import metric_heads, metric_rows
 from .constraint import sentence as rounding_sentence
 from .exporting import Exporter
 from .profiles import PROFILES, TOOLS
-
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def list_profiles() -> None:
@@ -115,8 +115,4 @@ def freezing_costs(manifest: Manifest) -> list[str]:
 
 def size(manifest: Manifest) -> str:
     """The size of all files with a unit."""
-    total = sum(file.bytes for file in manifest.files.values())
-    if total < 1000:
-        return f"{total} bytes"
-    unit = next((unit for unit, bytes_ in UNITS.items() if total < 1000 * bytes_), "GB")
-    return f"{total / UNITS[unit]:.1f} {unit}"
+    return decimal(sum(file.bytes for file in manifest.files.values()))
