@@ -13,7 +13,7 @@ from .errors import (
     StoreError,
 )
 from .roles.compensation import Compensator, MemoryPlan, NoCompensation, Prepared, SiteCovariance, Slope
-from .roles.evaluation import STAGES, Evaluator, Measurement, Stage, Subject
+from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stage, Subject
 from .roles.hookspecs import ROLES, hookimpl
 from .roles.parts import (
     Architecture,
@@ -57,6 +57,7 @@ __all__ = [
     "NoCompensation",
     "NonFiniteError",
     "PaddingOf",
+    "PlainSubject",
     "PluginError",
     "Prepared",
     "ProbeSelector",

@@ -1,6 +1,5 @@
 """The checks of components can fail: each broken rule is named, and what keeps the rules passes."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +11,7 @@ from prunekit.registry import (
     Evaluator,
     HistoryMerger,
     Measurement,
+    PlainSubject,
     ProbeSelector,
     Producer,
     Rows,
@@ -20,7 +20,6 @@ from prunekit.registry import (
     SparsityAllocator,
     SpecError,
     Statistic,
-    Subject,
 )
 from prunekit.registry.checks import check_component, check_evaluation, check_sites
 from prunekit.strategies.application import Slice
@@ -229,7 +228,7 @@ def test_sites_that_do_not_fit_are_named(make_model, change, words):
     ],
 )
 def test_evaluations_that_break_a_rule_are_named(make_model, evaluate, words):
-    subject = Subject(make_model("llama-gqa"), None, lambda source: [], nullcontext, lambda: 1)
+    subject = PlainSubject(make_model("llama-gqa"))
     check_evaluation(Measure(), subject)
     with pytest.raises(AssertionError) as caught:
         check_evaluation(variant(Measure, evaluate=evaluate)(), subject)

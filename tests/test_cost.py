@@ -1,11 +1,11 @@
 """Counted operations against formulas, pruned and dense."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
 from prunekit.evaluators.cost import Cost, operations
-from prunekit.registry import Catalog, DataError, Subject, TextSource
+from prunekit.registry import Catalog, DataError, PlainSubject, TextSource
 
 pytestmark = pytest.mark.smoke
 
@@ -23,7 +23,7 @@ def prefill_flops(config, tokens, context, heads=None, width=None, kv_heads=None
 
 
 def counted_flops(model, ids):
-    return sum(operations(Subject(model, None, None, nullcontext, lambda: 0), ids).values())
+    return sum(operations(PlainSubject(model), ids).values())
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa"])
@@ -75,13 +75,8 @@ def subject(make_model):
         def __call__(self, text, **_):
             return {"input_ids": [3 + ord(character) % 90 for character in text]}
 
-    found = Subject(
-        model=Switch(),
-        tokenizer=Tokenizer(),
-        read=lambda source: ["some text " * 6],
-        dense=dense,
-        parameters=lambda: sum(p.numel() for p in current[0].parameters()),
-    )
+    found = PlainSubject(Switch(), Tokenizer(), ["some text " * 6])
+    found.dense, found.parameters = dense, lambda: sum(p.numel() for p in current[0].parameters())
     found.shown = []
     return found
 

@@ -1,6 +1,6 @@
 """The latency evaluator: order of the passes, arithmetic, decode steps, protocol. Speed itself is not asserted."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from prunekit.compress import prune
 from prunekit.evaluators import latency
 from prunekit.evaluators.latency import Latency, Round, compared
 from prunekit.evaluators.timing import percentile, processor
-from prunekit.registry import Catalog, SpecError, Subject
+from prunekit.registry import Catalog, PlainSubject, SpecError
 
 
 @pytest.fixture
@@ -29,7 +29,8 @@ def subject(make_model):
         filled = cache.get_seq_length() if cache is not None else 0 if kwargs["use_cache"] else None
         found.shown.append((mode[0], kwargs["input_ids"], filled))
 
-    found = Subject(model, None, None, dense, lambda: 0)
+    found = PlainSubject(model)
+    found.dense = dense
     found.shown = []
     model.register_forward_pre_hook(record, with_kwargs=True)
     return found
@@ -131,7 +132,8 @@ def test_protocol_names_the_machine_the_clock_and_the_shapes(subject):
 def test_a_dynamic_cut_decides_in_the_prefill_and_keeps_to_it(make_model, batches):
     model = make_model("llama-gqa")
     with prune(model, "pp", ratio=0.5, skip_layers=[], calibration=batches, trace=True) as pruned:
-        subject = Subject(model, None, None, pruned.dense, pruned.active_parameters)
+        subject = PlainSubject(model)
+        subject.dense = pruned.dense
         values = Latency(batch_size=2, length=20, decode_steps=3, pairs=1, warmup=0).evaluate(subject).values
         # three passes decide, the short one, the prefill and the one with a cache, and no step does
         assert {record["batch"] for record in pruned.trace} == {0, 1, 2}
@@ -139,7 +141,7 @@ def test_a_dynamic_cut_decides_in_the_prefill_and_keeps_to_it(make_model, batche
 
 
 def test_a_model_compared_with_itself_needs_no_dense_mode(make_model):
-    subject = Subject(make_model("opt"), None, None, nullcontext, lambda: 0)
+    subject = PlainSubject(make_model("opt"))
     found = Latency(batch_size=1, length=8, decode_steps=2, pairs=2).evaluate(subject)
     assert found.values["prefill_ratio"] > 0 and found.values["decode_ratio"] > 0
     assert found.details == {}  # without sites there are no parts

@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import nullcontext
 from itertools import combinations
 
 import pytest
@@ -11,7 +10,7 @@ from prunekit.compress import prune
 from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring, SameCounts
 from prunekit.evaluators.overlap import Overlap, jaccard, random_overlap
-from prunekit.registry import Catalog, DataError, Subject
+from prunekit.registry import Catalog, DataError, PlainSubject
 from prunekit.registry.checks import check_component, check_evaluation
 
 
@@ -63,7 +62,7 @@ def decisions(make_model, calibration, use, **options):
 def test_it_is_a_sound_plugin(make_model):
     assert CATALOG.get("evaluators", "overlap") is Overlap
     check_component(Overlap)
-    bare = Subject(make_model("llama-gqa"), Codes(), lambda source: [TEXT], nullcontext, lambda: 0)
+    bare = PlainSubject(make_model("llama-gqa"), Codes(), [TEXT])
     check_evaluation(SMALL, bare)
     assert SMALL.evaluate(bare).values == {"full_batch": None, "between_batches": None, "chance": None}
 

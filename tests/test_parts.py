@@ -1,7 +1,5 @@
 """What a pass spends, part by part: the parts add up, and a cut model costs its floor and its probe."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from prunekit.compress import prune
@@ -10,7 +8,7 @@ from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators.cost import PARTS, Cost
 from prunekit.evaluators.parts import Ledger, module_keys
-from prunekit.registry import Subject
+from prunekit.registry import PlainSubject
 
 B, T = 4, 24
 
@@ -96,7 +94,7 @@ def test_a_runtime_that_reuses_nothing_costs_the_floor_and_the_whole_probe(cost)
 
 def test_without_sites_there_is_no_split(make_model):
     model = make_model("llama-gqa")
-    values = Cost(batch_size=1, length=8).evaluate(Subject(model, None, None, nullcontext, lambda: 1)).values
+    values = Cost(batch_size=1, length=8).evaluate(PlainSubject(model)).values
     assert "floor" not in values and "mlp" not in values and values["flops_ratio"] == 1
 
 

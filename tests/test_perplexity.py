@@ -2,13 +2,12 @@
 
 import json
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 from prunekit.evaluators import perplexity as module
 from prunekit.evaluators.perplexity import Perplexity, summed_losses
-from prunekit.registry import Catalog, DataError, NonFiniteError, SpecError, Subject, TextSource
+from prunekit.registry import Catalog, DataError, NonFiniteError, PlainSubject, SpecError, TextSource
 from pydantic import ValidationError
 
 TEXT = TextSource(bundled="reference-evaluation")
@@ -34,13 +33,7 @@ def subject(model):
     """A model and 70 characters of text in two documents; ``subject.batches`` records what the model was shown."""
     generator = torch.Generator().manual_seed(5)
     letters = "".join(chr(97 + int(i)) for i in torch.randint(26, (69,), generator=generator))
-    found = Subject(
-        model=model,
-        tokenizer=Codes(),
-        read=lambda source: [letters[:30], letters[30:]],
-        dense=nullcontext,
-        parameters=lambda: 0,
-    )
+    found = PlainSubject(model, Codes(), [letters[:30], letters[30:]])
     found.batches = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: found.batches.append((kwargs["input_ids"], kwargs["use_cache"])), with_kwargs=True
@@ -244,7 +237,8 @@ def test_a_trained_model_gets_the_loss_that_transformers_computes(shared):
     from prunekit.compress.runs.text import read_documents
 
     loaded = load(ModelSource(name=str(folder), device="cpu"))
-    subject = Subject(loaded.model, loaded.tokenizer, read_documents, nullcontext, lambda: 0)
+    subject = PlainSubject(loaded.model, loaded.tokenizer)
+    subject.read = read_documents
     found = Perplexity(text=TextSource(file=text), window=512, batch_size=4, limit=10).evaluate(subject)
 
     # The tokenizer's own way of beginning a text, and the loss that the model itself returns.

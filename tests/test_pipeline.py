@@ -9,7 +9,7 @@ from prunekit.compress import Pipeline, PipelineSpec
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.models.loading import ModelSource, fingerprint, load
 from prunekit.compress.runs import pipeline
-from prunekit.registry import DataError, Measurement, SpecError, Subject
+from prunekit.registry import DataError, Measurement, PlainSubject, SpecError
 
 EVALUATORS = '''
 from typing import Any, ClassVar, Literal
@@ -161,7 +161,8 @@ def test_dense_is_the_model_itself_and_is_left_as_it_was(content, loaded):
     spec = PipelineSpec.of(content())
     results = Pipeline(spec).measure(loaded=loaded)
     assert fingerprint(loaded.model) == before == results.record.model.fingerprint
-    subject = Subject(loaded.model, loaded.tokenizer, pipeline.read_documents, None, None)
+    subject = PlainSubject(loaded.model, loaded.tokenizer)
+    subject.read = pipeline.read_documents
     alone = spec.evaluate[0].evaluate(subject)
     assert results.record.metrics[0].dense == alone.values
 

@@ -1,7 +1,6 @@
 """The page about plugins is complete, and every example in it works as a plugin file."""
 
 import re
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal
@@ -9,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import ROLES, Catalog, ChannelHistory, Measurement, PluginError, Scorer, Subject
+from prunekit.registry import ROLES, Catalog, ChannelHistory, Measurement, PlainSubject, PluginError, Scorer, Subject
 from prunekit.registry.checks import check_component, check_evaluation, check_sites
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -165,12 +164,18 @@ def test_the_evaluator_example_measures(load, make_model):
             return {"input_ids": [3 + ord(character) % 90 for character in text]}
 
     _, (entry,) = load(example_of("evaluators"))
-    subject = Subject(make_model("llama-gqa"), Letters(), lambda source: ["abcdef" * 20], nullcontext, lambda: 1)
+    subject = PlainSubject(make_model("llama-gqa"), Letters(), ["abcdef" * 20])
     check_evaluation(entry.component(tokens=64), subject)
 
 
-@pytest.mark.parametrize("described", [Subject, Measurement])
-def test_all_that_evaluators_get_and_give_is_described(described):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model", "tokenizer", *(name for name in vars(Subject) if not name.startswith("_"))],
+        [field.name for field in fields(Measurement)],
+    ],
+)
+def test_all_that_evaluators_get_and_give_is_described(names):
     section = PAGE.split("\n### `evaluators`\n")[1].split("\n### ")[0]
-    missing = [field.name for field in fields(described) if not re.search(rf"`{field.name}[`(]", section)]
+    missing = [name for name in names if not re.search(rf"`{name}[`(]", section)]
     assert not missing

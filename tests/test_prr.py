@@ -11,7 +11,7 @@ from prunekit.compress.runs.measuring import Measuring
 from prunekit.compress.runs.pipeline import Pipeline
 from prunekit.compress.runs.report import metric_rows
 from prunekit.evaluators.prr import PerformanceRuntimeRatio
-from prunekit.registry import Catalog, Evaluator, Measurement, Subject
+from prunekit.registry import Catalog, Evaluator, Measurement, PlainSubject
 
 
 def test_it_is_offered_as_a_plugin():
@@ -38,7 +38,9 @@ def found():
             values = {"prefill_ratio": seconds[0] / seconds[1], "dense_prefill_seconds": seconds[1]}
             return Measurement(values, {"clock": "wall clock", "batch_size": 20})
 
-        return PerformanceRuntimeRatio().evaluate(Subject(None, None, None, dense, None, measure=measure))
+        subject = PlainSubject(None)
+        subject.dense, subject.measure = dense, measure
+        return PerformanceRuntimeRatio().evaluate(subject)
 
     return evaluate
 

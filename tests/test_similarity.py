@@ -2,7 +2,7 @@
 
 import json
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators import similarity as module
 from prunekit.evaluators.similarity import Pair, Similarity, linear_cka, svcca
-from prunekit.registry import Catalog, DataError, NonFiniteError, Subject
+from prunekit.registry import Catalog, DataError, NonFiniteError, PlainSubject
 from prunekit.registry.checks import check_component, check_evaluation
 
 
@@ -120,7 +120,7 @@ def measured(model, batches, use, ratio, evaluator=SMALL, **options):
 def test_it_is_a_sound_plugin(make_model):
     assert Catalog.discover(block="").get("evaluators", "similarity") is Similarity
     check_component(Similarity)
-    bare = Subject(make_model("llama-gqa"), Codes(), lambda source: [TEXT], nullcontext, lambda: 0)
+    bare = PlainSubject(make_model("llama-gqa"), Codes(), [TEXT])
     check_evaluation(SMALL, bare)
     found = SMALL.evaluate(bare)
     assert found.values == pytest.approx({"cka": 1, "svcca": 1}, abs=1e-9)  # dense against dense
@@ -191,6 +191,7 @@ def test_bad_input_is_named(make_model, batches):
                 weight[0, 0] = float("inf")
                 yield
 
-        subject = Subject(model, Codes(), lambda source: [TEXT], broken_dense, lambda: 0)
+        subject = PlainSubject(model, Codes(), [TEXT])
+        subject.dense = broken_dense
         with pytest.raises(NonFiniteError, match="the dense model's output of layer 1 has NaN or infinity in batch 0"):
             SMALL.evaluate(subject)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from prunekit.compress.runs.text import read_documents
 from prunekit.evaluators.perplexity import Perplexity
 from prunekit.evaluators.published_perplexities import check_published
 from prunekit.evaluators.wikitext_words import pages_of
-from prunekit.registry import DataError, Subject, TextSource
+from prunekit.registry import DataError, PlainSubject, TextSource
 from pydantic import ValidationError
 
 ROWS = [
@@ -42,8 +41,9 @@ def loaded():
 
 
 def subject_of(loaded, documents=None):
-    read = read_documents if documents is None else (lambda source: documents)
-    return Subject(loaded.model, loaded.tokenizer, read, nullcontext, lambda: 0)
+    found = PlainSubject(loaded.model, loaded.tokenizer)
+    found.read = read_documents if documents is None else (lambda source: documents)
+    return found
 
 
 def from_lm_eval(loaded, pages, window):

@@ -1,6 +1,5 @@
 """Zero-shot accuracy: options, values and their protocol, tasks from folders, and every way to get it wrong."""
 
-import contextlib
 import math
 import os
 import shutil
@@ -16,7 +15,7 @@ from prunekit.compress.bundled import MODEL
 from prunekit.compress.files.spec import PipelineSpec
 from prunekit.evaluators import harness
 from prunekit.evaluators.zero_shot import PRESETS, ZeroShot
-from prunekit.registry import DataError, SpecError, Subject
+from prunekit.registry import DataError, PlainSubject, SpecError
 from prunekit.registry.checks import check_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +44,7 @@ def loaded():
 
 @pytest.fixture
 def subject(loaded):
-    return Subject(*loaded, list, contextlib.nullcontext, lambda: 1)
+    return PlainSubject(*loaded)
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """lm-eval's requests reach the model with a mask, and what stands in place of padding changes nothing."""
 
-import contextlib
-
 import pytest
 import torch
 from prunekit.compress import prune
 from prunekit.evaluators.harness import MaskedLM, quiet
-from prunekit.registry import DataError, NonFiniteError, Subject
+from prunekit.registry import DataError, NonFiniteError, PlainSubject
 
 LETTERS = "!abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,"
 OPTIONS = dict(backend="causal", batch_size=4, max_length=64)
@@ -32,7 +30,8 @@ def model(request, make_model):
 
 
 def masked(model, tokenizer, reset=lambda: None, batch_size=4):
-    subject = Subject(model, tokenizer, list, contextlib.nullcontext, lambda: 1, reset=reset)
+    subject = PlainSubject(model, tokenizer)
+    subject.reset = reset
     with quiet():
         return MaskedLM(subject, batch_size, 64)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...registry import Catalog, DataError, Evaluator, Measurement, SpecError, Subject
+from ...registry import Catalog, DataError, Evaluator, Measurement, SpecError, Subject, TextSource
 from ...registry.roles.evaluation import checked
 from ..calibration.passes import Progress, no_progress
 from ..files.spec import SpecReader
@@ -37,20 +36,22 @@ def measure(
     if pruned is not None:
         return Measuring(loaded, pruned, progress, {}, (), seed).measure(evaluator)
 
-    def track(items: Iterator, what: str, total: int) -> Iterator:
-        return iter(progress(items, f"{label}: {what}", total))
-
     torch.manual_seed(seed)
-    model = loaded.model
-    subject = Subject(
-        model=model,
-        tokenizer=loaded.tokenizer,
-        read=read_documents,
-        dense=nullcontext,
-        parameters=lambda: sum(parameter.numel() for parameter in model.parameters()),
-        progress=track,
-    )
-    return checked(evaluator, evaluator.evaluate(subject))
+    return checked(evaluator, evaluator.evaluate(_Unpruned(loaded, label, progress)))
+
+
+class _Unpruned(Subject):
+    """A loaded model without any pruning."""
+
+    def __init__(self, loaded: Loaded, label: str, show: Progress):
+        super().__init__(loaded.model, loaded.tokenizer)
+        self.label, self.show = label, show
+
+    def read(self, source: TextSource) -> list[str]:
+        return read_documents(source)
+
+    def progress(self, items: Iterable[Any], label: str, total: int) -> Iterable[Any]:
+        return self.show(items, f"{self.label}: {label}", total)
 
 
 def record(evaluator: Evaluator) -> dict[str, Any]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 
-from ...registry import Evaluator, Measurement, SiteScores, SparsityAllocator, SpecError, Subject
+from ...registry import (
+    Evaluator,
+    Measurement,
+    SiteKind,
+    SiteScores,
+    SparsityAllocator,
+    SpecError,
+    Stage,
+    Subject,
+    TextSource,
+)
 from ...registry.roles.evaluation import checked
 from ..calibration.passes import Progress
 from ..models.loading import Loaded
@@ -37,7 +47,7 @@ class Measuring:
         seed: int = 0,
     ):
         self.loaded, self.progress, self.listed, self.seed = loaded, progress, listed, seed
-        self._running = pruned
+        self.running = pruned
         self._known: dict[bool, Known] = {True: dense, False: {}}
 
     def measure(self, evaluator: Evaluator | str, dense: bool = False) -> Measurement:
@@ -48,57 +58,29 @@ class Measuring:
         evaluator = self._evaluator(evaluator) if isinstance(evaluator, str) else evaluator
         key = evaluator.identity
         if key not in self._known[dense]:
-            self._begin()
-            with self._running.dense() if dense else nullcontext():
+            self.begin()
+            with self.running.dense() if dense else nullcontext():
                 self._known[dense][key] = checked(evaluator, evaluator.evaluate(self.subject()))
         return self._known[dense][key]
 
     def subject(self) -> Subject:
         """What an evaluator gets to see."""
-        return Subject(
-            model=self.loaded.model,
-            tokenizer=self.loaded.tokenizer,
-            read=read_documents,
-            dense=lambda: self._running.dense(),
-            parameters=lambda: self._running.active_parameters(),
-            progress=self._track,
-            reset=lambda: self._running.reset(),
-            measure=self._for_another,
-            sites=self._running.all_sites,
-            kept=self._kept,
-            watch=lambda stage: self._running.watch(stage),
-            full_batch=self._full_batch,
-            held_bytes=lambda: self._running.held_bytes(),
-        )
+        return _RunSubject(self)
 
-    def _for_another(self, evaluator: Evaluator | str) -> Measurement:
-        """A measurement that another evaluator asks for; it goes on from the same state, measured now or before."""
-        found = self.measure(evaluator, self._running.is_dense)
-        self._begin()
-        return found
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
         torch.manual_seed(self.seed)
-        self._running.reset()
+        self.running.reset()
 
     def _evaluator(self, name: str) -> Evaluator:
         named = [evaluator for evaluator in self.listed if evaluator.name == name]
-        found = named[0] if named else self._running.catalog.get("evaluators", name).model_validate({})
+        found = named[0] if named else self.running.catalog.get("evaluators", name).model_validate({})
         assert isinstance(found, Evaluator)
         return found
 
-    def _track(self, items: Any, label: str, total: int) -> Any:
-        what = "dense" if self._running.is_dense else self._running.strategy.name
-        return self.progress(items, f"{what}: {label}", total)
-
-    def _kept(self) -> dict:
-        everything = {(site.layer, site.kind): tuple(range(site.units)) for site in self._running.all_sites}
-        return {**everything, **self._running.kept()}
-
     @contextmanager
-    def _full_batch(self) -> Iterator[None]:
+    def full_batch(self) -> Iterator[None]:
         """The model pruned to the same counts by what the whole batch shows of itself."""
-        own, strategy = self._running, self._running.strategy
+        own, strategy = self.running, self.running.strategy
         counts = tuple((layer, kind, count) for (layer, kind), count in own.counts.items())
         with (
             own.suspended(),
@@ -113,11 +95,52 @@ class Measuring:
                 attention_unit=strategy.attention_unit,
             ) as other,
         ):
-            measured, self._running, self._known[False] = self._known[False], other, {}
+            measured, self.running, self._known[False] = self._known[False], other, {}
             try:
                 yield
             finally:
-                self._running, self._known[False] = own, measured
+                self.running, self._known[False] = own, measured
+
+
+class _RunSubject(Subject):
+    """A run's pruned model, as evaluators see it."""
+
+    def __init__(self, run: Measuring):
+        super().__init__(run.loaded.model, run.loaded.tokenizer)
+        self._run, self.sites = run, run.running.all_sites
+
+    def read(self, source: TextSource) -> list[str]:
+        return read_documents(source)
+
+    def dense(self) -> AbstractContextManager[Any]:
+        return self._run.running.dense()
+
+    def parameters(self) -> int:
+        return self._run.running.active_parameters()
+
+    def progress(self, items: Iterable[Any], label: str, total: int) -> Iterable[Any]:
+        running = self._run.running
+        return self._run.progress(items, f"{'dense' if running.is_dense else running.strategy.name}: {label}", total)
+
+    def reset(self) -> None:
+        self._run.running.reset()
+
+    def measure(self, evaluator: Evaluator | str) -> Measurement:
+        found = self._run.measure(evaluator, self._run.running.is_dense)
+        self._run.begin()  # whether it was measured now or before
+        return found
+
+    def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        return {**super().kept(), **self._run.running.kept()}
+
+    def watch(self, stage: Stage) -> AbstractContextManager[Any]:
+        return self._run.running.watch(stage)
+
+    def full_batch(self) -> AbstractContextManager[Any]:
+        return self._run.full_batch()
+
+    def held_bytes(self) -> dict[str, int]:
+        return self._run.running.held_bytes()
 
 
 class SameCounts(SparsityAllocator):

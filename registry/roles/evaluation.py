@@ -3,95 +3,127 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ..component import Component
 from ..errors import PluginError, SpecError
 from ..sites import Site, SiteKind
 from ..text import TextSource
 
-Stage = Callable[[str], AbstractContextManager]
-"""Is told the name of a step of the deciding (one of :data:`STAGES`) and gives a context that lasts as long."""
+Item = TypeVar("Item")
+
+Stage = Callable[[str], AbstractContextManager[Any]]
+"""Called with a step's name (one of :data:`STAGES`); its context manager is entered while the step runs."""
 
 STAGES = ("select", "probe", "score", "gather", "compensate", "history")
-"""Steps that a pruned forward pass has besides the model's own: choosing what to probe, running ahead on it, scoring,
-copying the kept weights together, giving back what was dropped, and learning from what the batch showed."""
+"""Steps of a pruned forward pass besides the model's own: choosing what to probe, running the probe, scoring, copying
+the kept weights together, compensating, and updating the history."""
 
 
 @dataclass
 class Measurement:
-    """Values and the protocol without which they mean nothing (window, tokens, order, dtype, ...)."""
+    """Values and the protocol that they depend on (window, tokens, order, dtype, ...)."""
 
     values: dict[str, float | int | None]
     protocol: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    """What is no single number: values per layer, losses per window (plain lists, dicts and numbers)."""
+    """Values per layer, losses per window and the like, as plain lists, dicts and numbers."""
 
 
-@dataclass
-class Subject:
-    """What an evaluator may touch: a model that is called like any other, and how to read text.
+class Subject(ABC):
+    """What an evaluator may use: a model that is called like any other, and how to read text.
 
-    The fields with defaults describe a model that nothing was cut from.
+    The methods that are not abstract describe a model that nothing was cut from.
     """
 
     model: Any
     tokenizer: Any
-    read: Callable[[TextSource], list[str]]
-    """Documents of a text source."""
-    dense: Callable[[], AbstractContextManager]
-    """Within it the model runs unpruned (for paired measurements)."""
-    parameters: Callable[[], int]
-    """Parameters of the units that stay (all of them within :attr:`dense`); a probe and memory still use all."""
-    progress: Callable[[Iterator, str, int], Iterator] = lambda items, label, total: items
-    """Wraps an iterator of ``total`` items so that a person sees how far it is."""
-    reset: Callable[[], None] = lambda: None
-    """Puts channel histories back to their calibrated state, to begin a measurement anew."""
-    measure: Callable[[Evaluator | str], Measurement] = lambda evaluator: _unavailable("measure")
-    """What another evaluator measures here (unpruned within :attr:`dense`), shared with the run it is part of;
-    a name stands for the run's first evaluator of that name, else for one with its defaults. Histories are reset."""
     sites: Sequence[Site] = ()
-    """Every place of the model that could be cut, whether it was or not."""
-    kept: Callable[[], dict[tuple[int, SiteKind], tuple[int, ...]]] = dict
-    """By layer and kind, the units that the last forward pass computed with, ascending."""
-    watch: Callable[[Stage], AbstractContextManager] = lambda stage: nullcontext()
-    """Within it every step of the deciding is announced to a :data:`Stage`."""
-    full_batch: Callable[[], AbstractContextManager] = nullcontext
-    """Within it the same number of units is chosen by probing the full batch (PP's upper bound, without history)."""
-    held_bytes: Callable[[], dict[str, int]] = dict
-    """Bytes that the pruning holds besides the model: its ``statistics`` and ``gathered`` weights."""
+    """Every place of the model that can be cut, whether it was or not."""
+
+    def __init__(self, model: Any, tokenizer: Any = None):
+        self.model, self.tokenizer = model, tokenizer
+
+    @abstractmethod
+    def read(self, source: TextSource) -> list[str]:
+        """Documents of a text source."""
+
+    def dense(self) -> AbstractContextManager[Any]:
+        """Within it the model runs unpruned and no history changes, for paired measurements."""
+        return nullcontext()
+
+    def parameters(self) -> int:
+        """Parameters without those of the units that are cut; all within :meth:`dense`. Memory still holds all."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def progress(self, items: Iterable[Item], label: str, total: int) -> Iterable[Item]:
+        """An iterator over ``items`` that shows how many of ``total`` are done."""
+        return items
+
+    def reset(self) -> None:  # noqa: B027
+        """Restore the calibrated channel histories, to begin a measurement anew."""
+
+    def measure(self, evaluator: Evaluator | str) -> Measurement:
+        """What another evaluator measures here (unpruned within :meth:`dense`), shared with the run; histories reset.
+
+        A name stands for the run's first evaluator of that name, else for one with its defaults.
+        """
+        raise SpecError("this evaluator calls Subject.measure, which only a pipeline run offers; list it there")
+
+    def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        """By layer and kind, the units that the last forward pass computed with, ascending."""
+        return {(site.layer, site.kind): tuple(range(site.units)) for site in self.sites}
+
+    def watch(self, stage: Stage) -> AbstractContextManager[Any]:
+        """Within it ``stage`` is called with the name of every step of a decision."""
+        return nullcontext()
+
+    def full_batch(self) -> AbstractContextManager[Any]:
+        """Within it as many units are chosen by probing the full batch, without history (PP's upper bound)."""
+        return nullcontext()
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes that the pruning holds besides the model: its ``statistics`` and ``gathered`` weights."""
+        return {}
 
 
-def _unavailable(what: str) -> Any:
-    raise SpecError(f"this evaluator asks for Subject.{what}, which only a pipeline run offers; list it there")
+class PlainSubject(Subject):
+    """An unpruned model and documents that stand for every text source, for tests of evaluators."""
+
+    def __init__(self, model: Any, tokenizer: Any = None, documents: Sequence[str] = ()):
+        super().__init__(model, tokenizer)
+        self.documents = list(documents)
+
+    def read(self, source: TextSource) -> list[str]:
+        return self.documents
 
 
 class Evaluator(Component):
     """Measures a model."""
 
     paired: ClassVar[bool] = False
-    """Whether it measures the dense model in turn with the pruned one itself: values ``x`` and ``dense_x``."""
+    """Whether it measures the dense and the pruned model in turn itself: values ``x`` and ``dense_x``."""
 
     def check_options(self) -> None:
-        """Raise what is wrong with these options whatever the model, before one is loaded; may be called repeatedly."""
+        """Raise :class:`SpecError` for options that cannot work with any model; called before one is loaded."""
 
     def check(self, model: Any) -> None:
-        """Raise what is wrong with these options for this model, before hours of calibration are spent."""
+        """Raise :class:`SpecError` for options that cannot work with this model; called before calibration."""
 
     @abstractmethod
     def evaluate(self, subject: Subject) -> Measurement:
-        """Run the measurement. The pipeline has put the channel histories back to their calibrated state."""
+        """Run the measurement. The channel histories are as calibrated when it begins."""
 
 
 def checked(evaluator: Evaluator, found: Any) -> Measurement:
-    """What ``evaluator`` returned, its 0-d tensors and numpy scalars made plain numbers.
+    """The measurement that ``evaluator`` returned, with 0-d tensors and numpy scalars as plain numbers.
 
-    NaN and infinite values get a note. Raises :class:`PluginError` for what is no measurement.
+    NaN and infinite values get a note. Raises :class:`PluginError` for anything else than a measurement of numbers.
     """
     place = f"evaluator {evaluator.name!r}"
     if not isinstance(found, Measurement):
