@@ -11,7 +11,7 @@ from prunekit.compress.bench import arms, measure, table
 from prunekit.compress.bench.arms import Setting, build, close_all
 from prunekit.compress.bench.intervals import ratio_of
 from prunekit.compress.bench.presets import Case, Preset
-from prunekit.compress.bench.reference_way import FullWeightPPsp, IndexedSlice
+from prunekit.compress.bench.public_code import FullWeightPPsp, IndexedSlice
 from prunekit.compress.bench.slicing import sharing_copy, sliced
 from prunekit.compress.calibration.passes import no_progress
 from prunekit.registry import SpecError
@@ -181,7 +181,7 @@ def test_tables_say_it(measured):
     rows = table.arms_rows(measured)
     same = {"pp-fused", "pp-sequential"}  # there is no CUDA device here
     assert [row[0] for row in rows] == [
-        arms.TITLES[name] + (", here as PP" if name in same else "") for name in measured.seconds
+        arms.TITLES[name] + (", same as PP here" if name in same else "") for name in measured.seconds
     ]
     assert rows[0][2] == "" and rows[0][4] == "1.000"
     steps = table.steps_rows(measured)
@@ -191,7 +191,7 @@ def test_tables_say_it(measured):
     shares = [float(row[2].rstrip("%")) for row in steps[:-1]]
     assert sum(shares) == pytest.approx(100, abs=0.5)
     page = table.markdown([measured, measured], "prunekit bench")
-    assert page.count("Protocol:") == 2 and "| where  " in page and "`prunekit bench`" in page
+    assert page.count("Protocol:") == 2 and "| setting  " in page and "`prunekit bench`" in page
     json.dumps(table.data(measured))
 
 

@@ -73,7 +73,7 @@ def test_the_command_prints_tables_and_writes_them(small, tmp_path):
     asked = ["--preset", "tiny", "--rounds", "2", "--batch", "2x16,1x8", "--threads", "1", "--out", str(out)]
     done = invoke(*asked)
     assert done.exit_code == 0, done.output
-    for words in ("ideal (sliced beforehand)", "PP the reference's way", "decision overhead", "where", "1 thread"):
+    for words in ("ideal (sliced beforehand)", "PP as in its public code", "decision overhead", "setting", "1 thread"):
         assert words in done.output, words
     data = json.loads((out / "bench.json").read_text())
     assert data["format"] == 1 and len(data["settings"]) == 2

@@ -14,7 +14,7 @@ from ...registry import Catalog
 from ..pruning.prune import find_sites, prune
 from ..pruning.pruned import Pruned
 from .presets import VOCABULARY, Preset
-from .reference_way import FullWeightPPsp, IndexedSlice
+from .public_code import FullWeightPPsp, IndexedSlice
 from .slicing import sharing_copy, sliced
 
 CALIBRATION = 2
@@ -38,8 +38,8 @@ COMPILING = {"compiled": ("compiled", "default"), "graphs": ("compiled with CUDA
 VARIANTS = {
     "pp": Variant("PP"),
     "pp-frozen": Variant("PP without history update", strategy={"merger": {"momentum": 1.0}}),
-    "pp-reference": Variant("PP the reference's way", runtime=PLAIN),
-    "pp-plain": Variant("PP without what is done for speed", runtime=PLAIN),
+    "pp-reference": Variant("PP as in its public code", runtime=PLAIN),
+    "pp-plain": Variant("PP without optimizations", runtime=PLAIN),
     "pp-ahead": Variant("PP deciding ahead", strategy={"selector": {"ahead": True}}),
     "pp-fused": Variant("PP gathering inside the product (Triton)", runtime={"fused_gather": True}),
     "pp-sequential": Variant("PP without overlap", runtime={"overlap": False}),
@@ -52,7 +52,7 @@ COMPILED = {f"{arm}-{how}": arm for how in COMPILING for arm in ("dense", "ideal
 TITLES = {
     "dense": "dense",
     "ideal": "ideal (sliced beforehand)",
-    **{name: way.title for name, way in VARIANTS.items()},
+    **{name: variant.title for name, variant in VARIANTS.items()},
     **{f"{arm}-{how}": f"{arm}, {words}" for how, (words, _) in COMPILING.items() for arm in ("dense", "ideal")},
 }
 

@@ -13,9 +13,9 @@ from .arms import COMPILED, TITLES
 from .measure import DECIDING, Measured
 
 ARMS_HEAD = ("arm", "seconds", "/ dense", "/ ideal", "operations / dense", "peak memory")
-COMPILED_HEAD = ("compiled", "/ not compiled", "/ dense alike", "/ ideal alike")
+COMPILED_HEAD = ("compiled", "/ not compiled", "/ compiled dense", "/ compiled ideal")
 STEPS_HEAD = ("step of PP", "milliseconds", "of PP", "of dense")
-SUMMARY_HEAD = ("where", "PP / ideal", "PP / dense", "operations / dense", "decision overhead")
+SUMMARY_HEAD = ("setting", "PP / ideal", "PP / dense", "operations / dense", "decision overhead")
 
 NOTE = (
     "Ratios are medians of paired rounds with their 95% interval. There is no ratio if the interval contains 1 (the "
@@ -31,7 +31,7 @@ def arms_rows(found: Measured, short: bool = False) -> list[list[str]]:
     same = found.protocol.get("same_as_pp", ())
     return [
         [
-            TITLES[name] + (", here as PP" if name in same else ""),
+            TITLES[name] + (", same as PP here" if name in same else ""),
             f"{median(seconds):.4g}",
             ratio_text(found, name, "dense", short),
             ratio_text(found, name, "ideal", short),
