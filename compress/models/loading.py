@@ -16,8 +16,10 @@ from ...registry import ModelError
 from ...registry.tensors.devices import place_name, places_of, stored_tensor
 from ..bundled import MODEL
 from . import device_map
+from .architectures import PRUNED
 from .device_map import MaxMemory
-from .exported.manifest import MANIFEST
+from .exported import classes
+from .exported.manifest import MANIFEST, check_files, read_manifest
 
 
 class ModelSource(BaseModel):
@@ -92,11 +94,9 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
     """
     import transformers
 
-    from .exported import prepare
-
     device = usable_device(source.device)
     place = place_of(source)
-    prepare.prepare(place, source.revision, check)
+    _prepare_exported(place, source.revision, check)
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.revision is not None:
         options["revision"] = source.revision
@@ -122,6 +122,25 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
         "trust_remote_code": source.trust_remote_code,
     }
     return Loaded(model, tokenizer, identity)
+
+
+def _prepare_exported(place: str, revision: str | None, check: bool) -> None:
+    """Compare an exported folder with its manifest, if ``check``, and register its model classes with transformers.
+
+    ``place`` is a folder or a hub id; nothing happens for models that prunekit has not written. Raises
+    :class:`DataError` for files that differ from the written ones.
+    """
+    folder = Path(place)
+    if check and (folder / MANIFEST).is_file():
+        check_files(folder, read_manifest(folder))
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(place, **({} if revision is None else {"revision": revision}))
+    except Exception:  # loading the model reports what is wrong
+        return
+    if str(config.get("model_type", "")).startswith(PRUNED):
+        classes.register()
 
 
 def _placed(

@@ -9,11 +9,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...registry import DataError, Evaluator, SpecError, TextSource
 from ...registry.tensors.tokens import context_length
-from ...registry.tensors.windows import digest
+from ...registry.tensors.windows import cut_windows, digest, token_stream, with_bos
 from ..calibration.passes import Progress, no_progress
 from ..export import reload
 from ..export.card import card
@@ -28,7 +29,6 @@ from ..output.folders import RunFolder, plain
 from ..runs.provenance import versions
 from ..runs.text import read_documents
 from .lora import Lora, check_installed, train
-from .sequences import training_sequences
 
 WEIGHTS = ".safetensors"
 
@@ -148,3 +148,27 @@ class Recovery:
             metrics.append(metric.model_copy(update={**changes, "before_recovery": metric.exported}))
             notes += [f"{metric.label}: {note}" for note in found.notes]
         return metrics, list(dict.fromkeys(notes))
+
+
+def training_sequences(
+    documents: Sequence[str], tokenizer: Any, length: int, wanted: int | None, most: int, seed: int, label: str
+) -> list[Tensor]:
+    """Token ids (length,) int64: ``wanted`` sequences, or all up to ``most``.
+
+    They are drawn without replacement and start in the same way as calibration's. Raises :class:`DataError` for a text
+    with too few tokens.
+    """
+    stream = with_bos(token_stream(documents, tokenizer), tokenizer)
+    pieces = [window.ids for window in cut_windows(stream, length, tail="drop")]
+    if not pieces:
+        raise DataError(
+            f"{label} has {len(stream)} tokens, less than one sequence of {length}; shorten --length, or name a longer "
+            "text"
+        )
+    if wanted is not None and len(pieces) < wanted:
+        raise DataError(
+            f"{label} gives {len(pieces)} sequences of {length} tokens ({len(stream)} tokens in all), --sequences asks "
+            f"for {wanted}; lower it to {len(pieces)} or less, shorten --length, or name a longer text"
+        )
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    return [pieces[index] for index in order[: most if wanted is None else wanted].tolist()]

@@ -1,1 +1,1 @@
-"""Loading what prunekit exported: its manifest, model classes and checks."""
+"""Models that prunekit exported: the manifest and the model classes."""
