@@ -150,7 +150,7 @@ class MaskedLM(HFLM):
     @contextmanager
     def _progress(self, batches: int) -> Iterator[None]:
         label = f"zero_shot {self._task}"
-        self._steps = iter(self._subject.progress(iter(range(batches)), label, batches)) if batches else iter(())
+        self._steps = iter(self._subject.progress(range(batches), label, batches)) if batches else iter(())
         try:
             yield
             for _ in self._steps:  # closes the progress display

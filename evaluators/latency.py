@@ -66,7 +66,7 @@ class Latency(Decoding):
         pruned: list[Round] = []
         dense: list[Round] = []
         rounds = self.warmup + self.pairs
-        for _ in subject.progress(iter(range(rounds)), self.name, rounds):
+        for _ in subject.progress(range(rounds), self.name, rounds):
             for into, mode in ((pruned, nullcontext), (dense, subject.dense)):
                 with mode():
                     into.append(one_round(clock, subject.model, ids, length))

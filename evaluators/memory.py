@@ -42,7 +42,7 @@ class Memory(Decoding):
         ids = self.batch(subject, length + self.decode_steps)
         values: dict[str, int | float | None] = {}
         modes = (("", nullcontext), ("dense_", subject.dense))
-        for prefix, mode in subject.progress(iter(modes), self.name, len(modes)):
+        for prefix, mode in subject.progress(modes, self.name, len(modes)):
             with mode():
                 found = self._bytes(subject, ids, length)
             if prefix:

@@ -68,7 +68,7 @@ class Overlap(TextBatches):
     def _run(self, subject: Subject, batches: list[Tensor], label: str) -> list[Kept]:
         """The kept units of every batch."""
         found = []
-        for ids in subject.progress(iter(batches), label, len(batches)):
+        for ids in subject.progress(batches, label, len(batches)):
             with torch.no_grad():
                 subject.model(input_ids=ids, use_cache=False)
             found.append({place: frozenset(units) for place, units in subject.kept().items()})

@@ -172,7 +172,7 @@ class Perplexity(Evaluator):
         batches = list(_batches(windows, self.batch_size))
         device = device_of(subject.model)
         found: list[float] = []
-        for batch in subject.progress(iter(batches), "perplexity", len(batches)):
+        for batch in subject.progress(batches, "perplexity", len(batches)):
             shown = torch.stack([w.shown for w in batch]).to(device)
             with torch.no_grad():
                 logits = subject.model(input_ids=shown, use_cache=False).logits
