@@ -16,8 +16,8 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..registry import Evaluator, Measurement, Site, SiteKind, Subject, hookimpl
-from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, Key, charged
-from .passes import OneBatch, clamped, prefill, setting, settle
+from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, Key, attributed
+from .passes import OneBatch, clamped, prefill, setting, short_pass
 
 PROBE, COMPENSATION = "probe", "compensation"
 PARTS = (PROJECTIONS, SCORES, MLP, HEAD, PROBE, COMPENSATION, OTHER)
@@ -100,12 +100,12 @@ def operations(subject: Subject, ids: Tensor) -> dict[Key, int]:
     those of its other steps as ``other``'s. An uncounted pass before contains the change between pruned and dense;
     channel histories are restored after it, so that the counted batch is a first one.
     """
-    settle(subject.model, ids)
+    short_pass(subject.model, ids)
     subject.reset()
     with (
         torch.no_grad(),
         FlopCounterMode(display=False, custom_mapping=formulas()) as counter,
-        charged(subject, counter.get_total_flops, lambda stage: PART_OF_STAGE.get(stage, OTHER)) as spent,
+        attributed(subject, counter.get_total_flops, lambda stage: PART_OF_STAGE.get(stage, OTHER)) as spent,
     ):
         prefill(subject.model, ids)
     return dict(spent)

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import STAGES, Evaluator, Measurement, Subject, hookimpl
-from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, charged
-from .passes import Decoding, cached_prefill, decode_step, prefill, setting, settle
+from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, attributed
+from .passes import Decoding, cached_prefill, decode_step, prefill, setting, short_pass
 from .timing import Clock, clock_of, machine, percentile
 
 ATTENTION = "attention"
@@ -119,7 +119,7 @@ class Latency(Decoding):
 
 def one_round(clock: Clock, model: Any, ids: Tensor, length: int) -> Round:
     """A short untimed pass, a timed prefill of ids (B, length), and timed decode steps on the rest of ids (B, T)."""
-    settle(model, ids)
+    short_pass(model, ids)
     prompt = ids[:, :length]
     seconds, logits = clock.timed(partial(prefill, model, prompt))
     del logits
@@ -158,8 +158,8 @@ def breakdown(subject: Subject, clock: Clock, ids: Tensor) -> dict[str, dict[str
     for _ in range(BREAKDOWN_PASSES):
         for which, mode in (("pruned", nullcontext), ("dense", subject.dense)):
             with mode():
-                settle(subject.model, ids)
-                with charged(subject, clock.now, lambda stage: stage) as seconds:
+                short_pass(subject.model, ids)
+                with attributed(subject, clock.now, lambda stage: stage) as seconds:
                     prefill(subject.model, ids)
             for (part, _layer), amount in seconds.items():
                 spent[which][PART_OF.get(part, part)] += amount / BREAKDOWN_PASSES

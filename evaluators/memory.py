@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import Evaluator, Measurement, Subject, hookimpl
 from .allocations import meter, peak_bytes, weight_bytes
-from .passes import Decoding, cached_prefill, decode_step, prefill, setting, settle
+from .passes import Decoding, cached_prefill, decode_step, prefill, setting, short_pass
 from .timing import machine
 
 
@@ -79,7 +79,7 @@ class Memory(Decoding):
             peaks["decode_peak"] = (lambda: cached_prefill(model, prompt), decode)
         found, held = {"weights": weight_bytes(model)}, []
         for key, (prepare, run) in peaks.items():
-            settle(model, ids)
+            short_pass(model, ids)
             held.append(subject.held_bytes())
             found[key] = held[-1].get("gathered", 0) + peak_bytes(model, prepare, run)
             held.append(subject.held_bytes())

@@ -20,7 +20,7 @@ Key = tuple[str, int | None]
 Amount = TypeVar("Amount", int, float)
 
 
-class Ledger(Generic[Amount]):
+class Attribution(Generic[Amount]):
     """Attributes the increase of ``read`` to the innermost current part; outside of all parts to ``("other", None)``.
 
     Parts may nest: an inner part's share does not count for the outer one. The sum is the whole increase.
@@ -31,35 +31,35 @@ class Ledger(Generic[Amount]):
         self._read: Callable[[], Amount] = read
         self._last: Amount = read()
         self._stack: list[Key] = [(OTHER, None)]
-        self._held = False
+        self._stepping = False
 
     def enter(self, key: Key) -> None:
         """Attribute to ``key`` from now on."""
-        if not self._held:
-            self.settle()
+        if not self._stepping:
+            self.update()
             self._stack.append(key)
 
     def leave(self) -> None:
         """Attribute to the part before the last :meth:`enter`."""
-        if not self._held:
-            self.settle()
+        if not self._stepping:
+            self.update()
             self._stack.pop()
 
     @contextmanager
-    def held(self, part: str) -> Iterator[None]:
+    def step(self, part: str) -> Iterator[None]:
         """A context in which everything is attributed to ``part``, whatever modules run and other steps begin."""
-        if self._held:
+        if self._stepping:
             yield
             return
         self.enter((part, None))
-        self._held = True
+        self._stepping = True
         try:
             yield
         finally:
-            self._held = False
+            self._stepping = False
             self.leave()
 
-    def settle(self) -> None:
+    def update(self) -> None:
         """Attribute what was spent until now."""
         now = self._read()
         self.spent[self._stack[-1]] += now - self._last
@@ -67,30 +67,30 @@ class Ledger(Generic[Amount]):
 
 
 @contextmanager
-def charged(
+def attributed(
     subject: Subject, read: Callable[[], Amount], stage_part: Callable[[str], str]
 ) -> Iterator[dict[Key, Amount]]:
-    """A context in which a :class:`Ledger` attributes what ``subject``'s model spends; yields what was spent.
+    """A context in which an :class:`Attribution` assigns what ``subject``'s model spends; yields what was spent.
 
     Modules are attributed to the parts of :func:`module_keys`, a strategy's step (one of
     :data:`~prunekit.registry.STAGES`) to ``stage_part`` of its name, in whatever module it happens.
     """
     handles = []
     try:
-        ledger: Ledger[Amount] = Ledger(read)
+        attribution: Attribution[Amount] = Attribution(read)
         for module, key in module_keys(subject).items():
-            handles.append(module.register_forward_pre_hook(partial(_enter, ledger, key)))
-            handles.append(module.register_forward_hook(lambda *_: ledger.leave()))
-        with subject.watch(lambda name: ledger.held(stage_part(name))):
-            yield ledger.spent
-            ledger.settle()
+            handles.append(module.register_forward_pre_hook(partial(_enter, attribution, key)))
+            handles.append(module.register_forward_hook(lambda *_: attribution.leave()))
+        with subject.watch(lambda name: attribution.step(stage_part(name))):
+            yield attribution.spent
+            attribution.update()
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _enter(ledger: Ledger, key: Key, module: nn.Module, arguments: object) -> None:
-    ledger.enter(key)
+def _enter(attribution: Attribution, key: Key, module: nn.Module, arguments: object) -> None:
+    attribution.enter(key)
 
 
 def module_keys(subject: Subject) -> dict[nn.Module, Key]:

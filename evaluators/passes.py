@@ -16,7 +16,7 @@ from ..registry.tensors.windows import token_stream, with_bos
 OWN_ATTENTION = "prunekit_"
 """Prefix of an attention implementation that a pruned model runs and that computes the same as the one without it."""
 
-SETTLE = 8
+SHORT = 8
 """Tokens of the short pass after a change between pruned and dense."""
 
 
@@ -142,12 +142,12 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-def settle(model: Any, ids: Tensor) -> None:
+def short_pass(model: Any, ids: Tensor) -> None:
     """A short pass on the beginning of ids (B, T), in which a static cut gathers its weights and folds compensation in.
 
     Run before a measurement, so that this is not measured.
     """
-    prefill(model, ids[:1, :SETTLE])
+    prefill(model, ids[:1, :SHORT])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators.cost import PARTS, Cost
-from prunekit.evaluators.parts import Ledger, module_keys
+from prunekit.evaluators.parts import Attribution, module_keys
 from prunekit.registry import PlainSubject
 
 B, T = 4, 24
@@ -128,7 +128,7 @@ def test_hooks_are_taken_off_again_after_an_error(make_model, batches):
         assert model(ids).logits.isfinite().all()
 
 
-# The ledger
+# The attribution
 
 
 class Meter:
@@ -143,21 +143,21 @@ class Meter:
 
 def test_inner_parts_are_not_charged_to_outer_ones():
     meter = Meter()
-    ledger = Ledger(meter)
+    attribution = Attribution(meter)
     meter.value += 1
-    ledger.enter(("attention_scores", 0))
+    attribution.enter(("attention_scores", 0))
     meter.value += 10
-    ledger.enter(("attention_projections", 0))
+    attribution.enter(("attention_projections", 0))
     meter.value += 100
-    with ledger.held("gather"):
+    with attribution.step("gather"):
         meter.value += 1000
     meter.value += 200
-    ledger.leave()
+    attribution.leave()
     meter.value += 20
-    ledger.leave()
+    attribution.leave()
     meter.value += 2
-    ledger.settle()
-    assert ledger.spent == {
+    attribution.update()
+    assert attribution.spent == {
         ("other", None): 3,
         ("attention_scores", 0): 30,
         ("attention_projections", 0): 300,
@@ -167,20 +167,20 @@ def test_inner_parts_are_not_charged_to_outer_ones():
 
 def test_what_is_held_keeps_everything_within_it():
     meter = Meter()
-    ledger = Ledger(meter)
-    with ledger.held("probe"):
-        ledger.enter(("mlp", 0))
+    attribution = Attribution(meter)
+    with attribution.step("probe"):
+        attribution.enter(("mlp", 0))
         meter.value += 5
-        with ledger.held("gather"):
+        with attribution.step("gather"):
             meter.value += 7
-        ledger.leave()
+        attribution.leave()
     meter.value += 1
-    ledger.settle()
-    assert ledger.spent == {("other", None): 1, ("probe", None): 12}
+    attribution.update()
+    assert attribution.spent == {("other", None): 1, ("probe", None): 12}
     with pytest.raises(ZeroDivisionError):
-        with ledger.held("probe"):
+        with attribution.step("probe"):
             meter.value += 1 / 0
-    ledger.enter(("mlp", 1))
+    attribution.enter(("mlp", 1))
     meter.value += 3
-    ledger.leave()
-    assert ledger.spent["mlp", 1] == 3
+    attribution.leave()
+    assert attribution.spent["mlp", 1] == 3

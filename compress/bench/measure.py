@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...evaluators.allocations import meter, peak_bytes
 from ...evaluators.cost import formulas
-from ...evaluators.parts import Ledger
+from ...evaluators.parts import Attribution
 from ...evaluators.timing import Clock, clock_of, machine
 from ...registry import STAGES
 from ...registry.tensors.kernels import usable_on
@@ -111,11 +111,11 @@ def _steps(clock: Clock, arms: Sequence[Arm], setting: Setting) -> dict[str, dic
             if arm.name == "dense":
                 seen[arm.name]["pass"].append(_timed(clock, arm, ids))
             elif arm.pruned is not None and arm.name not in COMPILED:
-                ledger: Ledger[float] = Ledger(clock.now)
-                with arm.pruned.watch(ledger.held):
+                attribution: Attribution[float] = Attribution(clock.now)
+                with arm.pruned.watch(attribution.step):
                     seen[arm.name]["pass"].append(_timed(clock, arm, ids))
                 for step in STAGES:
-                    seen[arm.name][step].append(ledger.spent[step, None])
+                    seen[arm.name][step].append(attribution.spent[step, None])
     return {name: {step: median(taken) for step, taken in steps.items()} for name, steps in seen.items()}
 
 
