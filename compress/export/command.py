@@ -24,8 +24,8 @@ from .profiles import PROFILES, TOOLS
 
 def list_profiles() -> None:
     """Print the profiles: what is written, what each requires of the cut, and where it runs."""
-    rows = [(profile.name, profile.writes, profile.asks, profile.remark) for profile in PROFILES]
-    printing.show_table(("profile", "what is written", "asks of the cut", "remark"), rows, left=4)
+    rows = [(profile.name, profile.writes, profile.requires, profile.remark) for profile in PROFILES]
+    printing.show_table(("profile", "what is written", "requires of the cut", "remark"), rows, left=4)
     printing.show_table(("runs in", *TOOLS), [(p.name, *p.runs) for p in PROFILES], left=1 + len(TOOLS))
     printing.say("verified: prunekit's tests run it; read: its documentation or code says so; no: it cannot run it")
 

@@ -21,7 +21,7 @@ class Profile:
 
     name: str
     writes: str
-    asks: str
+    requires: str
     """Requirements on the cut."""
     runs: tuple[Checked, ...]
     """Whether it runs in each of :data:`TOOLS`."""
