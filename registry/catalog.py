@@ -187,7 +187,7 @@ def _block_list(block: str | None) -> str:
 def _metadata(dist: Distribution, key: str) -> str:
     """A line of a distribution's metadata, empty where there is none: a damaged install may have lost the file."""
     metadata = dist.metadata
-    return "" if metadata is None else metadata.get(key) or ""
+    return metadata[key] if metadata is not None and key in metadata else ""
 
 
 def _distribution(dist: Distribution) -> str:

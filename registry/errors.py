@@ -1,5 +1,7 @@
 """Every error a user can cause: one message that names the place, the value and the remedy."""
 
+import torch
+
 
 class PrunekitError(Exception):
     """Base of all errors that the user can fix; the command line prints them and exits with 2."""
@@ -32,6 +34,9 @@ class NonFiniteError(PrunekitError):
 class SingularError(PrunekitError):
     """A covariance that cannot be solved for the slope of a compensation."""
 
+
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined] # torch's annotations do not export it
+"""What compensators raise where a covariance cannot be solved."""
 
 FINITE_REMEDY = "Run the model unpruned on this text, and try bfloat16 or float32 if it is float16"
 """What to do where activations are not finite."""

@@ -26,7 +26,7 @@ class Uniform(SparsityAllocator):
         description="round the kept MLP width up to a multiple of this; 64 is fast on GPUs",
     )
 
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         counts = []
         for scores in sites:
             units = scores.site.units
@@ -51,7 +51,7 @@ class Explicit(SparsityAllocator):
                 raise ValueError(f"layer {layer}: a ratio is the share that is cut, 0 <= ratio < 1; found {ratio}")
         return ratios
 
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         counts = []
         for scores in sites:
             site = scores.site

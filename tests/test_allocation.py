@@ -18,7 +18,7 @@ def scored(seed: int = 0, layers: int = 4) -> list[SiteScores]:
     """Attention and MLP of some layers with random scores."""
     generator = torch.Generator().manual_seed(seed)
     sites = [some_site(kind, layer) for layer in range(layers) for kind in ("attention", "mlp")]
-    return [SiteScores(site, torch.rand(site.channels, generator=generator), None) for site in sites]
+    return [SiteScores(site, torch.rand(site.channels, generator=generator)) for site in sites]
 
 
 def gone(sites: list[SiteScores], counts: list[int]) -> int:
@@ -73,7 +73,7 @@ def test_global_adaptive_of_a_large_model():
         for place, units in ((attention, 32), (mlp, 11008)):
             site = replace(place, layer=layer, units=units, unit_parameters=12288 if place is mlp else 2097152)
             channels = torch.rand(site.channels, generator=torch.Generator().manual_seed(layer))
-            sites.append(SiteScores(site, channels, None))
+            sites.append(SiteScores(site, channels))
     asked = 0.2 * whole(sites)
     assert asked - 12288 < gone(sites, GlobalAdaptive().allocate(sites, 0.2)) <= asked
 

@@ -93,7 +93,7 @@ def test_uniform_never_cuts_more_than_asked(ratio):
         for kind in ("attention", "mlp"):
             site = some_site(kind)
             site = type(site)(**{**vars(site), "units": units})
-            (kept,) = Uniform().allocate([SiteScores(site, None, None)], ratio)
+            (kept,) = Uniform().allocate([SiteScores(site)], ratio)
             assert (units - kept) / units <= ratio + 1e-9
             assert kept > 0
             assert (units - kept + 1) / units > ratio  # and not less than it could

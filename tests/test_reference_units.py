@@ -135,7 +135,7 @@ def test_mlp_channels_kept(units, tensors):
 
 
 def dropped(total: int, number: int, multiple: int) -> int:
-    (count,) = Uniform(mlp_multiple=multiple).allocate([SiteScores(site("mlp", total), None, None)], number / total)
+    (count,) = Uniform(mlp_multiple=multiple).allocate([SiteScores(site("mlp", total))], number / total)
     return total - count
 
 

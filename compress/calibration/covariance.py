@@ -44,7 +44,7 @@ def settle(engine: Engine, cut: SiteCut) -> None:
     kept = usual = None
     if cut.fixed is not None:
         kept = cut.site.columns(cut.fixed)
-    elif cut.history.table is not None:
+    elif cut.history.positions:
         usual = cut.site.columns(engine.decider.usual(cut))
     cut.compensation.settle(kept, usual)
     if cut.fixed is not None and cut.consumer.weight.dtype == torch.float16:

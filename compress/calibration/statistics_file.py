@@ -128,7 +128,7 @@ class StatisticsFile:
         for cut in cuts:
             place, history = _place(cut), cut.history
             for name in PARTS:
-                if getattr(history, name) is not None:
+                if getattr(history, name) is not None and (name == "mean" or history.positions):
                     tensors[f"{place}.{name}"] = getattr(history, name).cpu().contiguous()
             metadata[f"{place}.tokens"] = repr(history.tokens)
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")

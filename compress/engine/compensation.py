@@ -22,7 +22,7 @@ from ...registry import (
     SpecError,
     complement,
 )
-from ...registry.errors import FINITE_REMEDY
+from ...registry.errors import FINITE_REMEDY, LinAlgError
 from ...registry.tensors.devices import unautocast
 
 Solved = TypeVar("Solved")
@@ -62,7 +62,7 @@ class SiteCompensation:
         """Memory of the moments, the prepared part and the slope."""
         prepared = (self.prepared,) if isinstance(self.prepared, Tensor) else self.prepared
         tensors = [*(self.fixed or ()), *(prepared or ())]
-        if self.moments is not None and self.moments.products is not None:
+        if self.moments is not None:
             tensors.append(self.moments.products)
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
@@ -141,7 +141,7 @@ class SiteCompensation:
     def _solved(self, solve: Callable[[], Solved], finite: bool = True) -> Solved:
         try:
             return solve()
-        except torch.linalg.LinAlgError as error:
+        except LinAlgError as error:
             if not finite:
                 raise NonFiniteError(self._not_finite) from error
             raise SingularError(

@@ -62,7 +62,7 @@ class RoundedCounts(SparsityAllocator):
     def takes_ratio(self) -> bool:  # type: ignore[override]
         return self.allocator.takes_ratio
 
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         counts = self.allocator.allocate(sites, ratio)
         if self.equal:
             counts = _equal(sites, counts)
@@ -108,11 +108,11 @@ def rounding(pruned: Pruned) -> Rounding | None:
     scores = [pruned.calibrated_scores(cut) for cut in pruned.cuts]
     known = [found for found in scores if found is not None]
     complete = len(known) == len(scores)
-    plain = [SiteScores(cut.site, None, None) for cut in pruned.cuts]
+    plain = [SiteScores(cut.site) for cut in pruned.cuts]
     layers = 1 + max(site.layer for site in pruned.all_sites)
     unrounded = pruned.strategy.model_copy(update={"allocator": allocator.allocator})
     _, ratio = sites_within(unrounded, list(pruned.all_sites), layers)
-    asked = allocator.allocator.allocate(known if complete else plain, ratio)
+    asked = allocator.allocator.allocate(known if complete else plain, ratio or 0.0)
     met = [cut.count for cut in pruned.cuts]
     return Rounding(
         equal=allocator.equal,

@@ -35,8 +35,10 @@ def save_state(pruned: Pruned, folder: Path) -> None:
     for cut in pruned.cuts:
         label = cut.site.consumer
         history, compensation = cut.history, cut.compensation
-        for name in HISTORY:
-            _put(tensors, f"{label}.{name}", getattr(history, name))
+        if history.positions:
+            _put(tensors, f"{label}.table", history.table)
+            _put(tensors, f"{label}.rows", history.rows)
+        _put(tensors, f"{label}.mean", history.mean)
         _put(tensors, f"{label}.fixed", cut.fixed)
         for number, matrix in enumerate(compensation.fixed or ()):
             _put(tensors, f"{label}.slope.{number}", matrix)
@@ -105,8 +107,8 @@ def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], st
             raise ValueError(f"{label}.{name} is {tuple(found.shape)}")
     cut.history = replace(
         cut.history,
-        table=table,
-        rows=rows,
+        table=cut.history.table if table is None else table,
+        rows=cut.history.rows if rows is None else rows,
         mean=mean,
         tokens=float(about["tokens"]),
         storage=stored,

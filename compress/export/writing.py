@@ -88,7 +88,7 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
     if profile.name in ("padded", "dynamic") or strategy.allocator.needs_scores:
         return
     counts = {(site.layer, site.kind): site.units for site in sites}
-    kept = strategy.allocator.allocate([SiteScores(site, None, None) for site in inside], ratio)
+    kept = strategy.allocator.allocate([SiteScores(site) for site in inside], ratio or 0.0)
     counts |= {(site.layer, site.kind): count for site, count in zip(inside, kept, strict=True)}
     for site in sites:
         count, kv_heads = counts[site.layer, site.kind], heads_of(config, site.layer)[1]

@@ -200,8 +200,8 @@ def _allocate(engine: Engine, ratio: float | None) -> None:
     if allocator.needs_scores:
         scores = [engine.decider.compared_scores(cut) for cut in engine.cuts]
     else:
-        scores = [SiteScores(cut.site, None, None) for cut in engine.cuts]
-    counts = allocator.allocate(scores, ratio) if scores else []
+        scores = [SiteScores(cut.site) for cut in engine.cuts]
+    counts = allocator.allocate(scores, ratio or 0.0) if scores else []
     for cut, count in zip(engine.cuts, counts, strict=True):
         if not 0 <= count <= cut.site.units:
             raise SpecError(

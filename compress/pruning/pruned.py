@@ -74,7 +74,7 @@ class Pruned:
 
     def calibrated_scores(self, cut: SiteCut) -> SiteScores | None:
         """A site's scores by calibration alone, on the CPU; None where nothing but a batch gives any."""
-        if cut.scorer.statistic is not None and cut.history.table is None:
+        if cut.scorer.statistic is not None and not cut.history.positions:
             return None
         with torch.inference_mode(False), torch.no_grad():
             return self._engine.decider.compared_scores(cut)

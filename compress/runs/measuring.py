@@ -150,7 +150,7 @@ class SameCounts(SparsityAllocator):
     name: Literal["same_counts"] = "same_counts"
     counts: tuple[tuple[int, str, int], ...]
 
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         known = {(layer, kind): count for layer, kind, count in self.counts}
         missing = [s.site.label for s in sites if (s.site.layer, s.site.kind) not in known]
         if missing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,7 +25,8 @@ from ..roles.strategy import Strategy
 from .compensators import COMPENSATOR_CHECKS
 from .parts import ROLE_CHECKS, check_sites, expect
 
-Check = Callable[[Component], None]
+Check = Callable[[Any], None]
+"""Takes one component, of the role that the check is of."""
 
 __all__ = ["check_component", "check_evaluation", "check_sites", "checks_of"]
 
@@ -47,7 +48,7 @@ def checks_of(component: type[Component] | Component) -> list[Check]:
 
 def built(component: type[Component] | Component) -> Component:
     """The component itself, or the class with its defaults."""
-    if not inspect.isclass(component):
+    if isinstance(component, Component):
         return component
     required = [name for name, field in component.model_fields.items() if field.is_required()]
     expect(
@@ -55,14 +56,14 @@ def built(component: type[Component] | Component) -> Component:
         component,
         f"cannot be made by its name alone, {', '.join(required)} has no default; give one, or check an object",
     )
-    return component()
+    return component.model_validate({})
 
 
 def check_declaration(component: Component) -> None:
     """It has a role, implements it, and declares its name as a literal."""
-    role = next((role for role in ROLES.values() if isinstance(component, role)), None)
-    expect(role is not None, component, f"derives from none of {', '.join(role.__name__ for role in ROLES.values())}")
-    found = complaint(type(component), role)
+    roles = [role for role in ROLES.values() if isinstance(component, role)]
+    expect(bool(roles), component, f"derives from none of {', '.join(role.__name__ for role in ROLES.values())}")
+    found = complaint(type(component), roles[0])
     expect(found is None, component, str(found))
 
 
@@ -166,7 +167,7 @@ COMMON: list[Check] = [
     check_unknown_option,
     check_round_trip,
 ]
-ALL_ROLE_CHECKS: dict[type[Component], list[Check]] = {
+ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     **ROLE_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ..errors import SpecError
+from ..errors import LinAlgError, SpecError
 from ..roles.compensation import Compensator, SiteCovariance, Slope
 from ..roles.parts import ProbeSelector
 from ..sites import complement
@@ -91,7 +91,13 @@ def check_slope(compensator: Compensator) -> None:
         for once in (True, False):
             known = kept if once else calibrated
 
-            def sloped(matrix: Tensor, kept=kept, dropped=dropped, known=known, once=once) -> Slope:
+            def sloped(
+                matrix: Tensor,
+                kept: Tensor = kept,
+                dropped: Tensor = dropped,
+                known: Tensor | None = known,
+                once: bool = once,
+            ) -> Slope:
                 return _sloped(compensator, SiteCovariance(matrix, 10 * CHANNELS, known, once), kept, dropped)
 
             try:
@@ -133,7 +139,7 @@ def _check_slope(
     for covariance in (some_covariance(constant=True), torch.zeros(CHANNELS, CHANNELS)):
         try:
             slope = made(covariance)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue  # a valid answer, too: the run then names the site
         _largest(compensator, slope, len(dropped), len(kept))
 

@@ -53,13 +53,16 @@ def both_kinds() -> tuple[Site, Site]:
     return some_site("attention"), some_site("mlp")
 
 
-def expect_tensor(value: Any, component: Any, what: str, shape: tuple[int, ...], dtype=torch.float32) -> None:
-    """``value`` is a finite tensor of this shape and dtype."""
+def expect_tensor(
+    value: Any, component: Any, what: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``value``, which must be a finite tensor of this shape and dtype."""
     expect(isinstance(value, Tensor), component, f"must return {what} as a tensor, found {value!r}")
     found = f"found {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     wanted = f"{str(dtype).removeprefix('torch.')} {shape}"
     expect(value.shape == shape and value.dtype == dtype, component, f"must return {what} as {wanted}, {found}")
     expect(bool(value.isfinite().all()), component, f"returns {what} with NaN or infinity for finite input")
+    return value
 
 
 def expect_unchanged(component: Any, what: str, before: Tensor, after: Tensor) -> None:
@@ -183,11 +186,11 @@ def check_update(merger: HistoryMerger) -> None:
     history, observed = draw(5, 10).square(), draw(5, 10, seed=1).square()
     updated = merger.update(history.clone(), observed.clone())
     if merger.updates:
-        expect_tensor(updated, merger, "the updated history", (5, 10))
+        updated = expect_tensor(updated, merger, "the updated history", (5, 10))
         expect(not torch.equal(updated, history), merger, "says that it updates history, and leaves it as it was")
     else:
         unchanged = updated is None or torch.equal(updated, history)
-        expect(unchanged, merger, "updates history although its property updates is false: it would never be asked")
+        expect(unchanged, merger, "updates history although its property updates is false: it would never be called")
 
 
 def check_application(applier: MaskApplier) -> None:
@@ -198,9 +201,9 @@ def check_application(applier: MaskApplier) -> None:
     rows, row_bias = (_copied(part) for part in applier.producer(weight, bias, kept))
     columns = _copied(applier.consumer(consumer, kept))
     width = len(kept) if applier.resizes else 24
-    expect_tensor(rows, applier, "the producer's weight", (width, 16))
-    expect_tensor(row_bias, applier, "the producer's bias", (width,))
-    expect_tensor(columns, applier, "the consumer's weight", (20, width))
+    rows = expect_tensor(rows, applier, "the producer's weight", (width, 16))
+    row_bias = expect_tensor(row_bias, applier, "the producer's bias", (width,))
+    columns = expect_tensor(columns, applier, "the consumer's weight", (20, width))
     same = torch.allclose(columns @ (rows @ x + row_bias), expected, rtol=1e-4, atol=1e-5)
     expect(same, applier, "computes something else than the kept channels' contribution")
     expect(applier.producer(weight, None, kept)[1] is None, applier, "makes a bias where the producer has none")
@@ -220,17 +223,17 @@ def check_allocation(allocator: SparsityAllocator) -> None:
     sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
     scores = [_site_scores(site, seed, allocator) for seed, site in enumerate(sites)]
     total = math.inf
-    for ratio in (0.0, 0.1, 0.2, 0.4, 0.5, 0.9, 0.99) if allocator.takes_ratio else (None,):
+    for ratio in (0.0, 0.1, 0.2, 0.4, 0.5, 0.9, 0.99) if allocator.takes_ratio else (0.0,):
         try:
             counts = allocator.allocate(scores, ratio)
         except SpecError:
-            expect(ratio is not None and ratio > 0.5, allocator, f"refuses ratio {ratio}")
+            expect(ratio > 0.5, allocator, f"refuses ratio {ratio}")
             continue
         expect(len(counts) == len(sites), allocator, f"gives {len(counts)} counts for {len(sites)} sites")
         for site, count in zip(sites, counts, strict=True):
             fits = isinstance(count, int) and 0 <= count <= site.units
             expect(fits, allocator, f"keeps {count!r} of {site.units} units at ratio {ratio}")
-        if ratio == 0:
+        if ratio == 0 and allocator.takes_ratio:
             expect(counts == [site.units for site in sites], allocator, f"keeps {counts} where nothing is to be cut")
         expect(sum(counts) <= total, allocator, f"keeps more at ratio {ratio} than at a smaller one")
         total = sum(counts)
@@ -238,7 +241,7 @@ def check_allocation(allocator: SparsityAllocator) -> None:
 
 def _site_scores(site: Site, seed: int, allocator: SparsityAllocator) -> SiteScores:
     if not allocator.needs_scores:
-        return SiteScores(site, None, None)
+        return SiteScores(site)
     channels = draw(site.channels, seed=seed).square()
     return SiteScores(site, channels, channels.view(site.units, -1).sum(1))
 
@@ -251,22 +254,22 @@ def check_model_types(architecture: Architecture) -> None:
 
 def check_sites(architecture: Architecture, model: nn.Module, attention_unit: AttentionUnit = "kv_group") -> None:
     """An architecture's sites fit the model: names, shapes, parameters, order. Raises :class:`AssertionError`."""
-    layers = len(model.get_submodule(architecture.layers))
+    layers = len(list(model.get_submodule(architecture.layers).children()))
     sites = architecture.sites(model, attention_unit)
     wanted = [(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]
     found = [(site.layer, site.kind) for site in sites]
     expect(found == wanted, architecture, f"must list sites layer by layer, attention before MLP, found {found}")
     for site in sites:
-        consumer = model.get_submodule(site.consumer)
+        weight = model.get_submodule(site.consumer).get_parameter("weight")
         shape = (site.outputs, site.channels)
-        real = tuple(consumer.weight.shape)
+        real = tuple(weight.shape)
         expect(real == shape, architecture, f"{site.label}: {site.consumer} is {real}, the site says {shape}")
         paths = (site.norm, site.entry, *((site.activation,) if site.activation else ()))
         for path in paths:
             model.get_submodule(path)
         unit, parameters = torch.tensor([0]), site.unit_size * site.outputs
         for producer in site.producers:
-            linear = model.get_submodule(producer.path)
+            linear: Any = model.get_submodule(producer.path)
             rows = producer.rows(torch.arange(site.units)).sort().values
             whole = torch.equal(rows, torch.arange(linear.out_features))
             expect(whole, architecture, f"{site.label}: units own {len(rows)} rows of {producer.path}, not all once")

@@ -132,7 +132,8 @@ def checked(evaluator: Evaluator, found: Any) -> Measurement:
         raise PluginError(f"{place}: values is of type {type(found.values).__name__}; return a dict of numbers")
     values: dict[str, float | int | None] = {}
     notes = list(found.notes)
-    for name, value in found.values.items():
+    returned: Mapping[Any, Any] = found.values
+    for name, value in returned.items():
         if not isinstance(name, str):
             raise PluginError(f"{place}: a value is called {name!r} ({type(name).__name__}); name it by a string")
         number = value.item() if getattr(value, "ndim", None) == 0 else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import pluggy
 
 from ..component import Component
@@ -29,7 +31,7 @@ ROLES: dict[str, type[Component]] = {
 """Hook name -> what the classes it returns must derive from."""
 
 
-class Hooks:
+class Hooks(Protocol):
     """The specifications that pluggy checks implementations against."""
 
     @hookspec
@@ -58,7 +60,7 @@ class Hooks:
 
     @hookspec
     def compensators(self) -> list[type[Compensator]]:
-        """How what was dropped is given back through what stays."""
+        """How the contribution of what is dropped is compensated."""
 
     @hookspec
     def architectures(self) -> list[type[Architecture]]:

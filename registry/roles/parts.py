@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -38,8 +38,8 @@ class Scorer(Component):
         """The weights' part of the score, computed once per site; weight (O, C) float32 -> anything."""
 
     @abstractmethod
-    def score(self, prepared: Any, statistic: Tensor | None) -> Tensor:
-        """Channel scores; statistic (C,) float32, summed over the positions looked at -> (C,) float32."""
+    def score(self, prepared: Any, statistic: Any) -> Tensor:
+        """Channel scores; statistic (C,), summed over positions, None if the scorer has none -> (C,); both float32."""
 
     def unit_scores(self, scores: Tensor, unit_size: int) -> Tensor:
         """Scores of whole units from those of their channels: the sum; (C,) -> (U,)."""
@@ -75,7 +75,7 @@ class HistoryMerger(Component):
     uses_history: ClassVar[bool] = True
 
     @abstractmethod
-    def merge(self, probe: Tensor | None, history: Tensor | None, site: Site) -> Tensor:
+    def merge(self, probe: Any, history: Any, site: Site) -> Tensor:
         """The statistic to score by; probe (t, C), history at the same positions (t, C) -> (t, C).
 
         A merger with ``uses_probe`` or ``uses_history`` false gets ``None`` for what it does not use.
@@ -132,13 +132,13 @@ class MaskApplier(Component):
 
 @dataclass(frozen=True)
 class SiteScores:
-    """What an allocator may look at: a site, and its scores where the strategy has calibrated any."""
+    """What an allocator gets: a site and its calibrated scores."""
 
     site: Site
-    channels: Tensor | None
-    """(C,) float32"""
-    units: Tensor | None
-    """(U,) float32"""
+    channels: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(C,) float32; empty where the allocator needs no scores."""
+    units: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(U,) float32; empty where the allocator needs no scores."""
 
 
 class SparsityAllocator(Component):
@@ -148,11 +148,11 @@ class SparsityAllocator(Component):
     takes_ratio: ClassVar[bool] = True
 
     @abstractmethod
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         """Kept units of every site, in the order given.
 
         ``ratio`` is the share to cut of these sites (layers left untouched are not among them), already
-        rescaled so that the whole model loses what was asked; ``None`` where ``takes_ratio`` is false.
+        rescaled so that the whole model loses what was asked; 0 where ``takes_ratio`` is false.
         """
 
 

@@ -160,6 +160,6 @@ class Strategy(Component):
         """Whether calibration batches say what is kept."""
         if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
-        if self.dynamic:
+        if self.merger is not None:
             return self.merger.uses_history
         return self.scorer.statistic is not None

@@ -37,14 +37,15 @@ def device_of(module: nn.Module) -> torch.device:
 
     Raises :class:`ModelError` for a weight that holds no values and that nothing will bring.
     """
-    device = module.weight.device
+    weight = module.get_parameter("weight")
+    device = weight.device
     if device.type != "meta":
         return device
     brought = (hook.execution_device for hook in _hooks(module) if getattr(hook, "offload", False))
     found = next((device for device in brought if device is not None), None)
     if found is None:
         raise ModelError(
-            f"a {type(module).__name__} {tuple(module.weight.shape)} of the model is on the meta device, where it "
+            f"a {type(module).__name__} {tuple(weight.shape)} of the model is on the meta device, where it "
             "holds no values, and no hook of accelerate brings them; load the model with from_pretrained"
         )
     return torch.device(found)
@@ -59,14 +60,15 @@ def unautocast(tensor: Tensor) -> AbstractContextManager:
 @contextmanager
 def weights_present(module: nn.Module) -> Iterator[None]:
     """Within it the module's own weights hold their values on the device that it computes on."""
-    if not is_offloaded(module) or module.weight.device.type != "meta":
+    if not is_offloaded(module) or module.get_parameter("weight").device.type != "meta":
         yield
         return
-    module._hf_hook.pre_forward(module)
+    hook: Any = module._hf_hook
+    hook.pre_forward(module)
     try:
         yield
     finally:
-        module._hf_hook.post_forward(module, None)
+        hook.post_forward(module, None)
 
 
 def stored_tensor(model: nn.Module, name: str) -> Tensor | None:
@@ -78,7 +80,7 @@ def stored_tensor(model: nn.Module, name: str) -> Tensor | None:
     for depth in range(len(parts) - 1, -1, -1):
         owner, rest = ".".join(parts[:depth]), ".".join(parts[depth:])
         for hook in _hooks(model.get_submodule(owner)):
-            stored = getattr(hook, "weights_map", None)
+            stored: Any = getattr(hook, "weights_map", None)
             try:
                 return stored[rest]
             except (KeyError, TypeError):  # not kept here, or nothing is

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ class ChannelMoments:
     channels: int
     device: torch.device
     tokens: int = 0
-    mean: Tensor | None = None
-    products: Tensor | None = None
-    """(C, C): sums of products of deviations from the mean."""
+    mean: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(C,); empty before the first token."""
+    products: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(C, C): sums of products of deviations from the mean; empty before the first token."""
 
     def observe(self, x: Tensor, valid: Tensor | None) -> None:
         """Take in the tokens of x (B, T, C); valid (B, T) bool, or None where all are real."""
@@ -34,7 +35,7 @@ class ChannelMoments:
                 self._take(chunk.float())
 
     def _take(self, chunk: Tensor) -> None:
-        if self.products is None:
+        if not self.tokens:
             self.mean = torch.zeros(self.channels, dtype=torch.float32, device=self.device)
             self.products = torch.zeros(self.channels, self.channels, dtype=torch.float32, device=self.device)
         count, own = len(chunk), chunk.mean(0)
@@ -47,12 +48,11 @@ class ChannelMoments:
 
     def clone(self) -> ChannelMoments:
         """Moments of their own that have seen the same."""
-        mean, products = (None if t is None else t.clone() for t in (self.mean, self.products))
-        return ChannelMoments(self.channels, self.device, self.tokens, mean, products)
+        return replace(self, mean=self.mean.clone(), products=self.products.clone())
 
     def take_covariance(self) -> Tensor:
-        """(C, C) float32, in the memory of the sums, which are gone afterwards: a large site has no room for both."""
-        products, self.products = self.products, None
+        """(C, C) float32, in the memory of the sums, which are dropped: a large site has no room for both."""
+        products, self.products = self.products, torch.empty(0)
         return products.div_(self.tokens)
 
     @staticmethod

@@ -7,7 +7,7 @@ Padded tokens count neither in the sums nor in the number of tokens.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -31,17 +31,22 @@ class ChannelHistory:
 
     channels: int
     device: torch.device
-    table: Tensor | None = None
-    rows: Tensor | None = None
+    table: Tensor = field(default_factory=lambda: torch.empty(0))
+    rows: Tensor = field(default_factory=lambda: torch.empty(0))
     mean: Tensor | None = None
     tokens: float = 0.0
     storage: HistoryStorage = PLAIN
     stored_positions: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.table.numel():
+            self.table = torch.zeros(0, self.channels, dtype=torch.float32, device=self.device)
+            self.rows = torch.zeros(0, dtype=torch.float32, device=self.device)
+
     @property
     def positions(self) -> int:
-        """Positions that calibration has filled."""
-        return self.stored_positions or (0 if self.table is None else self.table.shape[0])
+        """Positions that calibration has filled; 0 where no statistic is kept."""
+        return self.stored_positions or self.table.shape[0]
 
     def grow(self, positions: int) -> None:
         """Make room for ``positions`` positions; new ones start at zero."""
@@ -50,8 +55,8 @@ class ChannelHistory:
             return
         new = torch.zeros(missing, self.channels, dtype=torch.float32, device=self.device)
         count = torch.zeros(missing, dtype=torch.float32, device=self.device)
-        self.table = new if self.table is None else torch.cat([self.table, new])
-        self.rows = count if self.rows is None else torch.cat([self.rows, count])
+        self.table = torch.cat([self.table, new])
+        self.rows = torch.cat([self.rows, count])
 
     def observe_mean(self, x: Tensor, valid: Tensor | None) -> None:
         """Take the tokens of ``x`` (B, T, C) into the running mean over all tokens."""
@@ -71,14 +76,14 @@ class ChannelHistory:
 
     def clone(self) -> ChannelHistory:
         """A history of its own that has seen the same."""
-        tensors = (None if t is None else t.clone() for t in (self.table, self.rows, self.mean))
-        return ChannelHistory(self.channels, self.device, *tensors, self.tokens, self.storage, self.stored_positions)
+        mean = None if self.mean is None else self.mean.clone()
+        return replace(self, table=self.table.clone(), rows=self.rows.clone(), mean=mean)
 
     # What decisions read and write, per batch.
 
     def store(self, storage: HistoryStorage) -> None:
         """Calibration is over: keep the table in this form from now on."""
-        if self.table is None or storage == self.storage:
+        if not self.positions or storage == self.storage:
             return
         self.storage, self.stored_positions = storage, self.positions
         table, self.rows = storage.pooled(self.table, self.rows)

@@ -11,7 +11,7 @@ BLOCK_T, BLOCK_C = 4, 256
 
 
 @triton.jit
-def _position_sums(
+def _position_sums(  # type: ignore[no-untyped-def] # Triton takes annotations for types of its own
     x,
     valid,
     centre,

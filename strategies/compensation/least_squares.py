@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...registry import MemoryPlan, Prepared, SiteCovariance, Slope, SpecError
+from ...registry.errors import LinAlgError
 from .mean import ProbedMean
 from .pivot import pivot, regression_on
 
@@ -46,12 +47,12 @@ class Regression(ProbedMean):
         matrix, ridge = covariance.matrix, self.ridge
         try:
             if not bool(matrix.diagonal().isfinite().all()):
-                raise torch.linalg.LinAlgError("it is not finite")
+                raise LinAlgError("it is not finite")
             if ridge is None:
                 ridge = shrinkage_ridge(matrix, covariance.tokens / DEPENDENCE)
             covariance.diagnostics["ridge"] = ridge
             return self._prepared(covariance, ridge * matrix.diagonal().mean())
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             if self.singular == "error":
                 raise
             return None
@@ -59,7 +60,7 @@ class Regression(ProbedMean):
     def slope(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
         try:
             return self._regression(prepared, kept, dropped)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             if self.singular == "error":
                 raise
             return ()

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...registry import MemoryPlan, Prepared, SiteCovariance, Slope
+from ...registry.errors import LinAlgError
 from .least_squares import Regression
 
 SUBSPACE_ITERATIONS = 4
@@ -34,7 +35,7 @@ class LowRankLeastSquares(Regression):
         loadings = vectors * values.clamp(min=0).sqrt()
         rest = (matrix.diagonal() - loadings.square().sum(1)).clamp(min=0)
         if not bool(ridge > 0):
-            raise torch.linalg.LinAlgError("all channels are constant")
+            raise LinAlgError("all channels are constant")
         return loadings, rest + ridge
 
     def _regression(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:

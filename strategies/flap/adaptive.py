@@ -45,7 +45,7 @@ class GlobalAdaptive(SparsityAllocator):
     name: Literal["global_adaptive"] = "global_adaptive"
     minimum_units: int = Field(default=1, ge=0, description="units that every site keeps in any case")
 
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` where ``minimum_units`` puts the ratio out of reach."""
         values, costs, owners = [], [], []
         for index, scores in enumerate(sites):

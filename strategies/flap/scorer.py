@@ -11,13 +11,10 @@ from torch import Tensor
 from ...registry import Fluctuation, Scorer, Site, Statistic
 
 
-class FluctuationScorer(Scorer):
-    """Fluctuation of the channel about its mean times its squared weights (FLAP, WIFV)."""
+class FlapScore(Scorer):
+    """FLAP's score without a name: the base of scorers that differ in their statistic."""
 
-    statistic: ClassVar[Statistic | None] = Fluctuation()
     paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983, metric WIFV"
-
-    name: Literal["fluctuation"] = "fluctuation"
     square_attention: bool = Field(default=False, description="square the channel scores of attention, as FLAP does")
     weighted: bool = Field(default=True, description="false leaves the weights out (FLAP's IFV)")
 
@@ -29,3 +26,10 @@ class FluctuationScorer(Scorer):
     def score(self, prepared: tuple[Tensor, int], statistic: Tensor) -> Tensor:
         weights, power = prepared
         return (statistic * weights).pow(power)
+
+
+class FluctuationScorer(FlapScore):
+    """Fluctuation of the channel about its mean times its squared weights (FLAP, WIFV)."""
+
+    statistic: ClassVar[Statistic | None] = Fluctuation()
+    name: Literal["fluctuation"] = "fluctuation"

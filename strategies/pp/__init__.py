@@ -14,12 +14,11 @@ from .scorer import PPsp
 from .selectors import HiddenNorm, RandomProbe, ResidualNorm, SpreadProbe, WholeBatch
 
 
-class PP(Strategy):
-    """Probe Pruning: probe a few crucial hidden states of every batch, then drop the weakest units."""
+class ProbePruning(Strategy):
+    """Probe Pruning without a name: the base of strategies that change some of its parts."""
 
     paper: ClassVar[str] = "Probe Pruning, ICLR 2025, arXiv 2502.15618"
 
-    name: Literal["pp"] = "pp"
     scorer: Scorer = PPsp()
     allocator: SparsityAllocator = Uniform()
     applier: MaskApplier = Slice()
@@ -27,7 +26,13 @@ class PP(Strategy):
     merger: HistoryMerger | None = Field(default=ImportanceScaled(), description="how the probe and history are merged")
 
 
-class FullBatchProbing(PP):
+class PP(ProbePruning):
+    """Probe Pruning: probe a few crucial hidden states of every batch, then drop the weakest units."""
+
+    name: Literal["pp"] = "pp"
+
+
+class FullBatchProbing(ProbePruning):
     """Full-batch probing: PP that probes every row and position; the paper's upper bound, at twice the work."""
 
     name: Literal["full_batch_probing"] = "full_batch_probing"

@@ -11,21 +11,25 @@ from torch import Tensor
 
 from ...registry import (
     ChannelHistory,
+    Compensator,
     Fluctuation,
+    MaskApplier,
     Scorer,
     Site,
     SiteScores,
     SparsityAllocator,
     Statistic,
+    Strategy,
     position_sums,
 )
-from ..flap import Flap
+from ..application import Slice
+from ..compensation.mean import Mean
 from ..flap.adaptive import standardised
-from ..flap.scorer import FluctuationScorer
+from ..flap.scorer import FlapScore
 from ..wanda_sp import WandaSpScorer
 
 
-class FlapReferenceFluctuation(Fluctuation):
+class FlapReferenceFluctuation(Statistic):
     """The recurrence of FLAP's own code: sequence by sequence, about the new mean only.
 
     The code keeps the running mean without a copy while updating it, so the deviation from the old and
@@ -33,20 +37,24 @@ class FlapReferenceFluctuation(Fluctuation):
     """
 
     name: Literal["fluctuation_flap_reference"] = "fluctuation_flap_reference"
+    tracks_mean: bool = True
 
     def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
         history.grow(x.shape[1])
         for b in range(x.shape[0]):
             row, seen = x[b : b + 1], history.tokens
             mean = row.float().mean((0, 1))
-            history.mean = mean if seen == 0 else (history.mean * seen + mean) / (seen + 1)
+            history.mean = mean if history.mean is None else (history.mean * seen + mean) / (seen + 1)
             if seen:
                 deviations, _ = position_sums(row, None, square=True, centre=history.mean)
                 history.table[: x.shape[1]].mul_((seen - 1) / seen).add_(deviations, alpha=1 / (seen + 1))
             history.tokens = seen + 1
 
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
+        return Fluctuation().measure(x, valid, mean)
 
-class FlapReferenceScorer(FluctuationScorer):
+
+class FlapReferenceScorer(FlapScore):
     """FLAP's score (WIFV, or IFV without weights) by the recurrence of its published code."""
 
     statistic: ClassVar[Statistic | None] = FlapReferenceFluctuation()
@@ -54,7 +62,7 @@ class FlapReferenceScorer(FluctuationScorer):
     square_attention: bool = Field(default=True, description="square the channel scores of attention")
 
 
-class Wifn(WandaSpScorer):
+class Wifn(Scorer):
     """Wanda-sp's score, squared at attention: the metric WIFN of FLAP's published code."""
 
     name: Literal["wifn"] = "wifn"
@@ -65,7 +73,7 @@ class Wifn(WandaSpScorer):
 
     def score(self, prepared: tuple[Tensor, int], statistic: Tensor) -> Tensor:
         weights, power = prepared
-        return super().score(weights, statistic).pow(power)
+        return WandaSpScorer().score(weights, statistic).pow(power)
 
 
 class FlapReferenceAllocator(SparsityAllocator):
@@ -75,7 +83,7 @@ class FlapReferenceAllocator(SparsityAllocator):
     name: Literal["flap_reference"] = "flap_reference"
     head_cost: int = Field(default=170, ge=1, description="channels that one head counts for")
 
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         if not ratio:  # the code's strict comparison would drop the lowest unit even then
             return [scores.site.units for scores in sites]
         per_site = [standardised(scores) for scores in sites]
@@ -89,9 +97,11 @@ class FlapReferenceAllocator(SparsityAllocator):
         return [int((z > threshold).sum()) for z in per_site]
 
 
-class FlapReference(Flap):
+class FlapReference(Strategy):
     """FLAP as its authors' code computes it."""
 
     name: Literal["flap_reference"] = "flap_reference"
     scorer: Scorer = FlapReferenceScorer()
     allocator: SparsityAllocator = FlapReferenceAllocator()
+    applier: MaskApplier = Slice()
+    compensate: Compensator = Mean()

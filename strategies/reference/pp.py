@@ -50,14 +50,13 @@ class PPRepository(Strategy):
         return ratio if self.rescale == "off" else round(super().site_ratio(ratio, layers, skipped), 2)
 
 
-class PPReference(PPRepository):
-    """PP as its published code computes it: the probe has the mask of the first positions, and padding is zeroed.
+class PPReferenceProbing(PPRepository):
+    """The probe of the repository: it has the mask of the first positions, and padding is zeroed.
 
     The mask is wrong under left padding. Padded tokens are ranked like real ones; their embeddings and attention
     outputs are zeroed, and 1e-3 is added to the counts of real tokens.
     """
 
-    name: Literal["pp_reference"] = "pp_reference"
     scorer: Scorer = PPsp()
     selector: ProbeSelector | None = Field(default=ResidualNorm(), description="which part of a batch to probe")
     merger: HistoryMerger | None = Field(default=ImportanceScaled(), description="how the probe and history are merged")
@@ -95,7 +94,13 @@ class PPReference(PPRepository):
         return [layers[0].register_forward_pre_hook(first_layer, with_kwargs=True), *handles]
 
 
-class PPReferenceFullBatch(PPReference):
+class PPReference(PPReferenceProbing):
+    """PP as its published code computes it."""
+
+    name: Literal["pp_reference"] = "pp_reference"
+
+
+class PPReferenceFullBatch(PPReferenceProbing):
     """Full-batch probing as PP's published code computes it."""
 
     name: Literal["pp_reference_full_batch"] = "pp_reference_full_batch"

@@ -23,14 +23,15 @@ from ...registry import (
 from ..allocation import kept_width
 from ..compensation.mean import Mean
 from ..flap.adaptive import standardised
-from ..flap.scorer import FluctuationScorer
+from ..flap.scorer import FlapScore
 from .pp import PPRepository
 
 
-class PPReferenceFluctuation(Fluctuation):
+class PPReferenceFluctuation(Statistic):
     """The recurrence of the FLAP baseline in PP's code: the batch mean is divided as if it were a sum."""
 
     name: Literal["fluctuation_pp_reference"] = "fluctuation_pp_reference"
+    tracks_mean: bool = True
 
     def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
         history.grow(x.shape[1])
@@ -45,8 +46,11 @@ class PPReferenceFluctuation(Fluctuation):
         history.mean = new
         history.tokens = seen + batch
 
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
+        return Fluctuation().measure(x, valid, mean)
 
-class PPReferenceFlapScorer(FluctuationScorer):
+
+class PPReferenceFlapScorer(FlapScore):
     """FLAP's score by the recurrence of PP's published code, which does not square attention."""
 
     statistic: ClassVar[Statistic | None] = PPReferenceFluctuation()
@@ -64,7 +68,7 @@ class PPReferenceFlapAllocator(SparsityAllocator):
     group: int = Field(default=128, ge=1, description="channels compared together at attention sites")
     mlp_multiple: int = Field(default=64, ge=1, description="kept MLP width rounded up to a multiple of this")
 
-    def allocate(self, sites: Sequence[SiteScores], ratio: float | None) -> list[int]:
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         first = [standardised(_double(scores), self._group(scores)) for scores in sites]
         head_price = self._head_price(sites)
         costs = [

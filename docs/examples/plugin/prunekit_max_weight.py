@@ -3,7 +3,7 @@
 from typing import Literal
 
 from prunekit.registry import Scorer, hookimpl
-from prunekit.strategies.pp import PP
+from prunekit.strategies.pp import ProbePruning
 
 
 class MaxWeight(Scorer):
@@ -18,7 +18,7 @@ class MaxWeight(Scorer):
         return prepared * statistic
 
 
-class MaxWeightPP(PP):
+class MaxWeightPP(ProbePruning):
     """Probe Pruning that scores channels by their largest weight."""
 
     name: Literal["max_weight_pp"] = "max_weight_pp"
