@@ -20,7 +20,7 @@ State = TypeVar("State")
 MARK = "prunekit measured work"
 """Name of the profiler's event at which the measured work begins."""
 
-CHATTER = (b"Memory block of unknown size was allocated before the profiling started", b"ActivityProfiler")
+PROFILER_WARNINGS = (b"Memory block of unknown size was allocated before the profiling started", b"ActivityProfiler")
 """Parts of lines that the profiler prints whatever its settings are, and that say nothing to a reader."""
 
 
@@ -68,7 +68,7 @@ def _peak_on_cuda(devices: tuple[torch.device, ...], prepare: Callable[[], State
 
 def _peak_on_cpu(prepare: Callable[[], State], run: Callable[[State], Any]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the first profile of a process begins
-    with without_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with without_profiler_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         state = prepare()
         with record_function(MARK):
             run(state)
@@ -87,8 +87,8 @@ def _peak_on_cpu(prepare: Callable[[], State], run: Callable[[State], Any]) -> i
 
 
 @contextmanager
-def without_chatter() -> Iterator[None]:
-    """A context that removes :data:`CHATTER` from the process's stderr; everything else appears at its end."""
+def without_profiler_warnings() -> Iterator[None]:
+    """A context that removes :data:`PROFILER_WARNINGS` from the process's stderr; everything else appears at its end."""
     sys.stderr.flush()
     try:
         stderr = os.dup(2)
@@ -105,5 +105,5 @@ def without_chatter() -> Iterator[None]:
             os.close(stderr)
             written.seek(0)
             for line in written:
-                if not any(words in line for words in CHATTER):
+                if not any(words in line for words in PROFILER_WARNINGS):
                     os.write(2, line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from ..registry import Evaluator, Measurement, Subject, hookimpl
@@ -31,7 +32,7 @@ class PerformanceRuntimeRatio(Evaluator):
         with subject.dense():
             dense = subject.measure("perplexity")
         perplexities = pruned.values.get("perplexity"), dense.values.get("perplexity")
-        dense_seconds, ratio = (latency.values[name] or 0.0 for name in ("dense_prefill_seconds", "prefill_ratio"))
+        dense_seconds, ratio = (latency.values[name] or math.nan for name in ("dense_prefill_seconds", "prefill_ratio"))
         seconds = dense_seconds * ratio, dense_seconds
         prr, relative, notes = ratios(perplexities, seconds)
         protocol = {

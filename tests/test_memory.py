@@ -10,7 +10,7 @@ from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators import allocations
-from prunekit.evaluators.allocations import peak_bytes, weight_bytes, without_chatter
+from prunekit.evaluators.allocations import peak_bytes, weight_bytes, without_profiler_warnings
 from prunekit.evaluators.memory import Memory
 from prunekit.registry import Catalog, SpecError
 
@@ -218,7 +218,7 @@ def test_the_profilers_chatter_is_kept_from_stderr(capfd):
     assert peak_bytes(CPU, held.clear, lambda state: None) == 0
     assert capfd.readouterr().err == ""
     with pytest.raises(ZeroDivisionError):
-        with without_chatter():
-            os.write(2, b"[W] CPUAllocator: " + allocations.CHATTER[0] + b"\nsomething that matters\n")
+        with without_profiler_warnings():
+            os.write(2, b"[W] CPUAllocator: " + allocations.PROFILER_WARNINGS[0] + b"\nsomething that matters\n")
             raise ZeroDivisionError
     assert capfd.readouterr().err == "something that matters\n"

@@ -1,5 +1,6 @@
 """What zero_shot finds wrong with its options before a model is loaded, and what that costs."""
 
+import time
 from pathlib import Path
 
 import lm_eval
@@ -59,6 +60,14 @@ def test_what_no_model_can_run(few_tasks, options, message, capsys, caplog):
     with pytest.raises(SpecError, match=message):
         ZeroShot(**options).check_options()
     assert capsys.readouterr() == ("", "") and not caplog.records
+
+
+@pytest.mark.slow
+def test_a_name_that_all_of_lm_evals_tasks_lack_is_refused_within_a_minute():
+    began = time.process_time()
+    with pytest.raises(SpecError, match=r"did you mean 'hellaswag'\?"):
+        ZeroShot(tasks="hellaswg").check_options()
+    assert time.process_time() - began < 60
 
 
 def test_what_may_work(few_tasks, folder):
