@@ -187,13 +187,14 @@ def padded_config(pruned: Pruned, tensors: Tensors) -> Any:
     Raises :class:`SpecError` for a class without a place for them.
     """
     config = copy.deepcopy(pruned.model.config)
-    for cut in pruned.cuts:
-        if cut.consumer.bias is not None or f"{cut.site.consumer}.bias" not in tensors:
+    added = tensors.keys() - pruned.model.state_dict().keys()
+    for site in pruned.sites:
+        if f"{site.consumer}.bias" not in added:
             continue
-        key = f"{cut.site.kind}_bias"
+        key = f"{site.kind}_bias"
         if not hasattr(config, key):
             raise SpecError(
-                f"profile padded: compensation gives {cut.site.consumer} a bias, and {type(pruned.model).__name__} has "
+                f"profile padded: compensation gives {site.consumer} a bias, and {type(pruned.model).__name__} has "
                 "no place for one; nearest: --profile hf-hetero, or --set prune.compensate=none"
             )
         setattr(config, key, True)
