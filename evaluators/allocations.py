@@ -88,7 +88,7 @@ def _peak_on_cpu(prepare: Callable[[], State], run: Callable[[State], Any]) -> i
 
 @contextmanager
 def without_profiler_warnings() -> Iterator[None]:
-    """A context that removes :data:`PROFILER_WARNINGS` from the process's stderr; everything else appears at its end."""
+    """A context that removes :data:`PROFILER_WARNINGS` from stderr; everything else appears at its end."""
     sys.stderr.flush()
     try:
         stderr = os.dup(2)
