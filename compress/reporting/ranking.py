@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..output.formatting import share
 from .axes import RATIO, USE, axis_title, key, named_text, setting_text
 from .metrics import Metric
-from .statistics import Difference, difference
+from .statistics import INCLUDES_ZERO, Difference, difference
 from .summary import ABOVE_DENSE, Configuration, Summary
 
 COSTS = ("cost.flops_ratio", "latency.prefill_ratio", "cost.parameters_ratio")
@@ -72,7 +72,7 @@ def rankings(summary: Summary, metric: Metric) -> list[Block]:
         if not whole:
             rows = [Ranked(c, "incomplete, none is called best") for c in ranked]
         left = [Ranked(c, f"{_seeds(summary, metric, c)}, not ranked") for c in able if c not in ranked]
-        left += [Ranked(c, "computes no less than dense, not ranked") for c in block if c not in able]
+        left += [Ranked(c, "not cheaper than dense, not ranked") for c in block if c not in able]
         found.append(Block(metric, rows, left, _unmeasured(summary, block), bool(whole)))
     return found
 
@@ -81,7 +81,7 @@ def _compared(summary: Summary, metric: Metric, best: Configuration, other: Conf
     if other is best:
         return Ranked(best, "best")
     found = difference(metric, summary.sample(best, metric), summary.sample(other, metric))
-    why = found.doubt or found.caution
+    why = found.caution or found.doubt.removeprefix(INCLUDES_ZERO)  # the table shows the interval
     text = f"{'not ' if found.doubt else ''}significantly worse{f': {why}' if why else ''}"
     return Ranked(other, text, found)
 

@@ -23,6 +23,7 @@ FEW_WINDOWS, FEW_QUESTIONS, FEW_SEEDS = 20, 20, 3
 """Minimum sizes: of windows for the bootstrap's percentiles, of questions and of shared seeds for any interval."""
 SAME_VALUE = 0.01
 """Values closer than this share are not ordered where nothing is known of their spread."""
+INCLUDES_ZERO = "the interval includes 0"
 CHUNK = 1 << 22
 """Maximum number of window counts drawn at once."""
 
@@ -201,7 +202,7 @@ def difference(metric: Metric, best: Sample, other: Sample) -> Difference:
     questions = any(one.unit == "question" for one in intervals)
     error = None if questions else _standard_error(metric, best, other)
     doubts = [
-        f"0 is in the interval over {one.over}" if one.text else f"only {one.over} measured"
+        INCLUDES_ZERO if one.text else f"only {one.over} measured"
         for one in intervals
         if one.low <= 0
     ]
