@@ -111,7 +111,8 @@ def recipe_of(folder: Path, plugins: Sequence[str | Path] = ()) -> PipelineSpec:
     except (SpecError, PluginError) as error:
         if listed and not plugins:
             files = ", ".join(map(str, listed))
-            raise type(error)(
+            kind = PluginError if isinstance(error, PluginError) else SpecError
+            raise kind(
                 f"{error}\nthe recipe was made with plugin files, which are run only where they are named: {files}"
             ) from error
         raise

@@ -201,11 +201,7 @@ def difference(metric: Metric, best: Sample, other: Sample) -> Difference:
     intervals = tuple(found for found in tests if found)
     questions = any(one.unit == "question" for one in intervals)
     error = None if questions else _standard_error(metric, best, other)
-    doubts = [
-        INCLUDES_ZERO if one.text else f"only {one.over} measured"
-        for one in intervals
-        if one.low <= 0
-    ]
+    doubts = [INCLUDES_ZERO if one.text else f"only {one.over} measured" for one in intervals if one.low <= 0]
     if spread and not over_seeds and len(seeds) == 2 and min(seeds) <= 0:
         doubts.append("the two seeds disagree")
     if spread and not over_seeds and apart <= spread:
