@@ -46,7 +46,8 @@ def test_a_dynamic_folder_loads_and_computes_as_before():
 
 @pytest.mark.parametrize("name", ["recovered", "dynamic"])
 def test_nothing_of_a_manifest_is_lost(name, tmp_path):
-    data = json.loads((OLD / name / MANIFEST).read_text())
+    """Keys that this version does not know are kept, too."""
+    data = {**json.loads((OLD / name / MANIFEST).read_text()), "of_a_later_version": [1, 2]}
     manifest = Manifest.model_validate(data)
     assert manifest.as_json() == data
     (tmp_path / CARD).write_text("card")
