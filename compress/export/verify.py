@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ...registry import NonFiniteError, PrunekitError
+from ..calibration.passes import Progress
 from ..models.exported.manifest import GGUF, ExportMetric, Manifest, damages, read_manifest
 from ..models.loading import Loaded, fingerprint
 from ..output import printing
@@ -16,8 +16,7 @@ from ..output.formatting import number
 from ..pruning.pruned import Pruned
 from ..runs.provenance import versions
 from . import reload
-from .measures import measure as measured_by
-from .measures import recorded
+from .measures import measure, recorded
 
 TOLERANCE = 1e-3
 """Relative difference that is accepted between a recorded value and one of another machine or kernel."""
@@ -34,6 +33,10 @@ class Check:
     detail: str
 
 
+class _NotHere(Exception):
+    """A check cannot run here: something that it needs is not installed or not named."""
+
+
 def verify(
     folder: Path, base: str | None, plugins: Sequence[Path], measure: bool = True, trust_remote_code: bool = False
 ) -> bool:
@@ -43,75 +46,95 @@ def verify(
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
-    held = True
-    rows = []
     with printing.Bars() as bars:
-        for check in checks(folder, manifest, base, plugins, measure, trust_remote_code, bars.track):
-            held &= check.state != "fails"
-            rows.append((check.what, check.state, check.detail))
+        verification = Verification(folder, manifest, base, plugins, measure, trust_remote_code, bars.track)
+        found = list(verification.checks())
+    passed = all(check.state != "fails" for check in found)
+    rows = [(check.what, check.state, check.detail) for check in found]
     printing.show_table(("check", "", "what was found"), rows, left=3)
-    printing.say(f"{folder}: {'holds' if held else 'does not hold'}", whole=True)
-    return held
+    printing.say(f"{folder}: {'holds' if passed else 'does not hold'}", whole=True)
+    return passed
 
 
-def checks(
-    folder: Path,
-    manifest: Manifest,
-    base: str | None,
-    plugins: Sequence[Path],
-    measure: bool,
-    trust_remote_code: bool,
-    progress: Any,
-) -> Iterator[Check]:
-    """Run the checks in order; checks that need one that failed are not run."""
-    found = damages(folder, manifest)
-    count = len(manifest.files)
-    yield Check("files", "fails" if found else "holds", "; ".join(found) or f"{count} files, sizes and sha256")
-    yield _versions(manifest.versions)
-    if found:
-        yield Check("loading", "not checked", "the files must be complete and unchanged first")
-        return
-    try:
-        loaded, pruned = _loaded(folder, manifest, base, plugins, trust_remote_code)
-    except _NotHere as missing:
-        yield Check("loading", "not checked", str(missing))
-        return
-    except PrunekitError as error:
-        yield Check("loading", "fails", str(error))
-        return
-    yield _weights(manifest, loaded)
-    if not measure:
-        yield Check("measurements", "not checked", "--no-measure")
-        return
-    for metric in manifest.metrics:
-        if manifest.profile == "gguf" and metric.evaluator["name"] != "perplexity":
-            yield Check(metric.label, "not checked", "of a GGUF only perplexity is measured")
-            continue
-        yield _measured(metric, manifest, loaded, pruned, plugins, progress, trust_remote_code)
-    if not manifest.metrics:
-        yield Check("measurements", "not checked", "none were recorded")
+@dataclass(frozen=True)
+class Verification:
+    """The checks of one folder, with the user's options."""
 
+    folder: Path
+    manifest: Manifest
+    base: str | None
+    plugins: Sequence[Path]
+    measure: bool
+    trust_remote_code: bool
+    progress: Progress
 
-class _NotHere(Exception):
-    """A check cannot run here: something that it needs is not installed or not named."""
-
-
-def _loaded(
-    folder: Path, manifest: Manifest, base: str | None, plugins: Sequence[Path], trust: bool
-) -> tuple[Loaded, Pruned | None]:
-    if manifest.profile == "gguf":
+    def checks(self) -> Iterator[Check]:
+        """Run the checks in order; checks that need one that failed are not run."""
+        manifest = self.manifest
+        found = damages(self.folder, manifest)
+        whole = f"{len(manifest.files)} files, sizes and sha256"
+        yield Check("files", "fails" if found else "holds", "; ".join(found) or whole)
+        yield _versions(manifest.versions)
+        if found:
+            yield Check("loading", "not checked", "the files must be complete and unchanged first")
+            return
         try:
-            from .gguf.model import load_gguf
+            loaded, pruned = self._load()
+        except _NotHere as missing:
+            yield Check("loading", "not checked", str(missing))
+            return
+        except PrunekitError as error:
+            yield Check("loading", "fails", str(error))
+            return
+        yield _weights(manifest, loaded)
+        if not self.measure:
+            yield Check("measurements", "not checked", "--no-measure")
+            return
+        for metric in manifest.metrics:
+            yield self._measured(metric, loaded, pruned)
+        if not manifest.metrics:
+            yield Check("measurements", "not checked", "none were recorded")
 
-            return load_gguf(folder / GGUF, folder), None
-        except ImportError as error:
-            raise _NotHere("llama-cpp-python is not installed, so nothing here runs a GGUF (pip install it)") from error
-    files = manifest.plugin_files
-    if manifest.profile == "dynamic" and files and not plugins:
-        raise _NotHere(f"its strategy comes from {', '.join(files)}, which is run only where named (--plugin)")
-    # The files were compared before; the weights are compared next.
-    found = reload.load(folder, base=base, plugins=plugins, trust_remote_code=trust, check=False)
-    return found.loaded, found.pruned
+    def _load(self) -> tuple[Loaded, Pruned | None]:
+        """The model, and its pruning if it decides per batch."""
+        if self.manifest.profile == "gguf":
+            try:
+                from .gguf.model import load_gguf
+
+                return load_gguf(self.folder / GGUF, self.folder), None
+            except ImportError as error:
+                raise _NotHere(
+                    "llama-cpp-python is not installed, so nothing here runs a GGUF (pip install it)"
+                ) from error
+        files = self.manifest.plugin_files
+        if self.manifest.profile == "dynamic" and files and not self.plugins:
+            raise _NotHere(f"its strategy comes from {', '.join(files)}, which is run only where named (--plugin)")
+        # The files were compared before; the weights are compared next.
+        found = reload.load(
+            self.folder,
+            base=self.base,
+            plugins=self.plugins,
+            trust_remote_code=self.trust_remote_code,
+            check=False,
+        )
+        return found.loaded, found.pruned
+
+    def _measured(self, metric: ExportMetric, loaded: Loaded, pruned: Pruned | None) -> Check:
+        """Measure again, and compare with the recorded values."""
+        label, seed = metric.label, self.manifest.seeds["pipeline"]
+        if self.manifest.profile == "gguf" and metric.evaluator["name"] != "perplexity":
+            return Check(label, "not checked", "of a GGUF only perplexity is measured")
+        try:
+            evaluator = recorded(metric, self.plugins, self.trust_remote_code)
+            found = measure(evaluator, loaded, seed, "again", pruned, self.progress).values
+        except NonFiniteError as error:
+            return Check(label, "fails", str(error))
+        except PrunekitError as error:
+            return Check(label, "not checked", f"cannot be measured here: {error}")
+        then = metric.exported
+        lines = [f"{key} {number(then[key])} recorded, {number(found.get(key))} now" for key in then]
+        close = all(then[key] is None or _close(then[key], found.get(key)) for key in then)
+        return Check(label, "holds" if close else "fails", "; ".join(lines))
 
 
 def _versions(then: dict[str, str]) -> Check:
@@ -123,38 +146,13 @@ def _versions(then: dict[str, str]) -> Check:
 
 
 def _weights(manifest: Manifest, loaded: Loaded) -> Check:
-    expected = manifest.weights
-    if expected is None:
-        return Check("loading", "holds", f"llama.cpp loads it (llama-cpp-python {_version('llama-cpp-python')})")
-    same = fingerprint(loaded.model) == expected
-    what = "the model that is loaded has the weights that were written"
-    return Check("loading", "holds" if same else "fails", what if same else "its weights differ from those written")
+    if manifest.weights is None:
+        import llama_cpp
 
-
-def _measured(
-    metric: ExportMetric,
-    manifest: Manifest,
-    loaded: Loaded,
-    pruned: Pruned | None,
-    plugins: Sequence[Path],
-    progress: Any,
-    trust: bool,
-) -> Check:
-    label, seed = metric.label, manifest.seeds["pipeline"]
-    try:
-        evaluator = recorded(metric, plugins, trust)
-        found = measured_by(evaluator, loaded, seed, "again", pruned, progress).values
-    except NonFiniteError as error:
-        return Check(label, "fails", str(error))
-    except PrunekitError as error:
-        return Check(label, "not checked", f"cannot be measured here: {error}")
-    far, lines = [], []
-    for key, then in metric.exported.items():
-        value = found.get(key)
-        lines.append(f"{key} {number(then)} recorded, {number(value)} now")
-        if then is not None and not _close(then, value):
-            far.append(key)
-    return Check(label, "fails" if far else "holds", "; ".join(lines))
+        return Check("loading", "holds", f"llama.cpp loads it (llama-cpp-python {llama_cpp.__version__})")
+    if fingerprint(loaded.model) != manifest.weights:
+        return Check("loading", "fails", "its weights differ from those written")
+    return Check("loading", "holds", "the model that is loaded has the weights that were written")
 
 
 def _close(recorded: Any, value: Any) -> bool:
@@ -164,10 +162,3 @@ def _close(recorded: Any, value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return then == now or abs(now - then) <= TOLERANCE * max(abs(then), 1e-12)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
