@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ... import __version__
 from .axes import axis_title
 from .metrics import Metric, all_metrics
-from .protocols import Protocols, identities, notes, summary_facts, versions
+from .protocols import Protocols, notes, summary_facts, versions
 from .published import HEAD, STATEMENT, compare_with_published
 from .ranking import EXPLANATION, conclusion, ranking_table
 from .style import Plot
@@ -56,7 +56,6 @@ def html(summary: Summary, plots: Sequence[Plot]) -> str:
         protocols=protocols.all,
         measured=protocols.by_label,
         versions=versions(study),
-        identities=identities(study),
     )
 
 

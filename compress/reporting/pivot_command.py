@@ -17,7 +17,7 @@ from ..output import printing
 from ..output.folders import RunFolder
 from ..output.formatting import number
 from ..output.formatting import table as markdown_table
-from .axes import axis_title, named_text, setting_text
+from .axes import axis_title, setting_text
 from .command import write
 from .pivot import DENSE, Cross, Grid, Place, Question, cross, join
 from .plots import bare
@@ -87,9 +87,7 @@ def heading(table: Cross) -> str:
     if table.only is None:
         by = table.question.by
         return "All trials" if by is None else f"Over all of {axis_title(by)}"
-    name, value = table.only
-    text = named_text(name, value)
-    return text if text.startswith(axis_title(name)) else f"{axis_title(name)} {text}"
+    return f"{axis_title(table.only[0])} {setting_text(*table.only)}"
 
 
 def value_text(question: Question, value: float) -> str:

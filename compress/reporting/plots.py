@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from ...registry.roles.evaluation import STAGES
-from ..output.formatting import share
 from ..runs.records import EvaluatorResult
 from .axes import RATIO, USE, finite, named_text, setting_text
 from .metrics import Metric
@@ -73,11 +72,14 @@ def draw(summary: Summary) -> list[Plot]:
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a series is drawn: colour and marker by its first setting, fill and line by the others."""
+class Series:
+    """Configurations along the ratio: colour and marker by their first setting, fill and line by the others."""
 
+    name: str
     first: int
     second: int
+    members: list[Configuration]
+    """By ascending ratio."""
 
     @property
     def marker(self) -> dict[str, Any]:
@@ -92,38 +94,20 @@ class Style:
         return {**self.marker, "linestyle": LINES[self.second % len(LINES)]}
 
 
-class Series:
-    """The configurations as series along the ratio, each with a style."""
-
-    def __init__(self, summary: Summary):
-        axes = [name for name in summary.shown_axes if name != RATIO]
-        self.first = summary.strategy_axis or (axes[0] if axes else None)
-        self.others = [name for name in axes if name != self.first]
-        self.firsts = list(dict.fromkeys(map(self._first, summary.configurations)))
-        self.seconds = list(dict.fromkeys(map(self._second, summary.configurations)))
-        self.groups: dict[Style, list[Configuration]] = {}
-        """The series in order, each by ascending ratio."""
-        for c in sorted(summary.configurations, key=lambda c: (*self._places(c), c.ratio or 0.0)):
-            self.groups.setdefault(self.style(c), []).append(c)
-
-    def style(self, configuration: Configuration) -> Style:
-        return Style(*self._places(configuration))
-
-    def handles(self) -> list[Line2D]:
-        """A line for the legend of each series."""
-        names = {s: ", ".join(filter(None, (self._first(c[0]), self._second(c[0])))) for s, c in self.groups.items()}
-        return [Line2D([], [], label=name, **style.line) for style, name in names.items()]
-
-    def _places(self, c: Configuration) -> tuple[int, int]:
-        return self.firsts.index(self._first(c)), self.seconds.index(self._second(c))
-
-    def _first(self, c: Configuration) -> str:
-        if self.first is None:
-            return setting_text(USE, c.strategy)
-        return named_text(self.first, c.settings.get(self.first))
-
-    def _second(self, c: Configuration) -> str:
-        return ", ".join(named_text(name, c.settings.get(name)) for name in self.others)
+def series_of(summary: Summary) -> list[Series]:
+    """The series of a study."""
+    axes = [name for name in summary.shown_axes if name != RATIO]
+    first = summary.strategy_axis or next(iter(axes), None)
+    groups: dict[tuple[str, str], list[Configuration]] = {}
+    for c in sorted(summary.configurations, key=lambda c: c.ratio or 0.0):
+        one = named_text(first, c.settings.get(first)) if first else setting_text(USE, c.strategy)
+        others = ", ".join(named_text(name, c.settings.get(name)) for name in axes if name != first)
+        groups.setdefault((one, others), []).append(c)
+    firsts, seconds = (list(dict.fromkeys(pair[i] for pair in groups)) for i in (0, 1))
+    return [
+        Series(", ".join(filter(None, pair)), firsts.index(pair[0]), seconds.index(pair[1]), members)
+        for pair, members in groups.items()
+    ]
 
 
 def _quality_plots(summary: Summary, quality: Metric) -> list[Plot | None]:
@@ -158,28 +142,30 @@ def _y(summary: Summary, quality: Metric, c: Configuration) -> float | None:
     return value / dense if dense else None
 
 
+def _sd(summary: Summary, quality: Metric, c: Configuration) -> float | None:
+    """The deviation of :func:`_y` over seeds; none if it is relative to dense."""
+    return summary.cell(c, quality).sd if len(summary.dense) == 1 else None
+
+
 def _scatter(summary: Summary, quality: Metric, cost: Metric) -> Plot | None:
-    series, dense = Series(summary), _dense_y(summary, quality)
+    dense, style = _dense_y(summary, quality), {c.number: s.marker for s in series_of(summary) for c in s.members}
     found = [(c, summary.mean(c, cost), _y(summary, quality, c)) for c in summary.configurations]
     points = [(c, x, y) for c, x, y in found if x is not None and y is not None]
     if len(points) < 2 or dense is None:
         return None
-    one, higher = len(summary.dense) == 1, quality.better == "higher"
     # Missing seeds may be the bad ones: an incomplete configuration is drawn, but is not on the front.
     able = [p for p in points if summary.cell(p[0], cost).complete and summary.cell(p[0], quality).complete]
     candidates: list[tuple[Configuration | None, float, float]] = [(None, 1.0, dense), *able]
-    front = [candidates[index] for index in pareto([(x, y) for _, x, y in candidates], higher)]
+    front = [candidates[index] for index in pareto([(x, y) for _, x, y in candidates], quality.better == "higher")]
     with drawing() as figure:
         axes = figure.subplots()
-        _log_if_wide(axes, [dense, *(y for *_, y in points)])
         xs, ys = [x for _, x, _ in front], [y for *_, y in front]
         axes.step(xs, ys, where="post", color=MUTED, linewidth=1, linestyle=LINES[1], zorder=1.5)
         axes.plot(xs, ys, "o", markersize=13, fillstyle="none", color=MUTED, markeredgewidth=1, zorder=1.6)
-        _label_front(axes, [(c, x, y) for c, x, y in front if c is not None], higher)
         for c, x, y in points:
             axes.errorbar(
-                x, y, xerr=summary.cell(c, cost).sd, yerr=summary.cell(c, quality).sd if one else None,
-                linestyle="none", elinewidth=0.8, capsize=2, zorder=3, **series.style(c).marker,
+                x, y, xerr=summary.cell(c, cost).sd, yerr=_sd(summary, quality, c),
+                linestyle="none", elinewidth=0.8, capsize=2, zorder=3, **style[c.number],
             )  # fmt: skip
         axes.plot(1, dense, "*", color=INK, markersize=10, zorder=3)
         axes.annotate("dense", (1, dense), (9, 0), textcoords="offset points", va="center", fontsize=8)
@@ -192,25 +178,15 @@ def _scatter(summary: Summary, quality: Metric, cost: Metric) -> Plot | None:
         axes.xaxis.set_major_formatter(percent)
         axes.margins(0.1)
         axes.set_xlabel(f"{cost.title}, share of dense")
-        _label_quality(axes, summary, quality)
+        _quality_axis(axes, summary, quality, [dense, *(y for *_, y in points)])
         pareto_line = Line2D([], [], marker="o", markersize=9, fillstyle="none", color=MUTED, linestyle=LINES[1],
                              linewidth=1, label="Pareto front")  # fmt: skip
-        _legend(figure, [*series.handles(), pareto_line])
+        _legend(figure, summary, [pareto_line])
         on = "; ".join(summary.name(c) if c else "dense" for c, *_ in front)
-        caption = f"{quality.better.capitalize() if quality.better else ''} is better. On the Pareto front: {on}."
+        caption = f"{_direction(quality)}. On the Pareto front: {on}."
         caption += " Configurations with missing seeds are not on it." * (len(able) < len(points))
-        name = f"{quality.key}-{cost.key}"
-        return finished(figure, name, f"{_start(quality.title)} against {cost.title}", caption)
-
-
-def _label_front(axes: Axes, front: list[tuple[Configuration, float, float]], higher: bool) -> None:
-    """The ratios of the points on the front, the first point of each."""
-    first = {c.ratio: (x, y) for c, x, y in reversed(front)}
-    for ratio, point in first.items() if len(first) > 1 else ():
-        axes.annotate(
-            share(ratio), point, (-7, 7 if higher else -7), textcoords="offset points", ha="right",
-            va="bottom" if higher else "top", fontsize=7.5, color=MUTED,
-        )  # fmt: skip
+        title = f"{quality.title[:1].upper()}{quality.title[1:]} against {cost.title}"
+        return finished(figure, f"{quality.key}-{cost.key}", title, caption)
 
 
 def _by_ratio(summary: Summary, quality: Metric) -> Plot | None:
@@ -218,59 +194,54 @@ def _by_ratio(summary: Summary, quality: Metric) -> Plot | None:
     ratios = {c.ratio for c in summary.configurations if c.ratio is not None and summary.mean(c, quality) is not None}
     if len(ratios) < 2 or dense is None:
         return None
-    series = Series(summary)
     with drawing() as figure:
         axes = figure.subplots()
         drawn = [dense]
-        for style, members in series.groups.items():
-            found = [(c.ratio, _y(summary, quality, c), summary.cell(c, quality).sd or 0.0) for c in members]
+        for one in series_of(summary):
+            found = [(c.ratio, _y(summary, quality, c), _sd(summary, quality, c) or 0.0) for c in one.members]
             points = [(x, y, sd) for x, y, sd in found if x is not None and y is not None]
             if not points:
                 continue
             xs, ys, sds = zip(*points, strict=True)
             drawn += ys
-            axes.plot((0, xs[0]), (dense, ys[0]), color=style.marker["color"], linewidth=0.6, alpha=0.6)
-            spread = sds if len(summary.dense) == 1 and any(sds) else None
-            axes.errorbar(xs, ys, yerr=spread, elinewidth=0.8, capsize=2, **style.line)
+            axes.plot((0, xs[0]), (dense, ys[0]), color=one.marker["color"], linewidth=0.6, alpha=0.6)
+            axes.errorbar(xs, ys, yerr=sds if any(sds) else None, elinewidth=0.8, capsize=2, **one.line)
         axes.plot(0, dense, "*", color=INK, markersize=10, clip_on=False, zorder=4)
         axes.annotate("dense", (0, dense), (7, -3), textcoords="offset points", va="top", fontsize=8)
-        _log_if_wide(axes, drawn)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(percent)
         axes.set_xticks([0, *sorted(ratios)])
         axes.set_xlabel("pruning ratio asked for")
-        _label_quality(axes, summary, quality)
-        _legend(figure, series.handles())
+        _quality_axis(axes, summary, quality, drawn)
+        _legend(figure, summary)
         bars = "; bars are standard deviations over seeds" if summary.repeated else ""
-        caption = (
-            f"{quality.better.capitalize() if quality.better else ''} is better, from the dense model at 0%{bars}."
-        )
-        return finished(figure, f"{quality.key}-by-ratio", f"{_start(quality.title)} by pruning ratio", caption)
+        caption = f"{_direction(quality)}, from the dense model at 0%{bars}."
+        title = f"{quality.title[:1].upper()}{quality.title[1:]} by pruning ratio"
+        return finished(figure, f"{quality.key}-by-ratio", title, caption)
 
 
-def _label_quality(axes: Axes, summary: Summary, quality: Metric) -> None:
+def _direction(quality: Metric) -> str:
+    return f"{'Higher' if quality.better == 'higher' else 'Lower'} is better"
+
+
+def _quality_axis(axes: Axes, summary: Summary, quality: Metric, values: Sequence[float]) -> None:
+    """Title and ticks of the quality's axis; logarithmic for values far apart."""
     relative = ", relative to dense" if len(summary.dense) > 1 else ""
     axes.set_title(f"{quality.title}{relative}", fontweight="normal", color=MUTED, fontsize=9)
     if quality.style == "accuracy" and not relative:
         axes.yaxis.set_major_formatter(percent)
-
-
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    if min(values) > 0 and max(values) / min(values) > LOG_FROM:
+    elif min(values) > 0 and max(values) / min(values) > LOG_FROM:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, handles: list[Line2D]) -> None:
+def _legend(figure: Figure, summary: Summary, more: Sequence[Line2D] = ()) -> None:
+    handles = [*(Line2D([], [], label=series.name, **series.line) for series in series_of(summary)), *more]
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = int(max(1, min(4, 72 / (longest + 5.5))))
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, handlelength=2, columnspacing=1)
-
-
-def _start(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 # Time and operations
@@ -421,16 +392,18 @@ def _overlap(summary: Summary, what: str) -> Plot | None:
     found = [(c, layers) for c in summary.configurations if (layers := _layers(c, what))]
     # A strategy that decides once overlaps completely with itself.
     varying = [(c, layers) for c, layers in found if what != "between_batches" or not _always_one(layers)]
-    rows = _hardest_cut(sorted(varying, key=lambda pair: -(pair[0].ratio or 0)))
+    rows = sorted(varying, key=lambda pair: -(pair[0].ratio or 0))[:MOST_LINES]
     if not rows:
         return None
-    series, ratios = Series(summary), list(dict.fromkeys(c.ratio for c, _ in rows))
+    ratios, markers = list(dict.fromkeys(c.ratio for c, _ in rows)), {}
+    for series in series_of(summary):
+        markers.update({c.number: series.marker for c in series.members})
     kinds = [kind for kind in KINDS if any(layers.get(kind) for _, layers in rows)]
     with drawing(2 * WIDTH + 0.4, 3.4) as figure:
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         handles = []
         for c, layers in rows:
-            style = {**series.style(c).marker, "linestyle": LINES[ratios.index(c.ratio) % len(LINES)]}
+            style = {**markers[c.number], "linestyle": LINES[ratios.index(c.ratio) % len(LINES)]}
             handles.append(Line2D([], [], **style, label=summary.name(c)))
             for panel, kind in zip(panels, kinds, strict=True):
                 points = layers.get(kind) or {}
@@ -455,17 +428,6 @@ def _overlap(summary: Summary, what: str) -> Plot | None:
 
 Layers = dict[str, dict[int, float]]
 """A value by kind of site and layer."""
-
-
-def _hardest_cut(found: list[tuple[Configuration, Layers]]) -> list[tuple[Configuration, Layers]]:
-    """All configurations of the highest ratios, as many whole ratios as can be distinguished in one figure."""
-    rows: list[tuple[Configuration, Layers]] = []
-    for ratio in dict.fromkeys(c.ratio for c, _ in found):
-        same = [pair for pair in found if pair[0].ratio == ratio]
-        if rows and len(rows) + len(same) > MOST_LINES:
-            break
-        rows += same
-    return rows[:MOST_LINES]
 
 
 def _layers(c: Configuration, what: str) -> Layers:

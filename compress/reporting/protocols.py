@@ -105,26 +105,17 @@ def summary_facts(study: Study) -> list[tuple[str, str]]:
         "Layers not pruned": _distinct(map(_layers, layers)),
         "Machine": _distinct(map(_machine, results)),
         "Trials": _trials(study),
-        "Run": " to ".join(dict.fromkeys(ends([result.started[:10] for result in results]))),
+        "Run": " to ".join(dict.fromkeys(pick(result.started[:10] for result in results) for pick in (min, max))),
         "Software": ", ".join(f"{n} {versions[n]}" for n in ("prunekit", "torch", "transformers") if n in versions),
     }
     return [(name, text) for name, text in facts.items() if text]
 
 
-def ends(values: list[str]) -> tuple[str, str]:
-    """The least and the largest."""
-    return min(values), max(values)
-
-
-def versions(study: Study) -> dict[str, str]:
-    """Versions of the software of all trials, differing ones listed."""
-    return merged(result.versions for result in study.results) or merged([study.versions])
-
-
-def identities(study: Study) -> list[tuple[str, str]]:
-    """Fingerprints and plugins: they show whether another run used the same weights, texts and components."""
+def versions(study: Study) -> list[tuple[str, str]]:
+    """Versions, fingerprints and plugins: they show whether another run used the same software, weights and texts."""
     results = study.results
     facts = {
+        **(merged(result.versions for result in results) or merged([study.versions])),
         "weights, sha256": _distinct(result.model.fingerprint or "" for result in results),
         "commit": _distinct(result.model.commit or "" for result in results),
         "calibration, sha256": _distinct((r.calibration and r.calibration.fingerprint) or "" for r in results),

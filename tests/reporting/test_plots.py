@@ -5,7 +5,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from prunekit.compress.reporting.plots import FLOP_PARTS, LOOKS, TIME_PARTS, Series, chance_level, draw, pareto
+from prunekit.compress.reporting.plots import FLOP_PARTS, LOOKS, TIME_PARTS, chance_level, draw, pareto, series_of
 from prunekit.compress.reporting.style import COLOURS, HATCHES, MARKERS, VARIABLES, percent
 from prunekit.compress.reporting.summary import summarise
 
@@ -91,8 +91,7 @@ def test_configurations_that_keep_as_many_share_a_row(make_study):
 
 
 def test_series_differ_by_more_than_colour(plots, drawn):
-    series = Series(drawn["table"])
-    styles = [style.marker["marker"] for style in series.groups]
+    styles = [series.marker["marker"] for series in series_of(drawn["table"])]
     assert len(set(styles)) == len(styles) == 3
     assert len(set(zip(COLOURS * 11, MARKERS * 8, strict=True))) == 88  # colours and markers do not repeat together
     assert len(set(HATCHES)) == len(HATCHES)
