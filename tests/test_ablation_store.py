@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
+from prunekit.compress.ablation.trials import key_of
 from prunekit.compress.ablation.worker import Outcome
 from prunekit.registry import StoreError
 
@@ -145,6 +146,22 @@ def test_update_keeps_what_applies_and_the_rest_for_the_way_back(half, study):
     with Store.create_or_resume(half, study(), update=True) as store:
         assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
         assert store.trials[0].result == outcome().result
+
+
+def test_a_store_of_version_0_1_goes_on(half, study):
+    """Its pipelines have options that have moved since, at their defaults; its keys are made of them."""
+    connection = sqlite3.connect(half)
+    for key, text in connection.execute("SELECT key, pipeline FROM trials").fetchall():
+        pipeline = json.loads(text)
+        pipeline["prune"] |= {"rescale": "exact", "probe_mask": "selected", "pad_handling": "exclude"}
+        values = (key_of(pipeline), json.dumps(pipeline), key)
+        connection.execute("UPDATE trials SET key = ?, pipeline = ? WHERE key = ?", values)
+    connection.commit()
+    connection.close()
+    with Store.create_or_resume(half, study()) as store:
+        assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
+        store.record(study().trials[1].key, outcome())
+    assert statuses(half) == ["done", "done", "failed", "waiting"]
 
 
 def test_a_changed_text_file_is_a_change(tmp_path, path, study):

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from ...registry import StoreError
+from ..files.moved import without_moved
 from ..output.folders import plain
 from ..runs.records import Read, parsed
 from .changes import explain
 from .published import StudyRecord
-from .trials import Planned, StoredTrial
+from .trials import Planned, StoredTrial, key_of
 from .worker import Outcome
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Store:
             if not path.exists():
                 _create(path, study)
             store = cls(path, _connect(path), lock)
+            store._renew_keys(study)
             store._adopt(study, update)
             with store._writing() as connection:  # so that a failure is found before the first trial runs
                 connection.execute(f"PRAGMA user_version = {FORMAT}")
@@ -138,6 +140,17 @@ class Store:
         with _errors(self.path), self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
+
+    def _renew_keys(self, study: Study) -> None:
+        """Give trials of version 0.1 the keys that this version computes for the same pipelines."""
+        planned = {key_of(without_moved(trial.pipeline)): trial for trial in study.trials}
+        with _errors(self.path):
+            rows = self._connection.execute("SELECT key, pipeline FROM trials").fetchall()
+        same = ((key, planned.get(key_of(without_moved(json.loads(pipeline))))) for key, pipeline in rows)
+        renewed = [(trial.key, json.dumps(trial.pipeline), key) for key, trial in same if trial and trial.key != key]
+        if renewed:
+            with self._writing() as connection:
+                connection.executemany("UPDATE OR IGNORE trials SET key = ?, pipeline = ? WHERE key = ?", renewed)
 
     def _adopt(self, study: Study, update: bool) -> None:
         stored = self.trials

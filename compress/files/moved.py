@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 PP = "write use: pp_reference (or pp_reference_wanda_sp, pp_reference_flap)"
@@ -22,8 +23,27 @@ OPTIONS: dict[tuple[str, str], tuple[Any, str]] = {
 }
 """By role and option: the default that it had, and what to write instead of any other value."""
 
+PLACES: dict[str, tuple[str, ...]] = {
+    "strategies": ("prune",),
+    "scorers": ("prune", "scorer"),
+    "history_mergers": ("prune", "merger"),
+}
+"""By role, where its options are in a pipeline."""
+
 NAMES = {
     ("allocators", "flap_shipped"): "flap_reference",
     ("allocators", "pp_flap_shipped"): "pp_reference_flap",
 }
 """By role and name: the name now."""
+
+
+def without_moved(pipeline: dict[str, Any]) -> dict[str, Any]:
+    """A resolved pipeline without the options that have moved, if they have their old defaults."""
+    found = deepcopy(pipeline)
+    for (role, option), (default, _) in OPTIONS.items():
+        section: Any = found
+        for key in PLACES[role]:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and option in section and section[option] == default:
+            del section[option]
+    return found
