@@ -77,7 +77,7 @@ def measure(make_model, batches):
         model = make_model("llama-gqa")
         options = {"ratio": 0.5 * 2 / 3, "skip_layers": [0], "calibration": batches, **options}  # 0.5 of two layers
         with prune(model, use, compensate=compensate, **options) as pruned:
-            subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {}).subject()
+            subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {})
             found = (evaluator or Cost(batch_size=B, length=T)).evaluate(subject)
             found.kept = {kind: pruned.counts[1, kind] * size for kind, size in (("attention", 32), ("mlp", 1))}
         return found
@@ -173,7 +173,7 @@ def test_counting_begins_with_the_calibrated_history(make_model, batches):
     model = make_model("llama-gqa")
     options = {"ratio": 0.5, "skip_layers": [0], "calibration": batches}
     with prune(model, "pp", **options, trace=True) as pruned:
-        Cost(batch_size=B, length=T).evaluate(Measuring(Loaded(model, None, {}), pruned, no_progress, {}).subject())
+        Cost(batch_size=B, length=T).evaluate(Measuring(Loaded(model, None, {}), pruned, no_progress, {}))
         assert {record["batch"] for record in pruned.trace} == {0} and len(pruned.trace) == 2 * 2 * 2
         counted = [record["kept"] for record in pruned.trace[4:]]
         generator = torch.Generator().manual_seed(0)

@@ -77,7 +77,7 @@ SMALL |= {"breakdown": False, "batches": 2, "max_length": 64}
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [cls for cls in OURS if issubclass(cls, Evaluator)], ids=lambda cls: cls.__name__)
 def test_evaluators_measure(cls, measuring):
-    subject, catalog = measuring.subject(), Catalog.discover(block="")
+    subject, catalog = measuring, Catalog.discover(block="")
     subject.measure = lambda name: small(catalog.get("evaluators", name)).evaluate(subject)
     check_evaluation(small(cls), subject)
 

@@ -31,7 +31,7 @@ def test_the_pages_example_is_valid():
 def test_every_value_is_explained(make_model, evaluator):
     model = make_model("llama-gqa")
     with prune(model, "magnitude", ratio=0.5) as pruned:
-        subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {}).subject()
+        subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {})
         values = evaluator.evaluate(subject).values
     assert [name for name in values if f"`{name.removeprefix('dense_')}`" not in section(evaluator.name)] == []
 

@@ -126,7 +126,7 @@ def test_an_evaluator_goes_on_alike_whether_what_it_asked_for_was_known(measurin
     found = []
     for known in (False, True):
         running = measuring()
-        subject = running.subject()
+        subject = running
         if known:
             running.measure(Counting())
         logits(subject.model, ids)
@@ -148,7 +148,7 @@ def test_every_measurement_begins_calibrated(measuring, ids):
 @pytest.mark.parametrize("options", [{}, {"attention_unit": "query_head", "skip_layers": [1]}], ids=["groups", "heads"])
 def test_full_batch_probing_leaves_everything_as_it_was(measuring, ids, use, options):
     running = measuring(use, **options)
-    subject, model, counts = running.subject(), running.loaded.model, running.pruned.counts
+    subject, model, counts = running, running.loaded.model, running.pruned.counts
     with subject.dense():
         unpruned = logits(model, ids)
     running.pruned.reset()
@@ -180,7 +180,7 @@ def test_full_batch_probing_leaves_everything_as_it_was(measuring, ids, use, opt
 
 def test_full_batch_probing_is_the_strategy_of_that_name(measuring, make_model, ids):
     running = measuring("pp")
-    with running.subject().full_batch():
+    with running.full_batch():
         full = logits(running.loaded.model, ids)
     other = make_model("llama-gqa")
     with prune(other, "full_batch_probing", ratio=0.5, merger="probe_only"):
@@ -189,15 +189,15 @@ def test_full_batch_probing_is_the_strategy_of_that_name(measuring, make_model, 
 
 def test_full_batch_probing_works_for_opt(measuring, ids):
     running = measuring("flap", family="opt")
-    with running.subject().full_batch():
+    with running.full_batch():
         assert logits(running.loaded.model, ids).isfinite().all()
-        found = {place: len(units) for place, units in running.subject().kept().items()}
+        found = {place: len(units) for place, units in running.kept().items()}
     assert found == running.pruned.counts and len(set(found.values())) > 2  # not uniform
 
 
 def test_measurements_of_full_batch_probing_are_not_taken_for_the_strategys(measuring, calls):
     running = measuring()
-    subject = running.subject()
+    subject = running
     with subject.full_batch():
         full = subject.measure(Counting())
         dense = running.measure(Counting(), dense=True)
@@ -232,7 +232,7 @@ def test_a_suspended_model_is_as_it_was_before(make_model, batches, ids, use):
 
 def test_too_long_a_batch_leaves_nothing_open(measuring, ids):
     running = measuring("pp")
-    subject, before = running.subject(), state(running.loaded.model)
+    subject, before = running, state(running.loaded.model)
     with pytest.raises(DataError, match="longer than the history"):
         logits(subject.model, torch.cat([ids, ids], 1))
     assert state(running.loaded.model) == before and subject.held_bytes()["gathered"] == 0

@@ -30,7 +30,7 @@ def measure(make_model, batches):
         model = make_model(family)
         change(model)
         with prune(model, use, ratio=0.5, skip_layers=[0], calibration=batches, **(prune_with or {})) as pruned:
-            subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {}).subject()
+            subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {})
             found = Memory(**{**SMALL, **options}).evaluate(subject)
             found.counts = dict(pruned.counts)
         return found

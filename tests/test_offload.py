@@ -127,7 +127,7 @@ def test_full_batch_probing_gives_way_and_comes_back(inside, offloaded, batches)
     ids, found = batches[0]["input_ids"], []
     for loaded in (inside, offloaded):
         with prune(loaded.model, "pp", ratio=0.4, calibration=batches[1:2]) as pruned:
-            subject = Measuring(loaded, pruned, no_progress, {}).subject()
+            subject = Measuring(loaded, pruned, no_progress, {})
             with subject.full_batch():
                 outputs, kept = loaded.model(ids).logits, subject.kept()
             found.append((outputs, loaded.model(ids).logits, kept, subject.kept()))

@@ -33,7 +33,7 @@ def measured(make_model, batches):
         model = make_model(family)
         with prune(model, use, ratio=ratio, calibration=batches, catalog=CATALOG, **options) as pruned:
             measuring = Measuring(Loaded(model, Codes(), {}), pruned, lambda items, *_: items, {})
-            subject = measuring.subject()
+            subject = measuring
             subject.read = lambda source: [TEXT]
             return evaluator.evaluate(subject), pruned.counts
 

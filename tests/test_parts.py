@@ -14,7 +14,7 @@ B, T = 4, 24
 
 
 def subject_of(model, pruned):
-    return Measuring(Loaded(model, None, {}), pruned, no_progress, {}).subject()
+    return Measuring(Loaded(model, None, {}), pruned, no_progress, {})
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ SMALL = Similarity(batch_size=4, length=24, batches=2, variance=0.9)
 def measured(model, batches, use, ratio, evaluator=SMALL, **options):
     with prune(model, use, ratio=ratio, calibration=batches, **options) as pruned:
         measuring = Measuring(Loaded(model, Codes(), {}), pruned, lambda items, *_: items, {})
-        subject = measuring.subject()
+        subject = measuring
         subject.read = lambda source: [TEXT]
         pruned.reset()
         return evaluator.evaluate(subject)

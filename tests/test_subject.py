@@ -36,7 +36,7 @@ def logits(model, ids):
 
 def test_kept_units_of_the_last_pass(measuring, ids):
     running = measuring("pp", skip_layers=[0])
-    subject, model = running.subject(), running.loaded.model
+    subject, model = running, running.loaded.model
     everything = {(layer, kind): n for layer in range(3) for kind, n in (("attention", 4), ("mlp", 192))}
     assert {(site.layer, site.kind): site.units for site in subject.sites} == everything
     seen = []
@@ -52,16 +52,16 @@ def test_kept_units_of_the_last_pass(measuring, ids):
         logits(model, ids)
         assert subject.kept() == {place: tuple(range(units)) for place, units in everything.items()}
     static = measuring("wanda_sp", trace=True)
-    kept = static.subject().kept()
+    kept = static.kept()
     assert kept == {(r["layer"], r["kind"]): tuple(r["kept"]) for r in static.pruned.trace}
     logits(static.loaded.model, ids)
-    assert static.subject().kept() == kept
+    assert static.kept() == kept
 
 
 @pytest.mark.parametrize("use", ["pp", "full_batch_probing", "wanda_sp"])
 def test_watched_steps_come_in_order(measuring, ids, use):
     running = measuring(use, **({"merger": "probe_only"} if use == "full_batch_probing" else {}))
-    subject, seen, nested = running.subject(), [], []
+    subject, seen, nested = running, [], []
 
     @contextmanager
     def stage(name):
@@ -93,7 +93,7 @@ def test_watched_steps_come_in_order(measuring, ids, use):
 
 def test_held_bytes(measuring, ids):
     running = measuring("wanda_sp")
-    subject, model, cuts = running.subject(), running.loaded.model, running.pruned._engine.cuts
+    subject, model, cuts = running, running.loaded.model, running.pruned._engine.cuts
     statistics = sum(4 * (24 * cut.site.channels + 24) for cut in cuts)
     assert subject.held_bytes() == {"statistics": statistics, "gathered": 0}
     logits(model, ids)
@@ -102,7 +102,7 @@ def test_held_bytes(measuring, ids):
     assert subject.held_bytes() == {"statistics": statistics, "gathered": gathered}
     with subject.dense():
         assert subject.held_bytes()["gathered"] == 0
-    probing = measuring("pp").subject()
+    probing = measuring("pp")
     assert probing.held_bytes()["statistics"] == 2 * statistics  # and what they were when calibrated
     logits(probing.model, ids)
     assert probing.held_bytes()["gathered"] * 3 == gathered  # the layers take turns with one layer's memory
@@ -126,7 +126,7 @@ def test_held_bytes(measuring, ids):
     ],
 )
 def test_giving_back_is_a_step_of_its_own(measuring, ids, use, compensate, steps):
-    subject, seen = measuring(use, compensate=compensate).subject(), []
+    subject, seen = measuring(use, compensate=compensate), []
 
     @contextmanager
     def stage(name):
@@ -140,12 +140,12 @@ def test_giving_back_is_a_step_of_its_own(measuring, ids, use, compensate, steps
 
 
 def test_held_bytes_of_compensation(measuring, ids):
-    plain, cuts = measuring("wanda_sp").subject(), measuring("wanda_sp").pruned._engine.cuts
+    plain, cuts = measuring("wanda_sp"), measuring("wanda_sp").pruned._engine.cuts
     channels = [cut.site.channels for cut in cuts]
     before = plain.held_bytes()["statistics"] + 4 * sum(channels)  # and the mean
     held = {}
     for use, compensate in (("wanda_sp", "mean"), ("wanda_sp", "least_squares"), ("pp", "least_squares")):
-        subject = measuring(use, compensate=compensate).subject()
+        subject = measuring(use, compensate=compensate)
         held[use, compensate] = subject.held_bytes()["statistics"]
         logits(subject.model, ids)
         assert subject.held_bytes()["statistics"] == held[use, compensate]

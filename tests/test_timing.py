@@ -137,7 +137,7 @@ def broken_down(make_model, batches, now, monkeypatch):
             if seconds:
                 module.register_forward_hook(lambda *_, seconds=seconds: spend(seconds))
         with prune(model, use, ratio=0.5, skip_layers=[0], calibration=batches) as pruned:
-            subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {}).subject()
+            subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {})
             found = Latency(batch_size=4, length=24, pairs=1, warmup=0, decode_steps=0, **options).evaluate(subject)
         return {
             which: {part: round(seconds, 6) for part, seconds in parts.items()}

@@ -1,10 +1,10 @@
-"""One pruned model before its evaluators: each sees the same subject, and what two of them ask for is measured once."""
+"""The subject of a run's evaluators: one pruned model, and the measurements that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -26,15 +26,17 @@ from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
 from .text import read_documents
 
+Item = TypeVar("Item")
+
 Known = dict[tuple[type[Evaluator], str], Measurement]
 """Measurements by the evaluator's :attr:`~prunekit.registry.Component.identity`."""
 
 
-class Measuring:
-    """Runs evaluators on one pruned model.
+class Measuring(Subject):
+    """A run's pruned model as its evaluators see it; what two of them ask for is measured once.
 
-    ``dense`` holds what was measured on the unpruned model; runs on one loaded model may share it.
-    ``listed`` are the run's evaluators: another one that asks for a measurement by name means the first of them.
+    ``dense`` holds the measurements of the unpruned model; runs on one loaded model may share it. ``evaluators`` are
+    the run's own, the first choice where a measurement is asked for by name.
     """
 
     def __init__(
@@ -43,49 +45,72 @@ class Measuring:
         pruned: Pruned,
         progress: Progress,
         dense: Known,
-        listed: Sequence[Evaluator] = (),
+        evaluators: Sequence[Evaluator] = (),
         seed: int = 0,
     ):
-        self.loaded, self.progress, self.listed, self.seed = loaded, progress, listed, seed
-        self.running = pruned
+        super().__init__(loaded.model, loaded.tokenizer)
+        self.loaded, self.sites = loaded, pruned.all_sites
+        self._pruned, self._progress, self._evaluators, self._seed = pruned, progress, evaluators, seed
         self._known: dict[bool, Known] = {True: dense, False: {}}
 
     def measure(self, evaluator: Evaluator | str, dense: bool = False) -> Measurement:
-        """The evaluator's measurement, unpruned if ``dense``; made now, unless it was made before.
+        """The evaluator's measurement, unpruned if ``dense`` or within :meth:`dense`; made once, histories reset.
 
         Raises :class:`PluginError` where the evaluator returns anything but numbers, and the evaluator's own errors.
         """
-        evaluator = self._evaluator(evaluator) if isinstance(evaluator, str) else evaluator
-        key = evaluator.identity
-        if key not in self._known[dense]:
-            self.begin()
-            with self.running.dense() if dense else nullcontext():
-                self._known[dense][key] = checked(evaluator, evaluator.evaluate(self.subject()))
-        return self._known[dense][key]
+        evaluator = self._named(evaluator) if isinstance(evaluator, str) else evaluator
+        known, key = self._known[dense or self._pruned.is_dense], evaluator.identity
+        if key not in known:
+            self._begin()
+            with self.dense() if dense else nullcontext():
+                known[key] = checked(evaluator, evaluator.evaluate(self))
+        self._begin()
+        return known[key]
 
-    def subject(self) -> Subject:
-        """What an evaluator gets to see."""
-        return _RunSubject(self)
+    def _begin(self) -> None:
+        torch.manual_seed(self._seed)
+        self.reset()
 
-    def begin(self) -> None:
-        torch.manual_seed(self.seed)
-        self.running.reset()
-
-    def _evaluator(self, name: str) -> Evaluator:
-        named = [evaluator for evaluator in self.listed if evaluator.name == name]
-        found = named[0] if named else self.running.catalog.get("evaluators", name).model_validate({})
+    def _named(self, name: str) -> Evaluator:
+        named = [evaluator for evaluator in self._evaluators if evaluator.name == name]
+        found = named[0] if named else self._pruned.catalog.get("evaluators", name).model_validate({})
         assert isinstance(found, Evaluator)
         return found
 
+    def read(self, source: TextSource) -> list[str]:
+        return read_documents(source)
+
+    def dense(self) -> AbstractContextManager[Any]:
+        return self._pruned.dense()
+
+    def parameters(self) -> int:
+        return self._pruned.active_parameters()
+
+    def progress(self, items: Iterable[Item], label: str, total: int) -> Iterable[Item]:
+        model = "dense" if self._pruned.is_dense else self._pruned.strategy.name
+        return self._progress(items, f"{model}: {label}", total)
+
+    def reset(self) -> None:
+        self._pruned.reset()
+
+    def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
+        return {**super().kept(), **self._pruned.kept()}
+
+    def watch(self, stage: Stage) -> AbstractContextManager[Any]:
+        return self._pruned.watch(stage)
+
+    def held_bytes(self) -> dict[str, int]:
+        return self._pruned.held_bytes()
+
     @contextmanager
     def full_batch(self) -> Iterator[None]:
-        """The model pruned to the same counts by what the whole batch shows of itself."""
-        own, strategy = self.running, self.running.strategy
+        """Within it as many units are chosen by probing the full batch, without history (PP's upper bound)."""
+        own, strategy = self._pruned, self._pruned.strategy
         counts = tuple((layer, kind, count) for (layer, kind), count in own.counts.items())
         with (
             own.suspended(),
             prune(
-                self.loaded.model,
+                self.model,
                 "full_batch_probing",
                 catalog=own.catalog,
                 allocator=SameCounts(counts=counts),
@@ -95,52 +120,11 @@ class Measuring:
                 attention_unit=strategy.attention_unit,
             ) as other,
         ):
-            measured, self.running, self._known[False] = self._known[False], other, {}
+            measured, self._pruned, self._known[False] = self._known[False], other, {}
             try:
                 yield
             finally:
-                self.running, self._known[False] = own, measured
-
-
-class _RunSubject(Subject):
-    """A run's pruned model, as evaluators see it."""
-
-    def __init__(self, run: Measuring):
-        super().__init__(run.loaded.model, run.loaded.tokenizer)
-        self._run, self.sites = run, run.running.all_sites
-
-    def read(self, source: TextSource) -> list[str]:
-        return read_documents(source)
-
-    def dense(self) -> AbstractContextManager[Any]:
-        return self._run.running.dense()
-
-    def parameters(self) -> int:
-        return self._run.running.active_parameters()
-
-    def progress(self, items: Iterable[Any], label: str, total: int) -> Iterable[Any]:
-        running = self._run.running
-        return self._run.progress(items, f"{'dense' if running.is_dense else running.strategy.name}: {label}", total)
-
-    def reset(self) -> None:
-        self._run.running.reset()
-
-    def measure(self, evaluator: Evaluator | str) -> Measurement:
-        found = self._run.measure(evaluator, self._run.running.is_dense)
-        self._run.begin()  # whether it was measured now or before
-        return found
-
-    def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
-        return {**super().kept(), **self._run.running.kept()}
-
-    def watch(self, stage: Stage) -> AbstractContextManager[Any]:
-        return self._run.running.watch(stage)
-
-    def full_batch(self) -> AbstractContextManager[Any]:
-        return self._run.full_batch()
-
-    def held_bytes(self) -> dict[str, int]:
-        return self._run.running.held_bytes()
+                self._pruned, self._known[False] = own, measured
 
 
 class SameCounts(SparsityAllocator):
