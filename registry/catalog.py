@@ -1,4 +1,4 @@
-"""Finds every plugin, built in or installed or in a file, and hands out its components by name."""
+"""Finds every plugin, built in, installed or in a file, and returns components by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass
 class Catalog:
-    """All components by role and name, and the problems met while gathering them."""
+    """All components by role and name, and the problems found while collecting them."""
 
     entries: list[Entry] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -45,11 +45,11 @@ class Catalog:
 
     @classmethod
     def discover(cls, files: Iterable[str | Path] = (), block: str | None = None) -> Catalog:
-        """Gather the plugins of entry-point group ``prunekit`` and the Python ``files`` named by the user.
+        """Collect the plugins of entry-point group ``prunekit`` and of the Python ``files`` named by the user.
 
         ``block`` (default: the variable ``PRUNEKIT_BLOCK``) lists plugins or distributions to leave out,
-        separated by commas. A broken installed plugin becomes a line of ``problems`` and the rest keep
-        working; a broken file, which the user asked for by name, raises :class:`PluginError`.
+        separated by commas. A broken installed plugin becomes a line of ``problems``, and the others keep
+        working. A broken file raises :class:`PluginError`.
         """
         catalog = cls()
         manager = pluggy.PluginManager(PROJECT)
@@ -133,7 +133,7 @@ class Catalog:
         return sorted({entry.name for entry in self.entries if entry.role == role})
 
     def of_role(self, role: str) -> list[Entry]:
-        """A role's components that can be asked for: one entry a name, conflicts left out."""
+        """A role's components, one entry for each name; names provided twice are left out."""
         mine = [entry for entry in self.entries if entry.role == role]
         counts = {name: sum(e.name == name for e in mine) for name in {e.name for e in mine}}
         return sorted((e for e in mine if counts[e.name] == 1), key=lambda e: e.name)
@@ -176,7 +176,7 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def _normal(name: str) -> str:
-    """A name as packaging compares names: ``Max_Weight`` and ``max-weight`` are one."""
+    """A name in the form in which packaging compares names: ``Max_Weight`` and ``max-weight`` are equal."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -185,7 +185,7 @@ def _block_list(block: str | None) -> str:
 
 
 def _metadata(dist: Distribution, key: str) -> str:
-    """A line of a distribution's metadata, empty where there is none: a damaged install may have lost the file."""
+    """A line of a distribution's metadata; empty if there is none: a damaged installation may have lost the file."""
     metadata = dist.metadata
     return metadata[key] if metadata is not None and key in metadata else ""
 
@@ -195,7 +195,7 @@ def _distribution(dist: Distribution) -> str:
 
 
 def _entry_points() -> list[tuple[EntryPoint, Distribution]]:
-    """Entry points of the group with their distributions; one that is found on two paths counts once."""
+    """Entry points of the group with their distributions; one that is found on two paths is listed once."""
     found: dict[tuple[str, str, str], tuple[EntryPoint, Distribution]] = {}
     for dist in distributions():
         for point in dist.entry_points:
@@ -205,7 +205,7 @@ def _entry_points() -> list[tuple[EntryPoint, Distribution]]:
 
 
 def complaint(component: Any, role: type[Component]) -> str | None:
-    """What is wrong with something a hook returned, if anything."""
+    """What is wrong with a class that a hook returned; None if nothing is."""
     if not (inspect.isclass(component) and issubclass(component, role)):
         return f"expected a class derived from {role.__name__}, found {component!r}"
     if inspect.isabstract(component):
@@ -227,7 +227,7 @@ def complaint(component: Any, role: type[Component]) -> str | None:
 
 
 def _unhashable(annotation: Any) -> bool:
-    """Whether values of this type may be, or hold, lists, sets or dicts."""
+    """Whether values of this type may be or contain lists, sets or dicts."""
     kind = get_origin(annotation) or annotation
     if inspect.isclass(kind) and issubclass(kind, (list, set, dict)):
         return True

@@ -1,4 +1,4 @@
-"""What every plugin class is: a frozen record of its options, with a name and no state."""
+"""The base of every plugin class: a frozen record of options with a name and without state."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing_extensions import Self
 
 
 class Component(BaseModel):
-    """Base of all roles: the options are the fields, ``name`` is what a pipeline file calls it by.
+    """Base of all roles: the fields are the options, ``name`` is its name in pipeline files.
 
     A concrete component declares its name as a literal with itself as default::
 
         name: Literal["max_weight"] = "max_weight"
 
-    Instances are immutable and hashable options; whatever changes while a model runs lives in the
-    site's :class:`~prunekit.registry.ChannelHistory`.
+    Instances are immutable and hashable. What changes while a model runs is in the site's
+    :class:`~prunekit.registry.ChannelHistory`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     paper: ClassVar[str] = ""
-    """Where the method comes from, shown by ``prunekit show``."""
+    """The source of the method, shown by ``prunekit show``."""
 
     name: str
 
     @property
     def identity(self) -> tuple[type[Self], str]:
-        """Class and options, equal for components that do the same; hashable whatever a plugin's options are."""
+        """Class and options: equal for components that do the same, and always hashable."""
         return type(self), self.model_dump_json(serialize_as_any=True)
 
     @classmethod

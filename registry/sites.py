@@ -1,4 +1,4 @@
-"""Prunable sites as data: which rows and columns of which weights belong to which unit."""
+"""Prunable sites as data: the rows and columns of weights that belong to each unit."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Producer:
-    """A linear layer whose output rows shrink with the site (q/k/v, gate/up, fc1)."""
+    """A linear layer whose output rows are cut with the site (q/k/v, gate/up, fc1)."""
 
     path: str
     segments: tuple[Rows, ...]
 
     def rows(self, units: Tensor) -> Tensor:
-        """Rows of this producer that make ``units``; (k,) int64 -> (r,) int64."""
+        """Rows of this producer that compute ``units``; (k,) int64 -> (r,) int64."""
         parts = [segment.of(units) for segment in self.segments]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class ShapeAttribute:
-    """An attribute that the block's forward reads as a size: it must be ``units * per_unit`` when cut."""
+    """An attribute that the block's forward reads as a size: ``units * per_unit`` while the site is cut."""
 
     path: str
     attribute: str
@@ -61,23 +61,22 @@ class Site:
     norm: str
     """Norm whose input is the residual stream, before the site."""
     entry: str
-    """Module whose call enters the site (the attention, the MLP, or OPT's ``fc1``)."""
+    """The site's first module: the attention, the MLP, or OPT's ``fc1``."""
     producers: tuple[Producer, ...]
     consumer: str
-    """Linear layer that reads the C channels (o_proj, down_proj, fc2)."""
+    """The linear layer that reads the C channels (o_proj, down_proj, fc2)."""
     units: int
     unit_size: int
     unit_parameters: int
-    """Weights and biases that go when one unit goes."""
+    """Weights and biases of one unit."""
     outputs: int
     """Consumer outputs O."""
     shape_attributes: tuple[ShapeAttribute, ...] = ()
     query_heads_per_kv: int = 0
-    """More than 0 where query heads are cut but key/value heads stay: the attention must then pick
-    each kept query head's key/value head itself."""
+    """More than 0 where query heads are cut but key/value heads stay: the attention then selects the key/value head of
+    each kept query head."""
     activation: str | None = None
-    """Path of the activation, where the MLP is not a module of its own: its first half is then
-    ``activation(producer(x))``."""
+    """Path of the activation of an MLP that is not a module: its first half is ``activation(producer(x))``."""
 
     @property
     def channels(self) -> int:
@@ -93,6 +92,6 @@ class Site:
 
 
 def complement(chosen: Tensor, count: int) -> Tensor:
-    """The others of ``count`` indices, ascending; (k,) int64 -> (count - k,) int64; no value is looked at for that."""
+    """The other of ``count`` indices, ascending, without a copy to the CPU; (k,) int64 -> (count - k,) int64."""
     taken = torch.zeros(count, dtype=torch.uint8, device=chosen.device).index_fill_(0, chosen, 1)
     return taken.argsort(stable=True)[: count - len(chosen)]

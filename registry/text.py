@@ -1,4 +1,4 @@
-"""Where text comes from, as data: the bundled text, a local file, or a hub dataset."""
+"""Sources of text: the bundled text, a local file, or a hub dataset."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TextSource(BaseModel):
 
     @property
     def label(self) -> str:
-        """How reports name the text."""
+        """The text's name in reports."""
         if self.bundled:
             return f"bundled {self.bundled}"
         if self.file:

@@ -66,7 +66,7 @@ class Explicit(SparsityAllocator):
         return counts
 
     def _check_all_meant(self, present: set[tuple[int, SiteKind]]) -> None:
-        """A share to cut for a layer that cannot be cut is a mistake, not something to pass over."""
+        """Raise :class:`SpecError` for a share to cut of a layer that cannot be cut."""
         for kind, ratios in (("attention", self.attention), ("mlp", self.mlp)):
             for layer, ratio in enumerate(ratios):
                 if ratio and (layer, kind) not in present:

@@ -1,4 +1,4 @@
-"""How a decision reaches the weights: really smaller, or only zeroed."""
+"""How weights are cut: smaller matrices, or zeros."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Slice(MaskApplier):
 
 
 class Zero(MaskApplier):
-    """Compute everything and let the dropped channels weigh nothing: the oracle that slicing must equal."""
+    """Compute everything with zero weights for dropped channels: slicing must give the same outputs."""
 
     resizes: ClassVar[bool] = False
     name: Literal["zero"] = "zero"

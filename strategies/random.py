@@ -1,4 +1,4 @@
-"""Random pruning: the control that every method has to beat."""
+"""Random pruning: the control for every other method."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from .pp.scorer import PPsp
 class Reconstruct(Strategy):
     """Reconstruction: PP's score once, kept channels absorb the dropped by least squares, the bias probed per batch.
 
-    Every layer is calibrated on the layers before it as they are cut and compensated. The weights are cut once; a
-    spread probe of every batch moves the bias. With ``compensate: {probe: 0}`` nothing is left to do per batch.
+    Every layer is calibrated on the outputs of the layers before it, cut and compensated. The weights are cut once; a
+    spread probe of every batch changes the bias. With ``compensate: {probe: 0}`` nothing is computed per batch.
     Chosen by perplexity at 40% on two small models among the cuts that are made once (docs/results/compensation).
     """
 

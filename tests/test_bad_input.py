@@ -17,7 +17,7 @@ from torch import nn
         (dict(ratio=0.4, skip_layers=[7]), r"skip_layers: the model has layers 0 to 2, found 7"),
         (dict(ratio=0.4, scorrer="ppsp"), r"did you mean 'scorer'"),
         (dict(ratio=0.4, scorer="wanda-sp"), r"did you mean 'wanda_sp'"),
-        (dict(ratio=0.4, scorer="magnitude"), r"looks at no activations"),
+        (dict(ratio=0.4, scorer="magnitude"), r"uses no activations"),
         (dict(ratio=0.4, selector=None), r"both a selector and a merger"),
         (dict(ratio=0.4, sequential=True), r"decide once \(no merger\): set selector and merger to null"),
         (dict(ratio=0.4, allocator={"name": "explicit", "attention": [0], "mlp": [0]}), r"takes no ratio"),

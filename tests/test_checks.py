@@ -160,7 +160,7 @@ BROKEN = [
     (variant(Merge, merge=lambda self, probe, history, site: probe - history), "something negative"),
     (variant(Merge, merge=lambda self, probe, history, site: probe.add_(history)), "changes the probe"),
     (variant(Merge, update=lambda self, history, observed: observed), "property updates is false"),
-    (variant(Merge, updates=property(lambda self: True), update=lambda self, h, o: h), "leaves it as it was"),
+    (variant(Merge, updates=property(lambda self: True), update=lambda self, h, o: h), "leaves history as it was"),
     (variant(Slice, consumer=lambda self, weight, columns: weight), "consumer's weight as float32 (20, 5)"),
     (variant(Slice, consumer=lambda self, weight, columns: weight[:, columns.flip(0)]), "something else than"),
     (variant(Allocate, allocate=lambda self, sites, ratio: [1]), "gives 1 counts for 4 sites"),

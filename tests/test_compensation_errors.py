@@ -176,7 +176,7 @@ def test_a_probe_where_nothing_says_what_to_probe(make_model, batches):
         def mean(self, calibrated, probe):
             return calibrated if probe is None else probe
 
-    with pytest.raises(SpecError, match=r"compensator looks looks at a probe .*selector: spread"):
+    with pytest.raises(SpecError, match=r"compensator looks reads a probe .*selector: spread"):
         prune(make_model("llama-gqa"), "wanda_sp", ratio=0.4, calibration=batches, compensate=Looks())
     with prune(
         make_model("llama-gqa"), "wanda_sp", ratio=0.4, calibration=batches, compensate=Looks(), selector="spread"

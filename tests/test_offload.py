@@ -221,7 +221,7 @@ def test_a_replaced_forward_is_refused(make_model):
 
 
 def test_weights_without_values_are_refused(make_model):
-    with pytest.raises(ModelError, match="no hook of accelerate brings them"):
+    with pytest.raises(ModelError, match="no hook of accelerate loads them"):
         prune(make_model("llama-gqa").to("meta"), "magnitude", ratio=0.4)
 
 

@@ -1,8 +1,8 @@
-"""Checks that every component has to pass, ours and everyone's: ``check_component(MaxWeight)`` in a plugin's tests.
+"""Checks that every component has to pass, built in or not: ``check_component(MaxWeight)`` in a plugin's tests.
 
-They run on made-up tensors of a few numbers. An architecture is held against a model by :func:`check_sites`
-and an evaluator is run by :func:`check_evaluation`. What is wrong is an :class:`AssertionError` that names
-the component and the rule.
+They run on small made-up tensors. :func:`check_sites` compares an architecture with a model, and
+:func:`check_evaluation` runs an evaluator. A broken rule raises :class:`AssertionError`, which names the component and
+the rule.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["check_component", "check_evaluation", "check_sites", "checks_of"]
 def check_component(component: type[Component] | Component) -> None:
     """Run every check on a component, or on a class with its default options.
 
-    Give an object where a class has options without a default. Raises :class:`AssertionError`.
+    A class with options that have no default must be passed as an object. Raises :class:`AssertionError`.
     """
     for check in checks_of(component):
         check(built(component))
@@ -47,14 +47,14 @@ def checks_of(component: type[Component] | Component) -> list[Check]:
 
 
 def built(component: type[Component] | Component) -> Component:
-    """The component itself, or the class with its defaults."""
+    """The component itself, or an object of the class with default options."""
     if isinstance(component, Component):
         return component
     required = [name for name, field in component.model_fields.items() if field.is_required()]
     expect(
         not required,
         component,
-        f"cannot be made by its name alone, {', '.join(required)} has no default; give one, or check an object",
+        f"cannot be made by its name alone, {', '.join(required)} has no default; add one, or check an object",
     )
     return component.model_validate({})
 
@@ -68,12 +68,12 @@ def check_declaration(component: Component) -> None:
 
 
 def check_description(component: Component) -> None:
-    """It says in one line what it does: ``prunekit list`` shows it."""
+    """It has a docstring, whose first line ``prunekit list`` shows."""
     expect(bool(type(component).summary()), component, "has no docstring of its own; its first line is shown by list")
 
 
 def check_options_are_frozen(component: Component) -> None:
-    """Options cannot be changed, and make it hashable."""
+    """Options cannot be changed, and are hashable."""
     try:
         component.name = "another"
     except ValidationError:
@@ -87,7 +87,7 @@ def check_options_are_frozen(component: Component) -> None:
 
 
 def check_unknown_option(component: Component) -> None:
-    """An option that it does not have is refused."""
+    """Unknown options are refused."""
     try:
         type(component).model_validate({**dict(component), "surely_no_option": 1})
     except ValidationError:
@@ -96,9 +96,9 @@ def check_unknown_option(component: Component) -> None:
 
 
 def check_round_trip(component: Component) -> None:
-    """Written to JSON and read again it is the same, parts and all: results can be rerun from ``resolved.yaml``."""
+    """Written to JSON and read again it is equal, with its parts: results can be rerun from ``resolved.yaml``."""
     try:
-        # Every part is written by its own class, as resolved.yaml has it, and read by it, as the catalog does.
+        # Every part is written by its own class, as in resolved.yaml, and read by it, as the catalog does.
         data = json.loads(json.dumps(component.model_dump(mode="json", serialize_as_any=True)))
         again = _read_like(component, data)
     except (TypeError, ValueError) as error:
@@ -107,7 +107,7 @@ def check_round_trip(component: Component) -> None:
 
 
 def _read_like(original: Any, data: Any) -> Any:
-    """Plain ``data`` made into what ``original`` is, every component of it by its class."""
+    """``data`` as an object like ``original``, every component by its own class."""
     if isinstance(original, Component):
         options = type(original).model_fields
         lost = sorted(set(options) - set(data)) if isinstance(data, dict) else list(options)
@@ -119,7 +119,7 @@ def _read_like(original: Any, data: Any) -> Any:
 
 
 def check_strategy_ratio(strategy: Strategy) -> None:
-    """The ratio is a share, and a strategy with another ratio is otherwise the same."""
+    """The ratio is a share of less than 1, and can be set on a strategy."""
     options = dict(strategy)
     for ratio in (-0.1, 1.0, math.nan):
         try:
@@ -131,7 +131,7 @@ def check_strategy_ratio(strategy: Strategy) -> None:
 
 
 def check_strategy_parts(strategy: Strategy) -> None:
-    """Every part is a sound component, and a strategy that probes has both parts that it takes."""
+    """Every part passes its own checks."""
     for part in (value for _, value in strategy if isinstance(value, Component)):
         for check in checks_of(part):
             check(part)
@@ -139,7 +139,7 @@ def check_strategy_parts(strategy: Strategy) -> None:
 
 
 def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
-    """Run on ``subject`` it returns finite numbers with their protocol, and leaves the model as it was."""
+    """On ``subject`` it returns finite numbers with their protocol, and leaves the model unchanged."""
     before = {name: parameter.clone() for name, parameter in subject.model.named_parameters()}
     mode = subject.model.training
     found = evaluator.evaluate(subject)

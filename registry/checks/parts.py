@@ -70,7 +70,7 @@ def expect_unchanged(component: Any, what: str, before: Tensor, after: Tensor) -
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside ``value``."""
+    """All tensors in ``value``."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -102,7 +102,7 @@ def check_scores(scorer: Scorer) -> None:
 
 
 def check_score_cost(scorer: Scorer) -> None:
-    """A decision costs O(C): what ``prepare`` hands on does not grow with the number of outputs."""
+    """A decision costs O(C): the prepared part does not grow with the number of outputs."""
     sizes = []
     for outputs in (20, 80):
         prepared = scorer.prepare(draw(outputs, UNITS * UNIT_SIZE), some_site("mlp"))
@@ -115,7 +115,7 @@ def check_score_cost(scorer: Scorer) -> None:
 
 
 def check_statistic(scorer: Scorer) -> None:
-    """Its statistic, where it wants one, keeps float32 tables per position and ignores padding."""
+    """Its statistic, if any, keeps float32 tables per position and ignores padding."""
     statistic = scorer.statistic
     if statistic is None:
         return
@@ -146,7 +146,7 @@ def padding_masks(batch: int, length: int) -> Iterator[Tensor | None]:
 
 
 def check_selection(selector: ProbeSelector) -> None:
-    """Rows and positions are int64, ascending, unique, in range and not empty, whatever the batch looks like."""
+    """Rows and positions are int64, ascending, unique, in range and not empty, for batches of any shape."""
     for batch, length in ((1, 1), (1, 2), (2, 1), (1, 30), (3, 7), (20, 64)):
         for valid in padding_masks(batch, length):
             states = draw(batch, length, 8)
@@ -168,7 +168,7 @@ def check_selection(selector: ProbeSelector) -> None:
 
 
 def check_merge(merger: HistoryMerger) -> None:
-    """The merged statistic is (t, C), float32, finite and not negative; it looks only at what it says."""
+    """The merged statistic is (t, C), float32, finite and not negative, and its inputs are unchanged."""
     for site in both_kinds():
         for scale in (1.0, 0.0, 1e-12, 1e12):
             probe, history = draw(5, 24).square() * scale, draw(5, 24, seed=1).square() * scale
@@ -182,12 +182,12 @@ def check_merge(merger: HistoryMerger) -> None:
 
 
 def check_update(merger: HistoryMerger) -> None:
-    """The updated history is (T, c), and there is one exactly where ``updates`` says so."""
+    """The updated history is (T, c), and there is one exactly if ``updates`` is true."""
     history, observed = draw(5, 10).square(), draw(5, 10, seed=1).square()
     updated = merger.update(history.clone(), observed.clone())
     if merger.updates:
         updated = expect_tensor(updated, merger, "the updated history", (5, 10))
-        expect(not torch.equal(updated, history), merger, "says that it updates history, and leaves it as it was")
+        expect(not torch.equal(updated, history), merger, "has updates true, and leaves history as it was")
     else:
         unchanged = updated is None or torch.equal(updated, history)
         expect(unchanged, merger, "updates history although its property updates is false: it would never be called")
@@ -216,9 +216,9 @@ def _copied(part: Tensor | Selection | None) -> Tensor | None:
 
 
 def check_allocation(allocator: SparsityAllocator) -> None:
-    """Counts are whole numbers of units the site has; ratio 0 keeps all, a larger ratio never keeps more.
+    """Counts are whole numbers of the site's units; ratio 0 keeps all, and a larger ratio never keeps more.
 
-    More than half may be out of an allocator's reach: it then raises :class:`SpecError`.
+    An allocator may raise :class:`SpecError` for a ratio above one half.
     """
     sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
     scores = [_site_scores(site, seed, allocator) for seed, site in enumerate(sites)]
@@ -247,13 +247,13 @@ def _site_scores(site: Site, seed: int, allocator: SparsityAllocator) -> SiteSco
 
 
 def check_model_types(architecture: Architecture) -> None:
-    """It says which models it serves."""
+    """It names the model types that it serves."""
     types = architecture.model_types
     expect(bool(types) and all(isinstance(t, str) for t in types), architecture, "names no config.model_type")
 
 
 def check_sites(architecture: Architecture, model: nn.Module, attention_unit: AttentionUnit = "kv_group") -> None:
-    """An architecture's sites fit the model: names, shapes, parameters, order. Raises :class:`AssertionError`."""
+    """Raise :class:`AssertionError` unless the sites fit the model: names, shapes, parameters, order."""
     layers = len(list(model.get_submodule(architecture.layers).children()))
     sites = architecture.sites(model, attention_unit)
     wanted = [(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]

@@ -1,4 +1,4 @@
-"""The roles: base classes that every plugin, built in or a stranger's, is written against.
+"""The roles: base classes of every plugin, built in or not.
 
 Letters: B rows of a batch, T positions, D hidden size, C channels entering the consumer, U units,
 O consumer outputs; b, t: the probe's rows and positions; k: kept units.
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class Scorer(Component):
-    """Turns a statistic of the channels and the consumer's weight into scores; the lowest are cut.
+    """Computes scores from a statistic of the channels and the consumer's weight; the lowest are cut.
 
-    Every score is *statistic x a constant of the weights*, so it has two steps: the O(O x C) part runs
-    once per site, and a decision costs O(C).
+    Every score is *statistic x a constant of the weights*: the O(O x C) part is computed once per site, and a decision
+    costs O(C).
     """
 
     statistic: ClassVar[Statistic | None] = MeanSquare()
-    """What to keep of the activations; ``None`` for a score of the weights alone."""
+    """The statistic of the activations; None for a score of the weights alone."""
 
     @abstractmethod
     def prepare(self, weight: Tensor, site: Site) -> Any:
@@ -47,29 +47,29 @@ class Scorer(Component):
 
 
 class ProbeSelector(Component):
-    """Picks which rows and positions of a batch the probe looks at."""
+    """Chooses the rows and positions of a batch that are probed."""
 
     looks_at: ClassVar[Literal["residual", "hidden"]] = "residual"
     """The residual stream before the block's norm, or the normed hidden states."""
 
     ahead: bool = Field(
         default=False,
-        description="decide for every block while the one before it runs, from the residual stream that that one reads "
-        "(PP's probing in parallel); a CUDA device does both at once",
+        description="decide for every block while the block before it runs, from the residual stream that it reads "
+        "(PP's parallel probing); a CUDA device runs both at once",
     )
 
     @abstractmethod
     def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows (b,) and positions (t,) of the probe, int64, ascending; states (B, T, D), valid (B, T) or None.
 
-        Positions (b, t) give every row its own; the probe's statistic is then taken token by token.
+        With positions (b, t) every row has its own, and the probe's statistic has one row for each token.
 
-        ``generator`` is a CPU generator seeded by the strategy, for selectors that draw.
+        ``generator`` is a CPU generator seeded by the strategy, for selectors that draw at random.
         """
 
 
 class HistoryMerger(Component):
-    """Merges what the probe saw with history, and history with what the whole batch then showed."""
+    """Merges the probe's statistic with history, and updates history with the statistic of the whole batch."""
 
     uses_probe: ClassVar[bool] = True
     uses_history: ClassVar[bool] = True
@@ -87,7 +87,7 @@ class HistoryMerger(Component):
 
     @property
     def updates(self) -> bool:
-        """Whether ``update`` changes anything: if not, the batch is not even measured."""
+        """Whether ``update`` changes anything; if not, the statistic of the batch is not computed."""
         return False
 
 
@@ -157,7 +157,7 @@ class SparsityAllocator(Component):
 
 
 class Architecture(Component):
-    """Declares a model family's prunable sites."""
+    """Lists the prunable sites of a model family."""
 
     model_types: tuple[str, ...]
     """``config.model_type`` values it serves."""

@@ -1,4 +1,4 @@
-"""The strategy's role: a named composition of components with defaults."""
+"""The strategy's role: a named composition of components."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ PaddingOf = Callable[[Tensor], Tensor | None]
 
 
 class Strategy(Component):
-    """What to score by, how much to cut where, how to cut, and (with a selector) how to probe every batch.
+    """How to score, how much to cut at each site, how to cut, and (with a selector) what to probe in every batch.
 
-    With a ``selector`` and a ``merger`` the decision is made anew for every batch; without them it is made once,
-    from the calibration statistics. A ``selector`` alone probes every batch for compensation only. Any field can be
-    overridden from YAML or Python.
+    With a ``selector`` and a ``merger`` units are chosen for every batch; without them once, by the calibrated
+    statistics. A ``selector`` alone probes every batch for compensation only. Any field can be set in YAML or Python.
     """
 
-    # The ratio's exact place depends on the allocator, so the model cannot declare it required.
+    # Whether a ratio is required depends on the allocator.
     ratio: float | None = Field(default=None, description="share of the model's units to cut, 0 <= ratio < 1")
     skip_layers: tuple[int, ...] = Field(default=(), description="layers left untouched")
     attention_unit: AttentionUnit = Field(
@@ -41,16 +40,16 @@ class Strategy(Component):
     merger: HistoryMerger | None = Field(default=None, description="how the probe and history are merged")
     compensate: Compensator = Field(
         default=NoCompensation(),
-        description="how what the dropped channels contributed is given back; null: not at all",
+        description="how the contribution of the dropped channels is compensated; null: not at all",
     )
     history: HistoryStorage = Field(
-        default=HistoryStorage(), description="where decisions are made per batch: how the channels' history is stored"
+        default=HistoryStorage(), description="how the channels' history is stored, where decisions are made per batch"
     )
     sequential: bool = Field(
         default=False,
         description="calibrate every layer on the outputs of the layers already cut (static strategies; slower)",
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of parts that draw and name no seed of their own")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of parts that draw at random without an own seed")
 
     @field_validator("ratio")
     @classmethod
@@ -73,17 +72,17 @@ class Strategy(Component):
             raise ValueError("deciding per batch needs both a selector and a merger (or neither, to decide once)")
         if self.selector is not None and self.merger is None and not self.compensate.uses_probe:
             raise ValueError(
-                "a selector needs a merger, to decide per batch, or a compensator that looks at the probe, such as "
+                "a selector needs a merger, to decide per batch, or a compensator that reads the probe, such as "
                 "probe_mean; set both to null to decide once"
             )
         if self.compensate.uses_probe and self.probes_with is None:
             raise ValueError(
-                f"compensator {self.compensate.name} looks at a probe of every batch, and this strategy has none; give "
-                "it a selector (selector: spread), or use compensate: mean"
+                f"compensator {self.compensate.name} reads a probe of every batch, and this strategy has none; add "
+                "a selector (selector: spread), or use compensate: mean"
             )
         if self.dynamic and self.scorer.statistic is None:
             raise ValueError(
-                f"scorer {self.scorer.name} looks at no activations, so a probe has nothing to tell it; "
+                f"scorer {self.scorer.name} uses no activations, so it cannot use a probe; "
                 "set selector and merger to null to decide once, or choose another scorer"
             )
         if self.dynamic and self.sequential:
@@ -130,7 +129,7 @@ class Strategy(Component):
 
     @property
     def probes_with(self) -> ProbeSelector | None:
-        """The selector of every batch's probe: the strategy's, else what its compensation needs one for; None: none."""
+        """The selector of every batch's probe: the strategy's, or that of its compensation; None: no probe."""
         if self.selector is None and self.compensate.uses_probe:
             return getattr(self.compensate, "selector", None)
         return self.selector
@@ -142,22 +141,22 @@ class Strategy(Component):
 
     @property
     def decides_ahead(self) -> bool:
-        """Whether every block is probed while the one before it runs."""
+        """Whether every block is probed while the block before it runs."""
         return self.probes_with is not None and self.probes_with.ahead
 
     @property
     def dynamic(self) -> bool:
-        """Whether the decision is made anew for every batch."""
+        """Whether units are chosen for every batch."""
         return self.merger is not None
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the strategy must see calibration batches before it can decide."""
+        """Whether the strategy needs calibration batches."""
         return self.compensates or self.decides_by_activations
 
     @property
     def decides_by_activations(self) -> bool:
-        """Whether calibration batches say what is kept."""
+        """Whether the choice of units depends on calibration batches."""
         if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
         if self.merger is not None:

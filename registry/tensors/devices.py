@@ -1,4 +1,4 @@
-"""Where a module computes and where its weights lie: accelerate may spread a model over devices, memory and disk.
+"""Where a module computes and where its weights are: accelerate may place a model on devices, in memory and on disk.
 
 An offloaded module's weights are placeholders on torch's ``meta`` device. The hook that accelerate puts around the
 module's forward brings them for as long as that forward runs.
@@ -18,7 +18,7 @@ from ..errors import ModelError
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """Accelerate's hooks on a module itself, those chained to one another one by one."""
+    """Accelerate's hooks on a module itself, chained ones one by one."""
     hook = getattr(module, "_hf_hook", None)
     waiting = [] if hook is None else [hook]
     while waiting:
@@ -28,14 +28,14 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether the module's own weights are there only while its forward runs."""
+    """Whether the module's own weights are loaded only while its forward runs."""
     return hasattr(module, "_hf_hook") and any(getattr(hook, "offload", False) for hook in _hooks(module))
 
 
 def device_of(module: nn.Module) -> torch.device:
     """The device that a module with a ``weight`` computes on, wherever that weight is stored now.
 
-    Raises :class:`ModelError` for a weight that holds no values and that nothing will bring.
+    Raises :class:`ModelError` for a weight without values that no hook loads.
     """
     weight = module.get_parameter("weight")
     device = weight.device
@@ -46,20 +46,20 @@ def device_of(module: nn.Module) -> torch.device:
     if found is None:
         raise ModelError(
             f"a {type(module).__name__} {tuple(weight.shape)} of the model is on the meta device, where it "
-            "holds no values, and no hook of accelerate brings them; load the model with from_pretrained"
+            "has no values, and no hook of accelerate loads them; load the model with from_pretrained"
         )
     return torch.device(found)
 
 
 def unautocast(tensor: Tensor) -> AbstractContextManager:
-    """Within it products of tensors on this one's device keep their dtype, although the caller's autocast lowers it."""
+    """Within it the caller's autocast does not lower the dtype of products on this tensor's device."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @contextmanager
 def weights_present(module: nn.Module) -> Iterator[None]:
-    """Within it the module's own weights hold their values on the device that it computes on."""
+    """Within it the module's own weights have their values on the device that it computes on."""
     if not is_offloaded(module) or module.get_parameter("weight").device.type != "meta":
         yield
         return
@@ -72,7 +72,7 @@ def weights_present(module: nn.Module) -> Iterator[None]:
 
 
 def stored_tensor(model: nn.Module, name: str) -> Tensor | None:
-    """The values of an offloaded parameter or buffer, read from where accelerate keeps them; None where it does not.
+    """The values of an offloaded parameter or buffer, read from accelerate's store; None if it is not there.
 
     ``name`` is its key in the state dict.
     """
@@ -83,15 +83,15 @@ def stored_tensor(model: nn.Module, name: str) -> Tensor | None:
             stored: Any = getattr(hook, "weights_map", None)
             try:
                 return stored[rest]
-            except (KeyError, TypeError):  # not kept here, or nothing is
+            except (KeyError, TypeError):  # not stored here
                 continue
     return None
 
 
 def places_of(model: nn.Module) -> dict[str, int]:
-    """How many modules with weights of their own accelerate's device map puts in each place, in the model's order.
+    """Number of modules with own weights in each place of accelerate's device map, in the model's order.
 
-    Places are "cuda:0", "cpu", "disk". Empty where the model lies in one place and runs there.
+    Places are "cuda:0", "cpu", "disk". Empty if the model is in one place and runs there.
     """
     mapped = getattr(model, "hf_device_map", {})
     if len(set(mapped.values())) < 2 and "disk" not in mapped.values():
@@ -106,5 +106,5 @@ def places_of(model: nn.Module) -> dict[str, int]:
 
 
 def place_name(place: int | str | torch.device) -> str:
-    """How messages name a device of accelerate's, which numbers CUDA devices."""
+    """The name of a place in messages: accelerate numbers CUDA devices."""
     return f"cuda:{place}" if isinstance(place, int) else str(place)

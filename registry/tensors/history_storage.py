@@ -1,4 +1,4 @@
-"""How a history is stored where decisions are made per batch: precision, and positions that share a row."""
+"""How a history is stored where decisions are made per batch: its precision, and positions that share a row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class HistoryStorage(BaseModel):
-    """What the tables of a strategy that decides per batch take in memory.
+    """Precision and size of the history's tables of a strategy that decides per batch.
 
     A table has a row for each position and a column for each channel: at 1,024 positions in float32 about 1.8 GB for
-    LLaMA-2-7B, and as much again for the calibrated copy that measurements start from. Calibration gathers in full and
-    in float32, whatever is set here.
+    LLaMA-2-7B, and as much again for the calibrated copy that measurements start from. Calibration itself always uses
+    float32 and a row for each position.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,15 +30,15 @@ class HistoryStorage(BaseModel):
     )
 
     def row_of(self, positions: Tensor) -> Tensor:
-        """Rows that hold ``positions``, int64 of any shape."""
+        """The rows of ``positions``, int64 of any shape."""
         return positions if self.pool == 1 else (positions + self.pool - 1) // self.pool
 
     def rows_for(self, positions: int) -> int:
-        """Rows that hold the first ``positions`` positions."""
+        """Number of rows of the first ``positions`` positions."""
         return (positions + 2 * self.pool - 2) // self.pool if positions else 0
 
     def pooled(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Means per position (T, c), of so many tokens each (T,), as means per row (R, c) and their tokens (R,)."""
+        """Means per position (T, c) of ``counts`` tokens each (T,), as means per row (R, c) and their tokens (R,)."""
         if self.pool == 1:
             return values, counts
         rows = self.row_of(torch.arange(len(values), device=values.device))
@@ -48,7 +48,7 @@ class HistoryStorage(BaseModel):
         return sums.div_(tokens.clamp(min=1)[:, None]), tokens
 
     def encode(self, values: Tensor) -> Tensor:
-        """Values (..., c) float32, not negative, as they are stored."""
+        """Values (..., c) float32, not negative, in the stored form."""
         if self.dtype == "float32":
             return values
         if self.dtype == "float16":
@@ -56,7 +56,7 @@ class HistoryStorage(BaseModel):
         return values.to(torch.bfloat16)
 
     def decode(self, stored: Tensor) -> Tensor:
-        """What :meth:`encode` was given, rounded; float32, a tensor of its own unless nothing was to be decoded."""
+        """The values from their stored form; float32, a new tensor unless they are stored as float32."""
         if self.dtype == "float32":
             return stored
         decoded = stored.float()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 VARIABLE = "PRUNEKIT_KERNELS"
-"""``plain`` does without Triton everywhere."""
+"""``plain`` disables Triton."""
 
 
 def usable_on(tensor: Tensor) -> bool:
-    """Whether a kernel of ours can read ``tensor``; not while torch compiles, which makes its own."""
+    """Whether a kernel of prunekit can read ``tensor``; not while torch compiles, which generates its own."""
     if not (tensor.is_cuda or interpreted()) or torch.compiler.is_compiling():
         return False
     return os.environ.get(VARIABLE) != "plain" and _installed() and _runs_on(tensor.device)
@@ -33,16 +33,16 @@ def _installed() -> bool:
 
 @functools.cache
 def _runs_on(device: torch.device) -> bool:
-    """Whether a first small launch succeeds: Triton may be there without the C compiler that it needs, or not know the
-    device. Everything is then done by torch's own operations."""
+    """Whether a first small launch succeeds: Triton may lack the C compiler that it needs, or not support the device.
+    Torch's own operations are used then."""
     from . import triton_reductions
 
     try:
         triton_reductions.position_sums(torch.ones(1, 1, 1, device=device), None, False, None)
     except Exception as error:
         warnings.warn(
-            f"Triton's kernels cannot be used on {device} ({type(error).__name__}: {error}); torch's own operations do "
-            f"the same, if slower. {VARIABLE}=plain does without Triton and this message",
+            f"Triton's kernels cannot be used on {device} ({type(error).__name__}: {error}); torch's own operations "
+            f"are used instead, and are slower. {VARIABLE}=plain disables Triton and this message",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Mean and covariance of what enters a site's consumer: what compensation learns from calibration."""
+"""Mean and covariance of the input of a site's consumer, which calibration computes for compensation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096
-"""Tokens taken in at once: bounds the float32 copy of a half-precision batch."""
+"""Tokens processed at once, which limits the float32 copy of a half-precision batch."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class ChannelMoments:
     """(C, C): sums of products of deviations from the mean; empty before the first token."""
 
     def observe(self, x: Tensor, valid: Tensor | None) -> None:
-        """Take in the tokens of x (B, T, C); valid (B, T) bool, or None where all are real."""
+        """Add the tokens of x (B, T, C); valid (B, T) bool, or None where all are real."""
         tokens = x.reshape(-1, self.channels) if valid is None else x[valid]
         for chunk in tokens.split(CHUNK):
             if len(chunk):
@@ -47,7 +47,7 @@ class ChannelMoments:
         self.tokens = total
 
     def clone(self) -> ChannelMoments:
-        """Moments of their own that have seen the same."""
+        """A copy with its own tensors."""
         return replace(self, mean=self.mean.clone(), products=self.products.clone())
 
     def take_covariance(self) -> Tensor:

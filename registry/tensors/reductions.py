@@ -1,6 +1,6 @@
-"""Reductions over a whole batch that a forward pass can afford: it is read once, and no float32 copy of it is made.
+"""Reductions over a whole batch that are cheap in a forward pass: it is read once, without a float32 copy.
 
-Letters: B rows, T positions, C channels, D hidden size. What comes out is float32, whatever goes in.
+Letters: B rows, T positions, C channels, D hidden size. Results are float32 for every dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def position_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of x, or of (x - centre)^2; x (B, T, C) -> (T, C) float32 and the tokens counted (T,).
 
-    Padded tokens, where valid (B, T) is false, count in neither. ``centre`` is (C,).
+    Padded tokens, where valid (B, T) is false, are left out of both. ``centre`` is (C,).
     """
     rows = torch.full((x.shape[1],), float(x.shape[0]), dtype=torch.float32, device=x.device)
     return _sums(x, valid, square, centre), rows if valid is None else valid.sum(0).float()
@@ -48,12 +48,12 @@ def token_norms(states: Tensor) -> Tensor:
     """L2 norm of every token's state; (B, T, D) -> (B, T) float32."""
     if states.device.type != "cpu" or states.dtype == torch.float32 or torch.compiler.is_compiling():
         return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
-    # Half precision is cast on the way, on a CPU into a copy: row by row that stays in the processor's cache.
+    # On a CPU half precision is cast into a copy: row by row it stays in the cache.
     return torch.stack([torch.linalg.vector_norm(row, dim=-1, dtype=torch.float32) for row in states])
 
 
 def _row_by_row(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) -> Tensor:
-    """For CPUs: temporaries stay in the cache, many times faster there than one reduction over the batch axis."""
+    """For CPUs: temporaries stay in the cache, which is many times faster than one reduction over the batch axis."""
     total = None
     for b in range(x.shape[0]):
         row = x[b].float()
@@ -71,7 +71,7 @@ def _row_by_row(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | 
 
 
 def _at_once(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) -> Tensor:
-    """One expression over the batch, which a compiler makes one reduction of."""
+    """One expression over the batch, which a compiler turns into one reduction."""
     x = x.float()
     if centre is not None:
         x = x - centre

@@ -1,7 +1,7 @@
 """Running statistics of the channels that enter a site's consumer.
 
 Letters: B rows, T positions, C channels. Everything is float32, whatever the model's dtype.
-Padded tokens count neither in the sums nor in the number of tokens.
+Padded tokens are left out of the sums and of the number of tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PLAIN = HistoryStorage()
 
 @dataclass
 class ChannelHistory:
-    """What one site's consumer input has shown so far: the only mutable thing in prunekit's decisions.
+    """The running statistics of one consumer's input: the only state that decisions change.
 
-    ``table`` (T, C) is the running statistic per position, ``rows`` (T,) how many rows reached each
-    position, ``mean`` (C,) and ``tokens`` the running mean over all tokens. After :meth:`store` the table is as
-    ``storage`` says, and read and written by the methods below it.
+    ``table`` (T, C) is the running statistic per position, ``rows`` (T,) the number of rows counted at each position,
+    ``mean`` (C,) and ``tokens`` the running mean over all tokens. After :meth:`store` the table has the form of
+    ``storage``, and the methods below read and write it.
     """
 
     channels: int
@@ -49,7 +49,7 @@ class ChannelHistory:
         return self.stored_positions or self.table.shape[0]
 
     def grow(self, positions: int) -> None:
-        """Make room for ``positions`` positions; new ones start at zero."""
+        """Extend the table to ``positions`` positions, with zeros."""
         missing = positions - self.positions
         if missing <= 0:
             return
@@ -59,7 +59,7 @@ class ChannelHistory:
         self.rows = torch.cat([self.rows, count])
 
     def observe_mean(self, x: Tensor, valid: Tensor | None) -> None:
-        """Take the tokens of ``x`` (B, T, C) into the running mean over all tokens."""
+        """Add the tokens of ``x`` (B, T, C) to the running mean over all tokens."""
         total, _ = position_sums(x, valid)
         count = float(x.shape[0] * x.shape[1] if valid is None else valid.sum())
         if count == 0:
@@ -75,14 +75,14 @@ class ChannelHistory:
         return sum(t.numel() * t.element_size() for t in (self.table, self.rows, self.mean) if t is not None)
 
     def clone(self) -> ChannelHistory:
-        """A history of its own that has seen the same."""
+        """A copy with its own tensors."""
         mean = None if self.mean is None else self.mean.clone()
         return replace(self, table=self.table.clone(), rows=self.rows.clone(), mean=mean)
 
-    # What decisions read and write, per batch.
+    # Read and written by decisions, per batch.
 
     def store(self, storage: HistoryStorage) -> None:
-        """Calibration is over: keep the table in this form from now on."""
+        """Convert the table to this form after calibration."""
         if not self.positions or storage == self.storage:
             return
         self.storage, self.stored_positions = storage, self.positions
@@ -90,7 +90,7 @@ class ChannelHistory:
         self.table = storage.encode(table)
 
     def at(self, positions: Tensor) -> Tensor:
-        """The statistic at ``positions`` (t,) int64, never negative; (t, C) float32, a tensor of its own."""
+        """The statistic at ``positions`` (t,) int64, not negative; (t, C) float32, a new tensor."""
         return self.storage.decode(self.table.index_select(0, self.storage.row_of(positions))).clamp_(min=0)
 
     def summed(self) -> Tensor:
@@ -102,19 +102,19 @@ class ChannelHistory:
         return torch.bincount(rows, minlength=len(table)).float() @ table
 
     def of_columns(self, positions: int, columns: Tensor) -> Tensor:
-        """Rows of the first ``positions`` positions, of ``columns`` (c,) int64 alone; (R, c) float32."""
+        """Rows of the first ``positions`` positions at ``columns`` (c,) int64; (R, c) float32."""
         return self.storage.decode(self.table[: self.storage.rows_for(positions)].index_select(1, columns))
 
     def write(self, columns: Tensor, values: Tensor) -> None:
-        """Put values (R, c) where :meth:`of_columns` read them."""
+        """Write values (R, c) where :meth:`of_columns` read them."""
         self.table[: len(values)].index_copy_(1, columns, self.storage.encode(values))
 
 
 class Statistic(Component):
-    """What a scorer wants to know of its channels. ``observe`` calibrates, ``measure`` looks at one batch."""
+    """What is kept of the channels' activations: ``observe`` calibrates, ``measure`` computes it for one batch."""
 
     tracks_mean: bool = False
-    """Whether ``observe`` keeps ``history.mean`` itself."""
+    """Whether ``observe`` updates ``history.mean``."""
 
     @abstractmethod
     def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
@@ -129,7 +129,7 @@ class Statistic(Component):
 
 
 class MeanSquare(Statistic):
-    """Mean over rows of x^2 at each position, the "energy" of PP and Wanda-sp."""
+    """Mean over rows of x^2 at each position (PP and Wanda-sp)."""
 
     name: Literal["mean_square"] = "mean_square"
 
@@ -157,8 +157,8 @@ class Fluctuation(Statistic):
         history.observe_mean(x, valid)
         if history.mean is None:
             return
-        # sum (x - old)(x - new) = sum (x - centre)^2 - n (half the step)^2, and both are exact: with
-        # nothing seen before, old := new makes it the batch's own sum of squares.
+        # sum (x - old)(x - new) = sum (x - centre)^2 - n (half the step)^2. Before the first batch old := new, which
+        # makes it the batch's own sum of squares.
         centre = history.mean if first else (old + history.mean) / 2
         half_step = torch.zeros_like(centre) if first else (history.mean - old) / 2
         sums, counts = position_sums(x, valid, square=True, centre=centre)

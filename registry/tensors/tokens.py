@@ -1,4 +1,4 @@
-"""What a model can take: the token ids it embeds and the positions it was made for."""
+"""Limits of a model's input: the token ids that it embeds and the positions that it was made for."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..errors import DataError
 
 
 def context_length(model: Any) -> int | None:
-    """Most positions that the model was made for, where its configuration says so."""
+    """The number of positions that the model was made for; None if its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_token_ids(ids: Tensor, vocabulary_size: int, place: str) -> None:
-    """Refuse ids, of any shape, that a model embedding ``vocabulary_size`` ids has no row for.
+    """Raise :class:`DataError` for ids, of any shape, outside of ``vocabulary_size``: the tokenizer is another model's.
 
-    ``place`` names where the ids come from. Raises :class:`DataError`: tokenizer and model do not belong together.
+    ``place`` names where the ids come from.
     """
     if not ids.numel():
         return

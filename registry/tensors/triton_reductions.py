@@ -1,4 +1,4 @@
-"""The reductions of :mod:`~prunekit.registry.tensors.reductions` as Triton kernels: one reading, no temporaries."""
+"""The reductions of :mod:`~prunekit.registry.tensors.reductions` as Triton kernels, without temporaries."""
 
 from __future__ import annotations
 

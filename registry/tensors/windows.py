@@ -1,4 +1,4 @@
-"""Text as one stream of token ids, and the windows it is cut into: what calibrating and measuring share."""
+"""Text as one stream of token ids, and the windows that it is cut into, for calibration and measurements."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Tail = Literal["keep", "drop"]
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the stream that the model sees at once; the last ``scored`` of its tokens (w,) count.
+    """A part of the stream for one pass of the model; the last ``scored`` of its tokens (w,) are scored.
 
-    The last ``unseen`` of the tokens are only to be predicted: the model is not shown them.
+    The last ``unseen`` of the tokens are predicted, but are not input of the model.
     """
 
     ids: Tensor
@@ -27,21 +27,21 @@ class Window:
 
     @property
     def shown(self) -> Tensor:
-        """The ids (w - unseen,) that the model gets."""
+        """The model's input ids (w - unseen,)."""
         return self.ids[: len(self.ids) - self.unseen]
 
 
 def token_stream(documents: Sequence[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
     """Token ids (N,), int64, of all documents joined by ``separator`` and tokenised as one text.
 
-    No special tokens are added. Joining before tokenising is what published WikiText-2 perplexities do.
+    No special tokens are added. Published WikiText-2 perplexities join before tokenising, too.
     """
     encoded = tokenizer(separator.join(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.long)
 
 
 def with_bos(ids: Tensor, tokenizer: Any) -> Tensor:
-    """The stream (N,) begun by one BOS, where the tokenizer has one: (N + 1,) or (N,)."""
+    """The stream (N,) with one BOS before it, if the tokenizer has one: (N + 1,) or (N,)."""
     if tokenizer.bos_token_id is None:
         return ids
     return torch.cat([torch.tensor([tokenizer.bos_token_id], dtype=ids.dtype), ids])
@@ -52,10 +52,9 @@ def cut_windows(
 ) -> list[Window]:
     """Windows of ``length`` tokens over the stream (N,), one every ``stride`` tokens (default: no overlap).
 
-    ``prefix``, a token id, begins every window and takes one of its places. A token that an earlier
-    window has scored is context only, and so is a window's first token if nothing stands before it.
-    The last window may be shorter: kept, or dropped with ``tail="drop"``. Windows that score nothing
-    are left out.
+    ``prefix``, a token id, is the first token of every window and counts towards ``length``. A token that an earlier
+    window has scored is context only, and so is the first token of a window without ``prefix``. The last window may be
+    shorter; ``tail="drop"`` drops it then. Windows without scored tokens are left out.
     """
     room = length - (prefix is not None)
     step = room if stride is None else stride
@@ -75,7 +74,7 @@ def cut_windows(
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """sha256 over token ids: of every tensor its shape, then its ids as little-endian int64."""
+    """sha256 of token ids: for every tensor its shape, then its ids as little-endian int64."""
     total = hashlib.sha256()
     for ids in tensors:
         total.update(repr(tuple(ids.shape)).encode())

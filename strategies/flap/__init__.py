@@ -12,7 +12,7 @@ from .scorer import FluctuationScorer
 
 
 class Flap(Strategy):
-    """FLAP: fluctuating channels stay, one threshold for all layers, the lost mean comes back as a bias."""
+    """FLAP: keep fluctuating channels, by one threshold for all layers, and add the mean of the others as a bias."""
 
     paper: ClassVar[str] = "FLAP, AAAI 2024, arXiv 2312.11983"
 

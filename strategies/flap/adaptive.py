@@ -1,4 +1,4 @@
-"""FLAP's global adaptive allocation: all sites compete, by standardised scores, under one threshold."""
+"""FLAP's global adaptive allocation: one threshold on the standardised scores of all sites."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def standardised(scores: SiteScores, group: int | None = None) -> Tensor:
 
 
 def _affordable(cost: Tensor, free: Tensor, budget: float) -> Tensor:
-    """Places (k,) of the units taken in this order, each that still fits; cost (U,), free (U,) bool."""
+    """Indices (k,) of the units that fit into the budget, taken in order; cost (U,), free (U,) bool."""
     rest, taken = free.nonzero().flatten(), []
-    # Every turn ends at a unit that no longer fits and drops all as expensive: one turn for each different cost.
+    # Every iteration ends at a unit that does not fit and drops all units of its cost or more.
     while len(rest := rest[cost[rest] <= budget]):
         spent = cost[rest].cumsum(0)
         fits = int((spent <= budget).sum())
@@ -35,9 +35,9 @@ def _affordable(cost: Tensor, free: Tensor, budget: float) -> Tensor:
 
 
 class GlobalAdaptive(SparsityAllocator):
-    """Lowest standardised scores of the whole model go first, until the ratio of its parameters is gone.
+    """The units with the lowest standardised scores of the model are cut, until the ratio of its parameters is met.
 
-    A unit that costs more than what is left to cut is passed over; cheaper ones after it may still go.
+    A unit that has more parameters than are left to cut is skipped; smaller ones after it may still be cut.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -46,7 +46,7 @@ class GlobalAdaptive(SparsityAllocator):
     minimum_units: int = Field(default=1, ge=0, description="units that every site keeps in any case")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
-        """Kept units of every site; raises :class:`SpecError` where ``minimum_units`` puts the ratio out of reach."""
+        """Kept units of every site; raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible."""
         values, costs, owners = [], [], []
         for index, scores in enumerate(sites):
             z = standardised(scores).cpu().double()

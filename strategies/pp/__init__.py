@@ -33,7 +33,7 @@ class PP(ProbePruning):
 
 
 class FullBatchProbing(ProbePruning):
-    """Full-batch probing: PP that probes every row and position; the paper's upper bound, at twice the work."""
+    """Full-batch probing: PP that probes every row and position; the paper's upper bound, at twice the cost."""
 
     name: Literal["full_batch_probing"] = "full_batch_probing"
     selector: ProbeSelector | None = Field(default=WholeBatch(), description="which part of a batch to probe")

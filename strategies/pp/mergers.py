@@ -1,4 +1,4 @@
-"""How the probe's statistic and history become one, and how history learns from the batch (PP)."""
+"""How the probe's statistic is merged with history, and how history is updated (PP)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...registry import HistoryMerger, Site
 
 
 class MovingAverage(HistoryMerger):
-    """History as an exponential moving average of what whole batches showed."""
+    """History as an exponential moving average of the statistics of whole batches."""
 
     momentum: float = Field(default=0.99, ge=0, le=1, description="weight of the old history; 1 freezes it")
 
@@ -55,7 +55,7 @@ class ProbeOnly(HistoryMerger):
 
 
 class HistoryOnly(MovingAverage):
-    """History alone: what the batches before have shown, without looking at this one."""
+    """History alone: the statistic of the batches before, without a probe."""
 
     uses_probe: ClassVar[bool] = False
     name: Literal["history_only"] = "history_only"

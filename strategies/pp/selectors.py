@@ -1,4 +1,4 @@
-"""Which rows and positions of a batch the probe looks at (PP)."""
+"""Which rows and positions of a batch are probed (PP)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...registry import ProbeSelector, token_norms
 
 SHORT_PROBE = 10
-"""Probes of at most this many positions always contain the first one, the attention sink."""
+"""Probes of at most this many positions always contain the first position, the attention sink."""
 
 
 class SizedSelector(ProbeSelector):
@@ -37,7 +37,7 @@ class NormSelector(SizedSelector):
             norms = norms.masked_fill(~valid, 0)
         positions = norms.norm(dim=0).topk(number_of_positions).indices.sort().values
         if number_of_positions <= SHORT_PROBE:
-            # The first position that holds a real token takes the place of the first one chosen.
+            # The first position with a real token replaces the first one chosen.
             first = positions.new_zeros(()) if valid is None else valid.any(0).int().argmax()
             positions = torch.cat([torch.minimum(positions[:1], first[None]), positions[1:]])
         rows = norms.index_select(1, positions).norm(dim=1).topk(number_of_rows).indices.sort().values
@@ -65,7 +65,7 @@ class RandomProbe(SizedSelector):
 
     def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         number_of_rows, number_of_positions = self.sizes(states)
-        # A row that is all padding, and a position that is padding in every row, has nothing to say.
+        # Rows and positions without any real token are chosen last.
         row_has = torch.ones(states.shape[0]) if valid is None else valid.any(1).float().cpu()
         position_has = torch.ones(states.shape[1]) if valid is None else valid.any(0).float().cpu()
         rows = _draw(row_has, number_of_rows, generator)
@@ -73,7 +73,7 @@ class RandomProbe(SizedSelector):
 
 
 class SpreadProbe(ProbeSelector):
-    """A few positions of every row, each row's own, drawn at random for every decision."""
+    """A few positions of every row, drawn at random for each row and decision."""
 
     name: Literal["spread"] = "spread"
     positions: float = Field(
@@ -81,7 +81,7 @@ class SpreadProbe(ProbeSelector):
     )
 
     def select(self, states: Tensor, valid: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """All rows (B,), and positions (B, t) row by row: real tokens first, as long as a row has any."""
+        """All rows (B,), and positions (B, t) of each row: padding only where a row has too few real tokens."""
         batch, length = states.shape[:2]
         count = min(max(math.ceil(self.positions * length), 2), length)
         keys = torch.rand(batch, length, generator=generator)
