@@ -148,9 +148,8 @@ def _marks(table: Cross) -> str:
     marks, question, said = table.marks, table.question, []
     if marks.best:
         each = f" of each {' and '.join(map(axis_title, marks.apart))}" if marks.apart else ""
-        own = bool(question.relative) and bool(
-            {question.rows, question.columns} - {*marks.apart} - {*question.relative}
-        )
+        compared = {question.rows, question.columns} - {*marks.apart}
+        own = bool(question.relative) and not compared <= {*question.relative}
         gain = " (the largest gain over its own reference, which need not be the best result)" * own
         said.append(f"{BEST} best mean{each}{gain}")
         if marks.tested:
@@ -166,12 +165,11 @@ def _test(table: Cross) -> str:
     marks, groups = table.marks, table.marks.unit == "group"
     axes = " x ".join(map(axis_title, marks.axes))
     within = f", each the mean over {' and '.join(map(axis_title, marks.within))}" if marks.within else ""
-    units = f"{marks.tested} {marks.unit}s ({axes}{within})"
-    limit = "taken as independent" if groups else "which show nothing about other models and texts"
-    few = ", very few" if groups and marks.tested < FEW_GROUPS else ""
+    few = ", very few," if groups and marks.tested < FEW_GROUPS else ""
+    limit = "groups are taken as independent" if groups else "seeds show nothing about other models and texts"
     return (
-        f"Student's 95% interval of the paired differences over {units}{few}, {limit}, includes 0, not corrected for "
-        "the number of cells"
+        f"the paired 95% interval (Student's t) over {marks.tested} {marks.unit}s ({axes}{within}){few} includes 0; "
+        f"{limit}, and the number of cells is not corrected for"
     )
 
 

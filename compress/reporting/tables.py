@@ -40,15 +40,14 @@ class Shown:
 class Row:
     """One line: settings, then numbers."""
 
-    settings: tuple[tuple[str, float | str], ...]
-    """Text and sort key by axis."""
-    cells: tuple[Shown, ...]
+    settings: list[str]
+    cells: list[Shown]
     dense: bool = False
     starts_block: bool = False
 
     @property
     def texts(self) -> list[str]:
-        return [*(text for text, _ in self.settings), *(cell.text for cell in self.cells)]
+        return [*self.settings, *(cell.text for cell in self.cells)]
 
 
 def head(summary: Summary, metrics: Sequence[Metric]) -> list[str]:
@@ -62,13 +61,8 @@ def table_rows(summary: Summary, metrics: Sequence[Metric], protocols: Protocols
     last = None
     for c in summary.configurations:
         block = (c.reference, c.ratio)
-        settings = tuple(
-            (setting_text(axis, value), _sort_key(axis, value))
-            if (value := c.settings.get(axis, ...)) is not ...
-            else ("-", "")
-            for axis in summary.shown_axes
-        )
-        cells = tuple(_configuration_cell(summary, c, metric, protocols) for metric in metrics)
+        settings = [setting_text(a, c.settings[a]) if a in c.settings else "-" for a in summary.shown_axes]
+        cells = [_configuration_cell(summary, c, metric, protocols) for metric in metrics]
         rows.append(Row(settings, cells, starts_block=last not in (None, block)))
         last = block
     return rows
@@ -84,7 +78,7 @@ def _dense_row(summary: Summary, reference: int, metrics: Sequence[Metric], prot
     for metric in metrics:
         cell = summary.dense_cell(reference, metric)
         cells.append(_shown(cell, name, False, protocols.of(metric.label, dense.trials)))
-    return Row(tuple((text, "") for text in texts), tuple(cells), dense=True)
+    return Row(texts, cells, dense=True)
 
 
 def _configuration_cell(summary: Summary, c: Configuration, metric: Metric, protocols: Protocols) -> Shown:
@@ -109,11 +103,6 @@ def _extent(metric: Metric, configuration: Configuration) -> str:
     return "" if error is None else f"; standard error {metric.text(error)}"
 
 
-def _sort_key(axis: str, value: object) -> float | str:
-    known = finite(value)
-    return setting_text(axis, value) if known is None else known
-
-
 def explanation(summary: Summary) -> list[str]:
     """At most two sentences: how to read the main table's values, and its marks."""
     evaluators = {metric.label: metric.evaluator for trial in summary.study.done for metric in trial.metrics}
@@ -136,7 +125,7 @@ def markdown(summary: Summary, plots: Sequence[Plot]) -> str:
     study, protocols = summary.study, Protocols()
     rows = table_rows(summary, summary.metrics, protocols)
     lines = [f"# {study.title}", "", " ".join(conclusion(summary)), ""]
-    cells = [[*(t for t, _ in row.settings), *(_bold(cell) for cell in row.cells)] for row in rows]
+    cells = [[*row.settings, *(f"**{c.text}**" if c.best else c.text for c in row.cells)] for row in rows]
     lines += [*markdown_table(head(summary, summary.metrics), cells), "", *explanation(summary), ""]
     tables = [(metric, *ranking_table(summary, metric)) for metric in summary.quality]
     for metric, titles, ranked in tables:
@@ -158,10 +147,6 @@ def markdown(summary: Summary, plots: Sequence[Plot]) -> str:
         lines.append(f"- **{label}**: " + "; ".join(f"{name}: {value}" for name, value in protocol.items()))
     lines += ["", "table.csv and table.tex hold the main table, trials.csv every trial with every value.", ""]
     return "\n".join(lines)
-
-
-def _bold(cell: Shown) -> str:
-    return f"**{cell.text}**" if cell.best else cell.text
 
 
 def table_csv(summary: Summary) -> str:

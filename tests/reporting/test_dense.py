@@ -56,7 +56,7 @@ def shown(table, title):
     """First cells of every row, and its value in one column."""
     rows = table_rows(table, table.metrics, Protocols())
     index = [column.title for column in table.metrics].index(title)
-    return [(*(text for text, _ in row.settings), row.cells[index].text) for row in rows]
+    return [(*row.settings, row.cells[index].text) for row in rows]
 
 
 def limits(study, uses=("pp", "flap"), ratios=(0.4,)):

@@ -169,7 +169,7 @@ def test_seeds_are_not_units_of_the_test(study):
     (table,) = tables(study(value, seeds=range(8)))
     assert (table.marks.tested, table.marks.unit, table.marks.axes) == (2, "group", ("text",))
     assert table.marks.best == ((0, 0), (0, 1)) and table.marks.ties == ((1, 0), (1, 1))
-    assert "over 2 groups (text, each the mean over seed), very few" in notes(table)[1]
+    assert "over 2 groups (text, each the mean over seed), very few, includes 0" in notes(table)[1]
 
 
 def test_what_all_groups_agree_on_is_significant(study):
@@ -186,7 +186,7 @@ def test_one_group_is_tested_by_its_seeds_and_says_so(study):
     (table,) = tables(study(value, without, seeds=range(3)))
     assert (table.marks.tested, table.marks.unit) == (3, "seed")
     assert table.marks.best == ((0, 1),) and table.marks.ties == ((1, 1),)
-    assert "3 seeds (seed), which show nothing about other models and texts" in notes(table)[1]
+    assert "3 seeds (seed) includes 0; seeds show nothing about other models and texts" in notes(table)[1]
     (table,) = tables(study(value, without, seeds=range(2)))
     assert table.marks.tested == 0 and table.marks.ties == ()
     assert "allow no test" in notes(table)[1]

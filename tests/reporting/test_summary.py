@@ -35,8 +35,8 @@ def test_rows_begin_with_dense_and_say_their_protocol(make_study):
     protocols = Protocols()
     rows = table_rows(table, table.metrics, protocols)
     assert [row.dense for row in rows] == [True, False, False, False, False]
-    assert [text for text, _ in rows[0].settings] == ["dense", ""]
-    assert [[text for text, _ in row.settings] for row in rows[1:]] == [
+    assert rows[0].settings == ["dense", ""]
+    assert [row.settings for row in rows[1:]] == [
         ["PP", "20%"], ["Wanda-sp", "20%"], ["PP", "40%"], ["Wanda-sp", "40%"]
     ]  # fmt: skip
     titles = [column.title for column in table.metrics]
