@@ -33,7 +33,7 @@ def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
     fallen = [here for here in sites if here.fell_back]
     notes = []
     if short:
-        tokens, compensator = min(here.tokens for here in short), short[0].compensator
+        tokens, compensator = min(here.tokens or 0 for here in short), short[0].compensator
         ridge = _ridge(short)
         solved = f"it was solved with a ridge of {extent(ridge)} times the mean variance; " if ridge else ""
         notes.append(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import pluggy
 
 from ..component import Component
@@ -31,41 +29,10 @@ ROLES: dict[str, type[Component]] = {
 """Hook name -> what the classes it returns must derive from."""
 
 
-class Hooks(Protocol):
-    """The specifications that pluggy checks implementations against."""
+def _hook(self: object) -> list[type[Component]]:
+    """Classes of the role that the hook is named after."""
+    return []
 
-    @hookspec
-    def strategies(self) -> list[type[Strategy]]:
-        """Named compositions, chosen by ``prune: {use: NAME}``."""
 
-    @hookspec
-    def scorers(self) -> list[type[Scorer]]:
-        """Channel scores."""
-
-    @hookspec
-    def probe_selectors(self) -> list[type[ProbeSelector]]:
-        """Which rows and positions of a batch a dynamic strategy probes."""
-
-    @hookspec
-    def history_mergers(self) -> list[type[HistoryMerger]]:
-        """How the probe's statistic and history are merged."""
-
-    @hookspec
-    def mask_appliers(self) -> list[type[MaskApplier]]:
-        """How a decision reaches the weights."""
-
-    @hookspec
-    def allocators(self) -> list[type[SparsityAllocator]]:
-        """How many units every site keeps."""
-
-    @hookspec
-    def compensators(self) -> list[type[Compensator]]:
-        """How the contribution of what is dropped is compensated."""
-
-    @hookspec
-    def architectures(self) -> list[type[Architecture]]:
-        """Model families and their prunable sites."""
-
-    @hookspec
-    def evaluators(self) -> list[type[Evaluator]]:
-        """Measurements of a model."""
+Hooks = type("Hooks", (), dict.fromkeys(ROLES, hookspec(_hook)))
+"""The specifications that pluggy compares implementations with: one hook per role."""

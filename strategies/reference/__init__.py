@@ -11,20 +11,6 @@ from .flap import FlapReference, FlapReferenceAllocator, FlapReferenceScorer, Wi
 from .pp import PPReference, PPReferenceFixedRatio, PPReferenceFullBatch, PPReferenceWandaSp
 from .pp_flap import PPReferenceFlap, PPReferenceFlapAllocator, PPReferenceFlapScorer
 
-__all__ = [
-    "FlapReference",
-    "FlapReferenceAllocator",
-    "FlapReferenceScorer",
-    "PPReference",
-    "PPReferenceFixedRatio",
-    "PPReferenceFlap",
-    "PPReferenceFlapAllocator",
-    "PPReferenceFlapScorer",
-    "PPReferenceFullBatch",
-    "PPReferenceWandaSp",
-    "Wifn",
-]
-
 
 @hookimpl
 def scorers() -> list[type[Scorer]]:

@@ -23,7 +23,7 @@ from prunekit.strategies.allocation import Uniform
 from prunekit.strategies.compensation import LeastSquares
 from prunekit.strategies.pp import PP, ProbePruning
 from prunekit.strategies.pp.mergers import MovingAverage
-from prunekit.strategies.reference import PPReference
+from prunekit.strategies.reference.pp import PPReference
 from torch import Tensor, nn
 
 uniform = Uniform()
