@@ -202,4 +202,5 @@ def latex(summary: Summary) -> str:
     text = pd.DataFrame(body).to_latex(
         header=titles, index=False, escape=False, caption=caption, column_format="l" * axes + "r" * len(summary.metrics)
     )
-    return f"% needs \\usepackage{{booktabs}}\n{text}"
+    centred = text.replace("\\begin{table}", "\\begin{table}\n\\centering", 1)
+    return f"% needs \\usepackage{{booktabs}}\n{centred}"
