@@ -12,7 +12,7 @@ from ..files.dotted import resolved_settings
 from ..output.formatting import number
 from ..runs.records import RunResult
 from .axes import finite
-from .summary import Summary
+from .summary import Configuration, Summary
 from .trials import Study, Trial
 
 MOST_VALUES = 4
@@ -125,20 +125,20 @@ def versions(study: Study) -> list[tuple[str, str]]:
 
 
 def notes(summary: Summary) -> list[tuple[str, str]]:
-    """Every note with its configurations; notes that differ only in numbers are one, with the numbers of the first."""
-    found: dict[str, tuple[str, dict[str, None], int]] = {}
+    """Every note with its configurations; of notes that differ only in numbers the first, and how many there are."""
+    same: dict[str, list[tuple[str, Configuration]]] = {}
     for configuration in summary.configurations:
         for trial in configuration.trials:
             for note in dict.fromkeys(trial.result.notes if trial.result else ()):
-                pattern = re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", note)
-                first, names, count = found.get(pattern, (note, {}, 0))
-                found[pattern] = (first, {**names, summary.name(configuration): None}, count + 1)
-    total = len(summary.study.done)
-    said = []
-    for first, names, count in found.values():
+                same.setdefault(re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", note), []).append((note, configuration))
+    lines = []
+    for found in same.values():
+        names = list(dict.fromkeys(summary.name(configuration) for _, configuration in found))
+        more = len({note for note, _ in found}) - 1
         listed = "; ".join(names) if len(names) <= MOST_VALUES else f"{len(names)} configurations"
-        said.append((first, f"{listed}: {count} of {total} trials"))
-    return said
+        about = f"{listed}: {len(found)} of {len(summary.study.done)} trials"
+        lines.append((found[0][0], about + (f", {more} with other numbers" if more else "")))
+    return lines
 
 
 def _model(result: RunResult) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..output.formatting import share
 from .axes import RATIO, USE, axis_title, key, named_text, setting_text
@@ -57,6 +58,7 @@ class Block:
         return [row.configuration for row in self.ranked if row.difference and row.difference.doubt]
 
 
+@lru_cache(maxsize=16)
 def rankings(summary: Summary, metric: Metric) -> list[Block]:
     """A ranking of every block that has values."""
     saving = any(summary.saves(c) for c in summary.configurations if summary.mean(c, metric) is not None)

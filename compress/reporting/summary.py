@@ -95,7 +95,7 @@ class Dense:
     places: list[int]
 
 
-@dataclass
+@dataclass(eq=False)
 class Summary:
     """The configurations of a study and their values."""
 

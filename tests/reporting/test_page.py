@@ -167,7 +167,7 @@ def test_notes_and_values_of_protocols_are_listed_once(make_study):
         trial.metric("overlap").protocol["sites"] = sites
     made = html(summarise(source), [])
     assert made.count("so there is no PRR") == 1
-    assert "(PP; FLAP: 3 of 4 trials)" in made and "(FLAP: 1 of 4 trials)" in made
+    assert "(PP; FLAP: 3 of 4 trials, 2 with other numbers)" in made and "(FLAP: 1 of 4 trials)" in made
     section = made[made.index('<section id="protocol">') : made.index('<section id="every">')]
     assert "<dt>sites</dt><dd>14 / 7 / 8</dd>" in section
 

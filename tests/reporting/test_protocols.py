@@ -16,14 +16,14 @@ def test_notes_that_differ_in_numbers_are_one_with_its_trials(make_study):
     source = make_study(["pp", "flap"], [0.4], seeds=(0, 1))
     values = (("64", "1 to 7", "0.2"), ("1,024", "1 to 7", "1.2e+03"), ("64", "1 to 9", "0.5"))
     assert noted(source, *([SHORT.format(*each)] for each in values), ["another"]) == [
-        (SHORT.format(*values[0]), "PP; FLAP: 3 of 4 trials"), ("another", "FLAP: 1 of 4 trials")
+        (SHORT.format(*values[0]), "PP; FLAP: 3 of 4 trials, 2 with other numbers"), ("another", "FLAP: 1 of 4 trials")
     ]  # fmt: skip
 
 
 def test_many_configurations_are_counted(make_study):
     source = make_study(ratios=(0.2, 0.4), seeds=(0, 1))  # 12 configurations
     (note,) = noted(source, *([f"a ridge of 0.{n % 9 + 1}"] if n % 2 else [] for n in range(24)))
-    assert note == ("a ridge of 0.2", "12 configurations: 12 of 24 trials")
+    assert note == ("a ridge of 0.2", "12 configurations: 12 of 24 trials, 8 with other numbers")
 
 
 def test_values_that_differ_are_listed_and_many_are_counted(make_study):
