@@ -105,8 +105,9 @@ def _short(text: str) -> str:
     return text if len(text) <= 120 else text[:120] + "..."
 
 
-def read_results(folder: Path) -> RunResult | Comparison:
+def read_results(folder: str | Path) -> RunResult | Comparison:
     """The results.json of a folder; raises :class:`SpecError` where there is none that can be read."""
+    folder = Path(folder)
     path = folder / RESULTS
     if not folder.is_dir():
         raise SpecError(f"there is no folder {folder}; {REMEDY}")
