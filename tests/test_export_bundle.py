@@ -181,7 +181,7 @@ def test_an_existing_folder_is_refused(exported, pipeline_file, command, tmp_pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     code, output = command("export", pipeline_file, "--profile", "padded", "--out", tmp_path / "mine", "--overwrite")
-    assert code == 2 and "is no exported folder" in output and (tmp_path / "mine" / "thesis.txt").exists()
+    assert code == 2 and "is not an exported folder" in output and (tmp_path / "mine" / "thesis.txt").exists()
     code, _ = command("export", pipeline_file, "--profile", "padded", "--out", exported, "--overwrite")
     assert code == 0 and json.loads((exported / "prunekit.json").read_text())["profile"] == "padded"
 

@@ -262,10 +262,10 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(content, tmp_pa
     with pytest.raises(SpecError, match=r"run exists; choose another with --out, or replace it with --overwrite"):
         Pipeline(content()).run(tmp_path / "run")
     (tmp_path / "run" / "thesis.tex").write_text("x")
-    with pytest.raises(SpecError, match="no results folder"):
+    with pytest.raises(SpecError, match="is not a results folder"):
         Pipeline(content(output={"overwrite": True})).run(tmp_path / "run")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SpecError, match="no results folder"):
+    with pytest.raises(SpecError, match="is not a results folder"):
         Pipeline(content(output={"overwrite": True})).run(tmp_path / "file")
     with pytest.raises(SpecError, match="cannot be made"):
         Pipeline(content()).run(tmp_path / "file" / "run")

@@ -65,11 +65,11 @@ def run(out: Path | None = None, overwrite: bool = False) -> None:
         with printing.Bars() as bars:
             done = measure(bars)
         rows = gather(done)
-        said = sentences(rows, RATIOS)
-        write(partial, done, rows, said)
+        remarks = sentences(rows, RATIOS)
+        write(partial, done, rows, remarks)
     printing.say(CAPTION)
     printing.show_table(HEAD, table_rows(rows), left=2)
-    for sentence in said:
+    for sentence in remarks:
         printing.say(f"- {sentence}")
     printing.say(f"\nDone in {time.perf_counter() - began:.0f} s. Results: {folder.target}", whole=True)
     printing.say("results.json, report.md, and in pipelines/ a file for each row: prunekit run FILE runs it again")
@@ -138,7 +138,7 @@ def gather(done: list[tuple[Run, Results]]) -> list[Row]:
     return [Row("dense", None, dense, dense, accuracy, 1.0, 1.0, 1.0), *rows.values()]
 
 
-def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], said: list[str]) -> None:
+def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], remarks: list[str]) -> None:
     """results.json, report.md and the pipeline file of every run."""
     (folder / "pipelines").mkdir()
     runs = []
@@ -154,7 +154,7 @@ def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], said: 
         "",
         *table(HEAD, table_rows(rows)),
         "",
-        *(f"- {sentence}" for sentence in said),
+        *(f"- {sentence}" for sentence in remarks),
         "",
     ]
     lines += [

@@ -1,4 +1,4 @@
-"""The demo's table, and sentences that say what its numbers say, whoever wins."""
+"""The demo's table, and sentences on its numbers."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def percent(value: float | None) -> str:
 
 
 def sentences(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
-    """Where PP beats the best static strategy and where not, what is left up to full-batch probing, and the time."""
+    """PP compared with the best static strategy and with full-batch probing, and its time."""
     blocks = {ratio: {row.strategy: row for row in rows if row.ratio == ratio} for ratio in ratios}
-    said = [
+    found = [
         f"{share(ratio)}, {words}: {_compared(block, situation)}."
         for ratio, block in blocks.items()
         for situation, words in SITUATIONS.items()
@@ -67,16 +67,16 @@ def sentences(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
         if static.compensated and _gap(getattr(block["pp"], situation), getattr(static, situation)) > TIE
     }
     if beaten_by:
-        said.append(
-            f"{' and '.join(sorted(beaten_by))} gives the mean of what it drops back as a bias; PP as published does "
-            "not (compensate: mean makes it)."
+        found.append(
+            f"{' and '.join(sorted(beaten_by))} adds the mean of what it drops as a bias; PP as published does not "
+            "(compensate: mean adds it)."
         )
     pp = blocks[max(ratios)]["pp"]
-    said.append(
+    found.append(
         f"At {share(pp.ratio)} PP computes {share(pp.flops)} of dense's operations, its probe included, in "
         f"{pp.time:.2f} of dense's time per batch on this machine."
     )
-    return said
+    return found
 
 
 def _best_static(block: dict[str, Row], situation: str) -> Row:

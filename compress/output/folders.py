@@ -46,14 +46,14 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether this is the disk's word that it takes no more; safetensors passes it on in a sentence."""
+    """Whether an error means that the disk is full; safetensors reports it in a sentence."""
     if isinstance(error, OSError):
-        return error.errno in FULL or error.errno is None  # numpy says how much it could write, and no number
+        return error.errno in FULL or error.errno is None  # numpy reports how much it could write, and no number
     return type(error).__name__ == "SafetensorError" and any(os.strerror(code) in str(error) for code in FULL)
 
 
 def readable(path: Path) -> None:
-    """Give a file the permissions of any new one: safetensors lets nobody but its owner read what it writes."""
+    """Set a file's permissions to those of any new one: safetensors lets only the owner read its files."""
     mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -61,13 +61,13 @@ def readable(path: Path) -> None:
 
 @dataclass
 class RunFolder:
-    """A results folder, or another one, in the making: filled under another name next to it, then renamed."""
+    """A results folder, or one of another kind, that is filled under another name and then renamed."""
 
     target: Path
     overwrite: bool = False
     what: str = "results folder"
     marker: str = "results.json"
-    """The file by which a folder of this kind is known; others are never replaced."""
+    """A file that every folder of this kind has; other folders are never replaced."""
     partial: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,9 +88,10 @@ class RunFolder:
         is_folder = self.target.is_dir() and not self.target.is_symlink()
         if not is_folder or (any(self.target.iterdir()) and not (self.target / self.marker).is_file()):
             why = f"no {self.marker} in it" if is_folder else "not a folder"
+            a = "an" if self.what[0] in "aeiou" else "a"
             raise SpecError(
-                f"{self.target} exists and is no {self.what} ({why}), so it is left alone, with --overwrite too; "
-                "choose another with --out"
+                f"{self.target} exists and is not {a} {self.what} ({why}), so it is not replaced, even with "
+                "--overwrite; choose another with --out"
             )
         if not self.overwrite:
             raise SpecError(
@@ -99,9 +100,9 @@ class RunFolder:
 
     @contextmanager
     def open(self) -> Iterator[Path]:
-        """The folder to write into; it appears under its name when the block ends, and goes if it fails.
+        """The folder to write into; it appears under its name when the block ends, and is deleted if it fails.
 
-        Raises :class:`SpecError` where the disk takes no more.
+        Raises :class:`SpecError` where the disk is full.
         """
         self.check()
         made = [folder for folder in self.target.parents if not folder.exists()]

@@ -45,7 +45,7 @@ def test_a_run_gets_a_report_beside_it(run_folder, tmp_path, capsys):
 
 
 def test_only_reports_are_replaced_and_failures_leave_nothing(run_folder, tmp_path, monkeypatch):
-    with pytest.raises(SpecError, match=r"is no report \(no report.html in it\)"):
+    with pytest.raises(SpecError, match=r"is not a report \(no report.html in it\)"):
         command.report(run_folder, run_folder, overwrite=True)
     monkeypatch.setattr(command, "html", lambda summary, plots: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -69,7 +69,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(kind, run_folder, tm
 def test_overwriting_is_advised_only_where_it_helps(run_folder, tmp_path):
     (tmp_path / "file").touch()
     for taken in ("file", "my.run"):
-        with pytest.raises(SpecError, match=r"is no report .*left alone, with --overwrite too; choose another"):
+        with pytest.raises(SpecError, match=r"is not a report .*not replaced, even with --overwrite; choose"):
             command.report(run_folder, tmp_path / taken)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SpecError, match="or replace it with --overwrite"):
