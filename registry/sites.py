@@ -36,8 +36,9 @@ class Producer:
 
     def rows(self, units: Tensor) -> Tensor:
         """Rows of this producer that compute ``units``; (k,) int64 -> (r,) int64."""
-        parts = [segment.of(units) for segment in self.segments]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(self.segments) == 1:
+            return self.segments[0].of(units)
+        return torch.cat([segment.of(units) for segment in self.segments])
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.engine.look_ahead import following_sites
-from prunekit.compress.engine.side_stream import SideStreams
+from prunekit.compress.engine.ahead import SideStreams, following_sites
 from prunekit.registry import ModelError
 from prunekit.strategies.pp.selectors import HiddenNorm, ResidualNorm
 
@@ -51,7 +50,7 @@ def test_what_is_probed_is_chosen_by_the_residual_one_block_earlier(make_model, 
     options = dict(ratio=0.4, calibration=batches, trace=True, selector={"name": name, "ahead": True})
     with prune(model, "pp", **options) as pruned, torch.no_grad():
         handles = [
-            cut.norm.register_forward_pre_hook(lambda _, args, cut=cut: seen.__setitem__(cut, args[0].clone()))
+            cut.binding.norm.register_forward_pre_hook(lambda _, args, cut=cut: seen.__setitem__(cut, args[0].clone()))
             for cut in pruned._engine.cuts
         ]
         model(batches[0]["input_ids"], use_cache=False)
@@ -60,7 +59,7 @@ def test_what_is_probed_is_chosen_by_the_residual_one_block_earlier(make_model, 
         cuts = pruned._engine.cuts
         records = pruned.trace
         for before, cut, record in zip(cuts[:-1], cuts[1:], records[1:], strict=True):
-            states = seen[before] if name == "residual_norm" else cut.norm.forward(seen[before])
+            states = seen[before] if name == "residual_norm" else cut.binding.norm.forward(seen[before])
             rows, positions = selector.select(states, None, torch.Generator())
             assert (record["layer"], record["kind"]) == (cut.site.layer, cut.site.kind)
             assert (record["rows"], record["positions"]) == (rows.tolist(), positions.tolist())
@@ -69,8 +68,9 @@ def test_what_is_probed_is_chosen_by_the_residual_one_block_earlier(make_model, 
 def test_a_site_behind_one_that_is_not_cut_is_decided_for_in_its_place(make_model, batches):
     model = make_model("llama-gqa")
     with prune(model, "pp", ratio=0.3, skip_layers=[1], calibration=batches, **AHEAD) as pruned:
-        pairs = following_sites(pruned._engine.cuts)
-    places = {(a.site.layer, a.site.kind): (b.site.layer, b.site.kind) for a, b in pairs.items()}
+        cuts = pruned._engine.cuts
+        pairs = [(cut, after) for cut, after in zip(cuts, following_sites(cuts), strict=True) if after is not None]
+    places = {(a.site.layer, a.site.kind): (b.site.layer, b.site.kind) for a, b in pairs}
     assert places == {(0, "attention"): (0, "mlp"), (2, "attention"): (2, "mlp")}
     # A site that keeps everything is not decided for, and the one behind it still is, from what it reads.
     allocator = {"name": "explicit", "attention": [0.5, 0, 0.5], "mlp": [0.5, 0.5, 0.5]}
@@ -128,7 +128,7 @@ def test_a_failed_batch_leaves_no_decision_behind(make_model, batches):
         with pytest.raises(ZeroDivisionError):
             model(batches[1]["input_ids"], use_cache=False)
         handle.remove()
-        assert all(cut.decided_ahead is None for cut in pruned._engine.cuts)
+        assert pruned._engine.shared.running.batch is None
         pruned.reset()
         assert torch.equal(model(ids, use_cache=False).logits, expected)
 
@@ -144,7 +144,7 @@ def test_layers_that_attend_differently_are_refused(make_model, batches):
 def test_beside_is_at_once_without_a_cuda_device():
     side, done = SideStreams(True), []
     x = torch.zeros(2)
-    with side.beside(x):
+    with side.work(x):
         done.append(x.sum())
     side.join()
     side.share(x, None)

@@ -210,7 +210,7 @@ def test_the_fold_is_that_of_float64(make_model, batches, family, options, compe
         cuts = [cut for cut in pruned._engine.cuts if not cut.whole]
         assert {cut.site.kind for cut in cuts} == {"attention", "mlp"}
         for cut in cuts:
-            weight, bias = cut.consumer_weights(cut.consumer)
-            expected = reference(x[cut.site.consumer], cut.consumer, cut.site.columns(cut.fixed), ridge)
+            weight, bias = cut.consumer_weights()
+            expected = reference(x[cut.site.consumer], cut.binding.consumer, cut.site.columns(cut.fixed), ridge)
             for found, right in zip((weight, bias), expected, strict=True):
                 assert (found.double() - right).norm() < 1e-4 * right.norm()

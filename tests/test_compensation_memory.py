@@ -98,7 +98,7 @@ def test_every_device_has_room_of_its_own(make_model, batches, monkeypatch):
     for cut in cuts:
         cut.compensation.compensator = LeastSquares(memory_gib=(2 * MLP + work - 9) / GIB)
     assert [len(group) for group in grouped(cuts, per_batch=False)] == [1, 1, 1]
-    places = {id(cut.consumer): torch.device("cuda", index % 2) for index, cut in enumerate(cuts)}
+    places = {id(cut.binding.consumer): torch.device("cuda", index % 2) for index, cut in enumerate(cuts)}
     monkeypatch.setattr(covariances, "device_of", lambda module: places[id(module)])
     assert [len(group) for group in grouped(cuts, per_batch=False)] == [2, 1]
 

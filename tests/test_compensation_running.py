@@ -26,13 +26,14 @@ def recorded(cuts):
 
     def hook(cut):
         def record(module, args, output):
-            if not cut.probing:
+            probe = cut.shared.running.batch.probe
+            if probe is None or not probe.is_running:
                 x, y = (t.reshape(-1, t.shape[-1]).double() for t in (args[0], output))
-                runs.append((cut.site, cut.kept, *cut.consumer_weights(module), x, y))
+                runs.append((cut.site, cut.kept, *cut.consumer_weights(), x, y))
 
         return record
 
-    handles = [cut.consumer.register_forward_hook(hook(cut), prepend=True) for cut in cuts]
+    handles = [cut.binding.consumer.register_forward_hook(hook(cut), prepend=True) for cut in cuts]
     try:
         yield runs
     finally:
@@ -195,7 +196,7 @@ def test_nothing_is_left_also_after_an_exception(make_model, batches, family, st
         with pruned.dense():
             assert torch.equal(logits(model, ids), dense)
         for index in (0, -1):
-            handle = pruned._engine.cuts[index].consumer.register_forward_pre_hook(fail)
+            handle = pruned._engine.cuts[index].binding.consumer.register_forward_pre_hook(fail)
             with pytest.raises(KeyboardInterrupt):
                 logits(model, batches[1]["input_ids"])
             handle.remove()
@@ -283,8 +284,8 @@ def test_a_write_to_the_weights_is_seen(make_model, batches, strategy, compensat
         with recorded([cut]) as runs, torch.no_grad():
             logits(model, ids)
             runs[0] = (*runs[0][:2], runs[0][2].clone(), *runs[0][3:])  # its memory is used again
-            cut.consumer.weight.mul_(0.5)
-            cut.consumer.bias.mul_(0.5)
+            cut.binding.consumer.weight.mul_(0.5)
+            cut.binding.consumer.bias.mul_(0.5)
             pruned.reset()
             logits(model, ids)
         (_, kept, weight, bias, *_), (_, same, half, half_bias, *_) = runs

@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_named_alike_where_nothing_is_learnt(make_model, b
                 model(inputs_embeds=embeddings, use_cache=False)
             said.append(str(raised.value))
             model(batches[0]["input_ids"], use_cache=False)
-            assert not pruned._engine.decider.finite._waiting
+            assert pruned._engine.shared.running.batch is None
     assert said[0] == said[1] and quick.frame_count == 2  # of embeddings, and of ids
 
 

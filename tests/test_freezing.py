@@ -40,14 +40,15 @@ def test_mean_score_averages_the_scores_of_all_batches(model, batches):
     seen = {}
     with prune(model, "pp", ratio=0.4, calibration=batches, merger="probe_only") as pruned:
         decider = pruned._engine.decider
-        original = decider._unit_scores
+        original = decider._scored
 
-        def watched(cut, channels):
-            units = original(cut, channels)
-            seen.setdefault((cut.site.layer, cut.site.kind), []).append(units)
-            return units
+        def watched(state, statistic):
+            channels, units = original(state, statistic)
+            site = state.binding.site
+            seen.setdefault((site.layer, site.kind), []).append(units)
+            return channels, units
 
-        decider._unit_scores = watched
+        decider._scored = watched
         kept = pruned.freeze("mean-score", batches[:2])
         counts = pruned.counts
     for place, scores in seen.items():

@@ -63,7 +63,7 @@ def test_an_exception_in_the_middle_leaves_nothing(make_model, batches, family, 
         def fail(module, args):
             raise KeyboardInterrupt
 
-        consumer = pruned._engine.cuts[-1].consumer
+        consumer = pruned._engine.cuts[-1].binding.consumer
         handle = consumer.register_forward_pre_hook(fail)
         with pytest.raises(KeyboardInterrupt):
             model(ids, use_cache=False)

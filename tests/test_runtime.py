@@ -5,10 +5,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from prunekit.compress import Pipeline, prune
-from prunekit.compress.engine import forward_pass, probe_reuse
-from prunekit.compress.engine.probe_reuse import Probed
+from prunekit.compress.engine import batch as batch_module
+from prunekit.compress.engine import hooks
+from prunekit.compress.engine.ahead import SideStreams
+from prunekit.compress.engine.batch import ProbeProducts
 from prunekit.compress.engine.runtime import Runtime
-from prunekit.compress.engine.side_stream import SideStreams
 from prunekit.registry import SpecError
 from prunekit.strategies.application import Slice
 
@@ -123,14 +124,10 @@ class Beside(SideStreams):
 
     def __init__(self, wanted):
         super().__init__(wanted)
-        self.begun, self.joined, self.shared = 0, 0, []
-
-    @property
-    def used(self):
-        return True
+        self.begun, self.joined, self.shared, self.used = 0, 0, [], True
 
     @contextmanager
-    def beside(self, *inputs):
+    def work(self, x):
         self.begun += 1
         yield
 
@@ -157,7 +154,7 @@ def test_work_beside_the_models_own_agrees(make_model, batches, family, options,
         for faked in (False, True):
             with monkeypatch.context() as patched:
                 if faked:
-                    patched.setattr(forward_pass, "SideStreams", side)
+                    patched.setattr(hooks, "SideStreams", side)
                 found.append(run(model, batches, **options, **given))
                 full = {"ratio": 0.4, "calibration": batches, **options, **given}
                 with prune(model, "pp", **full) as pruned, torch.no_grad():
@@ -185,13 +182,13 @@ def test_inference_mode_and_back(make_model, batches):
 @pytest.fixture
 def reused(monkeypatch):
     """Counts the producers that took over what the probe had made."""
-    count, linear = [], Probed.linear
+    count, linear = [], ProbeProducts.linear
 
     def counting(self, *args):
         count.append(args[0])
         return linear(self, *args)
 
-    monkeypatch.setattr(Probed, "linear", counting)
+    monkeypatch.setattr(ProbeProducts, "linear", counting)
     return count
 
 
@@ -216,7 +213,7 @@ def test_the_probes_products_are_taken_over_in_small_float32_batches(make_model,
             model(ids, use_cache=False)
 
     assert producers(call=lowered) == 0
-    monkeypatch.setattr(probe_reuse, "WORTH_UP_TO", 4 * 24 - 1)
+    monkeypatch.setattr(batch_module, "REUSED_UP_TO", 4 * 24 - 1)
     assert producers() == 0
 
 
@@ -239,13 +236,13 @@ def test_what_is_taken_over_reaches_the_logits(make_model, batches, monkeypatch)
     """The negative control: a probe whose products are off moves the logits."""
     model = make_model("llama-gqa")
     right = run(model, batches[:1])
-    linear = Probed.linear
+    linear = ProbeProducts.linear
 
     def off(self, producer, *rest):
         self.outputs[producer] = self.outputs[producer] + 0.5
         return linear(self, producer, *rest)
 
-    monkeypatch.setattr(Probed, "linear", off)
+    monkeypatch.setattr(ProbeProducts, "linear", off)
     wrong = run(model, batches[:1])
     assert (wrong[0][0] - right[0][0]).abs().max() > 1e-2
 

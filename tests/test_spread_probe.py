@@ -7,7 +7,7 @@ import torch
 from prunekit.compress import prune
 from prunekit.compress.engine import decider, probing
 from prunekit.compress.engine.probing import pick_tokens, probe_states
-from prunekit.registry import HistoryMerger
+from prunekit.registry import HistoryMerger, Strategy
 from prunekit.strategies.pp.selectors import SpreadProbe
 
 BATCH, LENGTH = 4, 24
@@ -116,7 +116,7 @@ def test_each_row_sees_what_it_would_see_alone(make_model, batches, monkeypatch,
         return together
 
     valid, model = MASKS[padding], make_model(family, attention=attention)
-    monkeypatch.setattr(decider, "probe_states", checked)
+    monkeypatch.setattr(probing, "probe_states", checked)
     run(model, batches[0]["input_ids"], valid, batches, selector=SpreadProbe(positions=0.3))
     assert sum(compared) == 6 * (4 * 8 if valid is None else 8 + 2 + 8 + 1)
 
@@ -126,20 +126,20 @@ def test_each_row_sees_what_it_would_see_alone(make_model, batches, monkeypatch,
 def test_the_same_positions_in_every_row_are_the_plain_probe(make_model, batches, monkeypatch, attention, padding):
     """All positions of all rows, row by row and for the whole batch: equal states, statistics, means and decisions."""
     valid, ids, seen = MASKS[padding], batches[0]["input_ids"], []
-    measure, mean_of = decider.Decider._measure, decider.Decider._mean_of
+    measure, mean_of = Strategy.measure, probing.mean_of
 
-    def summed(self, cut, x, mask, *columns, **options):
-        found = measure(self, cut, x, mask, *columns, **options)
+    def summed(self, statistic, x, mask, mean):
+        found = measure(self, statistic, x, mask, mean)
         if mask is None or x.shape[0] == 1:  # with padding a position's mean is over its real tokens, not a sum
             seen[-1].append(found.sum(0) * x.shape[0])
         return found
 
-    def averaged(self, *args):
-        seen[-1].append(mean_of(self, *args))
+    def averaged(*args):
+        seen[-1].append(mean_of(*args))
         return seen[-1][-1]
 
-    monkeypatch.setattr(decider.Decider, "_measure", summed)
-    monkeypatch.setattr(decider.Decider, "_mean_of", averaged)
+    monkeypatch.setattr(Strategy, "measure", summed)
+    monkeypatch.setattr(probing, "mean_of", averaged)
     options = dict(merger="probe_only", compensate={"name": "probe_mean", "probe": 1.0})
     results = []
     for selector in ("whole_batch", SpreadProbe(positions=1.0)):
@@ -198,22 +198,22 @@ GIVEN = []
 def test_every_token_meets_the_history_of_its_own_position(make_model, batches, padding, monkeypatch):
     """And padding adds neither to the statistic nor from history."""
     valid, ids, scored = MASKS[padding], batches[0]["input_ids"], []
-    scores = decider.Decider._channel_scores
+    scores = decider.Decider._scored
 
-    def channel_scores(self, cut, statistic):
-        scored.append((cut, statistic))
-        return scores(self, cut, statistic)
+    def channel_scores(self, state, statistic):
+        scored.append((state, statistic))
+        return scores(self, state, statistic)
 
     GIVEN.clear()
     model = make_model("opt")
     options = dict(ratio=0.4, calibration=batches, selector=SpreadProbe(positions=0.3), merger=Remembered())
     with prune(model, "pp", trace=True, **options) as pruned, torch.no_grad():
-        monkeypatch.setattr(decider.Decider, "_channel_scores", channel_scores)
+        monkeypatch.setattr(decider.Decider, "_scored", channel_scores)
         model(ids, attention_mask=None if valid is None else valid.long(), use_cache=False)
         positions = torch.tensor([record["positions"] for record in pruned.trace])
     assert len(GIVEN) == len(scored) == len(positions) == 6
-    for (probe, history), (cut, statistic), places in zip(GIVEN, scored, positions, strict=True):
-        assert torch.equal(history, cut.history.table[places.flatten()])
+    for (probe, history), (state, statistic), places in zip(GIVEN, scored, positions, strict=True):
+        assert torch.equal(history, state.history.table[places.flatten()])
         real = torch.ones_like(places) if valid is None else valid.long().gather(1, places)
         assert (probe[real.flatten() == 0] == 0).all()
         torch.testing.assert_close(statistic, ((probe + history) * real.reshape(-1, 1)).sum(0))

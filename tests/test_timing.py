@@ -6,7 +6,7 @@ import pytest
 import torch
 from prunekit.compress import prune
 from prunekit.compress.calibration.passes import no_progress
-from prunekit.compress.engine import decider
+from prunekit.compress.engine import probing
 from prunekit.compress.engine.gathering import Gatherer
 from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring
@@ -15,6 +15,7 @@ from prunekit.evaluators.latency import PARTS, Latency
 from prunekit.evaluators.passes import cached_prefill, prefill
 from prunekit.evaluators.timing import Clock, EventClock, accelerators, clock_of
 from prunekit.registry import STAGES, SpecError
+from prunekit.strategies.pp.mergers import MovingAverage
 
 
 @pytest.fixture
@@ -126,9 +127,14 @@ def broken_down(make_model, batches, now, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(Gatherer, "rows", costly(Gatherer.rows, 100))
-    monkeypatch.setattr(decider.Decider, "_learn", costly(decider.Decider._learn, 1000))
-    monkeypatch.setattr(decider, "probe_states", costly(decider.probe_states, 10_000))
+    def copying(self, chosen, *rest):
+        spend(0 if chosen.dim else 100)
+        return copy(self, chosen, *rest)
+
+    copy = Gatherer.copy
+    monkeypatch.setattr(Gatherer, "copy", copying)
+    monkeypatch.setattr(MovingAverage, "update", costly(MovingAverage.update, 1000))
+    monkeypatch.setattr(probing, "probe_states", costly(probing.probe_states, 10_000))
 
     def measure(use, family="llama-gqa", **options):
         model = make_model(family)

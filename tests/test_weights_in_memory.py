@@ -2,8 +2,12 @@
 
 import torch
 from prunekit.compress import prune
-from prunekit.compress.engine.gathering import is_column_major
 from prunekit.compress.models.loading import fingerprint
+
+
+def is_column_major(weight):
+    return not weight.is_contiguous() and weight.t().is_contiguous()
+
 
 # Weights by columns
 
@@ -59,7 +63,7 @@ def test_weights_that_lie_in_memory_of_others_keep_their_layout(make_model, batc
 
 
 def pieces(pruned):
-    return {buffer.data_ptr() for buffer in pruned._engine.gatherer.buffers}
+    return {buffer.data_ptr() for buffer in pruned._engine.shared.gatherer.buffers}
 
 
 def test_all_layers_gather_into_the_same_memory(make_model, batches):
@@ -73,7 +77,7 @@ def test_all_layers_gather_into_the_same_memory(make_model, batches):
         assert pieces(pruned) == first
         model(ids, use_cache=True)
         assert not pieces(pruned), "nobody gathers into it meanwhile"
-        own = [tensor.data_ptr() for cut in pruned._engine.cuts for tensor in cut.weights.gathered()]
+        own = [tensor.data_ptr() for cut in pruned._engine.cuts for tensor in cut.copies()]
         assert len(set(own)) == 3 * 7, "cuts that serve several passes have memory of their own"
         model(ids, use_cache=False)
         assert len(pieces(pruned)) == 7
@@ -88,4 +92,4 @@ def test_memory_grows_to_the_largest_site(make_model, batches):
         model(batches[0]["input_ids"], use_cache=False)
         assert len(pieces(pruned)) == 7
         width = pruned.counts[2, "mlp"]
-        assert max(buffer.numel() for buffer in pruned._engine.gatherer.buffers) == 128 * width
+        assert max(buffer.numel() for buffer in pruned._engine.shared.gatherer.buffers) == 128 * width

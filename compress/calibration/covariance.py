@@ -20,7 +20,7 @@ SHARE = 0.8
 
 
 def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress, known: SomeMoments) -> None:
-    """Gather every cut site's covariance on the unpruned model, and settle what its compensation needs of it.
+    """Gather every cut site's covariance on the unpruned model, and compute what its compensation needs of it.
 
     ``known`` holds moments of consumers that these batches have shown already, and takes copies of what is gathered.
     Raises :class:`ModelError` before anything is gathered where a site does not fit in memory.
@@ -28,28 +28,30 @@ def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress,
     cuts = [cut for cut in engine.cuts if not cut.whole]
     for cut in cuts:
         if cut.site.consumer in known:
-            cut.compensation.moments = known[cut.site.consumer].clone()
-            settle(engine, cut)
+            cut.compensation.take(known[cut.site.consumer].clone())
+            finalize(engine, cut)
     groups = grouped([cut for cut in cuts if cut.site.consumer not in known], engine.strategy.dynamic)
     for number, group in enumerate(groups, 1):
         label = "covariances" if len(groups) == 1 else f"covariances, part {number} of {len(groups)}"
         calibrate_sites(engine, batches, progress, group, lambda cut, x, valid: cut.compensation.learn(x, valid), label)
         for cut in group:
-            known[cut.site.consumer] = cut.compensation.moments
-            settle(engine, cut)
+            if cut.compensation.moments is not None:
+                known[cut.site.consumer] = cut.compensation.moments
+            finalize(engine, cut)
 
 
-def settle(engine: Engine, cut: SiteCut) -> None:
+def finalize(engine: Engine, cut: SiteCut) -> None:
     """Turn a site's moments into what its cuts need."""
-    kept = usual = None
+    kept = calibrated = None
     if cut.fixed is not None:
         kept = cut.site.columns(cut.fixed)
     elif cut.history.positions:
-        usual = cut.site.columns(engine.decider.usual(cut))
-    cut.compensation.settle(kept, usual)
-    if cut.fixed is not None and cut.consumer.weight.dtype == torch.float16:
-        with weights_present(cut.consumer):
-            cut.compensation.check_folded(cut.consumer.weight, kept)
+        calibrated = cut.site.columns(engine.decider.calibrated_units(cut))
+    cut.compensation.finalize(kept, calibrated)
+    consumer = cut.binding.consumer
+    if kept is not None and consumer.weight.dtype == torch.float16:
+        with weights_present(consumer):
+            cut.compensation.check_folded(consumer.weight, kept)
 
 
 @dataclass
@@ -86,7 +88,7 @@ def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None
     for room in rooms.values():
         room.close()
     for cut in cuts:
-        device = device_of(cut.consumer)
+        device = device_of(cut.binding.consumer)
         compensator, channels = cut.compensation.compensator, cut.site.channels
         dropped = (cut.site.units - cut.count) * cut.site.unit_size
         working, made, limit = compensator.memory_plan(channels, dropped, per_batch)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...registry import DataError, NonFiniteError
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
-from ..engine.engine import Engine
-from ..engine.forward_pass import Learn
+from ..engine.engine import Engine, Learn
+from ..engine.learning import calibrate as learn_statistics
 from ..engine.site_cut import SiteCut
 
 Progress = Callable[[Iterable, str, int], Iterable]
@@ -90,12 +90,17 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def calibrate(engine: Engine, batches: list[Batch], progress: Progress) -> None:
+def calibrate(engine: Engine, batches: list[Batch], progress: Progress, every_mean: bool = False) -> None:
     """Fill the histories of all sites in one pass of the model over the batches.
 
-    Raises :class:`NonFiniteError` naming the first site whose activations are not finite.
+    ``every_mean``: track the channels' mean even where nothing of this strategy reads it. Raises
+    :class:`NonFiniteError` naming the first site whose activations are not finite.
     """
-    with engine.running("calibrate"):
+
+    def learn(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
+        learn_statistics(cut.state, x, valid, every_mean)
+
+    with engine.calibrating(learn):
         for batch in progress(batches, "calibrating", len(batches)):
             run_batch(engine, batch)
     _check_finite(engine)
@@ -106,7 +111,7 @@ def calibrate_sites(
 ) -> None:
     """Have ``learn`` look at what enters the consumers of ``cuts``; passes stop at the end of the last one's layer."""
     last = max(cut.site.layer for cut in cuts)
-    with engine.running("calibrate"), engine.learning(cuts, learn):
+    with engine.calibrating(learn, cuts):
         for batch in progress(batches, label, len(batches)):
             _forward_to(engine, batch, last)
 
@@ -123,22 +128,20 @@ def calibrate_sequentially(
     def passes() -> Iterator[tuple[int, Batch]]:
         return ((layer, batch) for layer in layers for batch in batches)
 
-    done = None
-    with engine.running("calibrate"):
+    number = 0
+    with engine.mode_of("calibrate"):
         for layer, batch in progress(passes(), "calibrating", len(layers) * len(batches)):
-            if done is not None and layer != done:
-                _check_finite(engine)
-                decide_layer(done)
-            done = layer
-            with engine.learning([cut for cut in engine.cuts if cut.site.layer == layer], learn):
+            with engine.calibrating(learn, [cut for cut in engine.cuts if cut.site.layer == layer]):
                 _forward_to(engine, batch, layer)
-    _check_finite(engine)
-    decide_layer(done)
+            number += 1
+            if number % len(batches) == 0:
+                _check_finite(engine)
+                decide_layer(layer)
 
 
 def _forward_to(engine: Engine, batch: Batch, layer: int) -> None:
     """One pass that stops at the end of a layer."""
-    handle = engine.layer(layer).register_forward_hook(_stop)
+    handle = engine.layers[layer].register_forward_hook(_stop)
     try:
         run_batch(engine, batch)
     except _EnoughSeen:
@@ -153,8 +156,8 @@ def _stop(layer: torch.nn.Module, args: tuple, output: Any) -> None:
 
 @torch.no_grad()
 def run_batch(engine: Engine, batch: Batch) -> None:
-    """One pass through the decoder: neither calibrating nor deciding has any use for logits."""
-    device = device_of(engine.model.get_input_embeddings())
+    """One pass through the decoder: neither calibrating nor deciding needs logits."""
+    device = device_of(engine.embeddings)
     engine.decoder(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
 
 

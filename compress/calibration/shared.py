@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -39,13 +40,12 @@ class SharedStatistics:
         known = self._of.setdefault(key, {})
         self._of.move_to_end(key)
         if any(_place(cut) not in known for cut in engine.cuts):
-            calibrate_for_all(engine, batches, progress)
+            calibrate(engine, batches, progress, every_mean=True)
             known.update((_place(cut), cut.history) for cut in engine.cuts)
             while len(self._of) > self.texts:
                 self._of.popitem(last=False)
         for cut in engine.cuts:
-            cut.history = known[_place(cut)].clone()
-            drop_unwanted(cut)
+            cut.state.learn(wanted(cut, known[_place(cut)].clone()))
 
     def moments(self, batches: list[Batch]) -> SomeMoments:
         """Means and covariances of consumers' inputs on the dense model, by the consumer's path.
@@ -60,18 +60,12 @@ class SharedStatistics:
         return known
 
 
-def calibrate_for_all(engine: Engine, batches: list[Batch], progress: Progress) -> None:
-    """Calibrate so that strategies that compensate find what they want too."""
-    for cut in engine.cuts:
-        cut.wants_mean = True
-    calibrate(engine, batches, progress)
-
-
-def drop_unwanted(cut: SiteCut) -> None:
-    """Leave a site what would have been gathered for its strategy alone."""
-    statistic = cut.scorer.statistic
-    if not (cut.compensation.wanted or (statistic is not None and statistic.tracks_mean)):
-        cut.history.mean, cut.history.tokens = None, 0.0
+def wanted(cut: SiteCut, history: ChannelHistory) -> ChannelHistory:
+    """The part of a history that would have been gathered for this strategy alone."""
+    statistic = cut.state.statistic
+    if cut.compensation.wanted or (statistic is not None and statistic.tracks_mean):
+        return history
+    return replace(history, mean=None, tokens=0.0)
 
 
 class SomeMoments(UserDict[str, ChannelMoments]):
@@ -88,7 +82,7 @@ class SomeMoments(UserDict[str, ChannelMoments]):
 
 
 def _place(cut: SiteCut) -> Place:
-    statistic = cut.scorer.statistic
+    statistic = cut.state.statistic
     return cut.site.consumer, None if statistic is None else statistic.identity
 
 

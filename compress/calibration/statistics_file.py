@@ -19,15 +19,15 @@ import filelock
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...registry import ChannelHistory, DataError
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from ..models.loading import fingerprint as model_fingerprint
 from ..output.folders import readable
-from .passes import Batch, Progress
-from .shared import SomeMoments, calibrate_for_all, drop_unwanted
+from .passes import Batch, Progress, calibrate
+from .shared import SomeMoments, wanted
 from .shared import fingerprint as text_fingerprint
 
 FORMAT = "prunekit statistics 1"
@@ -63,16 +63,16 @@ class StatisticsFile:
         known = self._read(origin, engine.cuts) if self.path.exists() else {}
         if all(cut in known for cut in engine.cuts):
             for cut, history in known.items():
-                cut.history = history
+                cut.state.learn(history)
             self.used = "read"
         else:
             check_place(self.path)
-            calibrate_for_all(engine, batches, progress)
+            calibrate(engine, batches, progress, every_mean=True)
             with filelock.FileLock(self.path.with_name(f".{self.path.name}.lock")):
                 self._write(origin, engine.cuts)
             self.used = "written"
         for cut in engine.cuts:
-            drop_unwanted(cut)
+            cut.state.learn(wanted(cut, cut.history))
 
     def moments(self, batches: list[Batch]) -> SomeMoments:
         """None are kept."""
@@ -95,7 +95,7 @@ class StatisticsFile:
     def _history(self, file: Any, metadata: dict[str, str], cut: SiteCut) -> ChannelHistory:
         place, found = _place(cut), {}
         channels, stored = cut.site.channels, set(file.keys())
-        for name in PARTS if cut.scorer.statistic is not None else ("mean",):
+        for name in PARTS if cut.state.statistic is not None else ("mean",):
             if f"{place}.{name}" not in stored:
                 raise self._damaged(f"{place}.{name}", "is not there")
             tensor = found[name] = file.get_tensor(f"{place}.{name}").to(cut.history.device)
@@ -162,7 +162,7 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
         yield file, metadata
 
 
-def origin_of(model: nn.Module, batches: list[Batch]) -> dict[str, str]:
+def origin_of(model: Any, batches: list[Batch]) -> dict[str, str]:
     """What statistics are of: sha256 of weights, configuration and token ids."""
     configuration = {key: value for key, value in model.config.to_diff_dict().items() if key not in NOT_COMPUTING}
     return {
@@ -174,7 +174,7 @@ def origin_of(model: nn.Module, batches: list[Batch]) -> dict[str, str]:
 
 def _place(cut: SiteCut) -> str:
     """The name of a site's statistic in the file: the consumer's path and what is kept of its input."""
-    statistic = cut.scorer.statistic
+    statistic = cut.state.statistic
     if statistic is None:
         return f"{cut.site.consumer}:none"
     cls, options = statistic.identity

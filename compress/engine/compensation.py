@@ -47,10 +47,11 @@ class SiteCompensation:
     diagnostics: dict[str, float] = field(default_factory=dict)
     """Numbers that the compensator has reported of the solution."""
 
-    @property
-    def wanted(self) -> bool:
-        """Whether anything is compensated."""
-        return not isinstance(self.compensator, NoCompensation)
+    wanted: bool = field(init=False)
+    """Whether anything is compensated."""
+
+    def __post_init__(self) -> None:
+        self.wanted = not isinstance(self.compensator, NoCompensation)
 
     @property
     def has_slope(self) -> bool:
@@ -66,6 +67,27 @@ class SiteCompensation:
             tensors.append(self.moments.products)
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
+    def use(self, compensator: Compensator) -> None:
+        """Compensate with this component from now on, by what calibration has found already."""
+        self.compensator = compensator
+        self.wanted = not isinstance(compensator, NoCompensation)
+
+    def take(self, moments: ChannelMoments) -> None:
+        """Use moments of this site that were computed before."""
+        self.moments = moments
+
+    def restore(
+        self,
+        fixed: Slope | None,
+        prepared: Prepared | None,
+        fell_back: bool,
+        tokens: int | None,
+        diagnostics: dict[str, float],
+    ) -> None:
+        """Take over what an earlier calibration has found."""
+        self.fixed, self.prepared, self.fell_back = fixed, prepared, fell_back
+        self.tokens, self.diagnostics = tokens, diagnostics
+
     def learn(self, x: Tensor, valid: Tensor | None) -> None:
         """Add a calibration batch x (B, T, C) to the moments."""
         if self.moments is None:
@@ -73,10 +95,11 @@ class SiteCompensation:
         with unautocast(x):
             self.moments.observe(x, valid)
 
-    def settle(self, kept: Tensor | None, usual: Tensor | None) -> None:
+    def finalize(self, kept: Tensor | None, calibrated: Tensor | None) -> None:
         """Compute from the moments what cuts need, and drop the covariance.
 
-        ``kept`` (k,) are the channels of a cut made once, else None; ``usual`` (k,) those that calibration alone keeps.
+        ``kept`` (k,) are the channels of a cut made once, else None; ``calibrated`` (k,) those that calibration
+        alone keeps.
         Raises :class:`NonFiniteError` and :class:`SingularError`, naming the site.
         """
         moments, self.moments = self.moments, None
@@ -84,7 +107,7 @@ class SiteCompensation:
             return
         self.tokens = moments.tokens
         covariance = SiteCovariance(
-            moments.take_covariance(), moments.tokens, usual if kept is None else kept, once=kept is not None
+            moments.take_covariance(), moments.tokens, calibrated if kept is None else kept, once=kept is not None
         )
         if kept is not None and not len(kept):
             self.fixed = ()

@@ -1,4 +1,4 @@
-"""A decoder that torch compiles, for the passes that can be compiled."""
+"""Compiles the decoder with torch.compile, and runs it as it is where a pass cannot be compiled."""
 
 from __future__ import annotations
 
@@ -9,55 +9,56 @@ import torch
 from torch import nn
 
 from ...registry import ModelError
-from .call_arguments import named
-from .forward_pass import ForwardPass
+from .batch import named
+from .hooks import Hooks
 from .probing import CACHE_ARGUMENT
 from .runtime import CompileMode
-from .watching import Stages
 
 WORTH_FROM = 32
-"""Tokens of a batch: compiling takes as long for fewer, such as those of a pass that lets a model settle."""
+"""Tokens of a batch: compiling takes as long for fewer, such as those of a pass that settles a model."""
 
 
-def compile_decoder(decoder: nn.Module, mode: CompileMode, passing: ForwardPass, stages: Stages) -> Callable[[], None]:
-    """Have passes of ``decoder`` without a key/value cache run compiled, pruned and dense ones; gives what undoes it.
+class CompiledForward:
+    """A decoder's forward that is compiled for passes without a key/value cache, pruned and dense ones.
 
-    The hooks on the decoder itself stay outside of the graph: they count batches, look for what is not finite and take
-    over what history has learnt. Passes with a cache, with gradients, in calibration, of a few tokens, or that somebody
-    watches step by step or operation by operation run as they are. Raises :class:`ModelError` for a model that is
-    spread over devices or offloaded, or where there is no compiler.
+    What is checked and learnt when the batch has passed stays outside of the graph. Passes with a cache, with
+    gradients, in calibration, of a few tokens, or that are watched step by step or operation by operation run as they
+    are. Raises :class:`ModelError` for a model that is spread over devices or offloaded, or without a compiler.
     """
-    if any(hasattr(module, "_hf_hook") for module in decoder.modules()):
-        raise ModelError(
-            "runtime.compile: this model is spread over devices or offloaded, which cannot be compiled; load it on one "
-            "device, or leave compile out"
-        )
-    check_compiler(next(decoder.parameters()).device)
-    own = vars(decoder).get("forward")
-    plain = decoder.forward
-    compiled = torch.compile(plain, mode=mode)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        watched = stages.watched_now or torch._C._len_torch_dispatch_stack() > 0
-        if watched or torch.is_grad_enabled() or passing.mode == "calibrate" or torch.compiler.is_compiling():
-            return plain(*args, **kwargs)
-        if passing.tokens < WORTH_FROM or _caches(decoder, named(decoder, args, kwargs)):
-            return plain(*args, **kwargs)
+    def __init__(self, decoder: nn.Module, forward: Callable, mode: CompileMode, hooks: Hooks):
+        if any(hasattr(module, "_hf_hook") for module in decoder.modules()):
+            raise ModelError(
+                "runtime.compile: this model is spread over devices or offloaded, which cannot be compiled; load it on "
+                "one device, or leave compile out"
+            )
+        check_compiler(next(decoder.parameters()).device)
+        self.decoder, self.forward, self.mode, self.hooks = decoder, forward, mode, hooks
+        self._compiled = torch.compile(forward, mode=mode)
+
+    def __reduce__(self) -> tuple:  # a copy of the model is compiled anew
+        return CompiledForward, (self.decoder, self.forward, self.mode, self.hooks)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        shared = self.hooks.shared
+        batch, watched = shared.running.batch, shared.stages.watcher is not None
+        if watched or torch._C._len_torch_dispatch_stack() > 0 or torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        if batch is None or batch.mode == "calibrate" or batch.shape[0] * batch.shape[1] < WORTH_FROM:
+            return self.forward(*args, **kwargs)
+        if _caches(self.decoder, named(self.decoder, args, kwargs)):
+            return self.forward(*args, **kwargs)
+        if batch.mode == "prune":
+            self.hooks.refresh()
         torch.compiler.cudagraph_mark_step_begin()
-        return compiled(*args, **kwargs)
-
-    decoder.forward = forward
-
-    def undo() -> None:
-        del decoder.forward
-        if own is not None:  # somebody else's
-            decoder.forward = own
-
-    return undo
+        output = self._compiled(*args, **kwargs)
+        for cut in self.hooks.cuts:
+            cut.own_computed()
+        return output
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise :class:`ModelError` where torch finds no compiler for a CPU: else its own error comes with the first batch,
+    """Raise :class:`ModelError` where torch finds no compiler for a CPU: its own error would come with the first batch,
     which may be hours away."""
     if device.type != "cpu":
         return
@@ -75,7 +76,7 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def _caches(decoder: nn.Module, arguments: dict[str, Any]) -> bool:
+def _caches(decoder: Any, arguments: dict[str, Any]) -> bool:
     """Whether a pass fills or reads a key/value cache."""
     asked = arguments.get("use_cache")
     return arguments.get(CACHE_ARGUMENT) is not None or bool(decoder.config.use_cache if asked is None else asked)

@@ -1,4 +1,4 @@
-"""Decisions that go with a key/value cache: decode steps keep to what the prefill of their generation decided."""
+"""Decisions that go with a key/value cache: decode steps keep what the prefill of their generation decided."""
 
 from __future__ import annotations
 
@@ -7,35 +7,29 @@ from typing import Any
 
 from torch import Tensor
 
-from ...registry import DataError
-from .site_cut import SiteCut
+from ...registry import DataError, Site
 
 _numbers = itertools.count()
 
 Kept = tuple[Tensor, "Tensor | None"]
-"""Kept units (k,), and the mean (C,) of the probe where compensation asks for one."""
+"""Kept units (k,), and the mean (C,) of the probe where compensation uses one."""
 
 
 class CacheDecisions:
-    """Keeps decisions on the cache itself, so that interleaved generations do not disturb each other."""
+    """Keeps the decisions of one pruning on the cache itself, so that generations may take turns."""
 
     def __init__(self) -> None:
         self._attribute = f"prunekit_{next(_numbers)}"
-        self.cache: Any = None
-        """The cache of the layer that runs; None without one."""
-        self.filled = 0
-        """Positions that it holds of that layer."""
 
-    def enter(self, layer: int, cache: Any, pruning: bool) -> None:
-        """A layer begins; raises :class:`DataError` for a cache filled with pruning on and gone on with it off, or
-        the other way."""
-        self.cache = cache
-        if cache is None:
-            self.filled = 0
-            return
-        self.filled = int(cache.get_seq_length(layer))
-        decided = self._decided()
-        if not self.filled:
+    def enter(self, cache: Any, layer: int, pruning: bool) -> int:
+        """A layer begins; returns the positions that the cache holds of it.
+
+        Raises :class:`DataError` for a cache that was filled with pruning on and continues with it off, or the other
+        way round.
+        """
+        cached = int(cache.get_seq_length(layer))
+        decided = self._decided(cache)
+        if not cached:
             # A cache that was reset and is used for a new prompt must not bring back its old decision.
             for key in [key for key in decided if key[0] == layer]:
                 del decided[key]
@@ -44,22 +38,18 @@ class CacheDecisions:
         elif pruning != ((layer, "pruned") in decided):
             how, now = ("without", "with") if pruning else ("with", "without")
             raise DataError(
-                f"layer {layer}: the key/value cache already holds {self.filled} positions that were computed {how} "
+                f"layer {layer}: the key/value cache already holds {cached} positions that were computed {how} "
                 f"this pruning, and the model now runs {now} it; start the prompt with an empty cache"
             )
+        return cached
 
-    def leave(self) -> None:
-        """The pass is over."""
-        self.cache, self.filled = None, 0
-
-    def of(self, cut: SiteCut) -> Kept | None:
+    def of(self, cache: Any, site: Site) -> Kept | None:
         """What was decided for a site with this cache."""
-        return None if self.cache is None else self._decided().get((cut.site.layer, cut.site.kind))
+        return self._decided(cache).get((site.layer, site.kind))
 
-    def remember(self, cut: SiteCut, kept: Tensor, probe_mean: Tensor | None) -> None:
-        """Keep a decision for the steps to come, where there is a cache."""
-        if self.cache is not None:
-            self._decided()[cut.site.layer, cut.site.kind] = kept, probe_mean
+    def remember(self, cache: Any, site: Site, kept: Tensor, probe_mean: Tensor | None) -> None:
+        """Keep a decision for the steps to come."""
+        self._decided(cache)[site.layer, site.kind] = kept, probe_mean
 
-    def _decided(self) -> dict[tuple[int, str], Any]:
-        return self.cache.__dict__.setdefault(self._attribute, {})
+    def _decided(self, cache: Any) -> dict[tuple[int, str], Any]:
+        return cache.__dict__.setdefault(self._attribute, {})

@@ -1,28 +1,36 @@
-"""The hooks that make one loaded model decide, cut and learn while it runs, and leave nothing behind."""
+"""Puts a strategy on a loaded model, and takes it off again without a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...registry import ChannelHistory, Site, Strategy
-from . import site_linear
-from .call_arguments import learn_names
+from . import linears
+from .batch import Mode, learn_parameters
+from .checkpointing import restore_checkpoint
 from .compensation import without_probe
-from .compiling import compile_decoder
+from .compiling import CompiledForward
 from .decider import Decider
-from .forward_pass import ForwardPass, Learn, Mode
-from .gathering import Gatherer, store_column_major
+from .gathering import store_column_major
+from .hooks import DecoderForward, Hooks
 from .kv_index import enable_kv_index
+from .learning import Learner
+from .probing import Prober
 from .runtime import Runtime
-from .site_cut import SiteCut
-from .watching import Stages
+from .site_cut import Shared, SiteBinding, SiteCut, SiteState
+
+Learn = Callable[[SiteCut, Tensor, "Tensor | None"], None]
+"""Takes a site, what enters its consumer (B, T, C), and the batch's real tokens (B, T) or None."""
 
 
 class Engine:
-    """Adopts a model's sites and runs a strategy on them until :meth:`remove`."""
+    """A strategy at work on a model's sites, until :meth:`remove`."""
 
     def __init__(
         self,
@@ -30,60 +38,98 @@ class Engine:
         layers: str,
         sites: list[Site],
         strategy: Strategy,
-        trace: list | None = None,
+        trace: list[dict[str, Any]] | None = None,
         all_sites: Sequence[Site] = (),
         runtime: Runtime | None = None,
     ):
         """``sites`` can be cut; ``all_sites`` are those of skipped layers, too."""
-        self.model, self.strategy = model, strategy
-        self.runtime = Runtime() if runtime is None else runtime
-        self._layers, self.all_sites = layers, tuple(all_sites)
-        self._removed = self.is_suspended = False
-        self.stages = Stages()
-        self.gatherer = Gatherer(self.runtime)
-        self.cuts = [SiteCut.resolve(site, model, strategy, self.stages, self.gatherer) for site in sites]
-        self.decider = Decider(strategy, self.stages)
-        self.running_pass = ForwardPass(self.cuts, strategy, self.decider, self.runtime, trace)
+        self.model, self.strategy, self.all_sites = model, strategy, tuple(all_sites)
+        self.shared = Shared.of(strategy.applier, Runtime() if runtime is None else runtime)
+        self.cuts: list[SiteCut] = []
+        for number, site in enumerate(sites):
+            binding = SiteBinding.of(site, model)
+            self.cuts.append(SiteCut(number, binding, SiteState(binding, strategy), self.shared))
+        found: Any = model.get_submodule(layers)
+        self.layers: list[nn.Module] = list(found)
         self.decoder = model.get_submodule(layers.rpartition(".")[0])
         """The module that owns the layers: one call of it is one batch."""
-        self._handles: list = []
-        self._undo: list = []
+        self.is_suspended = self._removed = False
+        self._undo: list[Callable[[], Any]] = []
+        self._use(strategy, trace)
         try:
             self._install()
         except BaseException:
             self.remove()
             raise
 
+    def _use(self, strategy: Strategy, trace: list[dict[str, Any]] | None) -> None:
+        self.strategy, stages = strategy, self.shared.stages
+        selector = strategy.probes_with
+        prober = None if selector is None else Prober(strategy, selector, stages)
+        decider, learner = Decider(strategy, stages), Learner.of(strategy, stages)
+        self.hooks = Hooks(self.cuts, self.shared, decider, prober, learner, trace)
+
+    # On the model and off it.
+
     def _install(self) -> None:
-        layers = list(self.model.get_submodule(self._layers))
-        passing = self.running_pass
+        hooks, before = self.hooks, dict(with_kwargs=True)
         for cut in self.cuts:
-            for linear, producer in cut.producers:
-                site_linear.adopt(linear, producer.path, cut, producer)
-            site_linear.adopt(cut.consumer, cut.site.consumer, cut, None)
-            cut.observe = passing.observe
+            self._undo.append(cut.close)
+            for linear, producer in cut.binding.producers:
+                self._adopt(linear, producer.path, cut, producer)
+            self._adopt(cut.binding.consumer, cut.site.consumer, cut)
         if self.strategy.applier.resizes and any(cut.site.query_heads_per_kv for cut in self.cuts):
             self._undo.append(enable_kv_index(self.model))
-        if self.runtime.compile is not None:
-            self._undo.append(compile_decoder(self.decoder, self.runtime.compile, passing, self.stages))
-        learn_names(self.decoder, *layers, *(cut.entry for cut in self.cuts))
-        before = dict(with_kwargs=True)
-        self._handles.append(self.decoder.register_forward_pre_hook(passing.enter_model, **before))
-        self._handles.append(self.decoder.register_forward_hook(passing.succeed))
-        self._handles.append(self.decoder.register_forward_hook(passing.leave_model, always_call=True))
+        learn_parameters([self.decoder, *self.layers, *(cut.binding.entry for cut in self.cuts)])
+        self._wrap_decoder()
         for index in sorted({cut.site.layer for cut in self.cuts}):
-            self._handles.append(layers[index].register_forward_pre_hook(passing.enter_layer(index), **before))
-        if self.strategy.probes_with is None:
+            self._undo.append(partial(restore_checkpoint, self.layers[index]))
+            self._hook(self.layers[index].register_forward_pre_hook(hooks.enter_layer(index), **before))
+        prober = hooks.prober
+        if prober is None:
             return
-        self._handles += self.strategy.install(self.model, layers, self.all_sites, passing.padding_of)
+        for handle in self.strategy.install(self.model, self.layers, self.all_sites, hooks.padding_of):
+            self._hook(handle)
         for cut in self.cuts:
-            self._handles.append(cut.norm.register_forward_pre_hook(passing.enter_norm(cut)))
-            self._handles.append(cut.entry.register_forward_pre_hook(passing.enter_site(cut), **before))
-            self._handles.append(cut.consumer.register_forward_hook(passing.leave_site(cut)))
+            binding = cut.binding
+            self._hook(binding.norm.register_forward_pre_hook(hooks.enter_norm(cut)))
+            self._hook(binding.entry.register_forward_pre_hook(hooks.enter_site(cut, prober), **before))
+
+    def _adopt(self, linear: nn.Linear, path: str, cut: SiteCut, producer: Any = None) -> None:
+        linears.adopt(linear, path, cut, producer)
+        self._undo.append(partial(linears.release, linear, cut))
+
+    def _hook(self, handle: Any) -> None:
+        self._undo.append(handle.remove)
+
+    def _wrap_decoder(self) -> None:
+        own: Any = vars(self.decoder).get("forward")
+        forward: Callable = self.decoder.forward
+        if self.shared.runtime.compile is not None:
+            forward = CompiledForward(self.decoder, forward, self.shared.runtime.compile, self.hooks)
+        wrapped = DecoderForward(self.decoder, self.hooks, forward)
+        decoder: Any = self.decoder
+        decoder.forward = wrapped
+
+        def unwrap() -> None:
+            if getattr(decoder, "_old_forward", None) is wrapped:  # accelerate has wrapped it since
+                decoder._old_forward = own or type(decoder).forward.__get__(decoder)
+            elif vars(decoder).get("forward") is wrapped:
+                del decoder.forward
+                if own is not None:
+                    decoder.forward = own
+
+        self._undo.append(unwrap)
+
+    def _uninstall(self) -> None:
+        while self._undo:  # what was undone is not undone again, should another fail
+            self._undo.pop()()
+        self.shared.gatherer.release()
 
     def remove(self) -> None:
         """Take everything off the model: afterwards it is bit-identical to before, and stays so."""
-        self.running_pass.mode, self._removed = "dense", True
+        self.shared.running.switch("dense")
+        self._removed = True
         self._uninstall()
 
     @contextmanager
@@ -101,52 +147,49 @@ class Engine:
                 self._install()
             self._switch(previous)
 
-    def _uninstall(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for cut in self.cuts:
-            cut.close()
-            for linear in (*(linear for linear, _ in cut.producers), cut.consumer):
-                if getattr(linear, "site_cut", None) is cut:
-                    site_linear.release(linear)
-        self.gatherer.release()
-        while self._undo:  # what was undone is not undone again, should another fail
-            self._undo.pop()()
-
     def freeze(self, kept: Sequence[Tensor]) -> None:
         """Make every site's cut once and for all: kept (k,) int64 ascending for each, in the order of ``cuts``.
 
-        What is given back becomes what calibration alone knows of. Raises :class:`SpecError` where a compensator
-        cannot do without a probe; nothing has changed then.
+        Compensation then rests on calibration alone. Raises :class:`SpecError` where a compensator cannot do without
+        a probe; nothing has changed then.
         """
         compensator = without_probe(self.strategy.compensate)
         changes = {"selector": None, "merger": None, "compensate": compensator}
-        previous, trace = self.mode, self.running_pass.trace
+        previous = self.mode
         self._switch("dense")
         self._uninstall()
-        self.strategy = self.strategy.model_copy(update=changes)
-        self.decider = Decider(self.strategy, self.stages)
-        self.running_pass = ForwardPass(self.cuts, self.strategy, self.decider, self.runtime, trace)
+        self._use(self.strategy.model_copy(update=changes), self.hooks.trace)
         for cut, units in zip(self.cuts, kept, strict=True):
-            cut.fixed, cut.merger = (None if cut.whole else units), None
-            cut.compensation.compensator = compensator
+            cut.state.fix(None if cut.whole else units)
+            cut.compensation.use(compensator)
         self._install()
         self._switch(previous)
 
-    def layer(self, index: int) -> nn.Module:
-        """A decoder layer."""
-        return self.model.get_submodule(f"{self._layers}.{index}")
+    # What it does now.
+
+    @property
+    def decider(self) -> Decider:
+        return self.hooks.decider
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The model's input embeddings."""
+        model: Any = self.model
+        return model.get_input_embeddings()
+
+    @property
+    def mode(self) -> Mode:
+        return self.shared.running.mode
 
     def start(self) -> None:
         """Prune from now on."""
         self._switch("prune")
         for cut in self._cut_per_batch():
-            cut.prepare()
+            cut.state.prepared(self.strategy.scorer)
 
     @contextmanager
-    def running(self, mode: Mode) -> Iterator[None]:
-        """Run in another mode for a while; the cuts of static strategies close and open again with it."""
+    def mode_of(self, mode: Mode) -> Iterator[None]:
+        """Within it the model runs in another mode; cuts that are made once close and open with it."""
         previous = self.mode
         self._switch(mode)
         try:
@@ -155,35 +198,41 @@ class Engine:
             self._switch(previous)
 
     @contextmanager
-    def learning(self, cuts: Collection[SiteCut], learn: Learn) -> Iterator[None]:
-        """Within it calibration looks at these sites alone, and does ``learn`` with what enters their consumers."""
-        passing = self.running_pass
-        before = passing.calibrated, passing.learn
-        passing.calibrated, passing.learn = cuts, learn
-        try:
-            yield
-        finally:
-            passing.calibrated, passing.learn = before
+    def calibrating(self, learn: Learn, cuts: Collection[SiteCut] | None = None) -> Iterator[None]:
+        """Within it ``learn`` sees what enters the consumers of these sites; None: of all."""
+        chosen, running = set(self.cuts if cuts is None else cuts), self.shared.running
 
-    @property
-    def mode(self) -> Mode:
-        return self.running_pass.mode
+        def observe(cut: SiteCut, x: Tensor) -> None:
+            batch = running.batch
+            if batch is not None and cut in chosen:
+                with torch.no_grad():
+                    learn(cut, x.detach().reshape(*batch.shape, x.shape[-1]), batch.valid_on(x.device))
+
+        outer = self.hooks.calibrate_with(observe)
+        try:
+            with self.mode_of("calibrate"):
+                yield
+        finally:
+            self.hooks.calibrate_with(outer)
 
     def _switch(self, mode: Mode) -> None:
         if self._removed:
             return
-        self.running_pass.mode = mode
+        with self.shared.running.one_at_a_time.lock:
+            self._enter(mode)
+
+    def _enter(self, mode: Mode) -> None:
+        self.shared.running.switch(mode)
         for cut in self.cuts:
             if mode == "prune" and cut.fixed is not None:
                 cut.open(cut.fixed, stays=True)
             elif mode == "dense":
                 cut.close()
         if mode == "dense":
-            self.gatherer.release()
-        if mode == "prune" and self.runtime.column_major:
+            self.shared.gatherer.release()
+        if mode == "prune" and self.shared.runtime.column_major and self.shared.selects:
             for cut in self._cut_per_batch():
-                undo = store_column_major(cut.consumer) if cut.weights.selects else None
-                if undo is not None:
+                if undo := store_column_major(cut.binding.consumer):
                     self._undo.append(undo)
 
     def _cut_per_batch(self) -> list[SiteCut]:
@@ -196,6 +245,5 @@ class Engine:
     def restore(self, histories: list[ChannelHistory] | None) -> None:
         """Put channel histories back, where they change at all; count batches and draw from the start."""
         for cut, history in zip(self.cuts, histories or (), strict=bool(histories)):
-            cut.history = history.clone()
-        self.running_pass.batch = -1
-        self.decider.restart()
+            cut.state.learn(history.clone())
+        self.hooks.restart()

@@ -18,7 +18,7 @@ INTERPRETED = 16
 
 
 @triton.jit
-def _linear(
+def _linear(  # type: ignore[no-untyped-def]  # a kernel: its arguments have types of Triton
     x,
     weight,
     index,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,8 +21,8 @@ PREFIX = "prunekit_"
 def _indexed(base: str) -> Callable:
     """``base`` attention that repeats key/value heads by index where the module carries one."""
 
-    def attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         compute = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
         index = getattr(module, KV_INDEX, None)
         if index is None:
@@ -36,12 +37,12 @@ def _indexed(base: str) -> Callable:
     return attention
 
 
-def enable_kv_index(model: nn.Module) -> Callable[[], None]:
-    """Switch ``model`` to an attention that honours :data:`KV_INDEX`; returns what switches it back.
+def enable_kv_index(model: Any) -> Callable[[], None]:
+    """Switch a transformers model to an attention that honours :data:`KV_INDEX`; returns a function that undoes it.
 
     Raises :class:`ModelError` for attention implementations other than eager and sdpa.
     """
-    base = model.config._attn_implementation
+    base: str = model.config._attn_implementation
     if base not in ("eager", "sdpa"):
         raise ModelError(
             f"attention_unit: query_head needs attention eager or sdpa under grouped-query attention, this model has "

@@ -1,70 +1,135 @@
-"""Running a site's first half on a probe, by the block's own forward."""
+"""Running a site's first half on a probe, by the block's own forward.
+
+Letters: B rows of the batch, T its positions, D hidden size, C channels; b, t: the probe's rows and positions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .probe_reuse import Probed
-
-if TYPE_CHECKING:
-    from .site_cut import SiteCut
+from ...registry import ProbeSelector, Strategy, position_sums
+from .batch import PROBED, Batch, ProbeProducts, ProbeRun
+from .runtime import Stages
+from .site_cut import SiteCut
 
 CACHE_ARGUMENT = "past_key_values"
 
 
-@dataclass
+@dataclass(eq=False)
 class SiteInput:
     """What a site's block reads, or is going to read."""
 
+    batch: Batch
     residual: Tensor
     """(B, T, D): the residual stream, before the site's norm."""
     hidden: Tensor | None
-    """(B, T, D): the same normed; None where nobody has normed it yet."""
+    """(B, T, D): the same normed; None where no norm has read it yet."""
     valid: Tensor | None
     """(B, T) bool: real tokens; None where all are."""
     arguments: dict[str, Any]
     """What else an attention's forward is called with."""
     reuse: bool = False
-    """Whether what the producers make of the probe is to be kept for the batch."""
+    """Whether what the producers make of the probe is kept for the batch."""
 
-    def states(self, cut: SiteCut, looks_at: Literal["residual", "hidden"]) -> Tensor:
-        """(B, T, D): what a selector ranks by."""
-        if looks_at == "residual":
-            return self.residual
-        return cut.norm.forward(self.residual) if self.hidden is None else self.hidden
+    def normed(self, cut: SiteCut) -> Tensor:
+        """(B, T, D): the normed states."""
+        return cut.binding.norm.forward(self.residual) if self.hidden is None else self.hidden
 
-    def chosen(self, cut: SiteCut, rows: Tensor, positions: Tensor) -> Tensor:
-        """(b, t, D): the normed states of the probe's tokens."""
-        if self.hidden is None:
-            return cut.norm.forward(pick_tokens(self.residual, rows, positions))
-        return pick_tokens(self.hidden, rows, positions)
+
+@dataclass(eq=False)
+class Probe:
+    """What a probe of a batch showed of one site."""
+
+    rows: Tensor
+    """(b,) int64 ascending."""
+    positions: Tensor
+    """(t,), or (b, t) where every row has its own; int64 ascending."""
+    statistic: Tensor | None = None
+    """(t, C), or (b * t, C), float32: where the merger uses it."""
+    mean: Tensor | None = None
+    """(C,) float32: the channels' mean, where compensation uses it."""
+
+
+class Prober:
+    """Chooses a probe of every batch, and looks at what it shows; its only state is the random generator."""
+
+    def __init__(self, strategy: Strategy, selector: ProbeSelector, stages: Stages):
+        self.strategy, self.selector, self.stages = strategy, selector, stages
+        merger = strategy.merger
+        self._statistic = strategy.scorer.statistic if merger is not None and merger.uses_probe else None
+        self._uses_mean = strategy.compensate.uses_probe
+        self._generator = torch.Generator()
+        self.restart()
+
+    def restart(self) -> None:
+        """Draw from the start again."""
+        self._generator.manual_seed(self.strategy.seed)
+
+    @torch.no_grad()
+    def probe(self, cut: SiteCut, given: SiteInput) -> Probe:
+        """Choose the probe's tokens, and run the site's first half on them where the merger or compensation asks."""
+        strategy, valid = self.strategy, given.valid
+        with self.stages.select:
+            states = given.residual if self.selector.looks_at == "residual" else given.normed(cut)
+            counted = None if valid is None else strategy.counted(valid)
+            rows, positions = self.selector.select(states, counted, self._generator)
+        probe = Probe(rows, positions)
+        if self._statistic is not None or self._uses_mean:
+            with self.stages.probe:
+                x = probe_states(cut, given, rows, positions, strategy.mask_positions(positions))
+                x = x.view(len(rows), positions.shape[-1], -1)
+                real = None if valid is None else pick_tokens(valid, rows, positions)
+                tokens, counted = x, real
+                if positions.dim() == 2:  # token by token, each a position of its own
+                    tokens, counted = x.reshape(1, -1, x.shape[-1]), None if real is None else real.reshape(1, -1)
+                if self._statistic is not None:
+                    probe.statistic = strategy.measure(self._statistic, tokens, counted, cut.state.history.mean)
+                if self._uses_mean:
+                    probe.mean = mean_of(x, real)
+                    given.batch.checks.add(probe.mean, PROBED, cut.site)
+        return probe
+
+
+def mean_of(x: Tensor, valid: Tensor | None) -> Tensor:
+    """The channels' mean over the probe's real tokens; x (b, t, C) -> (C,) float32."""
+    total, counts = position_sums(x, valid)
+    return total.sum(0) / counts.sum().clamp(min=1)
 
 
 @torch.no_grad()
 def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
     """What would enter the consumer for the probe's tokens, all units kept; (b, t, C).
 
-    No attention, rotary or activation code is repeated here: the block runs its own forward with its consumer handing
-    back what it reads. Positions are (t,), or (b, t) where every row has its own. ``seen``, of the same length,
-    are the positions whose attention mask the probe gets.
+    No attention, rotary or activation code is repeated here: the block runs its own forward, and its consumer returns
+    what it reads. Positions are (t,), or (b, t) where every row has its own. ``seen``, of the same shape or (t,), are
+    the positions whose attention mask the probe gets.
     """
-    chosen = given.chosen(cut, rows, positions)
-    cut.rest()
-    cut.probing = True
-    cut.probed = Probed(given.hidden, rows, positions) if given.reuse and positions.dim() == 1 else None
+    binding, valid = cut.binding, None
+    if given.hidden is None:
+        chosen = binding.norm.forward(pick_tokens(given.residual, rows, positions))
+    else:
+        chosen = pick_tokens(given.hidden, rows, positions)
+    if given.valid is not None:
+        valid = pick_tokens(given.valid, rows, positions)
+    products = None
+    if given.reuse and given.hidden is not None and positions.dim() == 1:
+        products = ProbeProducts(given.hidden, rows, positions)
+    if cut.open_cut is not None:
+        cut.suspend()
+    probe = given.batch.probe = ProbeRun(valid, products)
     try:
-        if cut.activation is not None:
-            return cut.activation(cut.entry.forward(chosen))
-        if cut.site.kind == "mlp":
-            return cut.entry.forward(chosen)
+        if binding.activation is not None:
+            return binding.activation(binding.entry.forward(chosen))
+        if binding.site.kind == "mlp":
+            return binding.entry.forward(chosen)
         arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, seen)
-        return cut.entry.forward(chosen, **arguments)[0]
+        return binding.entry.forward(chosen, **arguments)[0]
     finally:
-        cut.probing = False
+        probe.is_running = False
 
 
 def _chosen_arguments(
@@ -72,15 +137,17 @@ def _chosen_arguments(
 ) -> dict[str, Any]:
     """The attention's keyword arguments, those per token cut to the probe's tokens, the cache left out."""
     batch = hidden.shape[0]
-
-    def of_tokens(t: Tensor) -> Tensor:
-        return pick_tokens(t.expand(batch, *t.shape[1:]) if positions.dim() == 2 else t, rows, positions)
-
-    chosen = {key: value for key, value in arguments.items() if key not in ("hidden_states", CACHE_ARGUMENT)}
+    chosen = dict(arguments)
+    chosen.pop("hidden_states", None)
+    chosen.pop(CACHE_ARGUMENT, None)
     if chosen.get("position_embeddings") is not None:
-        chosen["position_embeddings"] = tuple(of_tokens(part) for part in chosen["position_embeddings"])
+        cos, sin = chosen["position_embeddings"]
+        chosen["position_embeddings"] = (
+            pick_tokens(cos, rows, positions, batch),
+            pick_tokens(sin, rows, positions, batch),
+        )
     if chosen.get("position_ids") is not None:
-        chosen["position_ids"] = of_tokens(chosen["position_ids"])
+        chosen["position_ids"] = pick_tokens(chosen["position_ids"], rows, positions, batch)
     attention_mask = chosen.get("attention_mask")
     if attention_mask is not None:
         chosen["attention_mask"] = _chosen_mask(attention_mask, batch, rows, seen)
@@ -101,8 +168,13 @@ def _chosen_mask(attention_mask: Tensor, batch: int, rows: Tensor, seen: Tensor)
     return attention_mask[each, :, seen[:, :, None], seen[:, None, :]].permute(0, 3, 1, 2)
 
 
-def pick_tokens(t: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """The tokens of ``rows`` (b,) at ``positions`` (t,), or (b, t) row by row; (B or 1, T, ...) -> (b, t, ...)."""
+def pick_tokens(t: Tensor, rows: Tensor, positions: Tensor, batch: int = 1) -> Tensor:
+    """The tokens of ``rows`` (b,) at ``positions`` (t,), or (b, t) row by row; (B or 1, T, ...) -> (b, t, ...).
+
+    A tensor with one row that stands for all ``batch`` rows stays one row where all have the same positions.
+    """
+    if positions.dim() == 2 and t.shape[0] < batch:
+        t = t.expand(batch, *t.shape[1:])
     t = t.index_select(0, rows) if t.shape[0] > 1 else t
     if positions.dim() == 1:
         return t.index_select(1, positions)

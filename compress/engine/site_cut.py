@@ -1,198 +1,418 @@
-"""One site's cut while a model runs: open with the kept units, closed without a trace."""
+"""A site in three parts: where it lies in the model, what is known of it, and the cut that is open now.
+
+What holds for one batch alone is in :mod:`.batch`. Letters: k kept units, c their channels, C all channels; r kept rows
+of a producer, D hidden size, O outputs of the consumer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ...registry import ChannelHistory, HistoryMerger, MaskApplier, Producer, Scorer, Site, Strategy
-from ...registry.tensors.devices import device_of, weights_present
+from ...registry import ChannelHistory, MaskApplier, Producer, Rows, Scorer, Selection, Site, Strategy
+from ...registry.tensors.devices import device_of, is_offloaded, unautocast, weights_present
+from .batch import Running
 from .compensation import SiteCompensation
-from .cut_weights import CutWeights, selects, state_of
-from .gathering import Gatherer
+from .gathering import Gatherer, selects
 from .kv_index import KV_INDEX
-from .probe_reuse import Probed
-from .watching import Stages
+from .runtime import Runtime, Stages
 
-if TYPE_CHECKING:
-    from .records import Decision
+Weights = tuple[Tensor, "Tensor | None"]
+"""Weight and bias."""
 
 
-@dataclass(eq=False)
-class SiteCut:
-    """A site with everything that changes: its history, its kept units, the weights cut to them."""
+@dataclass(frozen=True, eq=False)
+class SiteBinding:
+    """Where a site lies in the model: nothing of it changes."""
 
     site: Site
-    applier: MaskApplier
-    scorer: Scorer
-    merger: HistoryMerger | None
     entry: nn.Module
     norm: nn.Module
-    consumer: nn.Module
-    producers: list[tuple[nn.Module, Producer]]
-    attributes: list[tuple[nn.Module, str, int]]
-    """Modules, names and units' worth of the sizes that the block's forward reads."""
-    history: ChannelHistory
-    compensation: SiteCompensation
-    weights: CutWeights
-    activation: nn.Module | Callable[[Tensor], Tensor] | None = None
-    observe: Callable[[SiteCut, Tensor], None] | None = None
-    """Sees what enters the consumer, (B, T, c) or (B*T, c)."""
-    wants_mean: bool = False
-    """Whether calibration tracks the mean even where nothing of this strategy reads it."""
-    count: int = 0
-    """Units this site keeps; constant over batches."""
-    fixed: Tensor | None = None
-    """The kept units of a strategy that decides once."""
-    kept: Tensor | None = None
-    """(k,) int64 ascending while the cut is open."""
-    computed: Tensor | None = None
-    """The units of the last cut that was open; a forward pass that closes it leaves them here to be read."""
-    probing: bool = False
-    probed: Probed | None = None
-    """What producers made of this batch's probe, from the probe until the batch has gone through the site."""
-    decided_ahead: Decision | None = None
-    """What was decided for this batch before it came to the site."""
-    residual: Tensor | None = None
-    """Input of the site's norm, from the norm's call until the decision."""
-    prepared: Any = None
-    """What the scorer computed of the consumer's weight."""
-    pending: tuple[Tensor, Tensor] | None = None
-    """Columns (c,) and what history becomes there (T, c) once the batch has gone through."""
-    _sizes: list[int] = field(default_factory=list)
-    _prepared_of: tuple = ()
+    consumer: nn.Linear
+    producers: tuple[tuple[nn.Linear, Producer], ...]
+    attributes: tuple[tuple[nn.Module, str, int, Any], ...]
+    """The sizes that the block's forward reads: module, name, size of one unit, and of the whole site."""
+    activation: nn.Module | None
 
     @classmethod
-    def resolve(cls, site: Site, model: nn.Module, strategy: Strategy, stages: Stages, gatherer: Gatherer) -> SiteCut:
-        """Look up the site's modules in ``model`` and the components that serve it."""
-        consumer = model.get_submodule(site.consumer)
-        applier, compensation = strategy.applier, SiteCompensation(site, strategy.compensate)
+    def of(cls, site: Site, model: nn.Module) -> SiteBinding:
+        """Look up the site's modules in ``model``."""
+        find: Callable[[str], Any] = model.get_submodule
         return cls(
             site=site,
-            applier=applier,
-            scorer=strategy.scorer,
-            merger=strategy.merger,
-            entry=model.get_submodule(site.entry),
-            norm=model.get_submodule(site.norm),
-            consumer=consumer,
-            producers=[(model.get_submodule(producer.path), producer) for producer in site.producers],
-            attributes=[(model.get_submodule(a.path), a.attribute, a.per_unit) for a in site.shape_attributes],
-            history=ChannelHistory(site.channels, device_of(consumer)),
-            compensation=compensation,
-            weights=CutWeights(site, applier, gatherer, compensation, stages, selects(applier)),
-            activation=model.get_submodule(site.activation) if site.activation else None,
-            count=site.units,
+            entry=find(site.entry),
+            norm=find(site.norm),
+            consumer=find(site.consumer),
+            producers=tuple((find(producer.path), producer) for producer in site.producers),
+            attributes=tuple(
+                (find(a.path), a.attribute, a.per_unit, getattr(find(a.path), a.attribute))
+                for a in site.shape_attributes
+            ),
+            activation=find(site.activation) if site.activation else None,
         )
+
+
+class SiteState:
+    """What is known of a site from calibration and earlier batches."""
+
+    def __init__(self, binding: SiteBinding, strategy: Strategy):
+        site = binding.site
+        self.binding = binding
+        self.statistic = strategy.scorer.statistic
+        """What the history keeps of the activations; None for scores of the weights alone."""
+        self.history = ChannelHistory(site.channels, device_of(binding.consumer))
+        self.compensation = SiteCompensation(site, strategy.compensate)
+        self.count = site.units
+        """Units that the site keeps, the same in every batch."""
+        self.whole = True
+        """Whether it keeps everything, so that there is nothing to decide."""
+        self.fixed: Tensor | None = None
+        """(k,) int64 ascending: the kept units where they are decided once."""
+        self._prepared: tuple[tuple, Any] | None = None
+        self._mean_output: tuple[tuple, Tensor] | None = None
+
+    def keep(self, count: int) -> None:
+        """Keep so many units from now on."""
+        self.count, self.whole = count, count >= self.binding.site.units
+
+    def fix(self, kept: Tensor | None) -> None:
+        """Keep the units ``kept`` (k,) in every batch; None: they are decided per batch."""
+        self.fixed = kept
+
+    def learn(self, history: ChannelHistory) -> None:
+        """Replace the history."""
+        self.history = history
+
+    def restore(self, history: ChannelHistory, count: int, fixed: Tensor | None) -> None:
+        """Take over what an earlier calibration has found."""
+        self.learn(history)
+        self.keep(count)
+        self.fix(fixed)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the site's statistics, those of its compensation included."""
+        return self.history.bytes + self.compensation.bytes
+
+    def prepared(self, scorer: Scorer) -> Any:
+        """The weights' part of the score, computed once for as long as the weights stay what they are."""
+        linear, known = self.binding.consumer, self._prepared
+        if known is not None and torch.compiler.is_compiling():
+            return known[1]
+        version = weights_version(linear)
+        if known is None or known[0] != version:
+            with torch.inference_mode(False), torch.no_grad(), weights_present(linear):
+                weight = linear.weight.detach().float()
+                self._prepared = known = version, scorer.prepare(weight, self.binding.site)
+        return known[1]
+
+    def mean_output(self, mean: Tensor) -> Tensor:
+        """``W @ mean`` (O,) float32 for the calibrated mean (C,), computed once for as long as W stays what it is."""
+        linear, known = self.binding.consumer, self._mean_output
+        version = _made_of(linear)
+        if known is None or known[0] != version:
+            self._mean_output = known = version, linear.weight.float() @ mean
+        return known[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all sites of a pruned model use together."""
+
+    applier: MaskApplier
+    runtime: Runtime
+    gatherer: Gatherer
+    stages: Stages
+    running: Running
+    selects: bool
+    """Whether the applier returns plain selections."""
+    reuses: bool
+    """Whether producers may take over what they made of a probe."""
+
+    @classmethod
+    def of(cls, applier: MaskApplier, runtime: Runtime) -> Shared:
+        """What a strategy with this applier uses."""
+        plain = selects(applier)
+        return cls(applier, runtime, Gatherer(runtime), Stages(), Running(), plain, plain and runtime.reuse_probe)
+
+
+class OpenCut:
+    """The units that a site computes with, and its weights cut to them."""
+
+    def __init__(self, state: SiteState, shared: Shared, kept: Tensor, stays: bool):
+        self.state, self.shared = state, shared
+        self.kept = kept
+        """(k,) int64 ascending."""
+        self.stays = stays
+        """Whether it serves several passes: its copies then have memory of their own."""
+        self.keeps = stays
+        """Whether copies are kept, to be used again."""
+        self.once = state.fixed is not None
+        """Whether the units were decided once."""
+        self.probe_mean: Tensor | None = None
+        """(C,) float32: the channels' mean in a probe of this batch, where compensation uses it."""
+        self.units = kept if len(kept) else kept.new_zeros(1)
+        """Where no unit is kept, unit 0 in its place with a consumer weight of zero: no attention takes zero heads."""
+        site = state.binding.site
+        self.columns = site.columns(self.units)
+        """(c,) int64: the units' channels."""
+        known: dict[tuple[Rows, ...], Tensor] = {(Rows(0, site.unit_size),): self.columns}
+        self.rows: dict[nn.Module, Tensor] = {}
+        """(r,) int64 by producer: the units' rows."""
+        for linear, producer in state.binding.producers:
+            if producer.segments not in known:
+                known[producer.segments] = producer.rows(self.units)
+            self.rows[linear] = known[producer.segments]
+        self.fuses = shared.runtime.fused_gather and shared.selects and not stays and len(kept) > 0
+        """Whether kept rows and columns are to be read inside the products."""
+        self._kept: dict[tuple[nn.Module, str], tuple[tuple, Any]] = {}
+
+    def use_mean(self, probe_mean: Tensor | None) -> None:
+        """Compensate for the mean in this batch's probe (C,); None: the calibrated one."""
+        self.probe_mean = probe_mean
+        self._kept = {key: made for key, made in self._kept.items() if key[1] != "bias"}
+
+    def keep_copies(self) -> None:
+        """Keep what is made from now on until the site is left."""
+        self.keeps = True
+
+    def producer(self, linear: nn.Linear, producer: Producer) -> Weights:
+        """Weight (r, D) and bias (r,) of a producer."""
+        shared = self.shared
+        if self.keeps and (known := self._recall(linear, "producer")) is not None:
+            return known
+        with shared.stages.gather:
+            weight, bias = shared.applier.producer(linear.weight, linear.bias, self.rows[linear])
+            if isinstance(weight, Selection):
+                place = None if self.stays else (self.state.binding.site.kind, producer.path)
+                weight = shared.gatherer.copy(weight, linear, place, self.once)
+            if isinstance(bias, Selection):
+                bias = bias.copied()
+        if self.keeps:
+            self._keep(linear, "producer", (weight, bias))
+        return weight, bias
+
+    def consumer(self) -> Weights:
+        """Weight (O, c) and bias (O,) of the consumer, compensation included."""
+        linear = self.state.binding.consumer
+        weight = self._recall(linear, "weight") if self.keeps else None
+        if weight is None:
+            weight = self._consumer_weight(linear)
+            if self.keeps:
+                self._keep(linear, "weight", weight)
+        if not self.state.compensation.wanted:
+            return weight, linear.bias
+        bias = self._recall(linear, "bias") if self.keeps else None
+        if bias is None:
+            bias = self._mean_keeping_bias(linear, weight)
+            if self.keeps:
+                self._keep(linear, "bias", bias)
+        return weight, bias
+
+    def copies(self) -> Iterator[Tensor]:
+        """What is kept, without the model's own weights."""
+        for (linear, _), (_, made) in self._kept.items():
+            for tensor in made if isinstance(made, tuple) else (made,):
+                if tensor is not None and tensor is not linear.weight and tensor is not linear.bias:
+                    yield tensor
+
+    def _consumer_weight(self, linear: nn.Linear) -> Tensor:
+        shared, compensation, site = self.shared, self.state.compensation, self.state.binding.site
+        has_slope = compensation.wanted and compensation.has_slope
+        folded = self.stays and has_slope  # next to what it is folded into, the plain copy would only take memory
+        with shared.stages.gather:
+            weight = shared.applier.consumer(linear.weight, self.columns)
+            if isinstance(weight, Selection):
+                place = None if self.stays else (site.kind, site.consumer)
+                weight = shared.gatherer.copy(weight, linear, place, self.once or folded)
+        if not len(self.kept):
+            return torch.zeros_like(weight)
+        if not has_slope:
+            return weight
+        with shared.stages.compensate, unautocast(weight):
+            return compensation.weight(linear.weight, weight, self.columns)
+
+    def _mean_keeping_bias(self, linear: nn.Linear, weight: Tensor) -> Tensor:
+        """The consumer's bias with which its mean output is what it was before the cut, (O,)."""
+        state = self.state
+        compensator, calibrated = state.compensation.compensator, state.history.mean
+        assert calibrated is not None  # calibration keeps it wherever anything is compensated
+        with self.shared.stages.compensate, unautocast(weight):
+            # Sequential calibration probes nothing, and runs on what the calibrated mean is of.
+            unprobed = compensator.uses_probe and self.probe_mean is None
+            mean = calibrated if unprobed else compensator.mean(calibrated, self.probe_mean)
+            if compensator.uses_probe or differentiates(linear) or torch.compiler.is_compiling():
+                whole = linear.weight.float() @ mean
+            else:
+                whole = state.mean_output(mean)
+            return state.compensation.bias(linear, weight, self.columns, mean, whole)
+
+    def _recall(self, linear: nn.Linear, what: str) -> Any:
+        """What was made before, if the weights are still what they were; None: nothing."""
+        known = self._kept.get((linear, what))
+        if known is None:
+            return None
+        if torch.compiler.is_compiling():  # a graph takes weights as they are, and what was made once too
+            return known[1] if self.once else None
+        return known[1] if self._may_keep(linear, what) and known[0] == _made_of(linear) else None
+
+    def _keep(self, linear: nn.Linear, what: str, made: Any) -> None:
+        if not torch.compiler.is_compiling() and self._may_keep(linear, what):
+            self._kept[linear, what] = _made_of(linear), made
+
+    def _may_keep(self, linear: nn.Linear, what: str) -> bool:
+        """Not what gradients go through, nor copies of offloaded weights: both leave memory when the layer's forward
+        ends. A bias is small enough to stay."""
+        return not differentiates(linear) and (what == "bias" or not is_offloaded(linear))
+
+
+class SiteCut:
+    """A site of a pruned model: its binding, its state, and its cut while one is open."""
+
+    def __init__(self, number: int, binding: SiteBinding, state: SiteState, shared: Shared):
+        self.number, self.binding, self.state, self.shared = number, binding, state, shared
+        self.open_cut: OpenCut | None = None
+        self.computed: Tensor | None = None
+        """The units of the last cut that was open, to be read after the pass that closed it."""
+        self._suspended: OpenCut | None = None
+
+    # What others read of it.
+
+    @property
+    def site(self) -> Site:
+        return self.binding.site
+
+    @property
+    def history(self) -> ChannelHistory:
+        return self.state.history
+
+    @property
+    def compensation(self) -> SiteCompensation:
+        return self.state.compensation
+
+    @property
+    def count(self) -> int:
+        """Units that the site keeps, the same in every batch."""
+        return self.state.count
 
     @property
     def whole(self) -> bool:
-        """Whether this site keeps everything, so that there is nothing to decide."""
-        return self.count >= self.site.units
+        return self.state.whole
 
     @property
-    def statistics_bytes(self) -> int:
-        """Bytes of this site's statistics, what compensation learnt included."""
-        return self.history.bytes + self.compensation.bytes
+    def fixed(self) -> Tensor | None:
+        """(k,) int64 ascending: the kept units where they are decided once."""
+        return self.state.fixed
 
-    def prepare(self) -> None:
-        """The weights' part of the score, once for as long as the weights stay what they are."""
-        if torch.compiler.is_compiling() and self._prepared_of:
-            return
-        state = state_of(self.consumer)
-        if self._prepared_of != state:
-            with torch.no_grad(), weights_present(self.consumer):
-                weight = self.consumer.weight.detach().float()
-                self.prepared, self._prepared_of = self.scorer.prepare(weight, self.site), state
+    @property
+    def kept(self) -> Tensor | None:
+        """(k,) int64 ascending while the cut is open."""
+        return None if self.open_cut is None else self.open_cut.kept
+
+    # Opening and closing.
 
     def open(self, kept: Tensor, probe_mean: Tensor | None = None, stays: bool = False) -> None:
-        """Compute with ``kept`` (k,) int64 from now on; what was gathered for the same set is reused.
+        """Compute with ``kept`` (k,) int64 from now on; copies made for the same tensor are used again.
 
-        ``stays`` says that other sites are going to be cut before this one is done with.
+        ``stays``: the cut serves several passes.
         """
-        self.weights.with_mean(probe_mean)
-        if self.kept is kept:
-            return
-        self.rest()
-        self.weights.of(kept, stays, self.fixed is not None)
-        self.kept = self.computed = kept
-        if not self.applier.resizes:
-            return
-        units = self.weights.units
-        self._sizes = [getattr(module, name) for module, name, _ in self.attributes]
-        for module, name, per_unit in self.attributes:
-            setattr(module, name, len(units) * per_unit)
-        if self.site.query_heads_per_kv:
-            setattr(self.entry, KV_INDEX, units // self.site.query_heads_per_kv)
+        cut = self.open_cut
+        if cut is None or cut.kept is not kept:
+            if cut is not None:
+                self.suspend()
+            cut = self.cut_to(kept, stays)
+            self.open_cut, self._suspended, self.computed = cut, None, kept
+            if self.shared.applier.resizes:
+                binding = self.binding
+                for module, name, per_unit, _ in binding.attributes:
+                    setattr(module, name, len(cut.units) * per_unit)
+                if binding.site.query_heads_per_kv:
+                    setattr(binding.entry, KV_INDEX, cut.units // binding.site.query_heads_per_kv)
+        if cut.probe_mean is not probe_mean:
+            cut.use_mean(probe_mean)
 
-    def prefetch(self, kept: Tensor, stays: bool) -> None:
-        """Gather for a cut that is going to be opened with the same ``kept`` (k,) and ``stays``."""
-        self.weights.of(kept, stays, self.fixed is not None)
-        self.weights.prefetching = True
-        try:
-            for linear, producer in self.producers:
-                self.weights.producer(linear, producer)
-            once = self.fixed is not None and not self.compensation.compensator.uses_probe
-            if once or not self.compensation.wanted:  # else the batch has a say in it
-                self.weights.consumer(self.consumer, self.history)
-        finally:
-            self.weights.prefetching = False
+    def cut_to(self, kept: Tensor, stays: bool) -> OpenCut:
+        """The cut to ``kept`` (k,) that is to be opened next."""
+        if self._suspended is None or self._suspended.kept is not kept:
+            if stays:
+                self.shared.gatherer.release(self.binding.site.kind)  # nobody uses the shared memory then
+            self._suspended = OpenCut(self.state, self.shared, kept, stays)
+        return self._suspended
 
-    def refresh(self) -> None:
-        """Make anew what is kept of weights that have changed since: compiled code takes it as it finds it."""
-        if self.fixed is not None:
-            self.prefetch(self.fixed, stays=True)
-        elif self.merger is not None and not self.whole:
-            self.prepare()
+    def suspend(self) -> None:
+        """Compute with everything for a while: copies wait for the same units to be opened again."""
+        if self.open_cut is None:
+            return
+        self._suspended, self.open_cut = self.open_cut, None
+        if self.shared.applier.resizes:
+            for module, name, _, whole in self.binding.attributes:
+                setattr(module, name, whole)
+            if self.binding.site.query_heads_per_kv:
+                delattr(self.binding.entry, KV_INDEX)
 
     def close(self) -> None:
-        """Compute with everything again; nothing of the cut is left on the model, and its own memory is given back."""
-        self.rest()
-        self.weights.release()
-        self.probed = None
+        """Compute with everything again; nothing of the cut is left on the model, and its memory is freed."""
+        self.suspend()
+        self._suspended = None
 
-    def rest(self) -> None:
-        """Compute with everything for a while: what was gathered waits for the same set to be opened again."""
-        if self.kept is None:
-            return
-        self.kept = None
-        for (module, name, _), size in zip(self.attributes, self._sizes, strict=bool(self._sizes)):
-            setattr(module, name, size)
-        self._sizes = []
-        if hasattr(self.entry, KV_INDEX):
-            delattr(self.entry, KV_INDEX)
+    def copy_ahead(self, kept: Tensor, stays: bool) -> None:
+        """Copy weights for a cut that will be opened with the same ``kept`` (k,) and ``stays``."""
+        cut, compensation = self.cut_to(kept, stays), self.state.compensation
+        cut.keep_copies()
+        for linear, producer in self.binding.producers:
+            cut.producer(linear, producer)
+        once = cut.once and not compensation.compensator.uses_probe
+        if once or not compensation.wanted:  # else the weight, or its bias, depends on the batch
+            cut.consumer()
 
-    # What the site's linear layers compute.
+    def refresh(self) -> None:
+        """Make again what is kept of weights that have changed since: compiled code takes it as it is."""
+        if self.open_cut is not None and self.open_cut.once:
+            for linear, producer in self.binding.producers:
+                self.open_cut.producer(linear, producer)
+            if not self.state.compensation.compensator.uses_probe:
+                self.open_cut.consumer()
 
-    def produce(self, linear: nn.Linear, producer: Producer, x: Tensor) -> Tensor:
-        """What a producer makes of x (..., D): all rows in a probe, else the kept ones, (..., r)."""
-        if self.probing or self.kept is None:
-            made = functional.linear(x, linear.weight, linear.bias)
-            if self.probing and self.probed is not None:
-                self.probed.outputs[linear] = made
-            return made
-        if self.weights.fuses(linear, x):
-            return self.weights.fused_producer(linear, producer, x)
-        weight, bias = self.weights.producer(linear, producer)
-        if self.probed is not None and self.probed.covers(linear, x):
-            made = self.probed.linear(linear, weight, bias, self.weights.rows(producer.segments))
-            return made.view(*x.shape[:-1], weight.shape[0])
-        return functional.linear(x, weight, bias)
+    def own_computed(self) -> None:
+        """Copy the computed units: the next pass of a CUDA graph writes where this one's results lie."""
+        if self.computed is not None:
+            self.computed = self.computed.clone()
 
-    def consume(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """What the consumer makes of x (..., c): itself in a probe, else (..., O)."""
-        if self.probing:
-            return x  # the block's own forward then returns what enters the consumer
-        if self.observe is not None:
-            self.observe(self, x)
-        if self.kept is not None and not self.compensation.wanted and self.weights.fuses(linear, x, columns=True):
-            return self.weights.fused_consumer(linear, x)
-        return functional.linear(x, *self.consumer_weights(linear))
-
-    def consumer_weights(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    def consumer_weights(self) -> Weights:
         """Weight (O, c) and bias (O,) that the consumer computes with."""
-        return (linear.weight, linear.bias) if self.kept is None else self.weights.consumer(linear, self.history)
+        linear = self.binding.consumer
+        return (linear.weight, linear.bias) if self.open_cut is None else self.open_cut.consumer()
+
+    def copies(self) -> Iterator[Tensor]:
+        """Copies of weights that are kept now."""
+        cut = self.open_cut or self._suspended
+        return iter(()) if cut is None else cut.copies()
+
+
+def differentiates(linear: nn.Linear) -> bool:
+    """Whether gradients go through the layer's weight or bias, and so through copies of them."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in linear.parameters(recurse=False))
+
+
+def weights_version(linear: nn.Linear) -> tuple:
+    """Changes whenever the layer's weight or bias is replaced, moved, cast or written to.
+
+    Offloaded weights are new tensors in every forward, read from a store that nothing writes to: they never change.
+    Tensors made in inference mode do not count their versions.
+    """
+    if hasattr(linear, "_hf_hook") and is_offloaded(linear):
+        return ("offloaded",)
+    weight, bias = linear.weight, linear.bias
+    version = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+    if bias is None:
+        return version
+    return *version, bias.data_ptr(), bias.dtype, 0 if bias.is_inference() else bias._version
+
+
+def _made_of(linear: nn.Linear) -> tuple:
+    """The weights that something was made of, and whether in inference mode: it is of no use outside of it then."""
+    return *weights_version(linear), torch.is_inference_mode_enabled()

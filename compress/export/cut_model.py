@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...registry import Producer, Site, SiteKind, SpecError
 from ...registry.tensors.devices import weights_present
-from ..engine.site_cut import SiteCut
+from ..engine.site_cut import OpenCut
 from ..models.architectures import heads_of
 from ..pruning.pruned import Pruned
 from .weights import PlannedTensor, Tensors, dense_tensors, written
@@ -107,37 +107,41 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
     for cut in pruned.cuts:
         if cut.whole:
             continue
-        for linear, producer in cut.producers:
-            rows = length(len(cut.weights.rows(producer.segments)), linear.out_features)
+        opened = cut.open_cut
+        if opened is None:
+            raise SpecError("the model runs unpruned here; read its weights outside of dense() and suspended()")
+        for linear, producer in cut.binding.producers:
+            rows = length(len(opened.rows[linear]), linear.out_features)
             shapes = {"weight": (rows, linear.in_features), "bias": (rows,)}
             for which, name in enumerate(("weight", "bias")[: 1 + (linear.bias is not None)]):
-                make = partial(_producer, cut, linear, producer, place, which)
+                make = partial(_producer, opened, linear, producer, place, which)
                 found[f"{producer.path}.{name}"] = PlannedTensor(shapes[name], getattr(linear, name).dtype, make)
-        linear, path, dtype = cut.consumer, cut.site.consumer, cut.consumer.weight.dtype
-        shape = (linear.out_features, length(len(cut.weights.columns), linear.in_features))
-        found[f"{path}.weight"] = PlannedTensor(shape, dtype, partial(_consumer_weight, cut, place))
+        linear, path = cut.binding.consumer, cut.site.consumer
+        dtype = linear.weight.dtype
+        shape = (linear.out_features, length(len(opened.columns), linear.in_features))
+        found[f"{path}.weight"] = PlannedTensor(shape, dtype, partial(_consumer_weight, opened, linear, place))
         if linear.bias is not None or cut.compensation.wanted:
-            found[f"{path}.bias"] = PlannedTensor(shape[:1], dtype, partial(_consumer_bias, cut))
+            found[f"{path}.bias"] = PlannedTensor(shape[:1], dtype, partial(_consumer_bias, opened, linear))
     return found
 
 
-def _producer(cut: SiteCut, linear: nn.Linear, producer: Producer, place: Place, which: int) -> Tensor:
+def _producer(cut: OpenCut, linear: nn.Linear, producer: Producer, place: Place, which: int) -> Tensor:
     """A producer's weight (0) or bias (1)."""
     with torch.no_grad(), weights_present(linear):
-        made = cut.weights.producer(linear, producer)[which]
+        made = cut.producer(linear, producer)[which]
         assert made is not None  # a bias is planned only for a layer that has one
-        return written(place(made, cut.weights.rows(producer.segments), linear.out_features))
+        return written(place(made, cut.rows[linear], linear.out_features))
 
 
-def _consumer_weight(cut: SiteCut, place: Place) -> Tensor:
-    with torch.no_grad(), weights_present(cut.consumer):
-        weight, _ = cut.consumer_weights(cut.consumer)
-        return written(place(weight.T, cut.weights.columns, cut.consumer.in_features).T)
+def _consumer_weight(cut: OpenCut, linear: nn.Linear, place: Place) -> Tensor:
+    with torch.no_grad(), weights_present(linear):
+        weight, _ = cut.consumer()
+        return written(place(weight.T, cut.columns, linear.in_features).T)
 
 
-def _consumer_bias(cut: SiteCut) -> Tensor:
-    with torch.no_grad(), weights_present(cut.consumer):
-        _, bias = cut.consumer_weights(cut.consumer)
+def _consumer_bias(cut: OpenCut, linear: nn.Linear) -> Tensor:
+    with torch.no_grad(), weights_present(linear):
+        _, bias = cut.consumer()
         assert bias is not None  # it is planned only where the layer or the compensation has one
         return written(bias)
 

@@ -90,7 +90,7 @@ def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path
 
 
 def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], strategy: Strategy) -> None:
-    label, device, compensation = cut.site.consumer, cut.history.device, cut.compensation
+    label, device = cut.site.consumer, cut.history.device
 
     def tensor(name: str) -> Tensor | None:
         key = f"{label}.{name}"
@@ -105,7 +105,7 @@ def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], st
     for name, found in (("table", table), ("mean", mean)):
         if found is not None and found.shape[-1] != cut.site.channels:
             raise ValueError(f"{label}.{name} is {tuple(found.shape)}")
-    cut.history = replace(
+    history = replace(
         cut.history,
         table=cut.history.table if table is None else table,
         rows=cut.history.rows if rows is None else rows,
@@ -114,22 +114,20 @@ def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], st
         storage=stored,
         stored_positions=positions,
     )
-    cut.count = int(about["count"])
-    if not 0 <= cut.count <= cut.site.units:
-        raise ValueError(f"{label} keeps {cut.count} of {cut.site.units} units")
-    cut.fixed = tensor("fixed")
-    if about["slope"] is not None:
-        compensation.fixed = numbered("slope", about["slope"])
-    if about["prepared"]:
-        parts = numbered("prepared", about["prepared"])
-        compensation.prepared = parts[0] if len(parts) == 1 else parts
-    compensation.fell_back, compensation.tokens = about["fell_back"], about["covariance_tokens"]
+    count = int(about["count"])
+    if not 0 <= count <= cut.site.units:
+        raise ValueError(f"{label} keeps {count} of {cut.site.units} units")
+    cut.state.restore(history, count, tensor("fixed"))
+    slope = None if about["slope"] is None else numbered("slope", about["slope"])
+    parts = numbered("prepared", about["prepared"])
+    prepared = (parts[0] if len(parts) == 1 else parts) if parts else None
     # Files written by 0.1 have the site's compensator, with the ridge that calibration chose, instead of diagnostics.
     if "diagnostics" in about:
-        compensation.diagnostics = about["diagnostics"]
+        diagnostics = about["diagnostics"]
     else:
         ridge = {**dict(strategy.compensate), **(about["compensator"] or {})}.get("ridge")
-        compensation.diagnostics = {} if ridge is None else {"ridge": ridge}
+        diagnostics = {} if ridge is None else {"ridge": ridge}
+    cut.compensation.restore(slope, prepared, about["fell_back"], about["covariance_tokens"], diagnostics)
 
 
 def _parts(prepared: Any, compensator: Compensator) -> tuple[Tensor, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,16 +33,17 @@ def frozen_units(engine: Engine, how: Freeze, batches: Iterable[Any] | None, pro
     batches are missing.
     """
     check_freeze(how)
-    if not engine.strategy.dynamic:
+    merger = engine.strategy.merger
+    if merger is None:
         return [_all(cut) if cut.fixed is None else cut.fixed for cut in engine.cuts]
     if how == "calibration":
-        if not engine.strategy.merger.uses_history:
+        if not merger.uses_history:
             raise SpecError(
-                f"freeze: merger {engine.strategy.merger.name} uses no history, so calibration alone keeps nothing; "
+                f"freeze: merger {merger.name} uses no history, so calibration alone keeps nothing; "
                 "use mean-score or last"
             )
         with torch.no_grad():
-            return [_all(cut) if cut.whole else engine.decider.usual(cut) for cut in engine.cuts]
+            return [_all(cut) if cut.whole else engine.decider.calibrated_units(cut) for cut in engine.cuts]
     if batches is None:
         raise DataError(f"freeze: {how} runs batches through the pruned model; give it calibration batches")
     sums: dict[SiteCut, Tensor] = {}
@@ -51,12 +52,13 @@ def frozen_units(engine: Engine, how: Freeze, batches: Iterable[Any] | None, pro
         sums[cut] = sums[cut] + scores.double() if cut in sums else scores.double()
 
     listed = calibration_list(batches)
-    with _shown(engine, add if how == "mean-score" else None), evaluating(engine.model):
+    watching = engine.decider.watched(add) if how == "mean-score" else nullcontext()
+    with watching, evaluating(engine.model):
         for batch in progress(listed, "freezing", len(listed)):
             run_batch(engine, batch)
     if how == "mean-score":
         return [_all(cut) if cut.whole else keep_highest(sums[cut], cut.count) for cut in engine.cuts]
-    return [_all(cut) if cut.whole else cut.computed for cut in engine.cuts]
+    return [_all(cut) if cut.whole or cut.computed is None else cut.computed for cut in engine.cuts]
 
 
 def check_freeze(how: str) -> None:
@@ -68,12 +70,3 @@ def check_freeze(how: str) -> None:
 
 def _all(cut: SiteCut) -> Tensor:
     return torch.arange(cut.site.units, device=cut.history.device)
-
-
-@contextmanager
-def _shown(engine: Engine, show: Any) -> Iterator[None]:
-    engine.decider.seen = show
-    try:
-        yield
-    finally:
-        engine.decider.seen = None

@@ -29,11 +29,12 @@ def about_compensation(compensator: Compensator, sites: Sequence[SiteCompensatio
 
 def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
     """One note where covariances rest on too few tokens, and one where sites fell back to the mean alone."""
-    short = [here for here in sites if here.tokens is not None and here.tokens < ENOUGH * here.site.channels]
+    known = [(here.tokens, here) for here in sites if here.tokens is not None]
+    short = [here for tokens, here in known if tokens < ENOUGH * here.site.channels]
     fallen = [here for here in sites if here.fell_back]
     notes = []
     if short:
-        tokens, compensator = min(here.tokens or 0 for here in short), short[0].compensator
+        tokens, compensator = min(tokens for tokens, here in known if here in short), short[0].compensator
         ridge = _ridge(short)
         solved = f"it was solved with a ridge of {extent(ridge)} times the mean variance; " if ridge else ""
         notes.append(

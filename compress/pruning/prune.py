@@ -9,9 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import AttentionUnit, Catalog, DataError, ModelError, Site, SiteScores, SpecError, Strategy
+from ...registry import (
+    Architecture,
+    AttentionUnit,
+    Catalog,
+    DataError,
+    ModelError,
+    Site,
+    SiteScores,
+    SpecError,
+    Strategy,
+)
+from ...registry.catalog import Entry
 from ...registry.tensors.tokens import check_token_ids
-from ..calibration.covariance import check_layers, gather_covariances, settle
+from ..calibration.covariance import check_layers, finalize, gather_covariances
 from ..calibration.passes import (
     Progress,
     calibrate,
@@ -22,9 +33,10 @@ from ..calibration.passes import (
 )
 from ..calibration.shared import SharedStatistics, SomeMoments
 from ..calibration.statistics_file import StatisticsFile
+from ..engine.ahead import check_same_attention
+from ..engine.batch import Decision
 from ..engine.engine import Engine
-from ..engine.look_ahead import check_same_attention
-from ..engine.records import Decision
+from ..engine.learning import calibrate as learn_statistics
 from ..engine.runtime import Runtime
 from ..engine.site_cut import SiteCut
 from ..files.reader import build_runtime, build_strategy
@@ -82,7 +94,7 @@ def prune(
                 raise DataError(f"{who} looks at activations: give it calibration batches")
             batches = calibration_list(calibration)
             for number, batch in enumerate(batches):
-                vocabulary = model.get_input_embeddings().num_embeddings
+                vocabulary = engine.embeddings.num_embeddings
                 check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             _decide(engine, ratio, batches, progress, statistics)
@@ -109,14 +121,17 @@ def engine_of(
 
 def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple[str, list[Site]]:
     """Path of the decoder layers and all sites, by the architecture that serves the model's type."""
-    entries = catalog.of_role("architectures")
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    serving = [entry for entry in entries if kind in entry.component().model_types]
+    known: list[tuple[Entry, Architecture]] = []
+    for entry in catalog.of_role("architectures"):
+        made: Any = entry.component
+        known.append((entry, made()))
+    serving = [(entry, architecture) for entry, architecture in known if kind in architecture.model_types]
     if len(serving) > 1:
-        both = " and ".join(f"{entry.name} (plugin {entry.plugin} of {entry.provider})" for entry in serving)
+        both = " and ".join(f"{entry.name} (plugin {entry.plugin} of {entry.provider})" for entry, _ in serving)
         raise ModelError(f"model type {kind!r} is served by architectures {both}; switch one off with PRUNEKIT_BLOCK")
     if serving:
-        architecture = serving[0].component()
+        _, architecture = serving[0]
         try:
             return architecture.layers, architecture.sites(model, unit)
         except AttributeError as error:
@@ -124,9 +139,9 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
                 f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
                 f"built differently ({error}); pass the causal language model itself, without wrappers"
             ) from error
-    known = "; ".join(f"{e.name} ({', '.join(e.component().model_types)})" for e in entries)
+    tried = "; ".join(f"{entry.name} ({', '.join(architecture.model_types)})" for entry, architecture in known)
     raise ModelError(
-        f"no architecture serves model type {kind!r}; tried {known}. "
+        f"no architecture serves model type {kind!r}; tried {tried}. "
         "Write one as a plugin: a prunekit.registry.Architecture with the model's names (docs/plugins.md)"
     )
 
@@ -167,7 +182,7 @@ def _decide(
         cuts = engine.cuts
 
         def learn(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
-            engine.decider.calibrate(cut, x, valid)
+            learn_statistics(cut.state, x, valid)
             if strategy.compensate.needs_covariance and not cut.whole:
                 cut.compensation.learn(x, valid)
 
@@ -176,7 +191,7 @@ def _decide(
                 if cut.site.layer == layer:
                     _fix(engine, cut)
                     if cut.compensation.moments is not None:
-                        settle(engine, cut)
+                        finalize(engine, cut)
 
         if strategy.compensate.needs_covariance:
             check_layers(engine.cuts)
@@ -198,7 +213,7 @@ def _decide(
 def _allocate(engine: Engine, ratio: float | None) -> None:
     allocator = engine.strategy.allocator
     if allocator.needs_scores:
-        scores = [engine.decider.compared_scores(cut) for cut in engine.cuts]
+        scores = [engine.decider.scores(cut) for cut in engine.cuts]
     else:
         scores = [SiteScores(cut.site) for cut in engine.cuts]
     counts = allocator.allocate(scores, ratio or 0.0) if scores else []
@@ -208,15 +223,15 @@ def _allocate(engine: Engine, ratio: float | None) -> None:
                 f"allocator {allocator.name} keeps {count} of {cut.site.units} units at {cut.site.label}; "
                 "it must keep between 0 and all"
             )
-        cut.count = int(count)
+        cut.state.keep(int(count))
 
 
 def _fix(engine: Engine, cut: SiteCut) -> None:
     """Decide once for a site, by its calibrated scores."""
-    kept = engine.decider.usual(cut)
+    kept = engine.decider.calibrated_units(cut)
     nothing = torch.empty(0, dtype=torch.int64)
-    engine.running_pass.record(cut, None, Decision(kept, nothing, nothing))
+    engine.hooks.record(cut, Decision(kept, nothing, nothing), None)
     if not cut.whole:
-        cut.fixed = kept
+        cut.state.fix(kept)
         if engine.strategy.sequential:
             cut.open(kept, stays=True)

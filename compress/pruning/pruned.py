@@ -25,7 +25,7 @@ class Pruned:
 
     def __init__(self, engine: Engine, catalog: Catalog):
         self._engine = engine
-        self._calibrated = engine.histories() if engine.decider.learns else None
+        self._calibrated = engine.histories() if engine.hooks.learner is not None else None
         self.catalog = catalog
 
     @property
@@ -43,7 +43,7 @@ class Pruned:
         Keys: ``batch`` (None for a strategy that decides once), ``layer``, ``kind``, ``rows`` and
         ``positions`` of the probe, ``kept`` units, ascending.
         """
-        return self._engine.running_pass.trace
+        return self._engine.hooks.trace
 
     @property
     def sites(self) -> list[Site]:
@@ -74,10 +74,10 @@ class Pruned:
 
     def calibrated_scores(self, cut: SiteCut) -> SiteScores | None:
         """A site's scores by calibration alone, on the CPU; None where nothing but a batch gives any."""
-        if cut.scorer.statistic is not None and not cut.history.positions:
+        if cut.state.statistic is not None and not cut.history.positions:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            return self._engine.decider.compared_scores(cut)
+            return self._engine.decider.scores(cut)
 
     @property
     def counts(self) -> dict[tuple[int, SiteKind], int]:
@@ -96,7 +96,7 @@ class Pruned:
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:
         """Within it the model runs unpruned, and no history is touched."""
-        with self._engine.running("dense"):
+        with self._engine.mode_of("dense"):
             yield self.model
 
     def reset(self) -> None:
@@ -140,7 +140,7 @@ class Pruned:
 
     def watch(self, stage: Stage) -> AbstractContextManager[None]:
         """Within it the steps of every decision (:data:`~prunekit.registry.STAGES`) are announced to ``stage``."""
-        return self._engine.stages.watched(stage)
+        return self._engine.shared.stages.watched(stage)
 
     def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
         """The units, by layer and kind, that the last forward pass computed with, ascending."""
@@ -153,9 +153,9 @@ class Pruned:
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes held besides the model now: ``statistics`` of all sites, and ``gathered`` copies of kept weights."""
-        statistics = sum(cut.statistics_bytes for cut in self._engine.cuts)
+        statistics = sum(cut.state.bytes for cut in self._engine.cuts)
         statistics += sum(history.bytes for history in self._calibrated or ())
-        copies = [*self._engine.gatherer.buffers, *(t for cut in self._engine.cuts for t in cut.weights.gathered())]
+        copies = [*self._engine.shared.gatherer.buffers, *(t for cut in self._engine.cuts for t in cut.copies())]
         pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in copies}
         return {"statistics": statistics, "gathered": sum(pieces.values())}
 
@@ -166,7 +166,7 @@ class Pruned:
             return total
         for cut in self._engine.cuts:
             total -= (cut.site.units - cut.count) * cut.site.unit_parameters
-            if cut.compensation.wanted and cut.consumer.bias is None and not cut.whole:
+            if cut.compensation.wanted and cut.binding.consumer.bias is None and not cut.whole:
                 total += cut.site.outputs
         return total
 

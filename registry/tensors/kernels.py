@@ -1,4 +1,7 @@
-"""Whether Triton kernels can be used on a tensor: on CUDA devices, and on a CPU in Triton's interpreter, for tests."""
+"""Whether Triton kernels can be used on a tensor: on CUDA devices, and on a CPU in Triton's interpreter, for tests.
+
+``TRITON_INTERPRET=1`` switches the interpreter on.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,10 @@ VARIABLE = "PRUNEKIT_KERNELS"
 
 def usable_on(tensor: Tensor) -> bool:
     """Whether a kernel of prunekit can read ``tensor``; not while torch compiles, which generates its own."""
-    if not (tensor.is_cuda or interpreted()) or torch.compiler.is_compiling():
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (tensor.is_cuda or interpreted) or torch.compiler.is_compiling():
         return False
     return os.environ.get(VARIABLE) != "plain" and _installed() and _runs_on(tensor.device)
-
-
-def interpreted() -> bool:
-    """Whether kernels run step by step on the CPU, by ``TRITON_INTERPRET=1``."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

@@ -37,8 +37,11 @@ class ChannelHistory:
     tokens: float = 0.0
     storage: HistoryStorage = PLAIN
     stored_positions: int = 0
+    is_plain: bool = field(init=False)
+    """Whether the table is stored as calibration has filled it: float32, a row for each position."""
 
     def __post_init__(self) -> None:
+        self.is_plain = self.storage == PLAIN
         if not self.table.numel():
             self.table = torch.zeros(0, self.channels, dtype=torch.float32, device=self.device)
             self.rows = torch.zeros(0, dtype=torch.float32, device=self.device)
@@ -88,9 +91,12 @@ class ChannelHistory:
         self.storage, self.stored_positions = storage, self.positions
         table, self.rows = storage.pooled(self.table, self.rows)
         self.table = storage.encode(table)
+        self.is_plain = storage == PLAIN
 
     def at(self, positions: Tensor) -> Tensor:
         """The statistic at ``positions`` (t,) int64, not negative; (t, C) float32, a new tensor."""
+        if self.is_plain:
+            return self.table.index_select(0, positions).clamp_(min=0)
         return self.storage.decode(self.table.index_select(0, self.storage.row_of(positions))).clamp_(min=0)
 
     def summed(self) -> Tensor:
@@ -103,6 +109,8 @@ class ChannelHistory:
 
     def of_columns(self, positions: int, columns: Tensor) -> Tensor:
         """Rows of the first ``positions`` positions at ``columns`` (c,) int64; (R, c) float32."""
+        if self.is_plain:
+            return self.table[:positions].index_select(1, columns)
         return self.storage.decode(self.table[: self.storage.rows_for(positions)].index_select(1, columns))
 
     def write(self, columns: Tensor, values: Tensor) -> None:

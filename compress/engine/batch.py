@@ -1,0 +1,255 @@
+"""What holds for one batch alone: made when the decoder is called, gone when the call ends, well or not.
+
+Letters: B rows of the batch, T its positions, D hidden size, C channels; b, t: the probe's rows and positions; R rows
+of a producer, r those kept; k kept units, c their channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...registry import NonFiniteError, Site, complement
+from ...registry.errors import FINITE_REMEDY
+
+Mode = Literal["dense", "calibrate", "prune"]
+
+REUSED_UP_TO = 2048
+"""Tokens of a batch. Of a larger one the probe is too small a part: copying its products costs what it saves."""
+
+
+class Decision(NamedTuple):
+    """Kept units (k,), and the probe's rows (b,) and positions (t,) or (b, t); all int64 ascending."""
+
+    kept: Tensor
+    rows: Tensor
+    positions: Tensor
+    probe_mean: Tensor | None = None
+    """(C,) float32: the channels' mean in the probe, where compensation uses it."""
+
+
+@dataclass(eq=False)
+class ProbeProducts:
+    """What a site's producers made of the probe's tokens, so that a small batch does not compute it again.
+
+    A producer is linear in each token: the rows that it made of a probed token are those it makes of it in the batch.
+    """
+
+    hidden: Tensor
+    """(B, T, D): the batch that the probe was taken from."""
+    rows: Tensor
+    """(b,) int64 ascending."""
+    positions: Tensor
+    """(t,) int64 ascending."""
+    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    """(b, t, R) by producer."""
+
+    def linear(self, producer: nn.Module, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
+        """The producer's kept rows of the whole batch: weight (r, D), bias (r,), kept (r,) -> (B, T, r)."""
+        tokens, others, states = self.split
+        out = self.hidden.new_empty(*self.hidden.shape[:2], len(kept))
+        flat = out.view(-1, len(kept))
+        flat.index_copy_(0, tokens, self.outputs[producer].view(len(tokens), -1).index_select(1, kept))
+        flat.index_copy_(0, others, functional.linear(states, weight, bias))
+        return out
+
+    @cached_property
+    def split(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the probe's tokens are in the batch, (b * t,) int64, where the others are, (o,), and their states
+        (o, D)."""
+        tokens = (self.rows[:, None] * self.hidden.shape[1] + self.positions).view(-1)
+        flat = self.hidden.view(-1, self.hidden.shape[-1])
+        others = complement(tokens, len(flat))
+        return tokens, others, flat.index_select(0, others)
+
+
+@dataclass(eq=False)
+class ProbeRun:
+    """A site's run on a probe: its producers compute everything, its consumer returns what it reads."""
+
+    valid: Tensor | None
+    """(b, t) bool: the probe's real tokens; None where all are."""
+    products: ProbeProducts | None
+    """What producers made of it, where the batch can use that."""
+    is_running: bool = True
+
+
+def worth_reusing(hidden: Tensor) -> bool:
+    """Whether a batch (B, T, D) is faster with :class:`ProbeProducts` (docs/benchmarks/speed.md)."""
+    small = hidden.shape[0] * hidden.shape[1] <= REUSED_UP_TO
+    plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    return small and plain and hidden.is_contiguous() and (hidden.device.type, hidden.dtype) == ("cpu", torch.float32)
+
+
+Observe = Callable[[Any, Tensor], None]
+"""Takes a site of the engine and what enters its consumer, (B, T, c) or (B * T, c)."""
+
+
+@dataclass(eq=False)
+class SiteBatch:
+    """What holds for one site in one batch; the hooks write it."""
+
+    residual: Tensor | None = None
+    """(B, T, D): input of the site's norm, from the norm's call until the site is entered."""
+    decision: Decision | None = None
+    """Made when the site is entered, or ahead of it."""
+    learnt: tuple[Tensor, Tensor] | None = None
+    """Columns (c,) and what history becomes there (T, c), once the batch has passed."""
+
+
+class Batch:
+    """One call of the decoder."""
+
+    def __init__(
+        self, mode: Mode, shape: tuple[int, int], valid: Tensor | None, sites: int, observe: Observe | None = None
+    ):
+        self.mode, self.shape, self.observe = mode, shape, observe
+        self.valid = valid
+        """(B, T) bool: real tokens; None where all are."""
+        self.sites = [SiteBatch() for _ in range(sites)]
+        """By the sites' numbers."""
+        self.cache: Any = None
+        """The key/value cache of the layer that runs; None without one."""
+        self.cached = 0
+        """Positions that the cache already holds of that layer; more than 0 in the decode steps of a generation."""
+        self.probe: ProbeRun | None = None
+        """The last probe."""
+        self.number: int | None = None
+        """Of the batches in the trace, from 0."""
+        self.attention_arguments: dict[str, Any] = {}
+        """What the last attention was called with, for a probe that runs ahead of its block."""
+        self.checks = FiniteChecks()
+        self.passed = False
+        """Whether the call has ended. Gradient checkpointing may run layers again afterwards, as they were decided."""
+
+    def close(self) -> None:
+        """The call has ended: only the decisions stay."""
+        self.passed = True
+        self.observe = self.probe = None
+        self.attention_arguments, self.checks = {}, FiniteChecks()
+
+    def valid_on(self, device: torch.device) -> Tensor | None:
+        """The batch's real tokens on the device where a layer computes: the batch may come from another one."""
+        if self.valid is not None and self.valid.device != device:
+            self.valid = self.valid.to(device)
+        return self.valid
+
+
+class OneAtATime:
+    """A reentrant lock, which a copy of the model does not share."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple:
+        return OneAtATime, ()
+
+
+class Running:
+    """What a pruned model is doing now."""
+
+    def __init__(self) -> None:
+        self.mode: Mode = "dense"
+        self.batch: Batch | None = None
+        """The batch that is passing."""
+        self.one_at_a_time = OneAtATime()
+        """Held while a batch passes: modules are cut for one batch at a time, whatever thread it comes from."""
+
+    def switch(self, mode: Mode) -> None:
+        """The mode of the batches to come."""
+        self.mode = mode
+
+    def enter(self, batch: Batch | None) -> Batch | None:
+        """``batch`` passes from now on; returns the one that did."""
+        outer, self.batch = self.batch, batch
+        return outer
+
+
+# Whether what a batch decided and learnt by was finite. It is read once, when the batch has passed: reading a value
+# makes an accelerator wait for it, and there are several at every site.
+
+SCORES = (
+    "the scores of {consumer} are NaN or infinite, so nothing can be decided; the activations here, or the weights "
+    "before, are not finite."
+)
+LEARNT = "NaN or infinity in what entered {consumer} in this batch; history keeps what it knew before."
+PROBED = "NaN or infinity in what the probe of this batch saw enter {consumer}."
+
+
+class FiniteChecks:
+    """Tensors of sites to be checked, with the message for each."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor, str, Site]] = []
+
+    def add(self, tensor: Tensor, message: str, site: Site) -> None:
+        """Check ``tensor`` at :meth:`run`."""
+        self._waiting.append((tensor.sum(), tensor, message, site))
+
+    def run(self) -> None:
+        """Raise :class:`NonFiniteError` for the first tensor with NaN or infinity.
+
+        A user's own graph around the whole decoder checks nothing.
+        """
+        if not self._waiting or torch.compiler.is_compiling():
+            return
+        sums = [total for total, *_ in self._waiting]
+        if len({total.device for total in sums}) > 1:
+            sums = [total.cpu() for total in sums]
+        finite = torch.stack([total.float() for total in sums]).isfinite().cpu()
+        if bool(finite.all()):
+            return
+        for (_, tensor, message, site), fine in zip(self._waiting, finite.tolist(), strict=True):
+            if not fine and not bool(torch.isfinite(tensor).all()):  # a sum may overflow where no number does
+                raise not_finite(message, site)
+
+
+def not_finite(message: str, site: Site) -> NonFiniteError:
+    """The error for a site."""
+    return NonFiniteError(f"{site.label}: {message.format(consumer=site.consumer)} {FINITE_REMEDY}")
+
+
+# What a call was given.
+
+_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {}
+
+
+def learn_parameters(modules: Sequence[nn.Module]) -> None:
+    """Look up the parameters of the modules' forwards beforehand, so that :func:`named` can be compiled."""
+    for module in modules:
+        kind: Any = type(module)
+        if kind not in _PARAMETERS:
+            _PARAMETERS[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, those given by position too; :func:`learn_parameters` has seen the module."""
+    return {**dict(zip(_PARAMETERS[type(module)], args, strict=False)), **kwargs} if args else kwargs
+
+
+def valid_tokens(attention_mask: Any, batch: int, length: int) -> Tensor | None:
+    """Which tokens of the batch are real, (B, T) bool; None where all are.
+
+    The mask is (B, T), or longer by what a cache holds. With a static cache it is already (B, 1, T, keys), or one such
+    for each kind of attention: a token is real where it may attend to itself.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4:
+        own = attention_mask[:, 0, :, :length].diagonal(dim1=1, dim2=2)
+        valid = own if own.dtype == torch.bool else own == 0
+    else:
+        valid = attention_mask[:, -length:].bool()
+    if valid.shape[1] != length or bool(valid.all()):
+        return None
+    return valid.expand(batch, length)

@@ -1,0 +1,52 @@
+"""Gradient checkpointing: a layer's recomputation in the backward pass repeats the decisions of its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .batch import Batch, Running
+
+FUNCTION = "_gradient_checkpointing_func"
+"""Attribute of a transformers layer: what runs the layer and, in the backward pass, runs it again."""
+
+
+class Checkpoint:
+    """A layer's checkpointing function: what it runs again belongs to the batch in which it ran first."""
+
+    def __init__(self, function: Callable, running: Running, leave: Callable[[Batch], None]):
+        self.function, self.running, self.leave = function, running, leave
+
+    def __call__(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        batch = self.running.batch
+        if batch is not None:
+            forward = partial(self.run, batch, forward)
+        return self.function(forward, *args, **kwargs)
+
+    def run(self, batch: Batch, forward: Callable, *args: Any) -> Any:
+        """Run a layer in a batch, which has passed already when it is run again."""
+        with self.running.one_at_a_time.lock:
+            outer = self.running.enter(batch)
+            try:
+                return forward(*args)
+            finally:
+                if batch.passed:
+                    self.leave(batch)
+                self.running.enter(outer)
+
+
+def use_checkpoint(layer: nn.Module, running: Running, leave: Callable[[Batch], None]) -> None:
+    """Replace the layer's checkpointing function, where it has one that is not ours already."""
+    function = vars(layer).get(FUNCTION)
+    if function is not None and not isinstance(function, Checkpoint):
+        vars(layer)[FUNCTION] = Checkpoint(function, running, leave)
+
+
+def restore_checkpoint(layer: nn.Module) -> None:
+    """Undo :func:`use_checkpoint`."""
+    function = vars(layer).get(FUNCTION)
+    if isinstance(function, Checkpoint):
+        vars(layer)[FUNCTION] = function.function

@@ -1,0 +1,280 @@
+"""The hooks of a pruned model, in the order in which a batch meets them.
+
+They find the batch through :class:`~.batch.Running`, and everything that they need through their own arguments, never
+through a closure: a copy of the model then gets hooks, state and batches of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...registry import ModelError
+from .ahead import SideStreams, following_sites
+from .batch import Batch, Decision, Observe, Running, named, valid_tokens, worth_reusing
+from .checkpointing import use_checkpoint
+from .decider import Decider
+from .decode_cache import CacheDecisions
+from .learning import Learner, commit
+from .probing import CACHE_ARGUMENT, Prober, SiteInput
+from .site_cut import Shared, SiteCut
+
+
+class Hooks:
+    """What happens to a batch, step by step."""
+
+    def __init__(
+        self,
+        cuts: Sequence[SiteCut],
+        shared: Shared,
+        decider: Decider,
+        prober: Prober | None,
+        learner: Learner | None,
+        trace: list[dict[str, Any]] | None,
+    ):
+        self.cuts, self.shared, self.trace = cuts, shared, trace
+        self.decider, self.prober, self.learner = decider, prober, learner
+        self._batches = 0
+        self._calibration: Observe | None = None
+        self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
+        self._cached = CacheDecisions()
+        self._side = SideStreams(shared.runtime.overlap)
+
+    def calibrate_with(self, observe: Observe | None) -> Observe | None:
+        """Have calibration do this with what enters a consumer; returns what it did before."""
+        outer, self._calibration = self._calibration, observe
+        return outer
+
+    # The decoder.
+
+    def begin(self, arguments: dict[str, Any]) -> Batch:
+        """A batch begins: the decoder was called with these arguments."""
+        mode, observe = self.shared.running.mode, None
+        if mode == "calibrate":
+            observe = self._calibration
+        elif mode == "prune" and self.learner is not None:
+            observe = self.learn
+        tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
+        rows, length = tokens.shape[:2]
+        valid = valid_tokens(arguments.get("attention_mask"), rows, length)
+        return Batch(mode, (rows, length), valid, len(self.cuts), observe)
+
+    def succeed(self, batch: Batch) -> None:
+        """The batch has passed: histories learn from it."""
+        self._side.join()
+        with torch.no_grad():
+            commit(batch, self.cuts, self.shared.stages)
+
+    def end(self, batch: Batch) -> None:
+        """The batch has ended, well or not."""
+        self._side.join()
+        self.leave_all(batch)
+        batch.close()
+
+    # A layer, and its sites.
+
+    def enter_layer(self, index: int) -> Callable:
+        """A layer begins."""
+
+        def hook(hooks: Hooks, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            batch = hooks.shared.running.batch
+            if batch is not None:
+                batch.cache = named(layer, args, kwargs).get(CACHE_ARGUMENT)
+                batch.cached = 0
+                if batch.cache is not None:
+                    batch.cached = hooks._cached.enter(batch.cache, index, batch.mode == "prune")
+                if layer.training and torch.is_grad_enabled():
+                    use_checkpoint(layer, hooks.shared.running, hooks.leave_all)
+
+        return partial(hook, self, index)
+
+    def enter_norm(self, cut: SiteCut) -> Callable:
+        """A site's norm reads the residual stream."""
+
+        def hook(running: Running, number: int, norm: nn.Module, args: tuple) -> None:
+            if running.batch is not None:
+                running.batch.sites[number].residual = args[0]
+
+        return partial(hook, self.shared.running, cut.number)
+
+    def enter_site(self, cut: SiteCut, prober: Prober) -> Callable:
+        """A block is about to read the normed states: its cut is decided, and opened."""
+
+        def hook(
+            hooks: Hooks, cut: SiteCut, prober: Prober, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+        ) -> None:
+            batch = hooks.shared.running.batch
+            if batch is None:
+                hooks.check_no_batch(cut)
+                return
+            if batch.mode != "prune":
+                return
+            if cut.number:
+                hooks.leave(hooks.cuts[cut.number - 1], batch)
+            at_site = batch.sites[cut.number]
+            residual, at_site.residual = at_site.residual, None
+            if residual is None:
+                raise hooks.no_norm(cut)
+            arguments = named(module, args, kwargs)
+            if not cut.state.whole:
+                known = None if batch.cache is None else hooks._cached.of(batch.cache, cut.binding.site)
+                if known is not None:
+                    cut.open(*known, stays=True)
+                    return
+                decision = at_site.decision
+                if decision is None:
+                    hidden = args[0] if args else kwargs["hidden_states"]
+                    given = hooks.input_of(cut, batch, residual, hidden, arguments)
+                    decision = at_site.decision = hooks.decide(cut, given, prober)
+                else:
+                    hooks._side.join()
+                cut.open(decision.kept, decision.probe_mean, cut.state.fixed is not None or batch.cache is not None)
+                if batch.cache is not None:
+                    hooks._cached.remember(batch.cache, cut.binding.site, decision.kept, decision.probe_mean)
+                if hooks.trace is not None and not batch.passed:
+                    hooks.record(cut, decision, batch)
+            following = hooks._following[cut.number]
+            if following is not None and not batch.passed:
+                hooks.decide_ahead(cut, following, batch, residual, arguments, prober)
+
+        return partial(hook, self, cut, prober)
+
+    def input_of(
+        self, cut: SiteCut, batch: Batch, residual: Tensor, hidden: Tensor, arguments: dict[str, Any]
+    ) -> SiteInput:
+        """What the site's block is about to read, on the device where its history is."""
+        state, device = cut.state, cut.state.history.device
+        hidden = hidden.to(device).reshape(*batch.shape, hidden.shape[-1])
+        residual = residual.to(device).reshape(*batch.shape, residual.shape[-1])
+        reuse = self.shared.reuses and state.fixed is None and worth_reusing(hidden)
+        return SiteInput(batch, residual, hidden, batch.valid_on(device), arguments, reuse)
+
+    def decide(self, cut: SiteCut, given: SiteInput, prober: Prober) -> Decision:
+        """Probe and decide; a site whose units are decided once is probed for compensation alone."""
+        probe, fixed = prober.probe(cut, given), cut.state.fixed
+        if fixed is not None:
+            return Decision(fixed, probe.rows, probe.positions, probe.mean)
+        return self.decider.decide(cut, given, probe)
+
+    def decide_ahead(
+        self,
+        cut: SiteCut,
+        following: SiteCut,
+        batch: Batch,
+        residual: Tensor,
+        arguments: dict[str, Any],
+        prober: Prober,
+    ) -> None:
+        """Decide for the next site from what this one is about to read."""
+        if cut.binding.site.kind == "attention":
+            batch.attention_arguments = arguments
+        if following.whole or batch.cached or residual.device != following.history.device:
+            return  # in a decode step its cut goes with the cache
+        residual = residual.reshape(*batch.shape, residual.shape[-1])
+        theirs = batch.attention_arguments if following.binding.site.kind == "attention" else {}
+        given = SiteInput(batch, residual, None, batch.valid_on(residual.device), theirs)
+        with self._side.work(residual):
+            decision = batch.sites[following.number].decision = self.decide(following, given, prober)
+            if self._side.used and following.fixed is None and not self.shared.runtime.fused_gather:
+                following.copy_ahead(decision.kept, batch.cache is not None)
+        if self._side.used:
+            self._side.share(decision.kept, decision.probe_mean)
+
+    def learn(self, cut: SiteCut, x: Tensor) -> None:
+        """What enters a consumer of a pruned batch, (B, T, c) or (B * T, c), waits for the batch to pass."""
+        batch, open_cut, learner = self.shared.running.batch, cut.open_cut, self.learner
+        if batch is None or learner is None or open_cut is None or batch.cached or not len(open_cut.kept):
+            return
+        x = x.detach().reshape(*batch.shape, x.shape[-1])
+        with torch.no_grad(), self._side.work(x):
+            learnt = batch.sites[cut.number].learnt = learner.observe(cut, open_cut, x, batch)
+        if self._side.used and learnt is not None:
+            self._side.share(*learnt)
+
+    def leave(self, cut: SiteCut, batch: Batch) -> None:
+        """A site is left, at the latest when the next one is entered: without a cache its cut is not used again."""
+        if batch.cache is None and batch.mode == "prune" and cut.state.fixed is None:
+            cut.close()
+
+    def leave_all(self, batch: Batch) -> None:
+        """All sites are left."""
+        for cut in self.cuts:
+            self.leave(cut, batch)
+
+    def check_no_batch(self, cut: SiteCut) -> None:
+        """Raise :class:`ModelError` for a block that runs without its decoder although every batch decides its cut."""
+        if self.shared.running.mode == "prune" and not cut.whole and cut.fixed is None:
+            raise ModelError(
+                f"{cut.site.label} runs outside of a call of its decoder, and this pruning decides per batch of the "
+                "decoder; call the whole model, or run this inside pruned.dense()"
+            )
+
+    def no_norm(self, cut: SiteCut) -> ModelError:
+        """The error for a block that runs without the norm that its site names."""
+        return ModelError(
+            f"{cut.site.label}: {cut.site.entry} was called before its norm {cut.site.norm}; correct the site's norm "
+            "in the architecture"
+        )
+
+    def record(self, cut: SiteCut, decision: Decision, batch: Batch | None) -> None:
+        """Add a decision to the trace, where one is kept; no ``batch`` for decisions made once."""
+        if self.trace is None:
+            return
+        if batch is not None and batch.number is None:
+            batch.number, self._batches = self._batches, self._batches + 1
+        where = {"batch": None if batch is None else batch.number, "layer": cut.site.layer, "kind": cut.site.kind}
+        seen = {name: getattr(decision, name).tolist() for name in ("kept", "rows", "positions")}
+        self.trace.append(where | seen)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make again what is kept of weights that have changed since: compiled code takes it as it is."""
+        for cut in self.cuts:
+            cut.refresh()
+            if self.decider.strategy.dynamic and not cut.whole:
+                cut.state.prepared(self.decider.strategy.scorer)
+
+    def restart(self) -> None:
+        """Count batches from 0, and draw from the start, again."""
+        self._batches = 0
+        if self.prober is not None:
+            self.prober.restart()
+
+    def padding_of(self, states: Tensor) -> Tensor | None:
+        """Padded tokens (b, t) of the batch, or of the probe while one runs; None where all are real."""
+        batch = self.shared.running.batch
+        if batch is None or batch.mode != "prune":
+            return None
+        probe = batch.probe
+        valid = probe.valid if probe is not None and probe.is_running else batch.valid_on(states.device)
+        return None if valid is None else ~valid
+
+
+class DecoderForward:
+    """Stands in for the decoder's forward: one call is one batch, one after the other in every thread."""
+
+    def __init__(self, decoder: nn.Module, hooks: Hooks, forward: Callable):
+        update_wrapper(self, forward)  # whoever asks for the signature sees the decoder's own
+        self.decoder, self.hooks, self.forward = decoder, hooks, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._run(args, kwargs)
+        with self.hooks.shared.running.one_at_a_time.lock:
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        hooks, running = self.hooks, self.hooks.shared.running
+        batch = hooks.begin(named(self.decoder, args, kwargs))
+        outer = running.enter(batch)
+        try:
+            output = self.forward(*args, **kwargs)
+            hooks.succeed(batch)
+            return output
+        finally:
+            hooks.end(batch)
+            running.enter(outer)

@@ -1,0 +1,82 @@
+"""What histories learn: from calibration at once, from a pruned batch when it has passed.
+
+A pruned batch goes one way. What enters a consumer is observed, the updated history waits with the batch, and is
+written once the whole batch has passed: a batch that fails half way teaches nothing. Letters: B rows, T positions, C
+channels, c kept ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ...registry import HistoryMerger, Statistic, Strategy
+from .batch import LEARNT, Batch
+from .runtime import Stages
+from .site_cut import OpenCut, SiteCut, SiteState
+
+
+def calibrate(state: SiteState, x: Tensor, valid: Tensor | None, every_mean: bool = False) -> None:
+    """Take a calibration batch of consumer input x (B, T, C) into the site's history.
+
+    ``every_mean``: keep the channels' mean even where nothing of this strategy reads it.
+    """
+    statistic = state.statistic
+    if statistic is not None:
+        statistic.observe(state.history, x, valid)
+    if (state.compensation.wanted or every_mean) and (statistic is None or not statistic.tracks_mean):
+        state.history.observe_mean(x, valid)
+
+
+class Learner:
+    """Updates the histories of a strategy that decides per batch."""
+
+    def __init__(self, strategy: Strategy, merger: HistoryMerger, statistic: Statistic, stages: Stages):
+        self.strategy, self.merger, self.statistic, self.stages = strategy, merger, statistic, stages
+
+    @classmethod
+    def of(cls, strategy: Strategy, stages: Stages) -> Learner | None:
+        """The learner of a strategy; None where no batch changes its histories."""
+        merger, statistic = strategy.merger, strategy.scorer.statistic
+        if merger is None or statistic is None or not (merger.uses_history and merger.updates):
+            return None
+        return cls(strategy, merger, statistic, stages)
+
+    def observe(self, cut: SiteCut, open_cut: OpenCut, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """The kept channels (c,), and what history becomes there (T, c), after a batch x (B, T, c or C); None: it stays
+        what it is."""
+        with self.stages.history:
+            columns, history, length = open_cut.columns, cut.state.history, x.shape[1]
+            valid = batch.valid_on(x.device)
+            if x.shape[-1] != len(columns):
+                x = x.index_select(2, columns)
+            mean = None if history.mean is None else history.mean[columns]
+            observed = self.strategy.measure(self.statistic, x, valid, mean)
+            known = history.of_columns(length, columns)
+            counted = None if valid is None else self.strategy.counted(valid)
+            if counted is not None or not history.is_plain:
+                counts = observed.new_full((length,), x.shape[0]) if counted is None else counted.sum(0).float()
+                observed, counts = history.storage.pooled(observed, counts)
+            updated = self.merger.update(known, observed)
+            if updated is None:
+                return None
+            if counted is not None:
+                # A position where every row is padding has shown nothing.
+                updated = torch.where((counts > 0)[:, None], updated, known)
+            batch.checks.add(updated, LEARNT, cut.binding.site)
+            return columns, updated
+
+
+def commit(batch: Batch, cuts: Sequence[SiteCut], stages: Stages) -> None:
+    """Write what sites have learnt from a batch that has passed.
+
+    Raises :class:`NonFiniteError`, and writes nothing, for a batch that was not finite.
+    """
+    learnt = [(cut, at_site.learnt) for cut, at_site in zip(cuts, batch.sites, strict=True) if at_site.learnt]
+    with stages.history if learnt else nullcontext():
+        batch.checks.run()
+        for cut, (columns, updated) in learnt:
+            cut.state.history.write(columns, updated)

@@ -1,0 +1,143 @@
+"""The linear layers of a site. The way a product is computed is chosen here, and nowhere else.
+
+Layers are adopted by class, so that parameters and keys of the state dict stay what they are. Letters: D hidden size,
+r kept rows of a producer, c kept channels, O outputs of the consumer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...registry import ModelError, Producer, Selection
+from ...registry.tensors.devices import is_offloaded
+from ...registry.tensors.kernels import usable_on
+from .site_cut import OpenCut, SiteCut
+
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class SiteLinear(nn.Linear):
+    """An ``nn.Linear`` of a site."""
+
+    site_cut: SiteCut
+
+
+class ProducerLinear(SiteLinear):
+    """Makes a site's channels: q/k/v, gate/up, fc1."""
+
+    producer: Producer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All rows while the site's cut is closed, as in a probe, else the kept ones; (..., D) -> (..., r)."""
+        cut, batch = self.site_cut.open_cut, self.site_cut.shared.running.batch
+        probe = None if batch is None else batch.probe
+        products = None if probe is None else probe.products
+        if cut is None:
+            made = functional.linear(x, self.weight, self.bias)
+            if products is not None and probe is not None and probe.is_running:
+                products.outputs[self] = made
+            return made
+        if cut.fuses and _can_fuse(self, x, dim=0):
+            return _fused_producer(self, cut, x)
+        weight, bias = cut.producer(self, self.producer)
+        if products is not None and self in products.outputs:
+            hidden = products.hidden
+            if (x.data_ptr(), x.numel(), x.dtype) == (hidden.data_ptr(), hidden.numel(), hidden.dtype):
+                return products.linear(self, weight, bias, cut.rows[self]).view(*x.shape[:-1], -1)
+        return functional.linear(x, weight, bias)
+
+
+class ConsumerLinear(SiteLinear):
+    """Reads a site's channels: o_proj, down_proj, fc2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the kept channels contribute, compensation included; (..., c) -> (..., O).
+
+        In a probe it is x itself, which the block's own forward then returns.
+        """
+        site, batch = self.site_cut, self.site_cut.shared.running.batch
+        if batch is not None:
+            if batch.probe is not None and batch.probe.is_running:
+                return x
+            if batch.observe is not None:
+                batch.observe(site, x)
+        cut = site.open_cut
+        if cut is None:
+            return functional.linear(x, self.weight, self.bias)
+        if cut.fuses and not site.compensation.wanted and _can_fuse(self, x, dim=1):
+            return _fused_consumer(self, cut, x)
+        return functional.linear(x, *cut.consumer())
+
+
+def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:
+    """Whether the kernel can read kept rows (0) or columns (1) of this layer: each must lie in one piece."""
+    weight = linear.weight
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_offloaded(linear):
+        return False
+    return weight.stride(1 - dim) == 1 and x.dtype == weight.dtype and x.dtype in FUSED_DTYPES and usable_on(weight)
+
+
+def _fused_producer(linear: ProducerLinear, cut: OpenCut, x: Tensor) -> Tensor:
+    from .fused_linear import linear_of_rows
+
+    weight, bias = cut.shared.applier.producer(linear.weight, linear.bias, cut.rows[linear])
+    assert isinstance(weight, Selection) and not isinstance(bias, Tensor)
+    return linear_of_rows(x, weight.source, weight.index, None if bias is None else bias.copied())
+
+
+def _fused_consumer(linear: ConsumerLinear, cut: OpenCut, x: Tensor) -> Tensor:
+    from .fused_linear import linear_of_columns
+
+    weight = cut.shared.applier.consumer(linear.weight, cut.columns)
+    assert isinstance(weight, Selection)
+    return linear_of_columns(x, weight.source, weight.index, linear.bias)
+
+
+def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | None = None) -> None:
+    """Make ``linear`` a producer of a site, or its consumer.
+
+    Raises :class:`ModelError` for anything but a plain ``nn.Linear``.
+    """
+    if isinstance(linear, SiteLinear):
+        raise ModelError(f"{path} is already part of a pruned model; call remove() on that one first")
+    if type(linear) is not nn.Linear:
+        raise ModelError(
+            f"{path} is a {type(linear).__name__}, not a plain nn.Linear (quantised and adapter layers cannot be cut)"
+        )
+    _drop_plain_forward(linear)
+    if "forward" in linear.__dict__ and not hasattr(linear, "_old_forward"):
+        raise ModelError(
+            f"{path}: something has replaced the forward of this nn.Linear on the layer itself, so a cut would never "
+            "run; undo that first, or load the model again"
+        )
+    _turn_into(linear, ConsumerLinear if producer is None else ProducerLinear)
+    linear.__dict__["site_cut"] = site_cut
+    if producer is not None:
+        linear.__dict__["producer"] = producer
+
+
+def release(linear: nn.Module, site_cut: SiteCut) -> None:
+    """Undo :func:`adopt`, where the layer is still this site's."""
+    if linear.__dict__.get("site_cut") is not site_cut:
+        return
+    _turn_into(linear, nn.Linear)
+    for name in ("site_cut", "producer"):
+        linear.__dict__.pop(name, None)
+    _drop_plain_forward(linear)
+
+
+def _turn_into(linear: Any, kind: type[nn.Linear]) -> None:
+    linear.__class__ = kind
+    if hasattr(linear, "_old_forward"):  # accelerate keeps the forward that it wrapped
+        linear._old_forward = kind.forward.__get__(linear)
+
+
+def _drop_plain_forward(linear: nn.Module) -> None:
+    """Accelerate, taking its hooks off, leaves the class's forward on the layer, which would outlive the class."""
+    own = getattr(linear.__dict__.get("forward"), "__func__", None)
+    if own in (nn.Linear.forward, ProducerLinear.forward, ConsumerLinear.forward):
+        del linear.forward

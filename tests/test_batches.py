@@ -1,0 +1,167 @@
+"""What holds for one batch belongs to the call: another pass, a copy, a thread or a recomputation has its own."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from prunekit.compress import prune
+from prunekit.registry import ModelError
+from prunekit.strategies.application import Slice
+from transformers import DynamicCache
+
+FROZEN = {"merger": {"momentum": 1.0}}
+"""No batch changes what later ones are decided by."""
+
+
+def logits(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, **{"use_cache": False, **options}).logits
+
+
+def tables(pruned):
+    return [cut.history.table.clone() for cut in pruned.cuts]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("then", ["nothing", "dense", "decode"])
+@pytest.mark.parametrize("options", [{}, {"selector": {"ahead": True}}])
+def test_an_interrupted_batch_leaves_nothing_behind(make_model, batches, error, then, options):
+    """Interrupted inside a block, also inside the block's run on the probe."""
+    model, (first, second) = make_model("llama-gqa"), (batches[0]["input_ids"], batches[1]["input_ids"])
+    with prune(model, "pp", ratio=0.4, calibration=batches, trace=True, **options) as pruned:
+        cache = DynamicCache(config=model.config)
+        logits(model, second[:1], past_key_values=cache, use_cache=True)
+        pruned.reset()
+        expected, before = logits(model, first), len(pruned.trace)
+        pruned.reset()
+        calibrated = tables(pruned)
+        for number in (1, 2):  # in the probe and in the batch itself
+            calls = []
+
+            def interrupt(*_, calls=calls, number=number):
+                calls.append(number)
+                if len(calls) == number:
+                    raise error
+
+            handle = model.model.layers[1].mlp.act_fn.register_forward_hook(interrupt)
+            with pytest.raises(error):
+                logits(model, second)
+            handle.remove()
+            assert pruned._engine.shared.running.batch is None
+            assert all(cut.kept is None for cut in pruned.cuts)
+            if then == "dense":
+                with pruned.dense():
+                    logits(model, second)
+            elif then == "decode":
+                logits(model, second[:1, :1], past_key_values=cache, use_cache=True)
+            assert all(torch.equal(a, b) for a, b in zip(calibrated, tables(pruned), strict=True))
+        pruned.reset()
+        del pruned.trace[before:]
+        assert torch.equal(logits(model, first), expected)
+        places = [(record["batch"], record["layer"], record["kind"]) for record in pruned.trace[before:]]
+        assert places == [(0, layer, kind) for layer in range(3) for kind in ("attention", "mlp")]
+
+
+@pytest.mark.parametrize(("strategy", "options"), [("pp", {}), ("wanda_sp", {"compensate": "mean"}), ("flap", {})])
+def test_a_copy_is_pruned_for_itself(make_model, batches, strategy, options):
+    model, (first, second) = make_model("llama-gqa"), (batches[0]["input_ids"], batches[1]["input_ids"][:3, :17])
+    with prune(model, strategy, ratio=0.4, calibration=batches, trace=True, **options) as pruned:
+        expected = [logits(model, first), logits(model, second)]
+        pruned.reset()
+        twin, before, calibrated = copy.deepcopy(model), len(pruned.trace), [cut.history.clone() for cut in pruned.cuts]
+        found = [logits(twin, first), logits(twin, second)]
+        assert len(pruned.trace) == before
+        for history, cut in zip(calibrated, pruned.cuts, strict=True):
+            assert history.table is None or torch.equal(history.table, cut.history.table)
+        assert torch.equal(logits(model, first), expected[0])
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(logits(twin, first), expected[0]) or strategy == "pp", "the copy stays pruned"
+
+
+@pytest.mark.parametrize(("strategy", "options"), [("pp", FROZEN), ("wanda_sp", {})])
+def test_threads_take_turns(make_model, batches, strategy, options):
+    """Passes of different shapes, with caches of their own."""
+    model, inputs = make_model("llama-gqa"), [batches[0]["input_ids"], batches[1]["input_ids"][:3, :17]]
+    with prune(model, strategy, ratio=0.4, calibration=batches, **options):
+
+        def call(ids):
+            return logits(model, ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+        expected, found = [call(ids) for ids in inputs], [[], []]
+
+        def work(number):
+            for _ in range(8):
+                found[number].append(call(inputs[number]))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for right, ours in zip(expected, found, strict=True):
+        assert len(ours) == 8 and all(torch.equal(right, one) for one in ours)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"merger": {"momentum": 0.0}}, {"selector": "random"}, {"compensate": "probe_mean"}]
+)
+def test_a_recomputation_repeats_the_decisions_of_its_forward_pass(make_model, batches, options, reentrant):
+    """Gradient checkpointing; by then history has moved on, and a random selector would draw anew."""
+    ids, found = batches[0]["input_ids"], []
+    for checkpoints in (False, True):
+        model = make_model("llama-gqa").requires_grad_(True).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            own = [layer._gradient_checkpointing_func for layer in model.model.layers]
+        with prune(model, "pp", ratio=0.4, calibration=batches, trace=True, **options) as pruned:
+            loss = model(ids, labels=ids, use_cache=False).loss
+            learnt, decisions = tables(pruned), len(pruned.trace)
+            loss.backward()
+            assert all(torch.equal(a, b) for a, b in zip(learnt, tables(pruned), strict=True))
+            assert len(pruned.trace) == decisions == 6
+            assert all(cut.kept is None for cut in pruned.cuts)
+        if checkpoints:
+            assert [layer._gradient_checkpointing_func for layer in model.model.layers] == own
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.item(), gradients))
+    (loss, gradients), (same, theirs) = found
+    assert loss == pytest.approx(same, rel=1e-6) and gradients.keys() == theirs.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-6))
+    assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3
+
+
+def test_a_layer_alone_is_refused_where_every_batch_decides(make_model, batches):
+    model = make_model("llama-gqa")
+    states, layer = torch.randn(2, 8, 128), model.model.layers[1]
+    rotary = model.model.rotary_emb(states, torch.arange(8)[None])
+    with prune(model, "pp", ratio=0.4, calibration=batches) as pruned, torch.no_grad():
+        with pytest.raises(ModelError, match="layer 1 attention runs outside of a call of its decoder"):
+            layer(states, position_embeddings=rotary)
+        with pruned.dense():
+            layer(states, position_embeddings=rotary)
+    with prune(model, "wanda_sp", ratio=0.4, calibration=batches), torch.no_grad():
+        layer(states, position_embeddings=rotary)
+
+
+def test_the_applier_is_asked_for_every_cut_of_every_batch(make_model, batches):
+    asked = []
+
+    class Counting(Slice):
+        def producer(self, weight, bias, rows):
+            asked.append(len(rows))
+            return super().producer(weight, bias, rows)
+
+        def consumer(self, weight, columns):
+            asked.append(len(columns))
+            return super().consumer(weight, columns)
+
+    model = make_model("llama-gqa")
+    with prune(model, "pp", ratio=0.5, calibration=batches, applier=Counting()):
+        for _ in range(2):
+            asked.clear()
+            logits(model, batches[0]["input_ids"])
+            assert len(asked) == 3 * (4 + 3)
