@@ -273,7 +273,7 @@ def _file_names(tables: Sequence[Cross]) -> list[str]:
 def _heat_map(table: Cross, name: str, ends: tuple[float, float]) -> Plot:
     scale, question, colours = Normalize(*ends), table.question, heat_colours(table.question.metric.better == "lower")
     width, height = len(table.columns), len(table.rows)
-    with drawing(max(WIDTH, 1.6 + CELL * width), 1.5 + 0.42 * height) as figure:
+    with drawing(max(WIDTH, 1.6 + CELL * width), height=1.5 + 0.42 * height) as figure:
         panel = figure.subplots()
         effects = [[table.cells[i, j]["effect"] for j in range(width)] for i in range(height)]
         mesh = panel.pcolormesh(effects, cmap=colours, norm=scale, edgecolors=PAPER, linewidth=0.8)

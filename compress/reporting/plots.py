@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +158,7 @@ def _scatter(summary: Summary, quality: Metric, cost: Metric) -> Plot | None:
     able = [p for p in points if summary.cell(p[0], cost).complete and summary.cell(p[0], quality).complete]
     candidates: list[tuple[Configuration | None, float, float]] = [(None, 1.0, dense), *able]
     front = [candidates[index] for index in pareto([(x, y) for _, x, y in candidates], quality.better == "higher")]
-    with drawing() as figure:
+    with drawing(height=_height(summary)) as figure:
         axes = figure.subplots()
         xs, ys = [x for _, x, _ in front], [y for *_, y in front]
         axes.step(xs, ys, where="post", color=MUTED, linewidth=1, linestyle=LINES[1], zorder=1.5)
@@ -194,7 +195,7 @@ def _by_ratio(summary: Summary, quality: Metric) -> Plot | None:
     ratios = {c.ratio for c in summary.configurations if c.ratio is not None and summary.mean(c, quality) is not None}
     if len(ratios) < 2 or dense is None:
         return None
-    with drawing() as figure:
+    with drawing(height=_height(summary)) as figure:
         axes = figure.subplots()
         drawn = [dense]
         for one in series_of(summary):
@@ -237,10 +238,20 @@ def _quality_axis(axes: Axes, summary: Summary, quality: Metric, values: Sequenc
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def _columns(summary: Summary) -> int:
+    """Columns of a legend of the series."""
+    longest = max(len(series.name) for series in series_of(summary))
+    return int(max(1, min(4, 72 / (max(longest, len("Pareto front")) + 5.5))))
+
+
+def _height(summary: Summary) -> float:
+    """Inches of a plot and its legend."""
+    return 3.2 + 0.17 * math.ceil((len(series_of(summary)) + 1) / _columns(summary))
+
+
 def _legend(figure: Figure, summary: Summary, more: Sequence[Line2D] = ()) -> None:
     handles = [*(Line2D([], [], label=series.name, **series.line) for series in series_of(summary)), *more]
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = int(max(1, min(4, 72 / (longest + 5.5))))
+    columns = _columns(summary)
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, handlelength=2, columnspacing=1)
 
 
@@ -311,7 +322,7 @@ def _stacked(bars: Bars, order: Sequence[str], name: str, title: str, caption: s
         bars = bars[:MOST_BARS]
     present = {part for _, parts, _ in bars for part in parts}
     parts = [part for part in order if part in present] + sorted(present - set(order))
-    with drawing(2 * WIDTH + 0.4, 1.4 + 0.27 * len(bars)) as figure:
+    with drawing(2 * WIDTH + 0.4, height=1.4 + 0.27 * len(bars)) as figure:
         axes = figure.subplots()
         starts = [0.0] * len(bars)
         for part in parts:
@@ -350,7 +361,7 @@ def _kept(summary: Summary) -> Plot | None:
     if not layers:
         return None
     names = [summary.name(g[0]) + (f" and {len(g) - 1} more" if len(g) > 1 else "") for g in groups]
-    with drawing(2 * WIDTH + 0.4, 0.9 + 0.27 * len(rows)) as figure:
+    with drawing(2 * WIDTH + 0.4, height=0.9 + 0.27 * len(rows)) as figure:
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         for panel, kind in zip(panels, kinds, strict=True):
             shares = [[float("nan") if s is None else s for s in c.kept(kind)] for c in rows]
@@ -399,7 +410,7 @@ def _overlap(summary: Summary, what: str) -> Plot | None:
     for series in series_of(summary):
         markers.update({c.number: series.marker for c in series.members})
     kinds = [kind for kind in KINDS if any(layers.get(kind) for _, layers in rows)]
-    with drawing(2 * WIDTH + 0.4, 3.4) as figure:
+    with drawing(2 * WIDTH + 0.4, height=3.4) as figure:
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         handles = []
         for c, layers in rows:

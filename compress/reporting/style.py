@@ -77,7 +77,7 @@ class Plot:
 
 
 @contextmanager
-def drawing(width: float = WIDTH, height: float = 3.7) -> Iterator[Figure]:
+def drawing(width: float = WIDTH, *, height: float) -> Iterator[Figure]:
     """An empty figure in the reports' style; sizes in inches."""
     with matplotlib.rc_context(STYLE):
         yield Figure(figsize=(width, height))
