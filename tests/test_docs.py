@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import operator
 import os
 import re
 import runpy
@@ -146,6 +147,17 @@ def test_the_figures_of_the_front_page_are_recorded():
 def test_the_picture_shows_every_room_in_order():
     drawn = re.findall(r'font-weight="bold"[^>]*>(\w+)<', (DOCS / "rooms.svg").read_text(encoding="utf-8"))
     assert drawn == [*ROOMS["compress"], *ROOMS["registry"]]
+
+
+def test_the_twelve_steps_are_in_the_engine():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| \*\*\w+\.\*\* .* \| ?(.*) \|$", page, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 13))
+    for _, places in rows:
+        for place in filter(None, places.split("; ")):
+            file, *names = re.findall(r"`([\w.]+)`", place)
+            module = importlib.import_module(f"prunekit.compress.engine.{file.removesuffix('.py')}")
+            assert names and [operator.attrgetter(name)(module) for name in names]
 
 
 @pytest.mark.parametrize("floor", ROOMS)
