@@ -173,7 +173,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(model, batches, tmp_path
     save_file({**tensors, rows: tensors[rows][:7].clone()}, path, metadata)
     refused(model, batches, path, r"layers\.1\.mlp.*rows is damaged: float32 \(7,\)")
     save_file(tensors, path, {**metadata, tokens: "many"})
-    refused(model, batches, path, r"layers\.1\.mlp.*tokens is damaged: 'many' is no number of tokens")
+    refused(model, batches, path, r"layers\.1\.mlp.*tokens is damaged: 'many' is not a number of tokens")
 
 
 @pytest.mark.parametrize("damage", ["nan", "shape", "dtype"])

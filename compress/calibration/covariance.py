@@ -81,7 +81,7 @@ def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None
     """Sites, in order, in groups whose covariances fit in memory together with what solving one of them takes.
 
     What is prepared of each site stays where cuts are made ``per_batch``, else its slope; ``rooms`` carries that over
-    from earlier calls. Raises :class:`ModelError` where a site does not fit by itself.
+    from earlier calls. Raises :class:`ModelError` where a site does not fit even alone.
     """
     groups: list[list[SiteCut]] = []
     rooms = {} if rooms is None else rooms
@@ -133,7 +133,7 @@ def _free(device: torch.device) -> int:
 
 def _too_large(cut: SiteCut, covariance: int, working: int, room: _Room, device: torch.device | None) -> str:
     name, held = cut.compensation.compensator.name, room.made + room.staying
-    staying = f" beside {_size(held)} held for the sites before it" if held else ""
+    staying = f", in addition to {_size(held)} held for the sites before it" if held else ""
     whose = "may be used" if device is None else f"may be taken on {device}"
     remedy = "Allow more (memory_gib)" if device is None else "Free memory or allow more of it (memory_gib)"
     return (

@@ -109,19 +109,21 @@ class StatisticsFile:
             if not 0 <= tokens < float("inf"):
                 raise ValueError
         except ValueError:
-            raise self._damaged(f"{place}.tokens", f"{metadata[f'{place}.tokens']!r} is no number of tokens") from None
+            raise self._damaged(
+                f"{place}.tokens", f"{metadata[f'{place}.tokens']!r} is not a number of tokens"
+            ) from None
         return ChannelHistory(channels, cut.history.device, **found, tokens=tokens)
 
     def _damaged(self, what: str, how: str) -> DataError:
         return DataError(f"{self.path}: {what} is damaged: {how}; delete the file to gather it anew")
 
     def _write(self, origin: dict[str, str], cuts: list[SiteCut]) -> None:
-        """Add these sites' statistics to what the file has, by way of a temporary file."""
+        """Add these sites' statistics to what the file has, through a temporary file."""
         tensors: dict[str, Tensor] = {}
         metadata: dict[str, str] = {}
         if self.path.exists():
             with opened(self.path) as (file, stored):
-                self._check_origin(stored, origin)  # another run may have written it meanwhile
+                self._check_origin(stored, origin)  # another run may have written it since then
                 metadata.update(stored)
                 names = file.keys()  # the file itself cannot be gone through
                 tensors.update((name, file.get_tensor(name)) for name in names)

@@ -45,8 +45,8 @@ class Runtime(BaseModel):
     )
     overlap: bool = Field(
         default=True,
-        description="on a CUDA device, learn history, and decide ahead where the selector asks for it, beside the "
-        "model's own work",
+        description="on a CUDA device, learn history, and decide ahead where the selector asks for it, at the "
+        "same time as the model's own work",
     )
     compile: CompileMode | None = Field(
         default=None,

@@ -414,5 +414,5 @@ def weights_version(linear: nn.Linear) -> tuple:
 
 
 def _made_of(linear: nn.Linear) -> tuple:
-    """The weights that something was made of, and whether in inference mode: it is of no use outside of it then."""
+    """The weights that something was made of, and whether in inference mode: outside of it, it cannot be used then."""
     return *weights_version(linear), torch.is_inference_mode_enabled()

@@ -113,9 +113,9 @@ class Pruned:
         """Cut once and for all from now on, and return the units by layer and kind.
 
         ``how``: ``mean-score``, the units with the highest score on average over the ``calibration`` batches;
-        ``last``, what the last of them kept; ``calibration``, what the calibrated history alone would keep. What a
-        probe said of the mean that is given back becomes what calibration says. Strategies that decide once keep
-        their units. Raises :class:`SpecError` and :class:`DataError`; nothing has changed then.
+        ``last``, what the last of them kept; ``calibration``, what the calibrated history alone would keep. A mean
+        that compensation took from a probe becomes the calibrated mean. Strategies that decide once keep their units.
+        Raises :class:`SpecError` and :class:`DataError`; nothing has changed then.
         """
         if self.is_dense or self._engine.is_suspended:
             raise SpecError("freeze: the model runs unpruned here; freeze it outside of dense() and suspended()")
@@ -176,7 +176,7 @@ class Pruned:
             self._engine.remove()
 
     def forget(self) -> None:
-        """After :meth:`remove`: hold the model no longer, so that its memory can be given back."""
+        """After :meth:`remove`: hold the model no longer, so that its memory can be freed."""
         self.remove()
         del self._engine
 

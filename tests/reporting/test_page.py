@@ -121,7 +121,7 @@ def test_numbers_lead_to_their_protocol_without_a_script(page):
 
 
 def browse(page: str, tmp_path, *options: str) -> tuple[str, str]:
-    """The DOM after the page's scripts, and what the console said."""
+    """The DOM after the page's scripts, and the console's messages."""
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
