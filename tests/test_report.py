@@ -7,6 +7,7 @@ from prunekit.compress.bundled import TEXTS
 from prunekit.compress.demo import demo
 from prunekit.compress.demo.demo_report import HEAD, Row, sentences, table_rows
 from prunekit.compress.files.spec import PipelineSpec
+from prunekit.compress.output import printing
 from prunekit.compress.output.folders import write_json
 from prunekit.compress.runs import report
 from prunekit.compress.runs.pipeline import Pipeline
@@ -153,6 +154,8 @@ def test_the_demos_table_fits_its_head():
 
 @pytest.mark.slow
 def test_the_demo_compares_and_each_row_reruns(tmp_path, monkeypatch, capsys):
+    # As wide as in a pipe, whatever COLUMNS says: pytest-xdist sets it to 80.
+    monkeypatch.setattr(printing, "out", printing.Console(width=printing.PIPED_WIDTH))
     monkeypatch.setattr(demo, "WINDOW", 96)
     monkeypatch.setattr(demo, "QUESTIONS", 4)
     monkeypatch.setattr(demo, "BATCH", 4)
