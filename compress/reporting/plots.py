@@ -209,6 +209,7 @@ def _by_ratio(summary: Summary, quality: Metric) -> Plot | None:
             axes.errorbar(xs, ys, yerr=sds if any(sds) else None, elinewidth=0.8, capsize=2, **one.line)
         axes.plot(0, dense, "*", color=INK, markersize=10, clip_on=False, zorder=4)
         axes.annotate("dense", (0, dense), (7, -3), textcoords="offset points", va="top", fontsize=8)
+        axes.margins(y=0.12)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(percent)
         axes.set_xticks([0, *sorted(ratios)])
