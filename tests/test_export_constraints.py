@@ -134,7 +134,7 @@ def test_query_heads_cut_evenly_have_a_place(make_model, make_tokenizer, batches
         for cut in pruned.cuts:
             if cut.site.kind == "attention":
                 cut.close()
-                cut.fixed = torch.tensor([0, 3, 5, 6])
+                cut.state.fix(torch.tensor([0, 3, 5, 6]))
                 cut.open(cut.fixed, stays=True)
         expected = model(batches[0]["input_ids"]).logits
         write_model(profile_named("hf-hetero"), pruned, make_tokenizer(), tmp_path)

@@ -95,7 +95,7 @@ def test_unequal_query_heads_are_refused(make_model):
     with prune(model, "random", ratio=0.5, attention_unit="query_head") as pruned:
         for cut in pruned.cuts:
             if cut.site.kind == "attention":
-                cut.fixed = torch.tensor([2, 3, 6, 7])
+                cut.state.fix(torch.tensor([2, 3, 6, 7]))
         with pytest.raises(SpecError, match=r"0, 2, 0, 2 of them are left for the 4 key/value heads"):
             layer_shapes(pruned, sliced_tensors(pruned))
 
