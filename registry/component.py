@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import ClassVar
 
@@ -39,6 +40,7 @@ class Component(BaseModel):
         return inspect.cleandoc(doc).splitlines()[0] if doc.strip() else ""
 
 
+@functools.cache
 def wrong_signature(component: type[Component]) -> str | None:
     """One sentence on the first method whose parameters are not those of its role; None where all fit."""
     role = next((base for base in component.__mro__ if Component in base.__bases__), Component)
