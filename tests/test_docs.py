@@ -172,6 +172,12 @@ def test_the_changelog_names_every_option_that_moved():
     assert [name for name in (*old, *moved.NAMES.values()) if name not in changes] == []
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md", "docs/limits.md", "docs/strategies.md"])
+def test_files_that_pages_name_exist(name):
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*)`", (ROOT / name).read_text(encoding="utf-8"))
+    assert named and [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
 def test_commit_hooks_use_the_version_of_the_constraints():
     pinned = re.search(r"^ruff==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group()
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
