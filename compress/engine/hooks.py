@@ -276,5 +276,5 @@ class DecoderForward:
             hooks.succeed(batch)
             return output
         finally:
-            hooks.end(batch)
             running.enter(outer)
+            hooks.end(batch)
