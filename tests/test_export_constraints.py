@@ -91,7 +91,7 @@ def test_what_is_asked_stands_in_the_list():
         (dict(use="pp"), r"strategy pp looks at every batch.*--freeze \(mean-score.*--profile dynamic"),
         (dict(use="pp", profile="dynamic", options={"freeze": "last"}), r"--freeze: profile dynamic goes on deciding"),
         (dict(options={"freeze": "last"}), r"--freeze: strategy wanda_sp decides once anyway"),
-        (dict(use="pp", options={"freeze": "middle"}), r"freeze: there is no way 'middle'"),
+        (dict(use="pp", options={"freeze": "middle"}), r"freeze: unknown way 'middle'"),
         (dict(family="opt"), r"heads.*Nearest: --profile hf-hetero; or cut the MLP alone.*attention: \[0, 0, 0\]"),
         (dict(family="opt", profile="gguf"), r"profile gguf: .*opt"),
         (dict(family="qwen3", profile="gguf"), r"profile gguf: .*qwen3"),

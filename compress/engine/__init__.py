@@ -31,5 +31,5 @@ One batch of a strategy that decides per batch:
 Where units are decided once, cuts stay open and only steps 8, 9 and 11 are left. Around this: :mod:`.engine` puts all
 of it on a model and takes it off; :mod:`.ahead` decides for a site while the one before it runs; :mod:`.checkpointing`
 repeats decisions in a backward pass; :mod:`.compiling` compiles the decoder; :mod:`.kv_index` is attention for unevenly
-cut query heads; :mod:`.runtime` holds the options of all this, and the steps' names for whoever measures them.
+cut query heads; :mod:`.runtime` holds the options of all this, and announces the steps of a decision.
 """

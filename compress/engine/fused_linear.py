@@ -14,7 +14,7 @@ from torch import Tensor
 BLOCK_M, BLOCK_N, BLOCK_K, GROUP = 128, 128, 64, 8
 STAGES, WARPS = 3, 8
 INTERPRETED = 16
-"""Block size of Triton's interpreter, which has no use for large ones."""
+"""Block size in Triton's interpreter, where large blocks only take time."""
 
 
 @triton.jit

@@ -258,7 +258,7 @@ class DecoderForward:
     """Stands in for the decoder's forward: one call is one batch, one after the other in every thread."""
 
     def __init__(self, decoder: nn.Module, hooks: Hooks, forward: Callable):
-        update_wrapper(self, forward)  # whoever asks for the signature sees the decoder's own
+        update_wrapper(self, forward)  # inspect.signature then shows the decoder's own
         self.decoder, self.hooks, self.forward = decoder, hooks, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -58,7 +58,7 @@ class Runtime(BaseModel):
 class Stages:
     """The steps of a decision: context managers, by the names of :data:`~prunekit.registry.STAGES`.
 
-    They do nothing while nobody watches.
+    They do nothing while there is no watcher.
     """
 
     select: AbstractContextManager[Any]

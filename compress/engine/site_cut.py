@@ -339,7 +339,7 @@ class SiteCut:
         """The cut to ``kept`` (k,) that is to be opened next."""
         if self._suspended is None or self._suspended.kept is not kept:
             if stays:
-                self.shared.gatherer.release(self.binding.site.kind)  # nobody uses the shared memory then
+                self.shared.gatherer.release(self.binding.site.kind)  # unused until a cut that does not stay
             self._suspended = OpenCut(self.state, self.shared, kept, stays)
         return self._suspended
 

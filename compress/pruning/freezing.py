@@ -65,7 +65,7 @@ def check_freeze(how: str) -> None:
     """Raise :class:`SpecError` for a way to freeze that does not exist."""
     ways = get_args(Freeze)
     if how not in ways:
-        raise SpecError(f"freeze: there is no way {how!r}{near(how, ways)}; there are {', '.join(ways)}")
+        raise SpecError(f"freeze: unknown way {how!r}{near(how, ways)}; there are {', '.join(ways)}")
 
 
 def _all(cut: SiteCut) -> Tensor:
