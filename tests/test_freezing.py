@@ -118,7 +118,7 @@ def test_a_model_that_runs_unpruned_is_not_frozen(model, batches):
 
 def test_mistakes(model, batches):
     with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
-        with pytest.raises(SpecError, match=r"no way 'mean_score'.*mean-score"):
+        with pytest.raises(SpecError, match=r"unknown way 'mean_score'.*mean-score"):
             pruned.freeze("mean_score", batches)
         with pytest.raises(DataError, match="last runs batches"):
             pruned.freeze("last")
