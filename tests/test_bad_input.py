@@ -104,7 +104,7 @@ def test_a_scorer_of_the_wrong_shape(make_model, batches):
         def score(self, prepared, statistic):
             return statistic[:-1]
 
-    with pytest.raises(SpecError, match=r"score of scorer ppsp gave shape \(127,\), expected \(128,\)"):
+    with pytest.raises(SpecError, match=r"score of scorer ppsp returned shape \(127,\), expected \(128,\)"):
         prune(make_model("llama-gqa"), "wanda_sp", ratio=0.4, calibration=batches, scorer=Wrong())
 
 
