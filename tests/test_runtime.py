@@ -1,12 +1,14 @@
 """What is done for speed changes nothing but speed: the same units are kept, and logits agree up to rounding."""
 
+import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from prunekit.compress import Pipeline, prune
 from prunekit.compress.engine import batch as batch_module
-from prunekit.compress.engine import hooks
+from prunekit.compress.engine import hooks, linears
 from prunekit.compress.engine.ahead import SideStreams
 from prunekit.compress.engine.batch import ProbeProducts
 from prunekit.compress.engine.runtime import Runtime
@@ -256,6 +258,39 @@ def test_a_producer_that_reads_something_else_computes_it_all(make_model, batche
     assert {id(producer) for producer in reused} == {
         id(module) for name, module in model.named_modules() if name.rpartition(".")[2] in PRODUCERS - {"up_proj"}
     }
+
+
+# Products that read kept rows and columns where they lie
+
+
+@pytest.mark.parametrize(("family", "column_major"), [("llama-gqa", True), ("opt", True), ("llama-gqa", False)])
+def test_fused_products_are_chosen_where_the_kernel_can_read(make_model, batches, monkeypatch, family, column_major):
+    """With stand-ins for the kernels, which Triton's interpreter runs in tests/test_kernels.py."""
+    model, called = make_model(family), []
+
+    def rows(x, weight, index, bias):
+        called.append("rows")
+        return torch.nn.functional.linear(x, weight[index], bias)
+
+    def columns(x, weight, index, bias):
+        called.append("columns")
+        return torch.nn.functional.linear(x, weight[:, index], bias)
+
+    runtime = {"fused_gather": True, "column_major": column_major}
+    expected = run(model, batches, runtime=OFF)
+    kernels = SimpleNamespace(linear_of_rows=rows, linear_of_columns=columns)
+    monkeypatch.setitem(sys.modules, "prunekit.compress.engine.fused_linear", kernels)
+    monkeypatch.setattr(linears, "usable_on", lambda tensor: True)
+    agree(expected, run(model, batches, runtime=runtime))
+    layers, batches_run = 3, len(batches)
+    assert called.count("rows") == {"llama-gqa": 5, "opt": 4}[family] * layers * batches_run
+    assert called.count("columns") == (2 * layers * batches_run if column_major else 0)
+    called.clear()
+    run(model, batches[:1], runtime=runtime, compensate="mean")
+    assert "columns" not in called, "a compensated consumer computes with a weight and a bias of its own"
+    called.clear()
+    run(model, batches[:1], runtime=runtime, applier=Plain())
+    assert not called
 
 
 # As an option

@@ -106,7 +106,7 @@ class SiteBatch:
 
 
 class Batch:
-    """One call of the decoder."""
+    """One call of the decoder. The hooks write it, and the probing what concerns the probe; everybody else reads."""
 
     def __init__(
         self, mode: Mode, shape: tuple[int, int], valid: Tensor | None, sites: int, observe: Observe | None = None
