@@ -80,6 +80,23 @@ def test_a_copy_is_pruned_for_itself(make_model, batches, strategy, options):
     assert torch.equal(logits(twin, first), expected[0]) or strategy == "pp", "the copy stays pruned"
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("pp", FROZEN), ("wanda_sp", {}), ("wanda_sp", {"attention_unit": "query_head"})]
+)
+def test_a_copied_handle_takes_the_pruning_off_the_copied_model(make_model, batches, strategy, options):
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
+    dense = logits(model, ids)
+    pruned = prune(model, strategy, ratio=0.4, calibration=batches, **options)
+    cut = logits(model, ids)
+    twin, theirs = copy.deepcopy((model, pruned))
+    theirs.remove()
+    assert torch.equal(logits(twin, ids), dense) and twin.model.layers[0].mlp.down_proj.weight.is_contiguous()
+    assert torch.equal(logits(model, ids), cut)
+    pruned.remove()
+    assert torch.equal(logits(model, ids), dense)
+    prune(twin, strategy, ratio=0.4, calibration=batches, **options).remove()
+
+
 @pytest.mark.parametrize(("strategy", "options"), [("pp", FROZEN), ("wanda_sp", {})])
 def test_threads_take_turns(make_model, batches, strategy, options):
     """Passes of different shapes, with caches of their own."""

@@ -30,7 +30,10 @@ Learn = Callable[[SiteCut, Tensor, "Tensor | None"], None]
 
 
 class Engine:
-    """A strategy at work on a model's sites, until :meth:`remove`."""
+    """A strategy at work on a model's sites, until :meth:`remove`.
+
+    What undoes it holds what it needs as arguments, never in a closure: a copy then undoes what is on the copied model.
+    """
 
     def __init__(
         self,
@@ -111,15 +114,7 @@ class Engine:
         decoder: Any = self.decoder
         decoder.forward = wrapped
 
-        def unwrap() -> None:
-            if getattr(decoder, "_old_forward", None) is wrapped:  # accelerate has wrapped it since
-                decoder._old_forward = own or type(decoder).forward.__get__(decoder)
-            elif vars(decoder).get("forward") is wrapped:
-                del decoder.forward
-                if own is not None:
-                    decoder.forward = own
-
-        self._undo.append(unwrap)
+        self._undo.append(partial(_unwrap, decoder, wrapped, own))
 
     def _uninstall(self) -> None:
         while self._undo:  # what was undone is not undone again, should another fail
@@ -247,3 +242,13 @@ class Engine:
         for cut, history in zip(self.cuts, histories or (), strict=bool(histories)):
             cut.state.learn(history.clone())
         self.hooks.restart()
+
+
+def _unwrap(decoder: Any, wrapped: DecoderForward, own: Any) -> None:
+    """Undo the wrapping of a decoder that had the forward ``own`` on itself, or the class's where it is None."""
+    if getattr(decoder, "_old_forward", None) is wrapped:  # accelerate has wrapped it since
+        decoder._old_forward = own or type(decoder).forward.__get__(decoder)
+    elif vars(decoder).get("forward") is wrapped:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own

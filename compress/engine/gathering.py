@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -92,12 +93,13 @@ def store_column_major(linear: nn.Linear) -> Callable[[], None] | None:
         return None
     misaligned = weight.data_ptr() % ALIGNMENT
 
-    @torch.no_grad()
-    def store_row_major() -> None:
-        weight.data = _placed(weight.data, misaligned)
-
     weight.data = _placed(weight.data.t(), 0).t()
-    return store_row_major
+    return partial(_store_row_major, weight, misaligned)
+
+
+@torch.no_grad()
+def _store_row_major(weight: Tensor, misaligned: int) -> None:
+    weight.data = _placed(weight.data, misaligned)
 
 
 def _placed(values: Tensor, misaligned: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -53,4 +54,4 @@ def enable_kv_index(model: Any) -> Callable[[], None]:
     # A name without a mask function of its own gets no mask at all, silently.
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.set_attn_implementation(name)
-    return lambda: model.set_attn_implementation(base)
+    return partial(model.set_attn_implementation, base)
