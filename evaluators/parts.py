@@ -21,9 +21,10 @@ Amount = TypeVar("Amount", int, float)
 
 
 class Attribution(Generic[Amount]):
-    """Attributes the increase of ``read`` to the innermost current part; outside of all parts to ``("other", None)``.
+    """Distributes a growing total, such as operations or seconds, over the parts of the model that run.
 
-    Parts may nest: an inner part's share does not count for the outer one. The sum is the whole increase.
+    ``read`` returns the total. Its increase counts for the innermost part that runs, and for ``("other", None)``
+    outside of all parts, so the parts' amounts add up to the whole increase.
     """
 
     def __init__(self, read: Callable[[], Amount]):

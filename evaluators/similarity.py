@@ -56,7 +56,9 @@ class Similarity(TextBatches):
     )
 
     def evaluate(self, subject: Subject) -> Measurement:
-        """Compare; raises DataError (text too short for the batches) and NonFiniteError (NaN or infinity)."""
+        """Compare the layers' outputs of the pruned and the dense model.
+
+        Raises DataError (text too short for the batches) and NonFiniteError (NaN or infinity)."""
         batches, about = self.read_batches(subject)
         tokens = sum(ids.numel() for ids in batches)
         details: dict[str, list] = {key: [] for key in ("cka", "svcca", "dense_directions", "pruned_directions")}

@@ -89,12 +89,12 @@ class ZeroShot(Evaluator):
 
     @field_validator("tasks", "task_folder", mode="before")
     @classmethod
-    def _one_is_enough(cls, value: Any) -> Any:
+    def _as_tuple(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
 
     @field_validator("batch_size", mode="before")
     @classmethod
-    def _a_number(cls, value: Any) -> Any:
+    def _check_number(cls, value: Any) -> Any:
         if isinstance(value, str) and value.startswith("auto"):
             raise ValueError(
                 f"give a number (found {value!r}): lm-eval would choose by the free memory, but the answers of a "

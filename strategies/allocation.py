@@ -12,7 +12,7 @@ from ..registry import SiteKind, SiteScores, SparsityAllocator, SpecError, hooki
 
 
 def kept_width(units: int, dropped: int, multiple: int) -> int:
-    """Kept units after ``dropped`` go, rounded up to a multiple and never above ``units``."""
+    """Kept units if ``dropped`` are removed, rounded up to a multiple, at most ``units``."""
     return min(units, math.ceil((units - dropped) / multiple) * multiple)
 
 
@@ -62,11 +62,11 @@ class Explicit(SparsityAllocator):
                     f"but the model has a layer {site.layer}"
                 )
             counts.append(site.units - math.floor(ratios[site.layer] * site.units + 1e-9))
-        self._check_all_meant({(scores.site.layer, scores.site.kind) for scores in sites})
+        self._check_places({(scores.site.layer, scores.site.kind) for scores in sites})
         return counts
 
-    def _check_all_meant(self, present: set[tuple[int, SiteKind]]) -> None:
-        """Raise :class:`SpecError` for a share to cut of a layer that cannot be cut."""
+    def _check_places(self, present: set[tuple[int, SiteKind]]) -> None:
+        """Raise :class:`SpecError` for a share above 0 at a layer that is not among the pruned ones, ``present``."""
         for kind, ratios in (("attention", self.attention), ("mlp", self.mlp)):
             for layer, ratio in enumerate(ratios):
                 if ratio and (layer, kind) not in present:

@@ -23,7 +23,7 @@ class Slice(MaskApplier):
 
 
 class Zero(MaskApplier):
-    """Compute everything with zero weights for dropped channels: slicing must give the same outputs."""
+    """Keep all sizes, and set the consumer's weights of dropped channels to zero: the reference for ``slice``."""
 
     resizes: ClassVar[bool] = False
     name: Literal["zero"] = "zero"

@@ -76,7 +76,7 @@ def test_a_batch_that_is_not_finite_where_the_probe_does_not_look(make_model, ba
         state = [h.table for h in pruned._engine.histories()]
         broken = embeds.clone()
         broken[next(row for row in range(4) if row not in looked), 3] = float("nan")
-        with pytest.raises(NonFiniteError, match=r"layer 2 attention: .* in this batch; history keeps what it knew"):
+        with pytest.raises(NonFiniteError, match=r"layer 2 attention: .* in this batch; the history is not changed"):
             model(inputs_embeds=broken, use_cache=False)
         assert all(torch.equal(a, b.table) for a, b in zip(state, pruned._engine.histories(), strict=True))
         pruned.reset()

@@ -67,7 +67,7 @@ def steps_rows(found: Measured, arm: str = "pp") -> list[list[str]]:
 
 
 def summary_rows(measured: Sequence[Measured], short: bool = False) -> list[list[str]]:
-    """A row for each setting, and one for each way in which it was compiled."""
+    """A row for each setting, and a row for each compile mode that was measured in it."""
     rows = []
     for found in measured:
         overhead = found.overhead()

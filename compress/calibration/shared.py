@@ -45,7 +45,7 @@ class SharedStatistics:
             while len(self._of) > self.texts:
                 self._of.popitem(last=False)
         for cut in engine.cuts:
-            cut.state.learn(wanted(cut, known[_place(cut)].clone()))
+            cut.state.replace_history(wanted(cut, known[_place(cut)].clone()))
 
     def moments(self, batches: list[Batch]) -> SomeMoments:
         """Means and covariances of consumers' inputs on the dense model, by the consumer's path.

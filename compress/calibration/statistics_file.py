@@ -25,7 +25,7 @@ from ...registry import ChannelHistory, DataError
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from ..models.loading import fingerprint as model_fingerprint
-from ..output.folders import readable
+from ..output.folders import make_readable
 from .passes import Batch, Progress, calibrate
 from .shared import SomeMoments, wanted
 from .shared import fingerprint as text_fingerprint
@@ -63,7 +63,7 @@ class StatisticsFile:
         known = self._read(origin, engine.cuts) if self.path.exists() else {}
         if all(cut in known for cut in engine.cuts):
             for cut, history in known.items():
-                cut.state.learn(history)
+                cut.state.replace_history(history)
             self.used = "read"
         else:
             check_place(self.path)
@@ -72,7 +72,7 @@ class StatisticsFile:
                 self._write(origin, engine.cuts)
             self.used = "written"
         for cut in engine.cuts:
-            cut.state.learn(wanted(cut, cut.history))
+            cut.state.replace_history(wanted(cut, cut.history))
 
     def moments(self, batches: list[Batch]) -> SomeMoments:
         """None are kept."""
@@ -136,7 +136,7 @@ class StatisticsFile:
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, {**metadata, **origin, "format": FORMAT})
-            readable(temporary)
+            make_readable(temporary)
             os.replace(temporary, self.path)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path}: the statistics cannot be written: {error}") from error

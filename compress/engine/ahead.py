@@ -1,4 +1,4 @@
-"""Work next to the model's own: deciding for a site while the one before it runs, and a CUDA stream to do it on."""
+"""Work at the same time as the model's: deciding for a site while the one before it runs, on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .site_cut import SiteCut
 def following_sites(cuts: Sequence[SiteCut]) -> list[SiteCut | None]:
     """For every site, by its number, the next one that can be decided while it runs (PP, probing in parallel).
 
-    None where the next block is not cut. A site behind such a block, or the first, is decided in its place.
+    None where the next block is not cut. The first site, or one after such a block, is decided when it is entered.
     """
     following: list[SiteCut | None] = [*cuts[1:], None][: len(cuts)]
     return [
@@ -56,7 +56,7 @@ class SideStreams:
         return SideStreams, (self._wanted,)
 
     def work(self, x: Tensor) -> AbstractContextManager[None]:
-        """Within it work that reads ``x`` goes to the side stream, after all that the device was given so far."""
+        """A context whose work, which reads ``x``, runs on the side stream, after all work queued so far."""
         if self._wanted and x.device.type == "cuda" and not torch.compiler.is_compiling():
             return self._on_stream(x)
         return nullcontext()

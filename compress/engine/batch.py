@@ -1,4 +1,4 @@
-"""What holds for one batch alone: made when the decoder is called, gone when the call ends, well or not.
+"""What holds for one batch alone, from the call of the decoder to its end, with or without an error.
 
 Letters: B rows of the batch, T its positions, D hidden size, C channels; b, t: the probe's rows and positions; R rows
 of a producer, r those kept; k kept units, c their channels.
@@ -23,7 +23,7 @@ from ...registry.errors import FINITE_REMEDY
 Mode = Literal["dense", "calibrate", "prune"]
 
 REUSED_UP_TO = 2048
-"""Tokens of a batch. Of a larger one the probe is too small a part: copying its products costs what it saves."""
+"""Largest batch, in tokens, that reuses the probe's products: in a larger one copying them takes the time it saves."""
 
 
 class Decision(NamedTuple):
@@ -38,9 +38,9 @@ class Decision(NamedTuple):
 
 @dataclass(eq=False)
 class ProbeProducts:
-    """What a site's producers made of the probe's tokens, so that a small batch does not compute it again.
+    """What a site's producers computed for the probe's tokens; a small batch reuses it.
 
-    A producer is linear in each token: the rows that it made of a probed token are those it makes of it in the batch.
+    A producer computes every token alone, so its output for a token is the same in the probe and in the batch.
     """
 
     hidden: Tensor
@@ -73,12 +73,12 @@ class ProbeProducts:
 
 @dataclass(eq=False)
 class ProbeRun:
-    """A site's run on a probe: its producers compute everything, its consumer returns what it reads."""
+    """A site's run on a probe: its producers compute all rows, its consumer returns its input."""
 
     valid: Tensor | None
     """(b, t) bool: the probe's real tokens; None where all are."""
     products: ProbeProducts | None
-    """What producers made of it, where the batch can use that."""
+    """What the producers computed, where the batch can reuse it."""
     is_running: bool = True
 
 
@@ -123,12 +123,12 @@ class Batch:
         self.probe: ProbeRun | None = None
         """The last probe."""
         self.number: int | None = None
-        """Of the batches in the trace, from 0."""
+        """The batch's number in the trace, from 0; None until something is recorded."""
         self.attention_arguments: dict[str, Any] = {}
         """What the last attention was called with, for a probe that runs ahead of its block."""
         self.checks = FiniteChecks()
         self.passed = False
-        """Whether the call has ended. Gradient checkpointing may run layers again afterwards, as they were decided."""
+        """Whether the call has ended. Gradient checkpointing may run its layers again, with the same decisions."""
 
     def close(self) -> None:
         """The call has ended: only the decisions stay."""
@@ -159,29 +159,29 @@ class Running:
     def __init__(self) -> None:
         self.mode: Mode = "dense"
         self.batch: Batch | None = None
-        """The batch that is passing."""
+        """The batch that runs now."""
         self.one_at_a_time = OneAtATime()
-        """Held while a batch passes: modules are cut for one batch at a time, whatever thread it comes from."""
+        """Held while a batch runs: modules are cut for one batch at a time, also with several threads."""
 
     def switch(self, mode: Mode) -> None:
-        """The mode of the batches to come."""
+        """Set the mode of the following batches."""
         self.mode = mode
 
     def enter(self, batch: Batch | None) -> Batch | None:
-        """``batch`` passes from now on; returns the one that did."""
+        """Make ``batch`` the one that runs now; returns the previous one."""
         outer, self.batch = self.batch, batch
         return outer
 
 
-# Whether what a batch decided and learnt by was finite. It is read once, when the batch has passed: reading a value
-# makes an accelerator wait for it, and there are several at every site.
+# Whether the scores, means and histories of a batch are finite. This is checked once, when the batch has passed: an
+# accelerator has to wait for every value that is read, and there are several at every site.
 
 SCORES = (
     "the scores of {consumer} are NaN or infinite, so nothing can be decided; the activations here, or the weights "
     "before, are not finite."
 )
-LEARNT = "NaN or infinity in what entered {consumer} in this batch; history keeps what it knew before."
-PROBED = "NaN or infinity in what the probe of this batch saw enter {consumer}."
+LEARNT = "NaN or infinity in what entered {consumer} in this batch; the history is not changed."
+PROBED = "NaN or infinity in what entered {consumer} in the probe of this batch."
 
 
 class FiniteChecks:
@@ -197,7 +197,7 @@ class FiniteChecks:
     def run(self) -> None:
         """Raise :class:`NonFiniteError` for the first tensor with NaN or infinity.
 
-        A user's own graph around the whole decoder checks nothing.
+        Does nothing while the caller compiles the whole decoder.
         """
         if not self._waiting or torch.compiler.is_compiling():
             return
@@ -217,7 +217,7 @@ def not_finite(message: str, site: Site) -> NonFiniteError:
     return NonFiniteError(f"{site.label}: {message.format(consumer=site.consumer)} {FINITE_REMEDY}")
 
 
-# What a call was given.
+# The arguments of a call.
 
 _PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {}
 

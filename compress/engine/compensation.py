@@ -68,7 +68,7 @@ class SiteCompensation:
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
     def use(self, compensator: Compensator) -> None:
-        """Compensate with this component from now on, by what calibration has found already."""
+        """Compensate with this component from now on, with the results of the same calibration."""
         self.compensator = compensator
         self.wanted = not isinstance(compensator, NoCompensation)
 
@@ -84,7 +84,7 @@ class SiteCompensation:
         tokens: int | None,
         diagnostics: dict[str, float],
     ) -> None:
-        """Take over what an earlier calibration has found."""
+        """Use the results of an earlier calibration."""
         self.fixed, self.prepared, self.fell_back = fixed, prepared, fell_back
         self.tokens, self.diagnostics = tokens, diagnostics
 

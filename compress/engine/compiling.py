@@ -15,7 +15,7 @@ from .probing import CACHE_ARGUMENT
 from .runtime import CompileMode
 
 WORTH_FROM = 32
-"""Tokens of a batch: compiling takes as long for fewer, such as those of a pass that settles a model."""
+"""Smallest batch, in tokens, that is compiled: for a smaller one, such as a warm-up pass, compiling is not worth it."""
 
 
 class CompiledForward:
@@ -65,7 +65,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
-    except ImportError:  # torch's own affairs, which may have moved
+    except ImportError:  # private modules of torch, which may move
         return
     try:
         get_cpp_compiler()

@@ -1,4 +1,4 @@
-"""What to keep: a site's scores by its history, and for strategies that decide per batch by a probe of the batch.
+"""Chooses the units to keep: by a site's history alone, or per batch by the history and a probe of the batch.
 
 Letters: B rows, T positions, C channels, U units; b, t: the probe's rows and positions; k kept units.
 """
@@ -27,7 +27,7 @@ class Decider:
 
     @contextmanager
     def watched(self, watcher: Callable[[SiteCut, Tensor], None]) -> Iterator[None]:
-        """Within it ``watcher`` sees the units' scores (U,) of every decision that a probe makes."""
+        """A context in which ``watcher`` gets the units' scores (U,) of every decision made per batch."""
         self._watcher = watcher
         try:
             yield
@@ -53,7 +53,7 @@ class Decider:
 
     @torch.no_grad()
     def decide(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Decision:
-        """Merge what the probe showed with history, score the units, and keep the highest."""
+        """Merge the probe's statistic with history, score the units, and keep the highest."""
         merger, state, positions = self.strategy.merger, cut.state, probe.positions
         assert merger is not None  # without one the units are decided once
         if merger.uses_history and given.residual.shape[1] > state.history.positions:
@@ -66,7 +66,7 @@ class Decider:
             history = state.history.at(positions.reshape(-1)) if merger.uses_history else None
             merged = merger.merge(probe.statistic, history, cut.binding.site)
             if given.valid is not None and positions.dim() == 2:
-                # Where every row has positions of its own, one that holds padding shows nothing.
+                # Where every row has positions of its own, padding among them does not count.
                 merged = merged.masked_fill(~pick_tokens(given.valid, probe.rows, positions).reshape(-1, 1), 0)
             channels, units = self._scored(state, merged.sum(0))
             given.batch.checks.add(channels, SCORES, cut.binding.site)

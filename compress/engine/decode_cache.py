@@ -1,4 +1,4 @@
-"""Decisions that go with a key/value cache: decode steps keep what the prefill of their generation decided."""
+"""Decisions that are stored with a key/value cache: decode steps reuse the decisions of their prefill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kept = tuple[Tensor, "Tensor | None"]
 
 
 class CacheDecisions:
-    """Keeps the decisions of one pruning on the cache itself, so that generations may take turns."""
+    """Stores the decisions of one pruning on the cache object, so that generations may be interleaved."""
 
     def __init__(self) -> None:
         self._attribute = f"prunekit_{next(_numbers)}"
@@ -30,7 +30,7 @@ class CacheDecisions:
         cached = int(cache.get_seq_length(layer))
         decided = self._decided(cache)
         if not cached:
-            # A cache that was reset and is used for a new prompt must not bring back its old decision.
+            # A cache that was reset and is used for a new prompt must not restore its old decision.
             for key in [key for key in decided if key[0] == layer]:
                 del decided[key]
             if pruning:

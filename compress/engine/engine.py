@@ -1,4 +1,4 @@
-"""Puts a strategy on a loaded model, and takes it off again without a trace."""
+"""Installs a strategy on a loaded model, and removes it: the model is then bit-identical to before."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ Learn = Callable[[SiteCut, Tensor, "Tensor | None"], None]
 
 
 class Engine:
-    """A strategy at work on a model's sites, until :meth:`remove`.
+    """A strategy that is installed on a model's sites, until :meth:`remove`.
 
-    What undoes it holds what it needs as arguments, never in a closure: a copy then undoes what is on the copied model.
+    The functions that undo it get what they need as arguments, never through a closure: those of a copied model then
+    undo what is on the copy.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Engine:
         all_sites: Sequence[Site] = (),
         runtime: Runtime | None = None,
     ):
-        """``sites`` can be cut; ``all_sites`` are those of skipped layers, too."""
+        """``sites`` can be cut; ``all_sites`` also contains those of skipped layers."""
         self.model, self.strategy, self.all_sites = model, strategy, tuple(all_sites)
         self.shared = Shared.of(strategy.applier, Runtime() if runtime is None else runtime)
         self.cuts: list[SiteCut] = []
@@ -72,7 +73,7 @@ class Engine:
         decider, learner = Decider(strategy, stages), Learner.of(strategy, stages)
         self.hooks = Hooks(self.cuts, self.shared, decider, prober, learner, trace)
 
-    # On the model and off it.
+    # Installing and removing.
 
     def _install(self) -> None:
         hooks, before = self.hooks, dict(with_kwargs=True)
@@ -117,12 +118,12 @@ class Engine:
         self._undo.append(partial(_unwrap, decoder, wrapped, own))
 
     def _uninstall(self) -> None:
-        while self._undo:  # what was undone is not undone again, should another fail
+        while self._undo:  # popped first: after an error, what was undone is not undone again
             self._undo.pop()()
         self.shared.gatherer.release()
 
     def remove(self) -> None:
-        """Take everything off the model: afterwards it is bit-identical to before, and stays so."""
+        """Remove everything from the model: afterwards it is bit-identical to before, and stays so."""
         self.shared.running.switch("dense")
         self._removed = True
         self._uninstall()
@@ -143,10 +144,10 @@ class Engine:
             self._switch(previous)
 
     def freeze(self, kept: Sequence[Tensor]) -> None:
-        """Make every site's cut once and for all: kept (k,) int64 ascending for each, in the order of ``cuts``.
+        """Use the same units in all further batches: kept (k,) int64 ascending for each site, in the order of ``cuts``.
 
-        Compensation then rests on calibration alone. Raises :class:`SpecError` where a compensator cannot do without
-        a probe; nothing has changed then.
+        Compensation then uses calibration alone. Raises :class:`SpecError`, and changes nothing, for a compensator
+        that needs a probe.
         """
         compensator = without_probe(self.strategy.compensate)
         changes = {"selector": None, "merger": None, "compensate": compensator}
@@ -160,7 +161,7 @@ class Engine:
         self._install()
         self._switch(previous)
 
-    # What it does now.
+    # Modes.
 
     @property
     def decider(self) -> Decider:
@@ -184,7 +185,7 @@ class Engine:
 
     @contextmanager
     def mode_of(self, mode: Mode) -> Iterator[None]:
-        """Within it the model runs in another mode; cuts that are made once close and open with it."""
+        """A context in which the model runs in another mode: ``dense`` closes cuts made once, ``prune`` opens them."""
         previous = self.mode
         self._switch(mode)
         try:
@@ -194,7 +195,7 @@ class Engine:
 
     @contextmanager
     def calibrating(self, learn: Learn, cuts: Collection[SiteCut] | None = None) -> Iterator[None]:
-        """Within it ``learn`` sees what enters the consumers of these sites; None: of all."""
+        """A context in which ``learn`` gets what enters the consumers of these sites; None: of all."""
         chosen, running = set(self.cuts if cuts is None else cuts), self.shared.running
 
         def observe(cut: SiteCut, x: Tensor) -> None:
@@ -238,9 +239,9 @@ class Engine:
         return [cut.history.clone() for cut in self.cuts]
 
     def restore(self, histories: list[ChannelHistory] | None) -> None:
-        """Put channel histories back, where they change at all; count batches and draw from the start."""
+        """Restore the channel histories (empty: none), the count of batches, and the random generator."""
         for cut, history in zip(self.cuts, histories or (), strict=bool(histories)):
-            cut.state.learn(history.clone())
+            cut.state.replace_history(history.clone())
         self.hooks.restart()
 
 

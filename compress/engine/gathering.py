@@ -1,4 +1,4 @@
-"""Copies of kept rows and columns: into memory that is used again, and along the way the weights are stored."""
+"""Copies kept rows and columns of weights, into reused memory and in the weights' own memory layout."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Gatherer:
         """The selected rows of ``linear`` (r, D), or its columns (O, c).
 
         Unless cut ``once``, columns are stored column by column, as the weights are, so that whole columns are copied.
-        Those of an offloaded weight, stored by rows, are laid down in the same way: products then agree to the last
+        Those of an offloaded weight, stored by rows, get the same layout: products then agree to the last
         bit.
         """
         source, dim, index = chosen.source, chosen.dim, chosen.index
@@ -68,7 +68,7 @@ class Gatherer:
 
 
 def selects(applier: MaskApplier) -> bool:
-    """Whether an applier returns plain selections, which can be copied in any way, or read where they lie."""
+    """Whether an applier returns plain selections, which the engine may copy in any way, or read in place."""
     weight, bias, index = torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     parts = (*applier.producer(weight, bias, index), applier.consumer(weight, index))
     return all(
@@ -103,8 +103,8 @@ def _store_row_major(weight: Tensor, misaligned: int) -> None:
 
 
 def _placed(values: Tensor, misaligned: int) -> Tensor:
-    """A contiguous copy, on a CPU so many bytes after a multiple of :data:`ALIGNMENT`: the last bit of a product
-    depends on where its factors lie."""
+    """A contiguous copy, on a CPU ``misaligned`` bytes after a multiple of :data:`ALIGNMENT`: the last bit of a product
+    depends on the alignment of its factors."""
     if values.device.type != "cpu" or misaligned % values.element_size():
         return values.contiguous() if not values.is_contiguous() else values.clone()
     room = ALIGNMENT // values.element_size()

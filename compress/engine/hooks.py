@@ -45,7 +45,7 @@ class Hooks:
         self._side = SideStreams(shared.runtime.overlap)
 
     def calibrate_with(self, observe: Observe | None) -> Observe | None:
-        """Have calibration do this with what enters a consumer; returns what it did before."""
+        """Set the function that gets every consumer's input in calibration; returns the previous one."""
         outer, self._calibration = self._calibration, observe
         return outer
 
@@ -64,13 +64,13 @@ class Hooks:
         return Batch(mode, (rows, length), valid, len(self.cuts), observe)
 
     def succeed(self, batch: Batch) -> None:
-        """The batch has passed: histories learn from it."""
+        """The batch has passed: write the updated histories."""
         self._side.join()
         with torch.no_grad():
             commit(batch, self.cuts, self.shared.stages)
 
     def end(self, batch: Batch) -> None:
-        """The batch has ended, well or not."""
+        """The batch has ended, with or without an error."""
         self._side.join()
         self.leave_all(batch)
         batch.close()
@@ -185,7 +185,7 @@ class Hooks:
             self._side.share(decision.kept, decision.probe_mean)
 
     def learn(self, cut: SiteCut, x: Tensor) -> None:
-        """What enters a consumer of a pruned batch, (B, T, c) or (B * T, c), waits for the batch to pass."""
+        """Compute a site's updated history from its consumer's input, (B, T, c) or (B * T, c), for :func:`commit`."""
         batch, open_cut, learner = self.shared.running.batch, cut.open_cut, self.learner
         if batch is None or learner is None or open_cut is None or batch.cached or not len(open_cut.kept):
             return
@@ -196,17 +196,17 @@ class Hooks:
             self._side.share(*learnt)
 
     def leave(self, cut: SiteCut, batch: Batch) -> None:
-        """A site is left, at the latest when the next one is entered: without a cache its cut is not used again."""
+        """Close a site's cut that is not used again: one made for this batch, without a key/value cache."""
         if batch.cache is None and batch.mode == "prune" and cut.state.fixed is None:
             cut.close()
 
     def leave_all(self, batch: Batch) -> None:
-        """All sites are left."""
+        """Close the cuts of all sites that are not used again."""
         for cut in self.cuts:
             self.leave(cut, batch)
 
     def check_no_batch(self, cut: SiteCut) -> None:
-        """Raise :class:`ModelError` for a block that runs without its decoder although every batch decides its cut."""
+        """Raise :class:`ModelError` for a block that runs outside of its decoder although it is cut per batch."""
         if self.shared.running.mode == "prune" and not cut.whole and cut.fixed is None:
             raise ModelError(
                 f"{cut.site.label} runs outside of a call of its decoder, and this pruning decides per batch of the "
@@ -232,14 +232,14 @@ class Hooks:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make again what is kept of weights that have changed since: compiled code takes it as it is."""
+        """Renew what was computed from weights that have changed since: compiled code does not check it."""
         for cut in self.cuts:
             cut.refresh()
             if self.decider.strategy.dynamic and not cut.whole:
                 cut.state.prepared(self.decider.strategy.scorer)
 
     def restart(self) -> None:
-        """Count batches from 0, and draw from the start, again."""
+        """Count batches from 0 again, and restart the random generator."""
         self._batches = 0
         if self.prober is not None:
             self.prober.restart()
@@ -255,7 +255,7 @@ class Hooks:
 
 
 class DecoderForward:
-    """Stands in for the decoder's forward: one call is one batch, one after the other in every thread."""
+    """Replaces the decoder's forward: one call is one batch. Calls from several threads run one after the other."""
 
     def __init__(self, decoder: nn.Module, hooks: Hooks, forward: Callable):
         update_wrapper(self, forward)  # inspect.signature then shows the decoder's own

@@ -39,7 +39,7 @@ def _indexed(base: str) -> Callable:
 
 
 def enable_kv_index(model: Any) -> Callable[[], None]:
-    """Switch a transformers model to an attention that honours :data:`KV_INDEX`; returns a function that undoes it.
+    """Switch a transformers model to an attention that uses :data:`KV_INDEX`; returns a function that undoes it.
 
     Raises :class:`ModelError` for attention implementations other than eager and sdpa.
     """

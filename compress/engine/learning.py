@@ -1,7 +1,7 @@
-"""What histories learn: from calibration at once, from a pruned batch when it has passed.
+"""Updates of histories: by a calibration batch at once, by a pruned batch after it has passed.
 
-A pruned batch goes one way. What enters a consumer is observed, the updated history waits with the batch, and is
-written once the whole batch has passed: a batch that fails half way teaches nothing. Letters: B rows, T positions, C
+In a pruned batch the input of every consumer is observed. The updated history waits with the batch, and is written
+when the whole batch has passed: a batch that fails changes no history. Letters: B rows, T positions, C
 channels, c kept ones.
 """
 
@@ -20,9 +20,9 @@ from .site_cut import OpenCut, SiteCut, SiteState
 
 
 def calibrate(state: SiteState, x: Tensor, valid: Tensor | None, every_mean: bool = False) -> None:
-    """Take a calibration batch of consumer input x (B, T, C) into the site's history.
+    """Add a calibration batch of consumer input x (B, T, C) to the site's history.
 
-    ``every_mean``: keep the channels' mean even where nothing of this strategy reads it.
+    ``every_mean``: keep the channels' mean even where this strategy does not need it.
     """
     statistic = state.statistic
     if statistic is not None:
@@ -64,14 +64,14 @@ class Learner:
             if updated is None:
                 return None
             if counted is not None:
-                # A position where every row is padding has shown nothing.
+                # A position where every row is padding keeps its history.
                 updated = torch.where((counts > 0)[:, None], updated, known)
             batch.checks.add(updated, LEARNT, cut.binding.site)
             return columns, updated
 
 
 def commit(batch: Batch, cuts: Sequence[SiteCut], stages: Stages) -> None:
-    """Write what sites have learnt from a batch that has passed.
+    """Write the updated histories of a batch that has passed.
 
     Raises :class:`NonFiniteError`, and writes nothing, for a batch that was not finite.
     """

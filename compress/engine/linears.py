@@ -1,6 +1,6 @@
 """The linear layers of a site. The way a product is computed is chosen here, and nowhere else.
 
-Layers are adopted by class, so that parameters and keys of the state dict stay what they are. Letters: D hidden size,
+A layer gets another class, and keeps its parameters and the keys of its state dict. Letters: D hidden size,
 r kept rows of a producer, c kept channels, O outputs of the consumer.
 """
 
@@ -27,27 +27,27 @@ class SiteLinear(nn.Linear):
 
 
 class ProducerLinear(SiteLinear):
-    """Makes a site's channels: q/k/v, gate/up, fc1."""
+    """Computes a site's channels: q/k/v, gate/up, fc1."""
 
     producer: Producer
 
     def forward(self, x: Tensor) -> Tensor:
         """All rows while the site's cut is closed, as in a probe, else the kept ones; (..., D) -> (..., r)."""
-        cut, batch = self.site_cut.open_cut, self.site_cut.shared.running.batch
+        open_cut, batch = self.site_cut.open_cut, self.site_cut.shared.running.batch
         probe = None if batch is None else batch.probe
         products = None if probe is None else probe.products
-        if cut is None:
+        if open_cut is None:
             made = functional.linear(x, self.weight, self.bias)
             if products is not None and probe is not None and probe.is_running:
                 products.outputs[self] = made
             return made
-        if cut.fuses and _can_fuse(self, x, dim=0):
-            return _fused_producer(self, cut, x)
-        weight, bias = cut.producer(self, self.producer)
+        if open_cut.fuses and _can_fuse(self, x, dim=0):
+            return _fused_producer(self, open_cut, x)
+        weight, bias = open_cut.producer(self, self.producer)
         if products is not None and self in products.outputs:
             hidden = products.hidden
             if (x.data_ptr(), x.numel(), x.dtype) == (hidden.data_ptr(), hidden.numel(), hidden.dtype):
-                return products.linear(self, weight, bias, cut.rows[self]).view(*x.shape[:-1], -1)
+                return products.linear(self, weight, bias, open_cut.rows[self]).view(*x.shape[:-1], -1)
         return functional.linear(x, weight, bias)
 
 
@@ -59,18 +59,18 @@ class ConsumerLinear(SiteLinear):
 
         In a probe it is x itself, which the block's own forward then returns.
         """
-        site, batch = self.site_cut, self.site_cut.shared.running.batch
+        site_cut, batch = self.site_cut, self.site_cut.shared.running.batch
         if batch is not None:
             if batch.probe is not None and batch.probe.is_running:
                 return x
             if batch.observe is not None:
-                batch.observe(site, x)
-        cut = site.open_cut
-        if cut is None:
+                batch.observe(site_cut, x)
+        open_cut = site_cut.open_cut
+        if open_cut is None:
             return functional.linear(x, self.weight, self.bias)
-        if cut.fuses and not site.compensation.wanted and _can_fuse(self, x, dim=1):
-            return _fused_consumer(self, cut, x)
-        return functional.linear(x, *cut.consumer())
+        if open_cut.fuses and not site_cut.compensation.wanted and _can_fuse(self, x, dim=1):
+            return _fused_consumer(self, open_cut, x)
+        return functional.linear(x, *open_cut.consumer())
 
 
 def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:
@@ -81,18 +81,18 @@ def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:
     return weight.stride(1 - dim) == 1 and x.dtype == weight.dtype and x.dtype in FUSED_DTYPES and usable_on(weight)
 
 
-def _fused_producer(linear: ProducerLinear, cut: OpenCut, x: Tensor) -> Tensor:
+def _fused_producer(linear: ProducerLinear, open_cut: OpenCut, x: Tensor) -> Tensor:
     from .fused_linear import linear_of_rows
 
-    weight, bias = cut.shared.applier.producer(linear.weight, linear.bias, cut.rows[linear])
+    weight, bias = open_cut.shared.applier.producer(linear.weight, linear.bias, open_cut.rows[linear])
     assert isinstance(weight, Selection) and not isinstance(bias, Tensor)
     return linear_of_rows(x, weight.source, weight.index, None if bias is None else bias.copied())
 
 
-def _fused_consumer(linear: ConsumerLinear, cut: OpenCut, x: Tensor) -> Tensor:
+def _fused_consumer(linear: ConsumerLinear, open_cut: OpenCut, x: Tensor) -> Tensor:
     from .fused_linear import linear_of_columns
 
-    weight = cut.shared.applier.consumer(linear.weight, cut.columns)
+    weight = open_cut.shared.applier.consumer(linear.weight, open_cut.columns)
     assert isinstance(weight, Selection)
     return linear_of_columns(x, weight.source, weight.index, linear.bias)
 

@@ -21,7 +21,7 @@ CACHE_ARGUMENT = "past_key_values"
 
 @dataclass(eq=False)
 class SiteInput:
-    """What a site's block reads, or is going to read."""
+    """What a site's block reads now, or will read next if it is decided ahead."""
 
     batch: Batch
     residual: Tensor
@@ -33,7 +33,7 @@ class SiteInput:
     arguments: dict[str, Any]
     """What else an attention's forward is called with."""
     reuse: bool = False
-    """Whether what the producers make of the probe is kept for the batch."""
+    """Whether the batch reuses what the producers compute for the probe."""
 
     def normed(self, cut: SiteCut) -> Tensor:
         """(B, T, D): the normed states."""
@@ -42,7 +42,7 @@ class SiteInput:
 
 @dataclass(eq=False)
 class Probe:
-    """What a probe of a batch showed of one site."""
+    """The result of a probe of one site."""
 
     rows: Tensor
     """(b,) int64 ascending."""
@@ -55,7 +55,7 @@ class Probe:
 
 
 class Prober:
-    """Chooses a probe of every batch, and looks at what it shows; its only state is the random generator."""
+    """Chooses and runs the probe of every batch; its only state is the random generator."""
 
     def __init__(self, strategy: Strategy, selector: ProbeSelector, stages: Stages):
         self.strategy, self.selector, self.stages = strategy, selector, stages
@@ -66,12 +66,12 @@ class Prober:
         self.restart()
 
     def restart(self) -> None:
-        """Draw from the start again."""
+        """Restart the random generator."""
         self._generator.manual_seed(self.strategy.seed)
 
     @torch.no_grad()
     def probe(self, cut: SiteCut, given: SiteInput) -> Probe:
-        """Choose the probe's tokens, and run the site's first half on them where the merger or compensation asks."""
+        """Choose the probe's tokens, and run the site's first half on them if the merger or compensation needs it."""
         strategy, valid = self.strategy, given.valid
         with self.stages.select:
             states = given.residual if self.selector.looks_at == "residual" else given.normed(cut)
@@ -101,12 +101,12 @@ def mean_of(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor, mask_positions: Tensor) -> Tensor:
     """What would enter the consumer for the probe's tokens, all units kept; (b, t, C).
 
     No attention, rotary or activation code is repeated here: the block runs its own forward, and its consumer returns
-    what it reads. Positions are (t,), or (b, t) where every row has its own. ``seen``, of the same shape or (t,), are
-    the positions whose attention mask the probe gets.
+    its input. Positions are (t,), or (b, t) where every row has its own. ``mask_positions``, of the same shape or (t,),
+    are the positions whose attention mask the probe gets.
     """
     binding, valid = cut.binding, None
     if given.hidden is None:
@@ -126,14 +126,14 @@ def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor
             return binding.activation(binding.entry.forward(chosen))
         if binding.site.kind == "mlp":
             return binding.entry.forward(chosen)
-        arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, seen)
+        arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, mask_positions)
         return binding.entry.forward(chosen, **arguments)[0]
     finally:
         probe.is_running = False
 
 
 def _chosen_arguments(
-    arguments: dict[str, Any], hidden: Tensor, rows: Tensor, positions: Tensor, seen: Tensor
+    arguments: dict[str, Any], hidden: Tensor, rows: Tensor, positions: Tensor, mask_positions: Tensor
 ) -> dict[str, Any]:
     """The attention's keyword arguments, those per token cut to the probe's tokens, the cache left out."""
     batch = hidden.shape[0]
@@ -150,22 +150,22 @@ def _chosen_arguments(
         chosen["position_ids"] = pick_tokens(chosen["position_ids"], rows, positions, batch)
     attention_mask = chosen.get("attention_mask")
     if attention_mask is not None:
-        chosen["attention_mask"] = _chosen_mask(attention_mask, batch, rows, seen)
+        chosen["attention_mask"] = _chosen_mask(attention_mask, batch, rows, mask_positions)
     return chosen
 
 
-def _chosen_mask(attention_mask: Tensor, batch: int, rows: Tensor, seen: Tensor) -> Tensor:
-    """An attention mask (B or 1, 1, T, T) or (B or 1, T) of the probe's tokens alone; seen (t,) or (b, t)."""
-    if seen.dim() == 2:
+def _chosen_mask(attention_mask: Tensor, batch: int, rows: Tensor, mask_positions: Tensor) -> Tensor:
+    """An attention mask (B or 1, 1, T, T) or (B or 1, T) of the probe's tokens alone; mask_positions (t,) or (b, t)."""
+    if mask_positions.dim() == 2:
         attention_mask = attention_mask.expand(batch, *attention_mask.shape[1:])
     if attention_mask.dim() == 2:
-        return pick_tokens(attention_mask, rows, seen)
+        return pick_tokens(attention_mask, rows, mask_positions)
     if attention_mask.shape[0] == batch > 1:
         attention_mask = attention_mask.index_select(0, rows)
-    if seen.dim() == 1:
-        return attention_mask.index_select(2, seen).index_select(3, seen)
+    if mask_positions.dim() == 1:
+        return attention_mask.index_select(2, mask_positions).index_select(3, mask_positions)
     each = torch.arange(len(rows), device=rows.device)[:, None, None]
-    return attention_mask[each, :, seen[:, :, None], seen[:, None, :]].permute(0, 3, 1, 2)
+    return attention_mask[each, :, mask_positions[:, :, None], mask_positions[:, None, :]].permute(0, 3, 1, 2)
 
 
 def pick_tokens(t: Tensor, rows: Tensor, positions: Tensor, batch: int = 1) -> Tensor:

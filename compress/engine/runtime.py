@@ -1,5 +1,5 @@
-"""How a pruned model computes, and who watches it: whatever is set here, the same units are kept, and outputs agree up
-to rounding."""
+"""Options of how a pruned model computes, and the watcher of its steps. With every option the same units are kept, and
+outputs agree up to rounding."""
 
 from __future__ import annotations
 

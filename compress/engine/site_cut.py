@@ -27,7 +27,7 @@ Weights = tuple[Tensor, "Tensor | None"]
 
 @dataclass(frozen=True, eq=False)
 class SiteBinding:
-    """Where a site lies in the model: nothing of it changes."""
+    """Where a site lies in the model; it never changes."""
 
     site: Site
     entry: nn.Module
@@ -76,20 +76,20 @@ class SiteState:
         self._mean_output: tuple[tuple, Tensor] | None = None
 
     def keep(self, count: int) -> None:
-        """Keep so many units from now on."""
+        """Keep ``count`` units from now on."""
         self.count, self.whole = count, count >= self.binding.site.units
 
     def fix(self, kept: Tensor | None) -> None:
         """Keep the units ``kept`` (k,) in every batch; None: they are decided per batch."""
         self.fixed = kept
 
-    def learn(self, history: ChannelHistory) -> None:
+    def replace_history(self, history: ChannelHistory) -> None:
         """Replace the history."""
         self.history = history
 
     def restore(self, history: ChannelHistory, count: int, fixed: Tensor | None) -> None:
-        """Take over what an earlier calibration has found."""
-        self.learn(history)
+        """Use the results of an earlier calibration."""
+        self.replace_history(history)
         self.keep(count)
         self.fix(fixed)
 
@@ -168,16 +168,16 @@ class OpenCut:
                 known[producer.segments] = producer.rows(self.units)
             self.rows[linear] = known[producer.segments]
         self.fuses = shared.runtime.fused_gather and shared.selects and not stays and len(kept) > 0
-        """Whether kept rows and columns are to be read inside the products."""
-        self._kept: dict[tuple[nn.Module, str], tuple[tuple, Any]] = {}
+        """Whether kept rows and columns are read inside the matrix products, without copies."""
+        self._copies: dict[tuple[nn.Module, str], tuple[tuple, Any]] = {}
 
     def use_mean(self, probe_mean: Tensor | None) -> None:
         """Compensate for the mean in this batch's probe (C,); None: the calibrated one."""
         self.probe_mean = probe_mean
-        self._kept = {key: made for key, made in self._kept.items() if key[1] != "bias"}
+        self._copies = {key: made for key, made in self._copies.items() if key[1] != "bias"}
 
     def keep_copies(self) -> None:
-        """Keep what is made from now on until the site is left."""
+        """Keep copies from now on until the site is left."""
         self.keeps = True
 
     def producer(self, linear: nn.Linear, producer: Producer) -> Weights:
@@ -193,7 +193,7 @@ class OpenCut:
             if isinstance(bias, Selection):
                 bias = bias.copied()
         if self.keeps:
-            self._keep(linear, "producer", (weight, bias))
+            self._store(linear, "producer", (weight, bias))
         return weight, bias
 
     def consumer(self) -> Weights:
@@ -203,19 +203,19 @@ class OpenCut:
         if weight is None:
             weight = self._consumer_weight(linear)
             if self.keeps:
-                self._keep(linear, "weight", weight)
+                self._store(linear, "weight", weight)
         if not self.state.compensation.wanted:
             return weight, linear.bias
         bias = self._recall(linear, "bias") if self.keeps else None
         if bias is None:
             bias = self._mean_keeping_bias(linear, weight)
             if self.keeps:
-                self._keep(linear, "bias", bias)
+                self._store(linear, "bias", bias)
         return weight, bias
 
     def copies(self) -> Iterator[Tensor]:
         """What is kept, without the model's own weights."""
-        for (linear, _), (_, made) in self._kept.items():
+        for (linear, _), (_, made) in self._copies.items():
             for tensor in made if isinstance(made, tuple) else (made,):
                 if tensor is not None and tensor is not linear.weight and tensor is not linear.bias:
                     yield tensor
@@ -223,7 +223,7 @@ class OpenCut:
     def _consumer_weight(self, linear: nn.Linear) -> Tensor:
         shared, compensation, site = self.shared, self.state.compensation, self.state.binding.site
         has_slope = compensation.wanted and compensation.has_slope
-        folded = self.stays and has_slope  # next to what it is folded into, the plain copy would only take memory
+        folded = self.stays and has_slope  # the plain copy is not needed after folding
         with shared.stages.gather:
             weight = shared.applier.consumer(linear.weight, self.columns)
             if isinstance(weight, Selection):
@@ -242,7 +242,7 @@ class OpenCut:
         compensator, calibrated = state.compensation.compensator, state.history.mean
         assert calibrated is not None  # calibration keeps it wherever anything is compensated
         with self.shared.stages.compensate, unautocast(weight):
-            # Sequential calibration probes nothing, and runs on what the calibrated mean is of.
+            # Sequential calibration has no probe: it runs on the batches whose mean is the calibrated one.
             unprobed = compensator.uses_probe and self.probe_mean is None
             mean = calibrated if unprobed else compensator.mean(calibrated, self.probe_mean)
             if compensator.uses_probe or differentiates(linear) or torch.compiler.is_compiling():
@@ -252,19 +252,19 @@ class OpenCut:
             return state.compensation.bias(linear, weight, self.columns, mean, whole)
 
     def _recall(self, linear: nn.Linear, what: str) -> Any:
-        """What was made before, if the weights are still what they were; None: nothing."""
-        known = self._kept.get((linear, what))
+        """The copy that was made before, if the weights have not changed since; None: there is none."""
+        known = self._copies.get((linear, what))
         if known is None:
             return None
         if torch.compiler.is_compiling():  # a graph takes weights as they are, and what was made once too
             return known[1] if self.once else None
-        return known[1] if self._may_keep(linear, what) and known[0] == _made_of(linear) else None
+        return known[1] if self._may_store(linear, what) and known[0] == _made_of(linear) else None
 
-    def _keep(self, linear: nn.Linear, what: str, made: Any) -> None:
-        if not torch.compiler.is_compiling() and self._may_keep(linear, what):
-            self._kept[linear, what] = _made_of(linear), made
+    def _store(self, linear: nn.Linear, what: str, made: Any) -> None:
+        if not torch.compiler.is_compiling() and self._may_store(linear, what):
+            self._copies[linear, what] = _made_of(linear), made
 
-    def _may_keep(self, linear: nn.Linear, what: str) -> bool:
+    def _may_store(self, linear: nn.Linear, what: str) -> bool:
         """Not what gradients go through, nor copies of offloaded weights: both leave memory when the layer's forward
         ends. A bias is small enough to stay."""
         return not differentiates(linear) and (what == "bias" or not is_offloaded(linear))
@@ -280,7 +280,7 @@ class SiteCut:
         """The units of the last cut that was open, to be read after the pass that closed it."""
         self._suspended: OpenCut | None = None
 
-    # What others read of it.
+    # Properties.
 
     @property
     def site(self) -> Site:
@@ -316,24 +316,24 @@ class SiteCut:
     # Opening and closing.
 
     def open(self, kept: Tensor, probe_mean: Tensor | None = None, stays: bool = False) -> None:
-        """Compute with ``kept`` (k,) int64 from now on; copies made for the same tensor are used again.
+        """Compute with ``kept`` (k,) int64 from now on; if the last cut had the same tensor, its copies are reused.
 
-        ``stays``: the cut serves several passes.
+        ``stays``: whether the cut serves several passes.
         """
-        cut = self.open_cut
-        if cut is None or cut.kept is not kept:
-            if cut is not None:
+        open_cut = self.open_cut
+        if open_cut is None or open_cut.kept is not kept:
+            if open_cut is not None:
                 self.suspend()
-            cut = self.cut_to(kept, stays)
-            self.open_cut, self._suspended, self.computed = cut, None, kept
+            open_cut = self.cut_to(kept, stays)
+            self.open_cut, self._suspended, self.computed = open_cut, None, kept
             if self.shared.applier.resizes:
                 binding = self.binding
                 for module, name, per_unit, _ in binding.attributes:
-                    setattr(module, name, len(cut.units) * per_unit)
+                    setattr(module, name, len(open_cut.units) * per_unit)
                 if binding.site.query_heads_per_kv:
-                    setattr(binding.entry, KV_INDEX, cut.units // binding.site.query_heads_per_kv)
-        if cut.probe_mean is not probe_mean:
-            cut.use_mean(probe_mean)
+                    setattr(binding.entry, KV_INDEX, open_cut.units // binding.site.query_heads_per_kv)
+        if open_cut.probe_mean is not probe_mean:
+            open_cut.use_mean(probe_mean)
 
     def cut_to(self, kept: Tensor, stays: bool) -> OpenCut:
         """The cut to ``kept`` (k,) that is to be opened next."""
@@ -344,7 +344,7 @@ class SiteCut:
         return self._suspended
 
     def suspend(self) -> None:
-        """Compute with everything for a while: copies wait for the same units to be opened again."""
+        """Compute with all units; the cut's copies are kept for the case that the same units are opened next."""
         if self.open_cut is None:
             return
         self._suspended, self.open_cut = self.open_cut, None
@@ -355,22 +355,22 @@ class SiteCut:
                 delattr(self.binding.entry, KV_INDEX)
 
     def close(self) -> None:
-        """Compute with everything again; nothing of the cut is left on the model, and its memory is freed."""
+        """Compute with all units, leave nothing of the cut on the model, and free its memory."""
         self.suspend()
         self._suspended = None
 
     def copy_ahead(self, kept: Tensor, stays: bool) -> None:
         """Copy weights for a cut that will be opened with the same ``kept`` (k,) and ``stays``."""
-        cut, compensation = self.cut_to(kept, stays), self.state.compensation
-        cut.keep_copies()
+        ahead, compensation = self.cut_to(kept, stays), self.state.compensation
+        ahead.keep_copies()
         for linear, producer in self.binding.producers:
-            cut.producer(linear, producer)
-        once = cut.once and not compensation.compensator.uses_probe
+            ahead.producer(linear, producer)
+        once = ahead.once and not compensation.compensator.uses_probe
         if once or not compensation.wanted:  # else the weight, or its bias, depends on the batch
-            cut.consumer()
+            ahead.consumer()
 
     def refresh(self) -> None:
-        """Make again what is kept of weights that have changed since: compiled code takes it as it is."""
+        """Renew copies of weights that have changed since: compiled code does not check them."""
         if self.open_cut is not None and self.open_cut.once:
             for linear, producer in self.binding.producers:
                 self.open_cut.producer(linear, producer)
@@ -378,7 +378,7 @@ class SiteCut:
                 self.open_cut.consumer()
 
     def own_computed(self) -> None:
-        """Copy the computed units: the next pass of a CUDA graph writes where this one's results lie."""
+        """Copy the computed units: the next pass of a CUDA graph overwrites them."""
         if self.computed is not None:
             self.computed = self.computed.clone()
 
@@ -389,8 +389,8 @@ class SiteCut:
 
     def copies(self) -> Iterator[Tensor]:
         """Copies of weights that are kept now."""
-        cut = self.open_cut or self._suspended
-        return iter(()) if cut is None else cut.copies()
+        latest = self.open_cut or self._suspended
+        return iter(()) if latest is None else latest.copies()
 
 
 def differentiates(linear: nn.Linear) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...registry import Catalog, Compensator, DataError, SpecError, Strategy
 from ..engine.runtime import Runtime
 from ..engine.site_cut import SiteCut
-from ..output.folders import readable
+from ..output.folders import make_readable
 from ..pruning.prune import engine_of
 from ..pruning.pruned import Pruned
 
@@ -57,7 +57,7 @@ def save_state(pruned: Pruned, folder: Path) -> None:
         }
     path = folder / STATE
     save_file(tensors, path, {"format": FORMAT, "sites": json.dumps(sites)})
-    readable(path)
+    make_readable(path)
 
 
 def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path, runtime: Runtime) -> Pruned:

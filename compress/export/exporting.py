@@ -173,7 +173,7 @@ class Exporter:
 
     @property
     def _runtime(self) -> Runtime:
-        """The pipeline's runtime without compilation, which a few batches do not repay."""
+        """The pipeline's runtime without compilation, which takes longer than it saves in a few batches."""
         return self.spec.runtime.model_copy(update={"compile": None})
 
     def _check_run(self, loaded: Loaded) -> None:
@@ -258,6 +258,8 @@ class Exporter:
             return None
         texts = [None if facts is None else facts.fingerprint for facts in (self.run.calibration, calibration)]
         if self.freeze is not None or self.run.layers != cut.layers or texts[0] != texts[1]:
-            self._notes.append("the run's other measurements are of another cut: frozen, rounded, or of another text")
+            self._notes.append(
+                "the run's other measurements are of another cut (frozen, rounded or calibrated on another text)"
+            )
             return None
         return RunFacts(started=self.run.started, metrics=[metric.as_json() for metric in self.run.metrics])

@@ -1,4 +1,4 @@
-"""Measurements of a loaded model by evaluators that need one model alone, and evaluators recorded in a manifest."""
+"""Measures a loaded model with evaluators that need no second model, and writes and reads evaluators in manifests."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def recorded(metric: ExportMetric, plugins: Sequence[Path] = (), trust: bool = F
     tasks = metric.evaluator.get("task_folder")
     if tasks and not trust:
         raise SpecError(
-            f"{metric.label} was measured with the tasks in {tasks}, whose files may run code; read them, then say "
-            "so (verify --trust-remote-code)"
+            f"{metric.label} was measured with the tasks in {tasks}, whose files may run code; read them, then "
+            "allow it (verify --trust-remote-code)"
         )
     reader = SpecReader(Catalog.discover(plugins), Path.cwd())
     built = reader.component("evaluators", metric.evaluator, ())

@@ -34,7 +34,7 @@ class Check:
 
 
 class _NotHere(Exception):
-    """A check cannot run here: something that it needs is not installed or not named."""
+    """A check cannot run here: something that it needs is not installed, or not named by the user."""
 
 
 def verify(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...registry import ModelError, SpecError
 from ...registry.tensors.devices import stored_tensor
-from ..output.folders import readable
+from ..output.folders import make_readable
 
 SHARD_SIZE = "5GB"
 INDEX = "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def write_weights(folder: Path, tensors: Tensors, shard_size: str = SHARD_SIZE) 
     for name, keys in plan.filename_to_tensors.items():
         made = {key: tensors[key].make() for key in keys}
         save_file(made, folder / name, {"format": "pt"})
-        readable(folder / name)
+        make_readable(folder / name)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

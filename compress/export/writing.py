@@ -27,7 +27,7 @@ def write_model(
     """Write weights, configuration, generation settings and tokenizer of a model whose cut is made once.
 
     Profile ``dynamic`` writes the pruning's state instead. Returns notes for the user, one sentence each. Raises
-    :class:`SpecError` and :class:`ModelError` if the profile has no place for the cut.
+    :class:`SpecError` and :class:`ModelError` if the profile cannot hold the cut.
     """
     if profile.name == "dynamic":
         save_state(pruned, folder)

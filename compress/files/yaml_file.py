@@ -105,7 +105,10 @@ def parse_place(dotted: str) -> Place:
 
 
 def set_at(data: dict[str, Any], place: Place, value: Any, label: str) -> None:
-    """Put ``value`` at a place of plain data; raises :class:`SpecError`, its message begun with ``label``."""
+    """Set a value of nested mappings and lists, at the keys and indices of ``place``.
+
+    Raises :class:`SpecError`, with a message that begins with ``label``, where there is no such place.
+    """
     at: Any = data
     for depth, part in enumerate(place):
         here = ".".join(map(str, place[:depth])) or "the file"

@@ -52,8 +52,8 @@ def disk_is_full(error: BaseException) -> bool:
     return type(error).__name__ == "SafetensorError" and any(os.strerror(code) in str(error) for code in FULL)
 
 
-def readable(path: Path) -> None:
-    """Set a file's permissions to those of any new one: safetensors lets only the owner read its files."""
+def make_readable(path: Path) -> None:
+    """Give a file the permissions of new files: safetensors writes files that only their owner can read."""
     mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
     path.chmod(0o666 & ~mask)

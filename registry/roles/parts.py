@@ -110,14 +110,14 @@ class Selection:
 
 
 class MaskApplier(Component):
-    """How a decision reaches the weights: what the producers and the consumer compute with.
+    """Cuts weights to the kept units, for the producers and the consumer.
 
-    Both methods are called for every cut. They return tensors, or a :class:`Selection` where plain copies of rows or
-    columns are meant: then nothing is copied that the engine can read where it lies.
+    Both methods are called for every cut. They return tensors, or a :class:`Selection` of plain rows or columns, which
+    the engine copies, or reads in place.
     """
 
     resizes: ClassVar[bool] = True
-    """Whether the cut site is really smaller: the sizes that the model's modules hold are then changed."""
+    """Whether the cut tensors are smaller; the engine then changes the sizes stored in the model's modules."""
 
     @abstractmethod
     def producer(
@@ -149,10 +149,10 @@ class SparsityAllocator(Component):
 
     @abstractmethod
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
-        """Kept units of every site, in the order given.
+        """The number of units that each site keeps, in the order of ``sites``.
 
-        ``ratio`` is the share to cut of these sites (layers left untouched are not among them), already
-        rescaled so that the whole model loses what was asked; 0 where ``takes_ratio`` is false.
+        Skipped layers are not in ``sites``. ``ratio`` is the share of these sites to cut, already raised for the
+        skipped layers (:meth:`Strategy.site_ratio`); 0 where ``takes_ratio`` is false.
         """
 
 

@@ -27,7 +27,7 @@ class Strategy(Component):
 
     # Whether a ratio is required depends on the allocator.
     ratio: float | None = Field(default=None, description="share of the model's units to cut, 0 <= ratio < 1")
-    skip_layers: tuple[int, ...] = Field(default=(), description="layers left untouched")
+    skip_layers: tuple[int, ...] = Field(default=(), description="layers that are not pruned")
     attention_unit: AttentionUnit = Field(
         default="kv_group",
         description="kv_group cuts a key/value head with its query heads (all four projections and the KV cache); "

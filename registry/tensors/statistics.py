@@ -22,7 +22,7 @@ PLAIN = HistoryStorage()
 
 @dataclass
 class ChannelHistory:
-    """The running statistics of one consumer's input: the only state that decisions change.
+    """The running statistics of one consumer's input: the only state that a batch changes.
 
     ``table`` (T, C) is the running statistic per position, ``rows`` (T,) the number of rows counted at each position,
     ``mean`` (C,) and ``tokens`` the running mean over all tokens. After :meth:`store` the table has the form of

@@ -18,7 +18,7 @@ GIB = 1024**3
 DEPENDENCE = 3
 """Tokens of a text depend on one another: three count as one sample of a covariance (docs/compensation.md)."""
 LEAST_SHRINKAGE = 1e-4
-"""Float32 cannot solve a covariance without any."""
+"""Least weight of the identity: in float32 a covariance cannot be solved without."""
 
 
 class Regression(ProbedMean):
@@ -80,7 +80,7 @@ class Regression(ProbedMean):
 
     @abstractmethod
     def _working_bytes(self, channels: int, dropped: int, per_batch: bool) -> int:
-        """Bytes that solving one site takes besides its covariance."""
+        """Bytes that solving one site takes in addition to its covariance."""
 
 
 def shrinkage_ridge(covariance: Tensor, samples: float) -> float:
@@ -124,7 +124,7 @@ class LeastSquares(Regression):
 
     def _regression(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
         if isinstance(prepared, Tensor):
-            return (_regression(prepared, kept, dropped),)
+            return (_solve(prepared, kept, dropped),)
         matrix, in_base = prepared
         return (regression_on(kept, dropped, matrix, in_base, self.per_batch == "pivot"),)
 
@@ -136,7 +136,7 @@ class LeastSquares(Regression):
         return 4 * (channels * channels + kept * kept + 2 * kept * dropped + corner)
 
 
-def _regression(covariance: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
+def _solve(covariance: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
     """The regression of dropped on kept channels by Cholesky's factor; (C, C), (k,), (d,) -> (d, k)."""
     columns = covariance[:, kept]
     factor = torch.linalg.cholesky(columns[kept])

@@ -16,9 +16,9 @@ from ...registry import complement
 def pivot(matrix: Tensor, base: Tensor) -> Tensor:
     """The principal pivot transform of a positive definite matrix (C, C) on base (k,) -> (C, C).
 
-    Rows of the base: the inverse of its block, and minus the inverse times the other columns. Rows of the others:
-    their regression on the base, and what it leaves unexplained. Raises torch.linalg.LinAlgError where the base's
-    block is not positive definite.
+    With S in blocks of the base (1) and the others (2), it is ``S11^-1``, ``-S11^-1 S12`` in the base's rows, and the
+    regression on the base ``S21 S11^-1``, the residual covariance ``S22 - S21 S11^-1 S12`` in the others' rows. Raises
+    torch.linalg.LinAlgError if S11 is not positive definite.
     """
     others = complement(base, len(matrix))
     factor = torch.linalg.cholesky(matrix[base][:, base])

@@ -19,7 +19,7 @@ class FlapScore(Scorer):
     weighted: bool = Field(default=True, description="false leaves the weights out (FLAP's IFV)")
 
     def prepare(self, weight: Tensor, site: Site) -> tuple[Tensor, int]:
-        """``sum_o W[o,c]^2`` and the power of the score; (O, C) -> (C,), 1 or 2."""
+        """The factor ``sum_o W[o,c]^2`` (C,), or ones if not ``weighted``, and the exponent of the score, 1 or 2."""
         weights = weight.square().sum(0) if self.weighted else torch.ones(weight.shape[1], device=weight.device)
         return weights, 2 if self.square_attention and site.kind == "attention" else 1
 

@@ -35,7 +35,7 @@ PAD_EPSILON = 1e-3
 class PPRepository(Strategy):
     """What every run of the repository has in common: its skipped layers, units, rounding and ratio."""
 
-    skip_layers: tuple[int, ...] = Field(default=(0, 1, 2), description="layers left untouched")
+    skip_layers: tuple[int, ...] = Field(default=(0, 1, 2), description="layers that are not pruned")
     attention_unit: AttentionUnit = Field(
         default="query_head", description=Strategy.model_fields["attention_unit"].description
     )
