@@ -51,7 +51,7 @@ from .reload import source_of
 from .weights import SHARD_SIZE, check_shard_size
 from .writing import check_possible, write_model
 
-Measured = tuple[str, Evaluator, Measurement, Measurement | None]
+MeasuredBefore = tuple[str, Evaluator, Measurement, Measurement | None]
 """Label, evaluator, the dense model's values and, before freezing, those of the decisions per batch."""
 
 
@@ -191,7 +191,7 @@ class Exporter:
         once = "units chosen once, and the calibrated mean"
         return Frozen(how=self.freeze, meaning=MEANINGS[self.freeze] if self.spec.prune.dynamic else once)
 
-    def _measure_before(self, loaded: Loaded, pruned: Pruned) -> list[Measured]:
+    def _measure_before(self, loaded: Loaded, pruned: Pruned) -> list[MeasuredBefore]:
         """Measure the dense model and, if decisions will be frozen, the model that decides per batch."""
         evaluators = self.spec.evaluate
         measuring = Measuring(loaded, pruned, self.progress, {}, evaluators, self.spec.seed)
@@ -238,7 +238,7 @@ class Exporter:
                 handle.remove()
             raise
 
-    def _metric(self, before: Measured, again: Loaded, handle: Pruned | None) -> ExportMetric:
+    def _metric(self, before: MeasuredBefore, again: Loaded, handle: Pruned | None) -> ExportMetric:
         """Measure the written model, and combine its values with those measured before."""
         label, evaluator, dense, per_batch = before
         found = measure(evaluator, again, self.spec.seed, self.profile, handle, self.progress)
