@@ -74,9 +74,9 @@ def pivot(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing cross tables.")] = False,
 ) -> None:
     """Show a table of two axes, averaged over the others."""
-    from ..reporting import pivot_command
+    from ..reporting import pivot as crossing
 
-    pivot_command.pivot(stores, rows, columns, by, metric, relative, out, overwrite)
+    crossing.pivot(stores, rows, columns, by, metric, relative, out, overwrite)
 
 
 def compare(

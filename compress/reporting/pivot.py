@@ -1,39 +1,55 @@
-"""Cross tables: the trials of studies by two axes, averaged over the same settings of all others."""
+"""``prunekit pivot``: trials of studies by two axes, averaged over the same settings of all others."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import exp
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.colors import Normalize
+from rich.text import Text
 
 from ...registry import SpecError, near
 from ..files.dotted import resolved_settings
-from .axes import axis_title, is_condition, is_repetition, key, setting_text
+from ..output import printing
+from ..output.folders import RunFolder
+from ..output.formatting import number
+from ..output.formatting import table as markdown_table
+from .axes import axis_title, finite, is_condition, is_repetition, key, setting_text
+from .command import write
 from .compare import not_comparable
 from .metrics import Metric, all_metrics, evaluators_of, find, main_metrics
+from .protocols import Protocols, summary_facts
 from .statistics import FEW_SEEDS, mean_interval
+from .style import HEAT, MUTED, WIDTH, Plot, colour_bar, drawing, finished, heat_map, ink_on
 from .summary import ABOVE_DENSE
-from .trials import Study, Trial
+from .tables import csv_text
+from .trials import Study, Trial, read
 
+PAGE = "pivot.md"
 STORE = "store"
 """The axis that distinguishes several stores."""
-
 DENSE = "dense"
 """What ``--relative`` calls the dense model of the same trial."""
-
 SCORES = ("zero_shot", "similarity", "overlap")
 """Evaluators of shares between 0 and 1, which are compared by differences; ``loss`` is another such value."""
-
 ROUNDING = 1e-12
 """Differences up to this are rounding."""
-
 FAILED, WAITING, NO_VALUE, NO_REFERENCE = "failed", "waiting", "without a finite value", "without a reference"
 """Why a planned trial is missing from its cell."""
+BEST, TIE, ABOVE = "◆", "◇", "†"
+"""Marks of the best cell, of those not significantly worse, and of those that compute no less than dense."""
+FEW_GROUPS = 4
+"""Fewer groups than this give very wide intervals, which the table then states."""
+CELL, WRAP, SMALL = 1.15, 16, 26
+"""Inches across a heat map's cell; characters in a line of a column's title, and of the text below a value."""
 
 Place = tuple[int, int]
 """Row and column."""
@@ -53,6 +69,18 @@ class Question:
     by: str | None = None
     """The axis that gets a table for each of its values."""
 
+    @property
+    def reference(self) -> str:
+        return ", ".join(f"{axis_title(n)} {setting_text(n, v)}" for n, v in self.relative.items()) or DENSE
+
+    def text(self, value: float) -> str:
+        """A cell's value: a ratio, points of accuracy, or another difference."""
+        if value != value:
+            return "-"
+        if self.ratio:
+            return f"{value:.3f}" if 0.01 <= value < 100 else number(value)
+        return f"{100 * value:+.1f}" if self.metric.style == "accuracy" else f"{value:+.3g}"
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -66,9 +94,9 @@ class Grid:
 
     def axis(self, asked: str, option: str) -> str:
         """The axis with this name or title; raises :class:`SpecError` if there is none."""
-        titled = [name for name in self.axes if axis_title(name) == asked]
-        if asked in self.axes or len(titled) == 1:
-            return asked if asked in self.axes else titled[0]
+        titled = [name for name in self.axes if asked in (name, axis_title(name))]
+        if asked in titled or len(titled) == 1:
+            return asked if asked in titled else titled[0]
         known = [*self.axes, *map(axis_title, self.axes)]
         raise SpecError(
             f"{option}: there is no axis {asked!r}{near(asked, known)}; the axes are {', '.join(self.axes) or 'none'}"
@@ -90,15 +118,16 @@ class Grid:
         self, rows: str, columns: str, by: str | None = None, metric: str | None = None, relative: str = DENSE
     ) -> Question:
         """The command's options; raises :class:`SpecError` for axes, values or metrics that the trials do not have."""
-        given = {"--rows": rows, "--columns": columns, **({} if by is None else {"--by": by})}
-        axes = {option: self.axis(name, option) for option, name in given.items()}
-        for option, axis in axes.items():
-            others = [other for other in axes if other != option and axes[other] == axis]
-            if others:
-                raise SpecError(f"{option} and {others[0]} are the same axis, {axis}; each needs its own")
+        axes: dict[str, str] = {}
+        for option, name in {"--rows": rows, "--columns": columns, "--by": by}.items():
+            axis = None if name is None else self.axis(name, option)
+            if axis in axes:
+                raise SpecError(f"{axes[axis]} and {option} are the same axis, {axis}; each needs its own")
+            axes |= {axis: option} if axis else {}
         reference = self.relative(relative)
         found, ratio = self._metric(metric, bool(reference))
-        return Question(axes["--rows"], axes["--columns"], found, ratio, reference, axes.get("--by"))
+        of = {option: axis for axis, option in axes.items()}
+        return Question(of["--rows"], of["--columns"], found, ratio, reference, of.get("--by"))
 
     def relative(self, asked: str) -> dict[str, Any]:
         """Settings of the reference, ``AXIS=VALUE[,AXIS=VALUE]``; empty for ``dense``."""
@@ -113,7 +142,7 @@ class Grid:
             if axis in found:
                 raise SpecError(f"{option}: {axis} is named twice; name each axis once")
             found[axis] = self.value(axis, value, option)
-        those = [t for t in self.study.trials if all(_has(t, name, value) for name, value in found.items())]
+        those = [trial for trial in self.study.trials if key({**trial.settings, **found}) == key(trial.settings)]
         if not any(trial.result for trial in those):
             why = f"{len(those)} planned, none is finished" if those else "no such combination was planned"
             raise SpecError(f"{option}: no trial has {asked} ({why}); name a reference that was measured, or {DENSE}")
@@ -155,14 +184,14 @@ def join(studies: Sequence[Study]) -> Grid:
         raise SpecError(f"stores are distinguished by their files' names, which must differ: {', '.join(names)}")
     several = len(studies) > 1
     axes: dict[str, dict[str, Any]] = {STORE: {key(name): name for name in names}} if several else {}
+    conditions = []
     for study in studies:
-        for name, values in study.axes.items():
-            if several and name == STORE:
-                raise SpecError(f"{study.source} has its own axis {STORE!r}; cross it alone, or rename the axis")
-            axes.setdefault(name, {}).update({key(value): value for value in values})
-        for trial in study.trials:
-            for name in trial.settings:
-                axes.setdefault(name, {})
+        if several and STORE in study.axes:
+            raise SpecError(f"{study.source} has its own axis {STORE!r}; cross it alone, or rename the axis")
+        own = dict.fromkeys([*study.axes, *(name for trial in study.trials for name in trial.settings)])
+        for name in own:
+            axes.setdefault(name, {}).update({key(value): value for value in study.axes.get(name, ())})
+        conditions += [name for name in ({STORE: None} | own if several else own) if is_condition(name, study.text)]
     trials = []
     for study, store in zip(studies, names, strict=True):
         for trial in study.trials:
@@ -172,18 +201,10 @@ def join(studies: Sequence[Study]) -> Grid:
             trials.append(replace(trial, settings=settings))
             for name, value in settings.items():
                 axes[name].setdefault(key(value), value)
-    conditions = [
-        name
-        for name in axes
-        for study in studies
-        if is_condition(name, study.text)
-        and (name in (STORE, *study.axes) or any(name in trial.settings for trial in study.trials))
-    ]
     title = "; ".join(dict.fromkeys(study.title for study in studies))
     joined = replace(studies[0], title=title, trials=tuple(trials), published=())
-    return Grid(
-        joined, {name: list(values.values()) for name, values in axes.items()}, tuple(dict.fromkeys(conditions))
-    )
+    ordered = tuple(name for name in axes if name in conditions)
+    return Grid(joined, {name: list(values.values()) for name, values in axes.items()}, ordered)
 
 
 @dataclass(frozen=True)
@@ -238,6 +259,20 @@ class Cross:
         """Why trials are missing."""
         return [name for name in next(iter(self.cells.values())) if name in (FAILED, WAITING, NO_VALUE, NO_REFERENCE)]
 
+    @property
+    def head(self) -> list[str]:
+        """Titles of the columns; the first names both axes."""
+        rows, columns = self.question.rows, self.question.columns
+        return [f"{axis_title(rows)} \\ {axis_title(columns)}", *(setting_text(columns, v) for v in self.columns)]
+
+    @property
+    def lines(self) -> list[tuple[str, list[Place]]]:
+        """Title and places of each row."""
+        return [
+            (setting_text(self.question.rows, value), [(i, j) for j in range(len(self.columns))])
+            for i, value in enumerate(self.rows)
+        ]
+
 
 def cross(grid: Grid, question: Question) -> list[Cross]:
     """A table for each value of the question's ``by``, then one over all trials.
@@ -245,19 +280,17 @@ def cross(grid: Grid, question: Question) -> list[Cross]:
     All cells of a table are averaged over the same settings of the other axes, those that every non-empty cell has.
     Raises :class:`SpecError` if two finished trials have the same settings.
     """
-    frame = _effects(grid, question)
+    trials = grid.study.trials
+    keys = pd.DataFrame({n: [key(t.settings[n]) if n in t.settings else "" for t in trials] for n in grid.axes})
+    frame = _effects(grid, question, keys)
     values = [] if question.by is None else grid.axes[question.by]
     tables = [(question.by, value) for value in values] if question.by and len(values) > 1 else []
-    return [_cross(grid, question, frame, only) for only in (*tables, None)]
+    return [_cross(grid, question, keys, frame, only) for only in (*tables, None)]
 
 
-def _has(trial: Trial, name: str, value: Any) -> bool:
-    return name in trial.settings and key(trial.settings[name]) == key(value)
-
-
-def _effects(grid: Grid, question: Question) -> pd.DataFrame:
-    """One row for each trial: its cell, its other settings, its effect or why it has none, and its reference."""
-    trials, metric = grid.study.trials, question.metric
+def _effects(grid: Grid, question: Question, keys: pd.DataFrame) -> pd.DataFrame:
+    """One row for each trial: its cell, other settings, effect or why it has none, reference, and whether it saves."""
+    trials, metric, measured = grid.study.trials, question.metric, grid.study.frame
     by_settings: dict[str, int] = {}
     for place, trial in enumerate(trials):
         known = by_settings.setdefault(key(trial.settings), place)
@@ -266,22 +299,21 @@ def _effects(grid: Grid, question: Question) -> pd.DataFrame:
                 f"trials {trials[known].number} and {trial.number} have the same settings ({trial.label}), so that "
                 "cells cannot be matched; make their difference an axis of the study"
             )
-    axes = (question.rows, question.columns)
-    places = [{key(value): i for i, value in enumerate(grid.axes[name])} for name in axes]
-    rows, columns = ([p.get(key(t.settings[n]), -1) if n in t.settings else -1 for t in trials]
-                     for n, p in zip(axes, places, strict=True))  # fmt: skip
+    axes = [question.rows, question.columns]
+    rows, columns = (keys[n].map({key(v): i for i, v in enumerate(grid.axes[n])}).fillna(-1).astype(int) for n in axes)
     others = [key({n: v for n, v in trial.settings.items() if n not in axes}) for trial in trials]
     frame = pd.DataFrame({"row": rows, "column": columns, "other": others})
-    value, base = metric.pruned(grid.study.frame), metric.dense(grid.study.frame)
+    value, base = metric.pruned(measured), metric.dense(measured)
     if question.relative:
-        matches = [by_settings.get(key({**trial.settings, **question.relative}), -1) for trial in trials]
-        base = pd.Series([value.get(match, np.nan) for match in matches])
-        frame["reference"] = matches
+        frame["reference"] = [by_settings.get(key({**t.settings, **question.relative}), -1) for t in trials]
+        base = pd.Series([value.get(place, np.nan) for place in frame["reference"]])
     frame["effect"] = np.log(value / base) if question.ratio else value - base
-    done = pd.Series([trial.result is not None for trial in trials])
-    failed = pd.Series([trial.status == "failed" for trial in trials])
-    conditions = [~done & failed, ~done, value.isna(), base.isna()]
+    done, failed = measured["trial", "status"].eq("done"), measured["trial", "status"].eq("failed")
+    conditions = [failed, ~done, value.isna(), base.isna()]
     frame["reason"] = np.select(conditions, [FAILED, WAITING, NO_VALUE, NO_REFERENCE], default="")
+    above = pd.Series([float(t.result is not None and t.result.strategy in ABOVE_DENSE) for t in trials])
+    flops = find(main_metrics(grid.study), "cost.flops_ratio")
+    frame["flops"] = flops.pruned(measured).fillna(above) if flops else above
     return frame
 
 
@@ -298,9 +330,12 @@ def shared_settings(wide: pd.DataFrame) -> pd.DataFrame:
     return shared
 
 
-def _cross(grid: Grid, question: Question, frame: pd.DataFrame, only: tuple[str, Any] | None) -> Cross:
+def _cross(
+    grid: Grid, question: Question, keys: pd.DataFrame, frame: pd.DataFrame, only: tuple[str, Any] | None
+) -> Cross:
     trials, axes = grid.study.trials, (question.rows, question.columns)
-    frame = frame[[only is None or _has(trial, *only) for trial in trials]]
+    if only:
+        frame = frame[keys[only[0]] == key(only[1])]
     inside = frame[(frame["row"] >= 0) & (frame["column"] >= 0)]
     measured = inside[inside["reason"] == ""]
     wide = measured.pivot(index="other", columns=["row", "column"], values="effect")
@@ -314,66 +349,53 @@ def _cross(grid: Grid, question: Question, frame: pd.DataFrame, only: tuple[str,
     cells = cells.assign(planned=planned, not_shared=found - cells["trials"]).join(counts)
     at = pd.Series(list(zip(measured["row"], measured["column"], strict=True)), measured.index, dtype=object)
     used = measured[measured["other"].isin(shared.index) & at.isin(list(shared))]
-    averaged = [trials[place] for place in used.index]
     others = [name for name in grid.axes if name not in axes and not (only and name == only[0])]
-    over = {name: [v for v in grid.axes[name] if any(_has(trial, name, v) for trial in averaged)] for name in others}
+    over = {n: [v for v in grid.axes[n] if key(v) in set(keys.loc[used.index, n])] for n in others}
     over = {name: values for name, values in over.items() if values}
+    different: list[str] = []
+    for pair in zip(used.index.tolist(), used["reference"].tolist(), strict=True) if question.relative else ():
+        one, other = (trials[place].metric(question.metric.label) for place in pair)
+        different += not_comparable(one, other, question.metric.name) if one and other else []
     by_place: dict[Any, Any] = cells.to_dict("index")
     return Cross(
         question, only, grid.axes[question.rows], grid.axes[question.columns], by_place, len(shared),
-        len(wide) - len(shared), len(frame) - len(inside), averaged, over, _not_comparable(question, trials, used),
-        _mark(grid, question, shared, used, over),
+        len(wide) - len(shared), len(frame) - len(inside), [trials[place] for place in used.index], over,
+        list(dict.fromkeys(different)), _mark(grid, question, keys, used, [n for n, vs in over.items() if len(vs) > 1]),
     )  # fmt: skip
 
 
-def _not_comparable(question: Question, trials: Sequence[Trial], used: pd.DataFrame) -> list[str]:
-    """What the metric's protocol states differently in the references, each once."""
-    found: dict[str, None] = {}
-    for pair in zip(used.index.tolist(), used["reference"].tolist(), strict=True) if question.relative else ():
-        one, other = (trials[place].metric(question.metric.label) for place in pair)
-        found |= dict.fromkeys(not_comparable(one, other, question.metric.name) if one and other else ())
-    return list(found)
-
-
-def _mark(
-    grid: Grid, question: Question, effects: pd.DataFrame, used: pd.DataFrame, over: Mapping[str, Sequence[Any]]
-) -> Marks:
+def _mark(grid: Grid, question: Question, keys: pd.DataFrame, used: pd.DataFrame, several: Sequence[str]) -> Marks:
     """The best cells, and those that Student's 95% interval of the paired differences does not distinguish from them.
 
     The units of the test are groups of trials on the same model and texts; seeds and ratios within a group are averaged
     first. With one group only, they are its seeds. Ratios, models and texts do not compare: where they are rows or
-    columns, each has its own best.
+    columns, each has its own best. ``several`` are the axes that cells are averaged over.
     """
     metric = question.metric
-    if metric.better is None or effects.empty:
+    if metric.better is None or used.empty:
         return Marks()
-    rows, columns = (effects.columns.get_level_values(level).tolist() for level in (0, 1))
-    places: list[Place] = list(zip(rows, columns, strict=True))
-    above = [place for place in places if not _saves(grid, used, place)]
-    able = effects.drop(columns=above)
+    flops = used.groupby(["row", "column"])["flops"].mean()
+    above = tuple(flops.index[flops >= 1])
     apart = tuple(n for n in (question.rows, question.columns) if n in grid.conditions or axis_title(n) == "ratio")
-    several = [name for name, values in over.items() if len(values) > 1]
-    trials = zip(used["other"].tolist(), used.index.tolist(), strict=True)
-    settings = {other: grid.study.trials[place].settings for other, place in trials}
 
     def units(names: Sequence[str]) -> pd.DataFrame:
-        values = [key([settings[other].get(name) for name in names]) for other in able.index.tolist()]
-        return able.groupby(values).mean()
+        by = used.index.map(lambda place: tuple(keys.loc[place, list(names)]))
+        return used.assign(unit=by).groupby(["unit", "row", "column"])["effect"].mean().unstack([1, 2])
 
     axes, unit = [name for name in several if name in grid.conditions], "group"
     groups = units(axes)
     if len(groups) < 2:
         axes, unit = [name for name in several if is_repetition(name)], "seed"
         groups = units(axes)
-    tested = len(groups) if unit == "group" or len(groups) >= FEW_SEEDS else 0
+    tested = len(groups) if len(groups) >= (2 if unit == "group" else FEW_SEEDS) else 0
     contests: dict[Place, list[Place]] = {}
-    for row, column in (place for place in places if place not in above):
+    for row, column in (place for place in flops.index if place not in above):
         contest = (row if question.rows in apart else -1, column if question.columns in apart else -1)
         contests.setdefault(contest, []).append((row, column))
     best: list[Place] = []
     ties: list[Place] = []
     for cells in contests.values():
-        means = metric.sign * able[cells].mean()
+        means = metric.sign * groups[cells].mean()
         first = [place for place in cells if means[place] - means.min() <= ROUNDING]
         if len(first) == len(cells):
             continue
@@ -382,15 +404,216 @@ def _mark(
             low, _ = mean_interval(metric.sign * groups[cells].sub(groups[first[0]], axis=0))
             ties += [place for place, end in zip(cells, low, strict=True) if place not in first and end <= ROUNDING]
     within = tuple(name for name in several if name not in axes)
-    return Marks(tuple(best), tuple(ties), tuple(above), unit, tested, tuple(axes), within, apart)
+    return Marks(tuple(best), tuple(ties), above, unit, tested, tuple(axes), within, apart)
 
 
-def _saves(grid: Grid, used: pd.DataFrame, place: Place) -> bool:
-    """Whether a cell computes less than the dense model: as measured, else as known of the strategies."""
-    mine = used[(used["row"] == place[0]) & (used["column"] == place[1])].index
-    flops = find(main_metrics(grid.study), "cost.flops_ratio")
-    shares = flops.pruned(grid.study.frame)[mine].dropna() if flops else pd.Series(dtype=float)
-    if len(shares):
-        return bool(shares.mean() < 1)
-    results = [grid.study.trials[i].result for i in mine.tolist()]
-    return any(result.strategy not in ABOVE_DENSE for result in results if result)
+def pivot(
+    stores: Sequence[Path],
+    rows: str,
+    columns: str,
+    by: str | None = None,
+    metric: str | None = None,
+    relative: str = DENSE,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Print the cross tables of one store or several; with ``out`` write them and their heat maps there.
+
+    Raises :class:`SpecError` or :class:`StoreError` for a source without finished trials, for axes, values or metrics
+    that it does not have, and if the folder exists or cannot be written; no part of it is left.
+    """
+    folder = RunFolder(Path(out), overwrite, what="cross table", marker=PAGE) if out else None
+    if folder:
+        folder.check()
+    grid = join([read(store) for store in stores])
+    question = grid.question(rows, columns, by, metric, relative)
+    tables = cross(grid, question)
+    printing.say(measure(question))
+    for table in tables:
+        _show(table)
+    for line in protocol(question, tables):
+        printing.say(line)
+    if folder:
+        plots = _heat_maps(question, tables)
+        files = {PAGE: _markdown(grid, question, tables, plots), "pivot.csv": pivot_csv(question, tables)}
+        write(folder, files, plots)
+        printing.say(f"cross table: {folder.target / PAGE}", whole=True)
+
+
+def measure(question: Question) -> str:
+    """What the cells contain, in one phrase."""
+    points = " in points" if question.metric.style == "accuracy" else ""
+    what = "ratio to" if question.ratio else f"difference{points} from"
+    return f"{question.metric.title}, {what} {question.reference}"
+
+
+def heading(table: Cross) -> str:
+    """What a table is of: ``ratio 40%``, or all trials."""
+    if table.only:
+        return f"{axis_title(table.only[0])} {setting_text(*table.only)}"
+    return f"Over all of {axis_title(table.question.by)}" if table.question.by else "All trials"
+
+
+def cell_lines(table: Cross, place: Place) -> list[str]:
+    """Value and mark; least to largest; number of trials and why others are missing."""
+    text, cell = table.question.text, table.cells[place]
+    lines = [f"{text(cell['value'])} {_symbol(table, place)}".rstrip()]
+    if cell["trials"] > 1:
+        lines.append(f"{text(cell['least'])} to {text(cell['largest'])}")
+    parts = [f"n {cell['trials']}"] if cell["trials"] else []
+    parts += [f"{cell[reason]} {reason}" for reason in table.reasons if cell[reason]]
+    parts += ["shares no setting with the others"] if cell["not_shared"] and not cell["trials"] else []
+    return [*lines, ", ".join(parts)] if parts else lines
+
+
+def _symbol(table: Cross, place: Place) -> str:
+    marks = {BEST: table.marks.best, TIE: table.marks.ties, ABOVE: table.marks.above_dense}
+    return next((symbol for symbol, places in marks.items() if place in places), "")
+
+
+def notes(table: Cross) -> list[str]:
+    """Two sentences: what a cell is the mean of, and what the marks mean."""
+    marks, question = table.marks, table.question
+    over = "; ".join(f"{axis_title(n)} ({', '.join(setting_text(n, v) for v in vs)})" for n, vs in table.over.items())
+    cells = sum(cell["trials"] > 0 for cell in table.cells.values())
+    text = f"Averaged over {over or 'nothing'}: {table.settings} settings in each cell, "
+    text += f"{len(table.trials):,} trials in {cells} cells"
+    if table.left_out:
+        every = table.left_out + table.settings
+        text += f"; {table.left_out} of {every} settings are left out, as some cells lack them"
+    if table.outside:
+        text += f"; trials without a value of both axes: {table.outside}"
+    parts = []
+    if marks.best:
+        each = f" of each {' and '.join(map(axis_title, marks.apart))}" if marks.apart else ""
+        compared = {question.rows, question.columns} - {*marks.apart}
+        own = bool(question.relative) and not compared <= {*question.relative}
+        gain = " (the largest gain over its own reference, which need not be the best result)" * own
+        parts.append(f"{BEST} best mean{each}{gain}")
+        parts.append(_test(marks))
+    if marks.above_dense:
+        parts.append(f"{ABOVE} computes no less than the dense model, not ranked")
+    return [f"{text}.", *([f"{'; '.join(parts)}."] if parts else [])]
+
+
+def _test(marks: Marks) -> str:
+    if not marks.tested:
+        return "one group of model and text and fewer than three seeds allow no test"
+    axes = " x ".join(map(axis_title, marks.axes))
+    within = f", each the mean over {' and '.join(map(axis_title, marks.within))}" if marks.within else ""
+    groups = marks.unit == "group"
+    few = ", very few," if groups and marks.tested < FEW_GROUPS else ""
+    limit = "groups are taken as independent" if groups else "seeds show nothing about other models and texts"
+    return (
+        f"{TIE} not significantly worse: the paired 95% interval (Student's t) over {marks.tested} {marks.unit}s "
+        f"({axes}{within}){few} includes 0; {limit}, and the number of cells is not corrected for"
+    )
+
+
+def protocol(question: Question, tables: Sequence[Cross]) -> list[str]:
+    """How all tables were made, and the evaluator's protocol."""
+    metric = question.metric
+    meaning = f" ({metric.meaning})" if metric.meaning else ""
+    mean = "geometric mean of the ratio to" if question.ratio else "mean difference from"
+    other = f"the trial with {question.reference} and otherwise the same settings"
+    unit = " In points of accuracy." if metric.style == "accuracy" else ""
+    better = f" {metric.better.capitalize()} is better." if metric.better else ""
+    lines = [
+        f"{metric.key}{meaning}: {mean} {other if question.relative else 'the dense model in the same trial'}, over "
+        f"matched trials; least to largest trial, number of trials n.{unit}{better}"
+    ]
+    if inside := [n for n in question.relative if n not in (question.rows, question.columns, question.by)]:
+        named = " and ".join(map(axis_title, inside))
+        lines.append(f"{named} is averaged over: the reference's own trials, with no difference, are included.")
+    different = dict.fromkeys(text for table in tables for text in table.not_comparable)
+    lines += [f"Measured differently from the reference, which does not compare: {text}." for text in different]
+    found = Protocols()
+    found.of(metric.label, [trial for table in tables for trial in table.trials])
+    for label, known in found.by_label.items():
+        lines.append(f"{label}: " + "; ".join(f"{name}: {value}" for name, value in known.items()))
+    return lines
+
+
+def _show(table: Cross) -> None:
+    """One table on the terminal with its notes."""
+    rows: list[list[str | Text]] = []
+    for name, places in table.lines:
+        rows.append([name])
+        for place in places:
+            first, *others = cell_lines(table, place)
+            text = Text(first, style="bold" if place in table.marks.best else "")
+            rows[-1].append(text.append("".join(f"\n{line}" for line in others), style="not bold dim"))
+    printing.say(f"\n{heading(table)}")
+    printing.show_wide_table(table.head, rows, 1, "--out DIR writes them all")
+    for line in notes(table):
+        printing.say(line)
+
+
+def _markdown(grid: Grid, question: Question, tables: Sequence[Cross], plots: Sequence[Plot]) -> str:
+    """pivot.md."""
+    lines = [f"# {grid.study.title}: {measure(question)}", ""]
+    for table, plot in zip(tables, plots, strict=True):
+        rows = []
+        for name, places in table.lines:
+            rows.append([name])
+            for place in places:
+                first, *others = cell_lines(table, place)
+                value = f"**{first}**" if place in table.marks.best else first
+                rows[-1].append(f"{value} ({', '.join(others)})" if others else value)
+        lines += [f"## {heading(table)}", "", *markdown_table(table.head, rows), "", *notes(table), ""]
+        lines += [f"![{plot.title}](plots/{plot.name}.png)", ""]
+    lines += ["## How it was measured", "", *(f"- {text}" for text in protocol(question, tables))]
+    lines += [f"- **{name}**: {text}" for name, text in summary_facts(grid.study)]
+    return "\n".join([*lines, "", "pivot.csv holds the same cells as numbers.", ""])
+
+
+def pivot_csv(question: Question, tables: Sequence[Cross]) -> str:
+    """One row for each cell of each table."""
+    marks, rows = {BEST: "best", TIE: "not significantly worse"}, []
+    reasons = list(dict.fromkeys(reason for table in tables for reason in table.reasons))
+    numbers = ["value", "least", "largest", "trials", "planned", "not_shared", *reasons]
+    for table in tables:
+        for (i, j), cell in table.cells.items():
+            rows.append({
+                "metric": question.metric.key, "relative_to": question.reference,
+                "kind": "ratio" if question.ratio else "difference",
+                question.by or "by": table.only[1] if table.only else "all",
+                question.rows: table.rows[i], question.columns: table.columns[j],
+                **{name.replace(" ", "_"): cell.get(name, 0) for name in numbers},
+                "mark": marks.get(_symbol(table, (i, j)), ""),
+            })  # fmt: skip
+    return csv_text(pd.DataFrame(rows, dtype=object))
+
+
+def _heat_maps(question: Question, tables: Sequence[Cross]) -> list[Plot]:
+    """A heat map for each table; brighter is better, and all have the same scale."""
+    effects = [e for table in tables for cell in table.cells.values() if (e := finite(cell["effect"])) is not None]
+    low, high = min(effects, default=0.0), max(effects, default=1.0)
+    words = [re.findall(r"[a-z0-9]+", heading(table).lower()) if table.only else [] for table in tables]
+    names = ["-".join(["pivot", *each]) for each in words]
+    names = [name if names.index(name) == i else f"{name}-{i + 1}" for i, name in enumerate(names)]
+    return [_heat_map(t, name, (low, max(high, low + ROUNDING))) for t, name in zip(tables, names, strict=True)]
+
+
+def _heat_map(table: Cross, name: str, ends: tuple[float, float]) -> Plot:
+    question, colours = table.question, HEAT.reversed() if table.question.metric.better == "lower" else HEAT
+    width, height = len(table.columns), len(table.rows)
+    with drawing(max(WIDTH, 1.6 + CELL * width), height=1.5 + 0.42 * height) as figure:
+        panel = figure.subplots()
+        effects = [[table.cells[place]["effect"] for place in places] for _, places in table.lines]
+        columns = ["\n".join(textwrap.wrap(title, WRAP)) for title in table.head[1:]]
+        mesh = heat_map(panel, effects, colours, ends, columns, [row for row, _ in table.lines])
+        panel.set(xlabel=axis_title(question.columns), ylabel=axis_title(question.rows), title=heading(table))
+        panel.invert_yaxis()
+        for (i, j), cell in table.cells.items():
+            ink = ink_on(colours(Normalize(*ends)(cell["effect"]))) if cell["trials"] else MUTED
+            value, *others = cell_lines(table, (i, j))
+            below = "\n".join(line for text in others for line in textwrap.wrap(text, SMALL))
+            weight = "bold" if (i, j) in table.marks.best else "normal"
+            at: dict[str, Any] = {"ha": "center", "color": ink}
+            panel.text(j + 0.5, i + (0.3 if below else 0.5), value, va="center", fontsize=8, weight=weight, **at)
+            panel.text(j + 0.5, i + 0.5, below, va="top", fontsize=5.5, linespacing=1.1, **at)
+        bar = colour_bar(figure, mesh, panel, measure(question), shrink=0.6)
+        ticks = np.linspace(*ends, 5).tolist()
+        bar.set_ticks(ticks, labels=[question.text(exp(t) if question.ratio else t) for t in ticks])
+        return finished(figure, name, f"{measure(question)}: {heading(table)}", " ".join(notes(table)), wide=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
@@ -103,6 +106,27 @@ def ink_on(colour: tuple[float, float, float, float]) -> str:
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
 
 
-def heat_colours(lower_is_better: bool = False) -> Colormap:
-    """The colours of heat maps: bright is good."""
-    return HEAT.reversed() if lower_is_better else HEAT
+def heat_map(
+    panel: Axes,
+    values: Sequence[Sequence[float]],
+    colours: Colormap,
+    ends: tuple[float, float],
+    columns: Sequence[str],
+    rows: Sequence[str],
+) -> QuadMesh:
+    """Draw cells of colour, bright for good ones, with the titles of columns and rows; ``ends`` are of the scale."""
+    mesh = panel.pcolormesh(values, cmap=colours, vmin=ends[0], vmax=ends[1], edgecolors=PAPER, linewidth=0.8)
+    panel.grid(False)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    panel.set_xticks([i + 0.5 for i in range(len(columns))], columns)
+    panel.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+    return mesh
+
+
+def colour_bar(figure: Figure, mesh: QuadMesh, panels: Any, label: str, shrink: float = 0.35) -> Colorbar:
+    """The scale of a heat map below its panels."""
+    bar = figure.colorbar(mesh, ax=panels, location="bottom", shrink=shrink, aspect=40, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label(label)
+    return bar

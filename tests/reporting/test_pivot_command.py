@@ -11,8 +11,7 @@ from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.worker import Outcome
 from prunekit.compress.cli.main import app
-from prunekit.compress.reporting.pivot import cross, join
-from prunekit.compress.reporting.pivot_command import notes, protocol
+from prunekit.compress.reporting.pivot import cross, join, notes, protocol
 from prunekit.compress.runs.records import RunResult
 from prunekit.registry import SpecError
 from typer.testing import CliRunner
@@ -185,4 +184,4 @@ def test_trials_that_cannot_be_distinguished_or_compared_are_named(make_study):
     tables = cross(grid, question)
     different = "Measured differently from the reference, which does not compare: window 64 against 128."
     assert different in protocol(question, tables)
-    assert "; 1 trial without a value of both axes." in notes(tables[0])[0]
+    assert "; trials without a value of both axes: 1." in notes(tables[0])[0]

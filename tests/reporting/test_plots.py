@@ -2,10 +2,9 @@
 
 import re
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
-from prunekit.compress.reporting.plots import FLOP_PARTS, LOOKS, TIME_PARTS, chance_level, draw, pareto, series_of
+from prunekit.compress.reporting.plots import FLOP_PARTS, LOOKS, TIME_PARTS, draw, pareto, series_of
 from prunekit.compress.reporting.style import COLOURS, HATCHES, MARKERS, VARIABLES, percent
 from prunekit.compress.reporting.summary import summarise
 
@@ -91,13 +90,7 @@ def test_configurations_that_keep_as_many_share_a_row(make_study):
 
 
 def test_series_differ_by_more_than_colour(plots, drawn):
-    styles = [series.marker["marker"] for series in series_of(drawn["table"])]
+    styles = [series.style["marker"] for series in series_of(drawn["table"])]
     assert len(set(styles)) == len(styles) == 3
     assert len(set(zip(COLOURS * 11, MARKERS * 8, strict=True))) == 88  # colours and markers do not repeat together
     assert len(set(HATCHES)) == len(HATCHES)
-
-
-def test_chance_is_as_measured_or_computed(drawn, plots):
-    assert chance_level(drawn["table"].configurations[0], "mlp")[1] == 0.43
-    bare = SimpleNamespace(first=SimpleNamespace(metrics=[]), kept=lambda kind: [1.0, 0.5, None])
-    assert chance_level(bare, "mlp")[:2] == [1.0, pytest.approx(1 / 3)]
