@@ -7,7 +7,7 @@ from pathlib import Path
 from ...registry import SpecError
 from ..output import printing
 from ..output.folders import RunFolder
-from .page import html, progress
+from .page import html
 from .plots import draw
 from .ranking import conclusion
 from .style import Plot
@@ -24,8 +24,9 @@ def report(source: Path, out: Path | None = None, overwrite: bool = False) -> No
     Raises :class:`SpecError` or :class:`StoreError` for a source without results, a folder that exists, and a report
     that cannot be written; no part of it is left.
     """
-    source = Path(source).expanduser()
-    folder = RunFolder(Path(out) if out else default_folder(source), overwrite, what="report", marker=PAGE)
+    source = Path(source).expanduser().resolve()
+    default = source.with_name(f"{source.name if source.is_dir() else source.stem}-report")
+    folder = RunFolder(Path(out) if out else default, overwrite, what="report", marker=PAGE)
     study = read(source)
     folder.check()
     summary = summarise(study)
@@ -38,15 +39,10 @@ def report(source: Path, out: Path | None = None, overwrite: bool = False) -> No
         "table.tex": latex(summary),
     }
     write(folder, files, plots)
-    for sentence in [*progress(study), *conclusion(summary)]:
+    unfinished = [f"{study.progress}."] if study.failed or study.waiting else []
+    for sentence in [*unfinished, *conclusion(summary)]:
         printing.say(sentence)
     printing.say(f"report: {folder.target / PAGE}", whole=True)
-
-
-def default_folder(source: Path) -> Path:
-    """study.sqlite -> study-report; a folder's name whole."""
-    source = source.resolve()
-    return source.with_name(f"{source.name if source.is_dir() else source.stem}-report")
 
 
 def write(folder: RunFolder, files: dict[str, str], plots: list[Plot]) -> None:

@@ -19,7 +19,6 @@ from .ranking import EXPLANATION, conclusion, ranking_table
 from .style import Plot
 from .summary import Summary
 from .tables import explanation, table_rows
-from .trials import Study
 
 PRINTED = 9
 """Maximum number of columns of a table on paper; the first ones matter most."""
@@ -34,19 +33,18 @@ def html(summary: Summary, plots: Sequence[Plot]) -> str:
     study, protocols = summary.study, Protocols()
     main = _table(summary, summary.metrics, protocols)
     every = _table(summary, all_metrics(study), protocols)
-    rankings = [(metric, *ranking_table(summary, metric)) for metric in summary.quality]
+    rankings = [(metric.title, *ranking_table(summary, metric)) for metric in summary.quality]
     return environment.from_string(_file("page.html")).render(
         version=__version__,
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js")),
         study=study,
-        progress=progress(study),
         conclusion=conclusion(summary),
         facts=summary_facts(study),
         main=main,
         every=every,
         explanation=explanation(summary),
-        rankings=[(metric.title, head, rows) for metric, head, rows in rankings if rows],
+        rankings=[ranking for ranking in rankings if ranking[2]],
         ranking_explanation=EXPLANATION,
         published=compare_with_published(summary),
         published_head=HEAD,
@@ -57,16 +55,6 @@ def html(summary: Summary, plots: Sequence[Plot]) -> str:
         measured=protocols.by_label,
         versions=versions(study),
     )
-
-
-def progress(study: Study) -> list[str]:
-    """How many trials are done, in a sentence; nothing if all are."""
-    done, planned = len(study.done), len(study.trials)
-    if done == planned:
-        return []
-    missing = [f"{len(study.failed)} failed"] if study.failed else []
-    missing += [f"{study.waiting} {'is' if study.waiting == 1 else 'are'} waiting"] if study.waiting else []
-    return [f"{done} of {planned} trials {'is' if done == 1 else 'are'} done{''.join(f', {m}' for m in missing)}."]
 
 
 def links(text: str) -> Markup:

@@ -157,7 +157,9 @@ def _quality(summary: Summary, quality: Metric, cost: Metric | None) -> Plot | N
                 axes.plot((0, x[0]), (dense, y[0]), color=one.style["color"], linewidth=0.6, alpha=0.6)
                 axes.errorbar(x, y, yerr=sds, **style)
         axes.plot(start, dense, "*", color=INK, markersize=10, clip_on=False, zorder=4)
-        axes.annotate("dense", (start, dense), (8, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            "dense", (start, dense), (9, 0 if cost else -7), textcoords="offset points", va="center", fontsize=8
+        )
         axes.xaxis.set_major_formatter(percent)
         axes.margins(0.1)
         if cost:

@@ -20,6 +20,9 @@ MOST_VALUES = 4
 
 BETWEEN = " / "
 
+TEXT_FACTS = ("tokens", "windows", "window", "batch_size")
+"""Protocol keys of a text, stated with its name."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -95,18 +98,30 @@ def fact(value: Any) -> str:
 def summary_facts(study: Study) -> list[tuple[str, str]]:
     """Model, texts, machine, trials and date; values that differ between trials are listed."""
     results = study.results
-    windows = [m.protocol for trial in study.done for m in trial.metrics if m.evaluator == "perplexity"]
+    texts = [m.protocol for r in results for m in r.metrics if m.evaluator == "perplexity" and m.protocol.get("text")]
     layers = (resolved_settings(trial.resolved).get("prune.skip_layers") for trial in study.done)
-    versions = merged(result.versions for result in results)
+    calibrations = [r.calibration for r in results if r.calibration]
+    used = merged(result.versions for result in results)
+    seconds = sum(trial.seconds or 0 for trial in study.trials)
+    days = sorted(result.started[:10] for result in results)
     facts = {
-        "Model": _distinct(map(_model, results)),
-        "Measured on": _distinct(_text(protocol) for protocol in windows if protocol.get("text")),
-        "Calibrated on": _distinct(map(_calibration, results)) or "nothing",
-        "Layers not pruned": _distinct(map(_layers, layers)),
+        "Model": _distinct(
+            f"{m.name} ({m.architecture}, {number(m.parameters)} parameters, {m.dtype})"
+            for m in (result.model for result in results)
+        ),
+        "Measured on": _distinct(
+            ", ".join([fact(p["text"]), *(f"{name} {fact(p[name])}" for name in TEXT_FACTS if p.get(name))]).replace(
+                "_", " "
+            )
+            for p in texts
+        ),
+        "Calibrated on": _distinct(f"{c.text}, {c.sequences} sequences of {c.length} tokens" for c in calibrations)
+        or "nothing",
+        "Layers not pruned": _distinct(fact(skipped) or "none" for skipped in layers if isinstance(skipped, list)),
         "Machine": _distinct(map(_machine, results)),
-        "Trials": _trials(study),
-        "Run": " to ".join(dict.fromkeys(pick(result.started[:10] for result in results) for pick in (min, max))),
-        "Software": ", ".join(f"{n} {versions[n]}" for n in ("prunekit", "torch", "transformers") if n in versions),
+        "Trials": study.progress + (f", {seconds / 60:.1f} min" if seconds else ""),
+        "Run": " to ".join(dict.fromkeys((days[0], days[-1]))),
+        "Software": ", ".join(f"{n} {used[n]}" for n in ("prunekit", "torch", "transformers") if n in used),
     }
     return [(name, text) for name, text in facts.items() if text]
 
@@ -141,51 +156,11 @@ def notes(summary: Summary) -> list[tuple[str, str]]:
     return lines
 
 
-def _model(result: RunResult) -> str:
-    model = result.model
-    size = f"{model.parameters / 1e9:.3g}\u00a0B" if model.parameters >= 1e9 else f"{model.parameters / 1e6:.3g}\u00a0M"
-    return f"{model.name} ({model.architecture}, {size} parameters, {model.dtype})"
-
-
-def _text(protocol: Mapping[str, Any]) -> str:
-    parts = [fact(protocol["text"])]
-    if protocol.get("tokens") and protocol.get("windows"):
-        parts.append(f"{number(protocol['tokens'])} tokens scored in {protocol['windows']} windows")
-    parts += [f"{name} {protocol[key]}" for key, name in (("window", "window"), ("batch_size", "batch"))
-              if protocol.get(key)]  # fmt: skip
-    return ", ".join(parts)
-
-
-def _calibration(result: RunResult) -> str:
-    found = result.calibration
-    return f"{found.text}, {found.sequences} sequences of {found.length} tokens" if found else ""
-
-
-def _layers(layers: Any) -> str:
-    """``layers 0, 1``; empty where it is not known."""
-    if not isinstance(layers, (list, tuple)):
-        return ""
-    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else "none"
-
-
 def _machine(result: RunResult) -> str:
-    known: dict[str, Any] = {}
-    for metric in result.metrics:
-        known.update({k: v for k, v in metric.protocol.items() if k in ("accelerator", "processor", "threads") and v})
+    known = {key: value for metric in result.metrics for key, value in metric.protocol.items() if value}
     parts = [str(known[name]) for name in ("accelerator", "processor") if name in known]
-    parts += [f"{known['threads']} thread{'s' * (known['threads'] != 1)}"] if "threads" in known else []
+    parts += [f"{known['threads']} threads"] if "threads" in known else []
     return ", ".join([*parts, result.model.device] if parts else [])
-
-
-def _trials(study: Study) -> str:
-    parts = [f"{len(study.done)} done"]
-    parts += [f"{len(study.failed)} failed"] if study.failed else []
-    parts += [f"{study.waiting} waiting"] if study.waiting else []
-    seconds = sum(trial.seconds or 0 for trial in study.trials)
-    if not seconds:
-        return ", ".join(parts)
-    duration = f"{seconds:.0f}\u00a0s" if seconds < 100 else f"{seconds / 60:.0f}\u00a0min"
-    return ", ".join([*parts, duration if seconds < 6000 else f"{seconds / 3600:.1f}\u00a0h"])
 
 
 def _distinct(texts: Iterable[str]) -> str:

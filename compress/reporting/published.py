@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..ablation.published import Published
 from ..files.dotted import resolved_settings
-from .axes import finite, key, setting_text
+from .axes import key, setting_text
 from .metrics import Metric, all_metrics, find
-from .summary import Cell, Configuration, Summary
+from .summary import Configuration, Summary
 
 HEAD = ("configuration", "metric", "published", "ours", "difference", "source")
 
@@ -19,9 +18,8 @@ STATEMENT = (
 )
 
 
-@dataclass(frozen=True)
-class PublishedRow:
-    """One published value next to ours."""
+class PublishedRow(NamedTuple):
+    """One published value next to ours, as texts in the order of :data:`HEAD`."""
 
     where: str
     metric: str
@@ -30,53 +28,39 @@ class PublishedRow:
     difference: str
     source: str
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """In the order of :data:`HEAD`."""
-        return (self.where, self.metric, self.theirs, self.ours, self.difference, self.source)
-
 
 def compare_with_published(summary: Summary) -> list[PublishedRow]:
     """A row for each published value and configuration it applies to; values not measured here are listed as such."""
     metrics = [*summary.metrics, *all_metrics(summary.study)]
-    return [row for entry in summary.study.published for row in _entry(summary, metrics, entry)]
+    return [row for entry in summary.study.published for row in _rows(summary, find(metrics, entry.metric), entry)]
 
 
-def _entry(summary: Summary, metrics: list[Metric], entry: Published) -> list[PublishedRow]:
-    where, theirs = entry.where, entry.value
-    metric = find(metrics, entry.metric)
-    title = metric.title if metric else entry.metric
-    name = ", ".join(setting_text(axis, value) for axis, value in where.items())
-    written = metric.text(theirs) if metric else setting_text("", theirs)
-    matching = [c for c in summary.configurations if _matches(c, where)]
-    cells: list[tuple[str, Cell]] = []
-    if metric and entry.dense:
-        name = ", ".join(filter(None, ("dense", name)))
+def _rows(summary: Summary, metric: Metric | None, entry: Published) -> list[PublishedRow]:
+    names = ["dense"] * entry.dense + [setting_text(axis, value) for axis, value in entry.where.items()]
+    name = ", ".join(names) or "any"
+    if metric is None:
+        return [PublishedRow(name, entry.metric, setting_text("", entry.value), "not measured", "", entry.source)]
+    matching = [c for c in summary.configurations if _matches(c, entry.where)]
+    cells = [(summary.name(c), summary.cell(c, metric)) for c in matching]
+    if entry.dense:
         references = sorted({c.reference for c in matching})
         cells = [(summary.dense_name(i), summary.dense_cell(i, metric)) for i in references]
-    elif metric:
-        cells = [(summary.name(c), summary.cell(c, metric)) for c in matching]
-    measured = [(own, cell) for own, cell in cells if cell.mean is not None]
-    if not measured or not metric:
-        return [PublishedRow(name or "any", title, written, "not measured", "", entry.source)]
+    measured = [(own, cell.text, cell.mean) for own, cell in cells if cell.mean is not None]
+    theirs = metric.text(entry.value)
     return [
-        PublishedRow(own if len(measured) > 1 else name or "any", title, written, cell.text,
-                  _difference(metric, cell.mean or 0.0, theirs), entry.source)
-        for own, cell in measured
-    ]  # fmt: skip
+        PublishedRow(own if len(measured) > 1 else name, metric.title, theirs, text,
+                     _difference(metric, ours, entry.value), entry.source)
+        for own, text, ours in measured
+    ] or [PublishedRow(name, metric.title, theirs, "not measured", "", entry.source)]  # fmt: skip
 
 
 def _difference(metric: Metric, ours: float, theirs: float) -> str:
     """Ours minus theirs, and in percent; of accuracies and shares in points."""
-    if finite(theirs) is None:
-        return ""
     if metric.style in ("share", "accuracy"):
         return f"{100 * (ours - theirs):+.1f} points"
     return f"{ours - theirs:+.3g}" + (f" ({100 * (ours / theirs - 1):+.0f}%)" if theirs else "")
 
 
 def _matches(configuration: Configuration, where: dict[str, Any]) -> bool:
-    known = configuration.settings
-    if not set(where) <= set(known):
-        known = {**resolved_settings(configuration.first.resolved), **known}
+    known = {**resolved_settings(configuration.first.resolved), **configuration.settings}
     return all(name in known and key(known[name]) == key(value) for name, value in where.items())

@@ -13,9 +13,7 @@ from .statistics import INCLUDES_ZERO, Difference, difference
 from .summary import ABOVE_DENSE, Configuration, Summary
 
 COSTS = ("cost.flops_ratio", "latency.prefill_ratio", "cost.parameters_ratio")
-"""Values shown next to the ranked one."""
-
-HEADLINE_COSTS = (("cost.flops_ratio", "FLOPs"), ("latency.prefill_ratio", "prefill time"))
+"""Values shown next to the ranked one; the conclusion states the first two."""
 
 MOST_NAMED = 4
 """Maximum number of configurations that a sentence names; the others are counted."""
@@ -120,29 +118,28 @@ def conclusion(summary: Summary) -> list[str]:
     top = max(block.best.ratio or 0.0 for block in blocks)
     opening = f"At {share(top)} pruning, " if top else ""
     clauses = [_clause(summary, block, True) for block in _at(summary, blocks, top)]
-    more = [_clause(summary, block, False) for m in others for block in _at(summary, rankings(summary, m), top)]
-    second = "; ".join(more)
-    return [f"{opening}{'; '.join(clauses)}.", *([f"{second[:1].upper()}{second[1:]}."] if more else [])]
+    more = "; ".join(_clause(summary, b, False) for m in others for b in _at(summary, rankings(summary, m), top))
+    return [f"{opening}{'; '.join(clauses)}.", *([f"{more[:1].upper()}{more[1:]}."] if more else [])]
 
 
 def _at(summary: Summary, blocks: Sequence[Block], ratio: float) -> list[Block]:
     """The blocks of a ratio; of more than two only the one with the best value of all."""
+
+    def order(block: Block) -> tuple[bool, bool, float]:
+        value = summary.mean(block.best, block.metric) or 0.0
+        return not block.complete, len(block.ranked) < 2, block.metric.sign * value
+
     found = [block for block in blocks if (block.best.ratio or 0.0) == ratio]
-    if len(found) <= 2:
-        return found
-    several = [block for block in found if block.complete and len(block.ranked) > 1]
-    several = several or [block for block in found if block.complete] or found
-    return [min(several, key=lambda block: block.metric.sign * (summary.mean(block.best, block.metric) or 0.0))]
+    return found if len(found) <= 2 else [min(found, key=order)]
 
 
 def _clause(summary: Summary, block: Block, costs: bool) -> str:
     """Which configuration of a block is best, or which tie."""
     metric, best, ties = block.metric, block.best, block.ties
-    every = [row.configuration for row in (*block.ranked, *block.unranked)]
     where = [f"{axis_title(n)} {setting_text(n, best.settings[n])}" for n in summary.conditions if n in best.settings]
-    shared = [n for n in summary.shown_axes if len({key(c.settings.get(n)) for c in every}) == 1]
-    alone = len(every) == 1 or block.unmeasured
-    own = [n for n in summary.shown_axes if n not in shared or (alone and n in (USE, *summary.methods))]
+    every = [row.configuration for row in (*block.ranked, *block.unranked)]
+    varying = [n for n in summary.shown_axes if len({key(c.settings.get(n)) for c in every}) > 1]
+    own = varying or [n for n in summary.shown_axes if n in (USE, *summary.methods)]
 
     def named(configuration: Configuration) -> str:
         return f"{summary.name(configuration, own)} ({summary.cell(configuration, metric).text})"
@@ -164,21 +161,16 @@ def _clause(summary: Summary, block: Block, costs: bool) -> str:
             certain = "; ".join(filter(None, [interval and f"95% interval {interval}", found.caution]))
             text += f", {found.gap_text} {side} {named(second.configuration)}{certain and f' ({certain})'}"
     if costs and block.complete:
-        text += _cost(summary, best, "the first " if ties else "")
+        cells = [summary.cell(best, cost) for name in COSTS[:2] if (cost := summary.metric(name))]
+        shares = [
+            f"{cell.text} of dense's {cell.metric.title}{', more than dense' * (cell.mean > 1)}"
+            for cell in cells if cell.mean
+        ]  # fmt: skip
+        text += f", {'the first ' if ties else ''}at {' and '.join(shares)}" if shares else ""
     left = [f"{summary.name(row.configuration, own)} ({_seeds(summary, metric, row.configuration)})"
             for row in block.unranked if summary.saves(row.configuration)]  # fmt: skip
     left += [f"{name} (not measured)" for name in block.unmeasured]
     return text + (f"; not ranked: {_several(left)}" if left else "")
-
-
-def _cost(summary: Summary, configuration: Configuration, subject: str) -> str:
-    """What a configuration computes and takes, relative to dense; more than dense is stated as such."""
-    costs = [(cost, what) for name, what in HEADLINE_COSTS if (cost := summary.metric(name))]
-    cells = [(summary.cell(configuration, cost), what) for cost, what in costs]
-    said = [
-        f"{cell.text} of dense's {what}{', more than dense' * (cell.mean > 1)}" for cell, what in cells if cell.mean
-    ]
-    return f", {subject}at {' and '.join(said)}" if said else ""
 
 
 def _seeds(summary: Summary, metric: Metric, configuration: Configuration) -> str:
@@ -188,25 +180,26 @@ def _seeds(summary: Summary, metric: Metric, configuration: Configuration) -> st
 
 def _unmeasured(summary: Summary, block: Sequence[Configuration]) -> list[str]:
     """Methods planned under the block's conditions of which no trial is finished; those above dense are not missed."""
-    methods, names = summary.methods, []
-    where = [name for name in summary.axes if name not in methods]
+    where = [name for name in summary.axes if name not in summary.methods]
 
-    def same(settings: Mapping[str, object], other: Mapping[str, object], axes: Sequence[str]) -> bool:
-        return all(key(settings.get(name)) == key(other.get(name)) for name in axes)
+    def at(settings: Mapping[str, object], axes: Sequence[str]) -> str:
+        return key([settings.get(name) for name in axes])
 
+    names, measured = [], {at(c.settings, summary.methods) for c in block}
     for trial in summary.study.trials:
-        values = {name: trial.settings[name] for name in methods if trial.settings.get(name) is not None}
-        above = any(value in ABOVE_DENSE for value in values.values() if isinstance(value, str))
-        planned = (
-            trial.status != "done" and bool(values) and not above and same(trial.settings, block[0].settings, where)
-        )
-        if planned and not any(same(trial.settings, c.settings, methods) for c in block):
+        values = {n: v for n in summary.methods if (v := trial.settings.get(n)) is not None}
+        missing = trial.status != "done" and values and at(trial.settings, summary.methods) not in measured
+        if (
+            missing
+            and at(trial.settings, where) == at(block[0].settings, where)
+            and not {*ABOVE_DENSE} & {v for v in values.values() if isinstance(v, str)}
+        ):
             names.append(", ".join(named_text(name, value) for name, value in values.items()))
     return list(dict.fromkeys(names))
 
 
 def _several(names: Sequence[str]) -> str:
     """The first names, and the number of the others."""
-    more = len(names) - MOST_NAMED
-    shown = list(names) if more <= 0 else [*names[:MOST_NAMED], f"{more} other{'s' * (more > 1)}"]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    *shown, last = [*names[:MOST_NAMED], *more]
+    return f"{', '.join(shown)} and {last}" if shown else last

@@ -56,8 +56,6 @@ def windows_of(result: EvaluatorResult | None, side: str = "pruned") -> Array | 
     losses, tokens = details.get("window_losses"), details.get("window_tokens")
     if not losses or not tokens or len(losses) != len(tokens):
         return None
-    if not all(isinstance(value, (int, float)) for value in (*losses, *tokens)):
-        return None
     return np.array([losses, tokens], dtype=float)
 
 

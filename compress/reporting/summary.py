@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,10 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..files.dotted import resolved_settings
+from ..files.dotted import flatten, resolved_settings
 from .axes import RATIO, STRATEGY_AXES, USE, is_method, is_protocol, is_repetition, key, named_text, setting_text
-from .dense import dense_groups
-from .metrics import Metric, all_metrics, find, main_metrics
+from .metrics import KNOWN, Metric, all_metrics, find, main_metrics
 from .statistics import Sample
 from .trials import Study, Trial
 
@@ -25,6 +25,9 @@ MOST_BEST = 2
 
 PRUNING = ("prune.", "calibration.")
 """Prefixes of settings that a dense model does not have."""
+
+NOT_CHOSEN = re.compile(r"(processor|threads|torch|accelerator|sites)$|.*seed$|(dense|pruned)_")
+"""Protocol keys of the machine, of seeds, of repeated measured values, and of what a pruned model left to measure."""
 
 NOTHING_SAVED = "no time saved"
 """How the note of a missing PRR begins."""
@@ -288,22 +291,65 @@ def _configurations(study: Study, names: Sequence[str], repeated: Sequence[str])
 
 def _compare_with_dense(study: Study, configurations: Sequence[Configuration], axes: Sequence[str]) -> list[Dense]:
     """The dense models; sets the reference of every configuration."""
-    groups = dense_groups([c.trials for c in configurations], [c.settings for c in configurations])
-    members = [[configurations[index] for index in group.members] for group in groups]
-    dense = []
-    for index, group in enumerate(members):
-        settings = {name: group[0].settings[name] for name in axes if _distinguishes(name, index, members)}
+    groups, dense = _dense_groups(configurations), []
+    for index, group in enumerate(groups):
+        settings = {name: group[0].settings[name] for name in axes if _distinguishes(name, index, groups)}
         # A dense model has no pruning settings, unless nothing else distinguishes two.
-        own = {
-            name: value
-            for name, value in settings.items()
-            if not is_method(name, study.text) and not name.startswith(PRUNING)
-        }
+        own = {n: v for n, v in settings.items() if not is_method(n, study.text) and not n.startswith(PRUNING)}
         for member in group:
             member.reference = index
         trials = [trial for member in group for trial in member.trials]
         dense.append(Dense(own or settings, trials, [place for member in group for place in member.places]))
     return dense
+
+
+def _dense_groups(configurations: Sequence[Configuration]) -> list[list[Configuration]]:
+    """Configurations that compare with the same dense model, ordered by the first one.
+
+    They have the same model fingerprint, and the same protocols of all evaluators that two of them ran. One that lacks
+    an evaluator joins a group that has it, the one with the most similar settings. Keys that differ between the trials
+    of one configuration depend on the seed and are ignored.
+    """
+    facts = [[_dense_facts(trial) for trial in c.trials] for c in configurations]
+    last = [{place: text for each in trials for place, text in each.items()} for trials in facts]
+    pairs = [(own, each) for own, trials in zip(last, facts, strict=True) for each in trials]
+    by_seed = {place for own, each in pairs for place, text in each.items() if own[place] != text}
+    known = []
+    for own in last:
+        labels: dict[str, dict[str, str]] = {}
+        for (label, name), text in own.items():
+            labels.setdefault(label, {}).update({} if (label, name) in by_seed else {name: text})
+        known.append({label: key(protocol) for label, protocol in labels.items()})
+    settings = [{(name, key(value)) for name, value in c.settings.items()} for c in configurations]
+    groups: list[tuple[list[int], dict[str, str]]] = []
+    # Configurations with most evaluators first: they determine what the others can join.
+    for index in sorted(range(len(known)), key=lambda i: -len(known[i])):
+        mine = known[index]
+        fitting = [group for group in groups if all(group[1].get(label, text) == text for label, text in mine.items())]
+        if not fitting:
+            groups.append(([], {}))
+            fitting = groups[-1:]
+        similar = [max((len(settings[index] & settings[m]) for m in members), default=0) for members, _ in fitting]
+        members, protocols = fitting[similar.index(max(similar))]
+        members.append(index)
+        protocols.update({**mine, **protocols})
+    return [[configurations[index] for index in members] for members in sorted(sorted(group[0]) for group in groups)]
+
+
+def _dense_facts(trial: Trial) -> dict[tuple[str, str], str]:
+    """All that identifies the trial's dense model, by evaluator and key; an empty label is the model itself."""
+    model = trial.result.model if trial.result else None
+    facts = {("", ""): key((model.fingerprint or model.name) if model else None)}
+    for metric in trial.metrics:
+        start, protocol = f"evaluate.{metric.label}.", dict(metric.protocol)
+        if metric.evaluator not in KNOWN:  # a plugin's protocol may contain results; its options are certain choices
+            options = resolved_settings(trial.resolved)
+            protocol = {k.removeprefix(start): value for k, value in options.items() if k.startswith(start)}
+        facts[metric.label, ""] = ""
+        for name, value in flatten(protocol).items():
+            if not NOT_CHOSEN.match(name.rpartition(".")[2]):
+                facts[metric.label, name] = key(re.sub(r", seed \d+$", "", value) if isinstance(value, str) else value)
+    return facts
 
 
 def _distinguishes(name: str, index: int, groups: Sequence[Sequence[Configuration]]) -> bool:

@@ -131,10 +131,8 @@ def markdown(summary: Summary, plots: Sequence[Plot]) -> str:
     for metric, titles, ranked in tables:
         lines += [f"## Ranking by {metric.title}", "", *markdown_table(titles, ranked), ""] if ranked else []
     lines += [EXPLANATION, ""] if any(ranked for *_, ranked in tables) else []
-    published = compare_with_published(summary)
-    if published:
-        rows_ = [row.cells for row in published]
-        lines += ["## Compared with published values", "", *markdown_table(HEAD, rows_), "", STATEMENT, ""]
+    if published := compare_with_published(summary):
+        lines += ["## Compared with published values", "", *markdown_table(HEAD, published), "", STATEMENT, ""]
     if study.failed or study.waiting:
         lines += ["## Not measured", ""]
         lines += [f"- {t.label}: {' '.join((t.error or 'failed without a message').split())}" for t in study.failed]

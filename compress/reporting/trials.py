@@ -12,7 +12,7 @@ import pandas as pd
 from ...registry import SpecError
 from ..ablation.published import Published
 from ..ablation.store import Store
-from ..runs.records import REMEDY, Comparison, EvaluatorResult, RunResult, read_results
+from ..runs.records import REMEDY, ComparedRun, Comparison, EvaluatorResult, RunResult, read_results
 from .axes import RATIO, USE, finite, named_text, setting_text
 
 SQLITE = b"SQLite format 3\0"
@@ -85,6 +85,14 @@ class Study:
     def waiting(self) -> int:
         return sum(trial.status == "waiting" for trial in self.trials)
 
+    @property
+    def progress(self) -> str:
+        """``2 of 4 trials done, 1 failed, 1 waiting``."""
+        parts = [f"{len(self.done)} of {len(self.trials)} trials done"]
+        counts = {"failed": len(self.failed), "waiting": self.waiting}
+        parts += [f"{count} {what}" for what, count in counts.items() if count]
+        return ", ".join(parts)
+
     @cached_property
     def frame(self) -> pd.DataFrame:
         """One row for each trial, in order, as measured.
@@ -121,27 +129,28 @@ def read(source: Path) -> Study:
     else:
         raise SpecError(f"there is no {source}; {REMEDY}")
     if not study.done:
-        states = f"{len(study.failed)} failed, {study.waiting} waiting"
         first = f"; the first error: {study.failed[0].error}" if study.failed else ""
-        raise SpecError(f"{source}: no trial is finished ({states}), so there is nothing to report{first}")
+        raise SpecError(f"{source}: no trial is finished ({study.progress}), so there is nothing to report{first}")
     return study
 
 
 def _folder(folder: Path) -> Study:
     found = read_results(folder)
+    runs = found.runs if isinstance(found, Comparison) else [found]
+    trials = []
+    for number, run in enumerate(runs, 1):
+        settings: dict[str, Any] = {USE: run.strategy, RATIO: run.ratio.asked}
+        path = folder / "resolved.yaml"
+        if isinstance(run, ComparedRun):
+            settings["text"], path = run.situation, folder / run.pipeline
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        trials.append(Trial(number, settings, "done", run, text, None, run.seconds.total))
     if isinstance(found, Comparison):
-        trials = tuple(
-            Trial(number, {USE: run.strategy, RATIO: run.ratio.asked, "text": run.situation}, "done", run,
-                  _text(folder / run.pipeline), None, run.seconds.total)
-            for number, run in enumerate(found.runs, 1)
-        )  # fmt: skip
         names = trials[0].settings if trials else {}
         axes = {name: list(dict.fromkeys(trial.settings[name] for trial in trials)) for name in names}
-        return Study("Strategies compared", folder, trials, axes)
-    resolved = _text(folder / "resolved.yaml")
-    settings = {USE: found.strategy, RATIO: found.ratio.asked}
-    trial = Trial(1, settings, "done", found, resolved, None, found.seconds.total)
-    return Study(f"{setting_text(USE, found.strategy)} on {found.model.name}", folder, (trial,), text=resolved)
+        return Study("Strategies compared", folder, tuple(trials), axes)
+    title = f"{setting_text(USE, found.strategy)} on {found.model.name}"
+    return Study(title, folder, tuple(trials), text=trials[0].resolved)
 
 
 def _store(path: Path) -> Study:
@@ -155,19 +164,5 @@ def _store(path: Path) -> Study:
     with Store.open(path) as store:
         study, stored = store.study, store.trials
     trials = tuple(Trial(t.number, t.settings, t.status, t.result, t.resolved, t.error, t.seconds) for t in stored)
-    return Study(
-        title=study.title or path.stem,
-        source=path,
-        trials=trials,
-        axes=study.axes,
-        published=study.published,
-        text=study.text,
-        versions=study.versions,
-    )
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
+    title = study.title or path.stem
+    return Study(title, path, trials, study.axes, study.published, study.text, study.versions)

@@ -83,7 +83,7 @@ def test_an_unfinished_study_says_how_far_it_is(make_study, tmp_path, monkeypatc
     monkeypatch.setattr(command, "read", lambda _: source)
     monkeypatch.setattr(command, "draw", lambda summary: [])
     command.report(tmp_path / "study.sqlite", tmp_path / "out")
-    said = "2 of 4 trials are done, 1 failed, 1 is waiting."
+    said = "2 of 4 trials done, 1 failed, 1 waiting."
     assert said in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert said in page[page.index("</h1>") :][:200]

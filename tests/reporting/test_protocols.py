@@ -39,9 +39,7 @@ def test_values_that_differ_are_listed_and_many_are_counted(make_study):
 
 def test_the_facts_of_all_trials(make_study):
     facts = dict(summary_facts(make_study(["pp"], [0.4], seeds=(0, 1))))
-    assert facts["Model"] == "bundled (LlamaForCausalLM, 5.8\u00a0M parameters, float32)"
-    assert facts["Measured on"] == (
-        "bundled reference-evaluation, 3,839 tokens scored in 30 windows, window 128, batch 20"
-    )
-    assert facts["Layers not pruned"] == "layer 0" and facts["Machine"] == "Some Processor, 2 threads, cpu"
-    assert facts["Trials"] == "2 done, 25\u00a0s" and facts["Run"] == "2026-01-02"
+    assert facts["Model"] == "bundled (LlamaForCausalLM, 5,800,000 parameters, float32)"
+    assert facts["Measured on"] == ("bundled reference-evaluation, tokens 3839, windows 30, window 128, batch size 20")
+    assert facts["Layers not pruned"] == "0" and facts["Machine"] == "Some Processor, 2 threads, cpu"
+    assert facts["Trials"] == "2 of 2 trials done, 0.4 min" and facts["Run"] == "2026-01-02"

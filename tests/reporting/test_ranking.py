@@ -173,8 +173,8 @@ def test_dense_models_that_differ_are_each_in_their_clause(make_study, run_data,
     [
         (1, "PP (33.60) and FLAP (33.60) tie for the best perplexity"),
         (2, "PP (33.60), FLAP (33.60) and Wanda-sp (33.60) tie for the best perplexity"),
-        (4, "PP (33.60), FLAP (33.60), Wanda-sp (33.60), magnitude (33.60) and 1 other tie for the best perplexity"),
-        (5, "PP (33.60), FLAP (33.60), Wanda-sp (33.60), magnitude (33.60) and 2 others tie for the best perplexity"),
+        (4, "PP (33.60), FLAP (33.60), Wanda-sp (33.60), magnitude (33.60) and 1 more tie for the best perplexity"),
+        (5, "PP (33.60), FLAP (33.60), Wanda-sp (33.60), magnitude (33.60) and 2 more tie for the best perplexity"),
     ],
 )
 def test_all_ties_are_named_or_counted(make_study, others, names):
