@@ -128,7 +128,7 @@ def test_mistakes_are_one_message_and_exit_code_2(arguments, words, store, tmp_p
 
 def test_an_empty_store_says_so(store, tmp_path):
     code, said = command(store(finished=False))
-    assert code == 2 and "no trial is finished (0 failed, 16 waiting)" in said
+    assert code == 2 and "no trial is finished (0 of 16 trials done, 16 waiting)" in said
     code, said = command(tmp_path / "nowhere.sqlite")
     assert code == 2 and "there is no" in said
 
