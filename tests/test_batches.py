@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -149,6 +150,46 @@ def test_a_recomputation_repeats_the_decisions_of_its_forward_pass(make_model, b
     for name, gradient in gradients.items():
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-6))
     assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("first_dense", [False, True])
+@pytest.mark.parametrize("strategy", ["pp", "wanda_sp"])
+def test_a_recomputation_runs_in_the_mode_of_its_forward_pass(make_model, batches, strategy, first_dense, reentrant):
+    """A dense pass may be followed by its backward pass outside of dense(), and the other way round."""
+    ids, found = batches[0]["input_ids"], []
+    for checkpoints in (False, True):
+        model = make_model("llama-gqa").requires_grad_(True).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        with prune(model, strategy, ratio=0.4, calibration=batches) as pruned:
+            with pruned.dense() if first_dense else nullcontext():
+                loss = model(ids, labels=ids, use_cache=False).loss
+            with nullcontext() if first_dense else pruned.dense():
+                loss.backward()
+            pruned.reset()
+            found.append(({name: p.grad for name, p in model.named_parameters()}, logits(model, ids)))
+    (gradients, cut), (theirs, after) = found
+    torch.testing.assert_close(after, cut)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-6))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_zeroes_padding_also_in_layers_that_are_not_cut(make_model, batches, reentrant):
+    """Hooks of a reference strategy are in every layer."""
+    ids, found = batches[0]["input_ids"], []
+    mask = torch.ones_like(ids)
+    mask[:2, :5] = 0
+    for checkpoints in (False, True):
+        model = make_model("llama-gqa", attention="eager").requires_grad_(True).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        with prune(model, "pp_reference", ratio=0.4, skip_layers=(0,), calibration=batches):
+            model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-6))
 
 
 def test_a_layer_alone_is_refused_where_every_batch_decides(make_model, batches):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,15 @@ from .batch import Batch, Running
 FUNCTION = "_gradient_checkpointing_func"
 """Attribute of a transformers layer: what runs the layer and, in the backward pass, runs it again."""
 
+Again = Callable[[Batch], AbstractContextManager[None]]
+"""Within it a batch that has passed is run again."""
+
 
 class Checkpoint:
     """A layer's checkpointing function: what it runs again belongs to the batch in which it ran first."""
 
-    def __init__(self, function: Callable, running: Running, leave: Callable[[Batch], None]):
-        self.function, self.running, self.leave = function, running, leave
+    def __init__(self, function: Callable, running: Running, again: Again):
+        self.function, self.running, self.again = function, running, again
 
     def __call__(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         batch = self.running.batch
@@ -28,21 +32,19 @@ class Checkpoint:
 
     def run(self, batch: Batch, forward: Callable, *args: Any) -> Any:
         """Run a layer in a batch, which has passed already when it is run again."""
-        with self.running.one_at_a_time.lock:
+        with self.running.one_at_a_time.lock, self.again(batch) if batch.passed else nullcontext():
             outer = self.running.enter(batch)
             try:
                 return forward(*args)
             finally:
-                if batch.passed:
-                    self.leave(batch)
                 self.running.enter(outer)
 
 
-def use_checkpoint(layer: nn.Module, running: Running, leave: Callable[[Batch], None]) -> None:
+def use_checkpoint(layer: nn.Module, running: Running, again: Again) -> None:
     """Replace the layer's checkpointing function, where it has one that is not ours already."""
     function = vars(layer).get(FUNCTION)
     if function is not None and not isinstance(function, Checkpoint):
-        vars(layer)[FUNCTION] = Checkpoint(function, running, leave)
+        vars(layer)[FUNCTION] = Checkpoint(function, running, again)
 
 
 def restore_checkpoint(layer: nn.Module) -> None:

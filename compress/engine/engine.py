@@ -86,14 +86,17 @@ class Engine:
             self._undo.append(enable_kv_index(self.model))
         learn_parameters([self.decoder, *self.layers, *(cut.binding.entry for cut in self.cuts)])
         self._wrap_decoder()
-        for index in sorted({cut.site.layer for cut in self.cuts}):
+        prober, own = hooks.prober, list[Any]()
+        if prober is not None:
+            own = self.strategy.install(self.model, self.layers, self.all_sites, hooks.padding_of)
+        for handle in own:
+            self._hook(handle)
+        # The strategy's hooks need a recomputation's batch in every layer.
+        for index in range(len(self.layers)) if own else sorted({cut.site.layer for cut in self.cuts}):
             self._undo.append(partial(restore_checkpoint, self.layers[index]))
             self._hook(self.layers[index].register_forward_pre_hook(hooks.enter_layer(index), **before))
-        prober = hooks.prober
         if prober is None:
             return
-        for handle in self.strategy.install(self.model, self.layers, self.all_sites, hooks.padding_of):
-            self._hook(handle)
         for cut in self.cuts:
             binding = cut.binding
             self._hook(binding.norm.register_forward_pre_hook(hooks.enter_norm(cut)))

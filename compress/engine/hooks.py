@@ -6,7 +6,8 @@ through a closure: a copy of the model then gets hooks, state and batches of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ...registry import ModelError
 from .ahead import SideStreams, following_sites
-from .batch import Batch, Decision, Observe, Running, named, valid_tokens, worth_reusing
+from .batch import Batch, Decision, Mode, Observe, Running, named, valid_tokens, worth_reusing
 from .checkpointing import use_checkpoint
 from .decider import Decider
 from .decode_cache import CacheDecisions
@@ -88,7 +89,7 @@ class Hooks:
                 if batch.cache is not None:
                     batch.cached = hooks._cached.enter(batch.cache, index, batch.mode == "prune")
                 if layer.training and torch.is_grad_enabled():
-                    use_checkpoint(layer, hooks.shared.running, hooks.leave_all)
+                    use_checkpoint(layer, hooks.shared.running, hooks.again)
 
         return partial(hook, self, index)
 
@@ -204,6 +205,25 @@ class Hooks:
         """Close the cuts of all sites that are not used again."""
         for cut in self.cuts:
             self.leave(cut, batch)
+
+    @contextmanager
+    def again(self, batch: Batch) -> Iterator[None]:
+        """Within it a batch that has passed is run again, in the mode that it had."""
+        mode = self.shared.running.mode
+        self._turn_fixed(mode, batch.mode)
+        try:
+            yield
+        finally:
+            self.leave_all(batch)
+            self._turn_fixed(batch.mode, mode)
+
+    def _turn_fixed(self, before: Mode, mode: Mode) -> None:
+        """Open or suspend the cuts that are made once, for a pass in another mode than before."""
+        for cut in self.cuts if mode != before else ():
+            if cut.fixed is not None and mode == "prune":
+                cut.open(cut.fixed, stays=True)
+            elif cut.fixed is not None:
+                cut.suspend()
 
     def check_no_batch(self, cut: SiteCut) -> None:
         """Raise :class:`ModelError` for a block that runs outside of its decoder although it is cut per batch."""
