@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -120,6 +121,29 @@ def test_threads_take_turns(make_model, batches, strategy, options):
             thread.join()
     for right, ours in zip(expected, found, strict=True):
         assert len(ours) == 8 and all(torch.equal(right, one) for one in ours)
+
+
+@pytest.mark.parametrize("strategy", ["pp", "wanda_sp"])
+def test_remove_waits_for_the_batch_of_another_thread(make_model, batches, strategy):
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
+    dense, inside, found = logits(model, ids), threading.Event(), []
+    pruned = prune(model, strategy, ratio=0.4, calibration=batches)
+    expected = logits(model, ids)
+    pruned.reset()
+
+    def linger(*_):
+        inside.set()
+        time.sleep(0.2)
+
+    handle = model.model.layers[0].mlp.act_fn.register_forward_hook(linger)
+    thread = threading.Thread(target=lambda: found.append(logits(model, ids)))
+    thread.start()
+    inside.wait()
+    pruned.remove()
+    thread.join()
+    handle.remove()
+    assert torch.equal(found[0], expected)
+    assert torch.equal(logits(model, ids), dense)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

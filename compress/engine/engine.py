@@ -127,9 +127,10 @@ class Engine:
 
     def remove(self) -> None:
         """Remove everything from the model: afterwards it is bit-identical to before, and stays so."""
-        self.shared.running.switch("dense")
-        self._removed = True
-        self._uninstall()
+        with self.shared.running.one_at_a_time.lock:  # a batch that passes in another thread ends as it began
+            self.shared.running.switch("dense")
+            self._removed = True
+            self._uninstall()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
