@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,7 @@ COUNTED = {"windows", "tokens", "pages", "words", "bytes", "documents", "ids_sha
 OF_THE_MODEL = {"parameters", "parameters_ratio", "weights"}
 """Values that depend on no batch or text."""
 
-RANDOM_IDS = "random ids"
-"""How protocols name tokens that are not a text."""
-
-MOST_NAMED = 4
-"""Maximum number of differences that a sentence names."""
+MACHINE = ("processor", "accelerator", "threads", "clock")
 
 ABSENT = object()
 
@@ -58,10 +55,15 @@ def compare(a: Path, b: Path, samples: int = 10_000, seed: int = 0) -> None:
         printing.say(f"{name}: {folder}", whole=True)
         printing.say(f"   {headline(result)}")
     printing.say("")
-    left, right = (_resolved(folder) for folder in folders)
-    _differing("settings that differ", settings(left, right), "the settings are the same")
-    _differing("model, machine and versions that differ", origins(first, second),
-               "model, machine and versions are the same")  # fmt: skip
+    left, right = (
+        path.read_text(encoding="utf-8") if (path := folder / "resolved.yaml").is_file() else None for folder in folders
+    )
+    tables = {"settings": settings(left, right), "model, machine and versions": origins(first, second)}
+    for what, lines in tables.items():
+        if lines:
+            printing.show_table(("", "A", "B"), lines, left=3, title=f"{what} that differ")
+        else:
+            printing.say(f"{what} are the same\n")
     printing.show_table(("measurement", "dense", "A", "B", "B to A"), results(first, second), title="results")
     for sentence in [*differences(first, second), *intervals(first, second, samples, seed)]:
         printing.say(sentence)
@@ -77,17 +79,15 @@ def settings(a: str | None, b: str | None) -> list[Line]:
 
 def origins(a: RunResult, b: RunResult) -> list[Line]:
     """Differences in model, calibration text, machine, origin of the components and versions."""
-    return _lines(_origin(a), _origin(b))
-
-
-def _origin(result: RunResult) -> dict[str, Any]:
-    found = {f"model {name}": value for name, value in result.model.as_json().items()}
-    found["calibration fingerprint"] = result.calibration.fingerprint if result.calibration else None
-    for metric in result.metrics:
-        machine = ("processor", "accelerator", "threads", "clock")
-        found |= {name: metric.protocol[name] for name in machine if name in metric.protocol}
-    found["components from"] = sorted(result.plugins)
-    return found | {f"version of {name}": version for name, version in result.versions.items()}
+    sides = []
+    for result in (a, b):
+        found = {f"model {name}": value for name, value in result.model.as_json().items()}
+        found["calibration fingerprint"] = result.calibration.fingerprint if result.calibration else None
+        for metric in result.metrics:
+            found |= {name: value for name, value in metric.protocol.items() if name in MACHINE}
+        found["components from"] = sorted(result.plugins)
+        sides.append(found | {f"version of {name}": version for name, version in result.versions.items()})
+    return _lines(*sides)
 
 
 def results(a: RunResult, b: RunResult) -> list[tuple[str, str, str, str, str]]:
@@ -114,21 +114,20 @@ def results(a: RunResult, b: RunResult) -> list[tuple[str, str, str, str, str]]:
 
 def differences(a: RunResult, b: RunResult) -> list[str]:
     """A sentence for every evaluator whose values do not compare, with the differences in its protocol."""
-    said = []
+    found = {}
     for one, other in _shared(a, b):
         names = one.pruned.keys() & other.pruned.keys()
-        found = sorted({text for name in names for text in not_comparable(one, other, name)})
-        if found:
-            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-            said.append(f"{one.label}: A and B do not compare: {', '.join(found[:MOST_NAMED])}{more}")
-    return said
+        found[one.label] = sorted({text for name in names for text in not_comparable(one, other, name)})
+    return [f"{label}: A and B do not compare: {', '.join(texts)}" for label, texts in found.items() if texts]
 
 
 def not_comparable(one: EvaluatorResult, other: EvaluatorResult, name: str) -> list[str]:
     """What a value depends on and differs between two protocols: ``length 128 against 256``."""
     if name in OF_THE_MODEL:
         return []
-    first, second = ({k: _any_seed(v) for k, v in flatten(found.protocol).items()} for found in (one, other))
+    sides = (flatten(found.protocol).items() for found in (one, other))
+    # Random ids depend on their number only, not on their seed.
+    first, second = ({k: re.sub(r", seed \d+$", "", v) if isinstance(v, str) else v for k, v in side} for side in sides)
     found = {line[0]: line[1:] for line in _lines(first, second) if _matters(line[0], name, first)}
     # Equal tokens compare, whatever their limit was.
     same = {key.rpartition(".")[0] for key in first if key.endswith("ids_sha256") and first[key] == second.get(key)}
@@ -145,11 +144,6 @@ def _matters(key: str, name: str, protocol: Mapping[str, Any]) -> bool:
         return False
     of_task = any(known.startswith(f"tasks.{task}.") for known in protocol)
     return not (of_task and key.startswith("tasks.")) or key.startswith(f"tasks.{task}.")
-
-
-def _any_seed(value: Any) -> Any:
-    """``random ids, seed 1`` without its seed: the result depends on the number of ids only."""
-    return RANDOM_IDS if isinstance(value, str) and value.startswith(RANDOM_IDS) else value
 
 
 def _relation(name: str, first: Any, second: Any) -> str:
@@ -197,16 +191,12 @@ def _interval(a: EvaluatorResult, b: EvaluatorResult, samples: int, seed: int) -
     significant = ratio.low > 1 or ratio.high < 1
     result = "which excludes 0" if significant else "which includes 0: the difference is not significant"
     few = f" With only {windows} windows it is too narrow." if windows < FEW_WINDOWS else ""
-    value, low, high = map(_signed, difference)
+    value, low, high = (("-" if end < 0 else "+") + number(abs(end)) for end in difference)
     return (
         f"{a.label}: B - A = {value}, 95% interval {low} to {high}, {result}; B / A = {ratio.value:.4f}, "
         f"{ratio.low:.4f} to {ratio.high:.4f}. Paired bootstrap over {windows} windows, {samples:,} samples, seed "
         f"{seed}; it covers the choice of text, not of seeds.{few}"
     )
-
-
-def _signed(value: float) -> str:
-    return ("-" if value < 0 else "+") + number(abs(value))
 
 
 def _one_run(folder: Path) -> RunResult:
@@ -222,15 +212,3 @@ def _one_run(folder: Path) -> RunResult:
             "prunekit report compares them all"
         )
     return found
-
-
-def _resolved(folder: Path) -> str | None:
-    path = folder / "resolved.yaml"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _differing(title: str, lines: list[Line], none: str) -> None:
-    if lines:
-        printing.show_table(("", "A", "B"), lines, left=3, title=title)
-    else:
-        printing.say(f"{none}\n")

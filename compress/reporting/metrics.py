@@ -9,7 +9,7 @@ import pandas as pd
 
 from ..output.formatting import number, share
 from .axes import finite, setting_text
-from .trials import Study, numbers
+from .trials import Study
 
 PLUGIN_VALUES = 6
 """Maximum number of values of unknown evaluators in the main table; the complete table has all."""
@@ -50,18 +50,16 @@ class Metric:
 
     def pruned(self, frame: pd.DataFrame) -> pd.Series:
         """The pruned model's finite values by trial, NaN elsewhere."""
-        if ("pruned", self.key) not in frame:
-            return pd.Series(float("nan"), index=frame.index)
-        values = numbers(frame["pruned", self.key])
-        return values / numbers(frame["dense", self.key]).replace(0, float("nan")) if self.relative else values
+        values = self._column(frame, "pruned")
+        return values / self._column(frame, "dense").replace(0, float("nan")) if self.relative else values
 
     def dense(self, frame: pd.DataFrame) -> pd.Series:
         """The dense model's finite values by trial, NaN elsewhere; 1 for a value that is relative to it."""
-        if ("dense", self.key) not in frame:
-            return pd.Series(float("nan"), index=frame.index)
-        if self.relative:
-            return numbers(frame["pruned", self.key]).notna().map({True: 1.0, False: float("nan")})
-        return numbers(frame["dense", self.key])
+        return self._column(frame, "pruned") * 0 + 1 if self.relative else self._column(frame, "dense")
+
+    def _column(self, frame: pd.DataFrame, side: str) -> pd.Series:
+        missing = pd.Series(float("nan"), index=frame.index)
+        return frame[side, self.key].map(finite).astype(float) if (side, self.key) in frame else missing
 
     def text(self, value: float | str | None) -> str:
         """A value as text."""

@@ -29,7 +29,7 @@ LINK = re.compile(r"https?://[^\s<>\"']*[\w/]|arXiv[ :](\d{4}\.\d{4,5})")
 def html(summary: Summary, plots: Sequence[Plot]) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"links": links, "keep": keep}
+    environment.filters["links"] = links
     study, protocols = summary.study, Protocols()
     main = _table(summary, summary.metrics, protocols)
     every = _table(summary, all_metrics(study), protocols)
@@ -65,11 +65,6 @@ def links(text: str) -> Markup:
         parts += [Markup.escape(text[end : found.start()]), Markup('<a href="{}">{}</a>').format(address, found[0])]
         end = found.end()
     return Markup("").join([*parts, Markup.escape(text[end:])])
-
-
-def keep(text: str) -> Markup:
-    """Text whose hyphenated names do not break across lines."""
-    return Markup(re.sub(r"\w+-\w+", r'<span class="keep">\g<0></span>', str(Markup.escape(text))))
 
 
 def _table(summary: Summary, metrics: Sequence[Metric], protocols: Protocols) -> dict[str, Any]:

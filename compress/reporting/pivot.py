@@ -132,10 +132,8 @@ class Grid:
     def relative(self, asked: str) -> dict[str, Any]:
         """Settings of the reference, ``AXIS=VALUE[,AXIS=VALUE]``; empty for ``dense``."""
         option, found = "--relative", {}
-        if asked.strip() == DENSE:
-            return {}
-        for piece in re.split(r",(?=[^,=]+=)", asked):  # other commas belong to a value
-            name, equals, value = (part.strip() for part in piece.partition("="))
+        pieces = [] if asked.strip() == DENSE else re.split(r",(?=[^,=]+=)", asked)  # other commas belong to a value
+        for name, equals, value in (map(str.strip, piece.partition("=")) for piece in pieces):
             if not equals:
                 raise SpecError(f"{option}: {asked!r} is neither {DENSE} nor AXIS=VALUE[,AXIS=VALUE]")
             axis = self.axis(name, option)
@@ -209,47 +207,40 @@ def join(studies: Sequence[Study]) -> Grid:
 
 @dataclass(frozen=True)
 class Marks:
-    """The best cells, and what the test of the others is based on."""
+    """The best cells, those not significantly worse, and those that are not ranked as they compute no less than dense.
+
+    The test counts ``tested`` units (``group`` or ``seed``), the combinations of ``axes``, each averaged ``within``
+    others. The values of the axes ``apart`` do not compare: each has its own best.
+    """
 
     best: tuple[Place, ...] = ()
-    """The best value; several where they are equal."""
     ties: tuple[Place, ...] = ()
-    """Cells not significantly worse than the best."""
     above_dense: tuple[Place, ...] = ()
-    """Cells that compute no less than the dense model, and are not ranked."""
     unit: str = ""
-    """What the test counts: ``group`` or ``seed``."""
     tested: int = 0
-    """The number of units; 0 without a test."""
     axes: tuple[str, ...] = ()
-    """The axes whose combinations are the units."""
     within: tuple[str, ...] = ()
-    """The axes averaged within each unit."""
     apart: tuple[str, ...] = ()
-    """The rows' or columns' axis if its values do not compare, so that each has its own best."""
 
 
 @dataclass(frozen=True)
 class Cross:
-    """One table: all trials, or those with one value of an axis."""
+    """One table: all trials, or those with one value of an axis (``only``)."""
 
     question: Question
     only: tuple[str, Any] | None
-    """The axis and value that all its trials have."""
     rows: list[Any]
     columns: list[Any]
     cells: dict[Place, dict[str, Any]]
     """Value, least, largest and effect (NaN without trials); trials, planned, not_shared, and missing trials."""
     settings: int
-    """The settings of the other axes that each cell is averaged over."""
+    """The settings of the other axes that each cell is averaged over; ``left_out`` are those that some cells lack."""
     left_out: int
-    """Further settings, which some cells lack."""
     outside: int
     """Trials without a value of the rows' or the columns' axis."""
     trials: list[Trial]
-    """Those averaged."""
+    """Those averaged, over the values ``over`` of each axis."""
     over: dict[str, list[Any]]
-    """The values that cells are averaged over, by axis."""
     not_comparable: list[str]
     """What was measured differently in the references."""
     marks: Marks
@@ -513,14 +504,12 @@ def _test(marks: Marks) -> str:
 def protocol(question: Question, tables: Sequence[Cross]) -> list[str]:
     """How all tables were made, and the evaluator's protocol."""
     metric = question.metric
-    meaning = f" ({metric.meaning})" if metric.meaning else ""
-    mean = "geometric mean of the ratio to" if question.ratio else "mean difference from"
     other = f"the trial with {question.reference} and otherwise the same settings"
-    unit = " In points of accuracy." if metric.style == "accuracy" else ""
+    mean = "geometric mean of the ratio to" if question.ratio else "mean difference from"
     better = f" {metric.better.capitalize()} is better." if metric.better else ""
     lines = [
-        f"{metric.key}{meaning}: {mean} {other if question.relative else 'the dense model in the same trial'}, over "
-        f"matched trials; least to largest trial, number of trials n.{unit}{better}"
+        f"{metric.key}: {mean} {other if question.relative else 'the dense model in the same trial'}, over matched "
+        f"trials; least to largest trial, number of trials n.{better}"
     ]
     if inside := [n for n in question.relative if n not in (question.rows, question.columns, question.by)]:
         named = " and ".join(map(axis_title, inside))

@@ -218,14 +218,13 @@ def _over_windows(metric: Metric, best: Sample, other: Sample) -> Interval | Non
     The words of a window are not recorded: word perplexity takes them in proportion to its tokens, so that the ratio of
     word perplexities is a power of the ratio of perplexities.
     """
-    if metric.name not in ("perplexity", "word_perplexity"):
-        return None
     sides = [[trial.metric(metric.label) for trial in sample.trials] for sample in (best, other)]
-    results = [result for side in sides for result in side if result]
     windows = [[found for result in side if (found := windows_of(result)) is not None] for side in sides]
-    if any(len(found) < len(side) for found, side in zip(windows, sides, strict=True)):
+    results = [result for side in sides for result in side if result]
+    measured = [found for side in windows for found in side]
+    if metric.name not in ("perplexity", "word_perplexity") or len(measured) < len([*best.trials, *other.trials]):
         return None
-    if all(found.shape[1] == 1 for side in windows for found in side):
+    if all(found.shape[1] == 1 for found in measured):
         return Interval(-math.inf, math.inf, 1, "window")
     if any(not_paired(results[0], result) for result in results):
         return None

@@ -10,12 +10,12 @@ import pandas as pd
 from ..output.formatting import number
 from ..output.formatting import table as markdown_table
 from .axes import RATIO, axis_title, finite, setting_text
-from .metrics import Metric, all_metrics
+from .metrics import Metric, all_metrics, evaluators_of
 from .protocols import Protocol, Protocols, summary_facts
 from .published import HEAD, STATEMENT, compare_with_published
 from .ranking import EXPLANATION, conclusion, ranking_table
 from .style import Plot
-from .summary import Cell, Configuration, Summary
+from .summary import Configuration, Summary
 from .trials import RELATIVE
 
 LATEX = str.maketrans({
@@ -57,67 +57,60 @@ def head(summary: Summary, metrics: Sequence[Metric]) -> list[str]:
 
 def table_rows(summary: Summary, metrics: Sequence[Metric], protocols: Protocols) -> list[Row]:
     """Dense models first, then the configurations in order."""
-    rows = [_dense_row(summary, reference, metrics, protocols) for reference in range(len(summary.dense))]
-    last = None
+    rows, last = [], None
+    for index, dense in enumerate(summary.dense):
+        name = summary.dense_name(index)
+        cells = []
+        for metric in metrics:
+            cell = summary.dense_cell(index, metric)
+            about = f"{name}, {metric.title}: {cell.text}"
+            cells.append(Shown(cell.text, cell.mean, False, protocols.of(metric.label, dense.trials), about))
+        texts = [setting_text(a, dense.settings[a]) if a in dense.settings else "" for a in summary.shown_axes]
+        free = texts.index("") if "" in texts else 0
+        texts[free] = f"dense, {texts[free]}".removesuffix(", ")
+        rows.append(Row(texts, cells, dense=True))
     for c in summary.configurations:
-        block = (c.reference, c.ratio)
-        settings = [setting_text(a, c.settings[a]) if a in c.settings else "-" for a in summary.shown_axes]
-        cells = [_configuration_cell(summary, c, metric, protocols) for metric in metrics]
-        rows.append(Row(settings, cells, starts_block=last not in (None, block)))
-        last = block
+        cells = []
+        for metric in metrics:
+            cell, best = summary.cell(c, metric), (c.number, metric.key) in summary.best
+            about = f"{summary.name(c)}, {metric.title}: {cell.text}{_about(summary, c, metric)}"
+            cells.append(Shown(cell.text, cell.mean, best, protocols.of(metric.label, c.trials), about))
+        texts = [setting_text(a, c.settings[a]) if a in c.settings else "-" for a in summary.shown_axes]
+        rows.append(Row(texts, cells, starts_block=last not in (None, (c.reference, c.ratio))))
+        last = (c.reference, c.ratio)
     return rows
 
 
-def _dense_row(summary: Summary, reference: int, metrics: Sequence[Metric], protocols: Protocols) -> Row:
-    """``dense`` is in the first column without a setting of its own, else before the first setting."""
-    dense, name = summary.dense[reference], summary.dense_name(reference)
-    texts = [setting_text(a, dense.settings[a]) if a in dense.settings else "" for a in summary.shown_axes]
-    free = next((index for index, text in enumerate(texts) if not text), 0)
-    texts[free] = ", ".join(filter(None, ("dense", texts[free])))
-    cells = []
-    for metric in metrics:
-        cell = summary.dense_cell(reference, metric)
-        cells.append(_shown(cell, name, False, protocols.of(metric.label, dense.trials)))
-    return Row(texts, cells, dense=True)
-
-
-def _configuration_cell(summary: Summary, c: Configuration, metric: Metric, protocols: Protocols) -> Shown:
-    cell, values = summary.cell(c, metric), summary.sample(c, metric).finite
-    seeds = f", mean ± standard deviation of {len(values)} seeds ({', '.join(map(number, values))})"
-    about = (seeds if cell.sd is not None else "") + (f"; {metric.meaning}" if metric.meaning else "")
-    best = (c.number, metric.key) in summary.best
-    return _shown(cell, summary.name(c), best, protocols.of(metric.label, c.trials), about + _extent(metric, c))
-
-
-def _shown(cell: Cell, name: str, best: bool, protocol: Protocol | None, about: str = "") -> Shown:
-    return Shown(cell.text, cell.mean, best, protocol, f"{name}, {cell.metric.title}: {cell.text}{about}")
-
-
-def _extent(metric: Metric, configuration: Configuration) -> str:
-    """Least and largest repetition, or the standard error, where the evaluator reports them."""
-    found = configuration.first.metric(metric.label) if len(configuration.trials) == 1 else None
-    values = found.pruned if found else {}
-    low, high, error = (finite(values.get(f"{metric.name}_{end}")) for end in ("min", "max", "stderr"))
-    if low is not None and high is not None:
-        return f"; from {metric.text(low)} to {metric.text(high)} over the repetitions"
-    return "" if error is None else f"; standard error {metric.text(error)}"
+def _about(summary: Summary, c: Configuration, metric: Metric) -> str:
+    """The values of the seeds, what the metric means, and the extent of repetitions where an evaluator reports it."""
+    parts = []
+    if summary.cell(c, metric).sd is not None:
+        values = summary.sample(c, metric).finite
+        parts.append(f", mean ± standard deviation of {len(values)} seeds ({', '.join(map(number, values))})")
+    parts += [f"; {metric.meaning}"] if metric.meaning else []
+    found = c.first.metric(metric.label) if len(c.trials) == 1 else None
+    ends = [finite(found.pruned.get(f"{metric.name}_{end}")) if found else None for end in ("min", "max", "stderr")]
+    low, high, error = (None if end is None else metric.text(end) for end in ends)
+    parts += [f"; from {low} to {high} over the repetitions"] if low and high else []
+    parts += [f"; standard error {error}"] if error else []
+    return "".join(parts)
 
 
 def explanation(summary: Summary) -> list[str]:
     """At most two sentences: how to read the main table's values, and its marks."""
-    evaluators = {metric.label: metric.evaluator for trial in summary.study.done for metric in trial.metrics}
+    evaluators, lines = evaluators_of(summary.study), []
     relative = [m.title for m in summary.metrics if m.relative or (evaluators[m.label], m.name) in RELATIVE]
-    said = [f"{', '.join(relative)} are relative to the dense model of the same run"] if relative else []
-    if summary.repeated:
-        said.append(f"values are mean ± standard deviation (n - 1) over {', '.join(map(axis_title, summary.repeated))}")
-    text = "; ".join(said)
-    marks = ""
+    parts = [f"{', '.join(relative)}: relative to the dense model of the same run"] if relative else []
+    seeds = ", ".join(map(axis_title, summary.repeated))
+    parts += [f"values are mean ± standard deviation (n - 1) over {seeds}"] if seeds else []
+    lines += [f"{'; '.join(parts)}."] if parts else []
     if summary.best:
         same = " and ".join(map(axis_title, [RATIO, *summary.conditions]))
-        part = any(len(c.trials) < c.planned for c in summary.configurations)
-        whole = " and has a value for every planned repetition" * part
-        marks = f"Bold: the best mean at the same {same}, of what computes less than the dense model{whole}."
-    return list(filter(None, (f"{text[:1].upper()}{text[1:]}." if text else "", marks)))
+        lines.append(
+            f"Bold: the best mean at the same {same}, of what computes less than the dense model and has a value for "
+            "every planned repetition."
+        )
+    return lines
 
 
 def markdown(summary: Summary, plots: Sequence[Plot]) -> str:

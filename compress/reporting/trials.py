@@ -13,7 +13,7 @@ from ...registry import SpecError
 from ..ablation.published import Published
 from ..ablation.store import Store
 from ..runs.records import REMEDY, ComparedRun, Comparison, EvaluatorResult, RunResult, read_results
-from .axes import RATIO, USE, finite, named_text, setting_text
+from .axes import RATIO, USE, named_text, setting_text
 
 SQLITE = b"SQLite format 3\0"
 
@@ -112,11 +112,6 @@ class Study:
             })  # fmt: skip
         parts = {"trial": facts, "setting": [trial.settings for trial in self.trials], "pruned": pruned, "dense": dense}
         return pd.concat({name: pd.DataFrame(rows, dtype=object) for name, rows in parts.items()}, axis=1)
-
-
-def numbers(values: pd.Series) -> pd.Series:
-    """The finite numbers of a column, NaN elsewhere."""
-    return values.map(finite).astype(float)
 
 
 def read(source: Path) -> Study:
