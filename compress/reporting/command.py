@@ -7,12 +7,12 @@ from pathlib import Path
 from ...registry import SpecError
 from ..output import printing
 from ..output.folders import RunFolder
-from .page import html
+from .page import html, markdown
 from .plots import draw
 from .ranking import conclusion
 from .style import Plot
 from .summary import summarise
-from .tables import latex, markdown, table_csv, trials_csv
+from .tables import latex, table_csv, trials_csv
 from .trials import read
 
 PAGE = "report.html"

@@ -1,4 +1,4 @@
-"""report.html: the whole report in one file, which loads nothing from a network."""
+"""The report as Markdown, and as report.html: all in one file, which loads nothing from a network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ... import __version__
+from ..output.formatting import table
 from .axes import axis_title
 from .metrics import Metric, all_metrics
 from .protocols import Protocols, notes, summary_facts, versions
@@ -18,7 +19,7 @@ from .published import HEAD, STATEMENT, compare_with_published
 from .ranking import EXPLANATION, conclusion, ranking_table
 from .style import Plot
 from .summary import Summary
-from .tables import explanation, table_rows
+from .tables import explanation, head, table_rows
 
 PRINTED = 9
 """Maximum number of columns of a table on paper; the first ones matter most."""
@@ -27,20 +28,35 @@ LINK = re.compile(r"https?://[^\s<>\"']*[\w/]|arXiv[ :](\d{4}\.\d{4,5})")
 
 
 def html(summary: Summary, plots: Sequence[Plot]) -> str:
-    """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["links"] = links
+    """report.html."""
+    return _render("page.html", summary, plots)
+
+
+def markdown(summary: Summary, plots: Sequence[Plot]) -> str:
+    """report.md."""
+    return _render("page.md", summary, plots)
+
+
+def _render(template: str, summary: Summary, plots: Sequence[Plot]) -> str:
+    environment = Environment(
+        autoescape=template.endswith("html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"links": links, "table": lambda head, rows: "\n".join(table(head, rows))}
     study, protocols = summary.study, Protocols()
     main = _table(summary, summary.metrics, protocols)
     every = _table(summary, all_metrics(study), protocols)
     rankings = [(metric.title, *ranking_table(summary, metric)) for metric in summary.quality]
-    return environment.from_string(_file("page.html")).render(
+    rows = [*main["dense"], *main["rows"]]
+    return environment.from_string(_file(template)).render(
         version=__version__,
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js")),
         study=study,
         conclusion=conclusion(summary),
         facts=summary_facts(study),
+        head=head(summary, summary.metrics),
+        cells=[[*row.settings, *(f"**{c.text}**" if c.best else c.text for c in row.cells)] for row in rows],
         main=main,
         every=every,
         explanation=explanation(summary),

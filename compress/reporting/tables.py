@@ -1,4 +1,4 @@
-"""The main table as rows of text, and a report's tables as Markdown, CSV and LaTeX."""
+"""The main table as rows of text, and a report's tables as CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..output.formatting import number
-from ..output.formatting import table as markdown_table
 from .axes import RATIO, axis_title, finite, setting_text
 from .metrics import Metric, all_metrics, evaluators_of
-from .protocols import Protocol, Protocols, summary_facts
-from .published import HEAD, STATEMENT, compare_with_published
-from .ranking import EXPLANATION, conclusion, ranking_table
-from .style import Plot
+from .protocols import Protocol, Protocols
 from .summary import Configuration, Summary
 from .trials import RELATIVE
 
@@ -111,33 +107,6 @@ def explanation(summary: Summary) -> list[str]:
             "every planned repetition."
         )
     return lines
-
-
-def markdown(summary: Summary, plots: Sequence[Plot]) -> str:
-    """report.md."""
-    study, protocols = summary.study, Protocols()
-    rows = table_rows(summary, summary.metrics, protocols)
-    lines = [f"# {study.title}", "", " ".join(conclusion(summary)), ""]
-    cells = [[*row.settings, *(f"**{c.text}**" if c.best else c.text for c in row.cells)] for row in rows]
-    lines += [*markdown_table(head(summary, summary.metrics), cells), "", *explanation(summary), ""]
-    tables = [(metric, *ranking_table(summary, metric)) for metric in summary.quality]
-    for metric, titles, ranked in tables:
-        lines += [f"## Ranking by {metric.title}", "", *markdown_table(titles, ranked), ""] if ranked else []
-    lines += [EXPLANATION, ""] if any(ranked for *_, ranked in tables) else []
-    if published := compare_with_published(summary):
-        lines += ["## Compared with published values", "", *markdown_table(HEAD, published), "", STATEMENT, ""]
-    if study.failed or study.waiting:
-        lines += ["## Not measured", ""]
-        lines += [f"- {t.label}: {' '.join((t.error or 'failed without a message').split())}" for t in study.failed]
-        lines += [f"- waiting: {study.waiting} of {len(study.trials)} trials"] if study.waiting else []
-        lines.append("")
-    for plot in plots:
-        lines += [f"## {plot.title}", "", f"![{plot.title}](plots/{plot.name}.png)", "", plot.caption, ""]
-    lines += ["## How it was measured", "", *(f"- **{name}**: {text}" for name, text in summary_facts(study))]
-    for label, protocol in protocols.by_label.items():
-        lines.append(f"- **{label}**: " + "; ".join(f"{name}: {value}" for name, value in protocol.items()))
-    lines += ["", "table.csv and table.tex hold the main table, trials.csv every trial with every value.", ""]
-    return "\n".join(lines)
 
 
 def table_csv(summary: Summary) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from prunekit.compress.cli.main import app
 from prunekit.compress.reporting import command
+from prunekit.compress.reporting.page import markdown
 from prunekit.compress.reporting.summary import summarise
-from prunekit.compress.reporting.tables import latex, markdown, table_csv, trials_csv
+from prunekit.compress.reporting.tables import latex, table_csv, trials_csv
 from prunekit.registry import SpecError
 from typer.testing import CliRunner
 

@@ -5,9 +5,10 @@ import io
 from dataclasses import replace
 
 import pytest
+from prunekit.compress.reporting.page import markdown
 from prunekit.compress.reporting.plots import draw
 from prunekit.compress.reporting.summary import summarise
-from prunekit.compress.reporting.tables import explanation, markdown, table_csv
+from prunekit.compress.reporting.tables import explanation, table_csv
 from prunekit.compress.reporting.trials import Trial
 from prunekit.compress.runs.records import RunResult
 
