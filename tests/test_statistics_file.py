@@ -46,6 +46,25 @@ RUNS = [
 ]
 
 
+@pytest.mark.parametrize(("use", "statistic"), [("pp", "MeanSquare"), ("flap", "Fluctuation")])
+def test_a_file_of_version_0_1_is_read(model, batches, tmp_path, use, statistic):
+    """It names statistics by the module that they were in, and says how padding was treated."""
+    path = tmp_path / "statistics.safetensors"
+    outcome(model, batches, use, statistics=path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+
+    def old(name):
+        place, _, rest = name.partition(":")
+        return f"{place}:prunekit.registry.statistics.{statistic}:{rest.partition(':')[2]}" if rest else name
+
+    renamed = {old(name): value for name, value in metadata.items()}
+    save_file({old(name): t for name, t in load_file(path).items()}, path, {**renamed, "pad_handling": "exclude"})
+    file = StatisticsFile(path)
+    assert outcome(model, batches, use, statistics=file)[1] == 0
+    assert file.used == "read"
+
+
 def test_one_file_serves_every_strategy(model, batches, tmp_path):
     """And each decides as without it, whether it gathered its statistics, or found them."""
     path, gathered = tmp_path / "statistics.safetensors", []

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...registry import ChannelHistory, DataError
+from ...registry import ChannelHistory, DataError, Statistic
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from ..models.loading import fingerprint as model_fingerprint
@@ -33,6 +33,9 @@ from .shared import fingerprint as text_fingerprint
 FORMAT = "prunekit statistics 1"
 
 PARTS = ("table", "rows", "mean")
+
+MODULES = {Statistic.__module__: "prunekit.registry.statistics"}
+"""By module: its name in files, where it has moved since version 0.1."""
 
 ORIGINS = {
     "model": "another model, or the same one with other weights or another dtype",
@@ -180,7 +183,8 @@ def _place(cut: SiteCut) -> str:
     if statistic is None:
         return f"{cut.site.consumer}:none"
     cls, options = statistic.identity
-    return f"{cut.site.consumer}:{cls.__module__}.{cls.__qualname__}:{json.dumps(json.loads(options), sort_keys=True)}"
+    module = MODULES.get(cls.__module__, cls.__module__)
+    return f"{cut.site.consumer}:{module}.{cls.__qualname__}:{json.dumps(json.loads(options), sort_keys=True)}"
 
 
 def _short(value: str | None) -> str:
