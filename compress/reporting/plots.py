@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from ...registry.roles.evaluation import STAGES
-from .axes import RATIO, USE, finite, named_text, setting_text
+from .axes import RATIO, STRATEGY_AXES, USE, finite, named_text, setting_text
 from .metrics import Metric
 from .style import (
     COLOURS,
@@ -85,7 +85,7 @@ class Series:
 def series_of(summary: Summary) -> list[Series]:
     """The series of a study."""
     axes = [name for name in summary.shown_axes if name != RATIO]
-    first = summary.strategy_axis or next(iter(axes), None)
+    first = next((name for name in STRATEGY_AXES if name in axes), next(iter(axes), None))
     groups: dict[tuple[str, str], list[Configuration]] = {}
     for c in sorted(summary.configurations, key=lambda c: c.ratio or 0.0):
         one = named_text(first, c.settings.get(first)) if first else setting_text(USE, c.strategy)

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ..files.dotted import flatten, resolved_settings
-from .axes import RATIO, STRATEGY_AXES, USE, is_method, is_protocol, is_repetition, key, named_text, setting_text
+from .axes import RATIO, USE, is_method, is_protocol, is_repetition, key, named_text, setting_text
 from .metrics import KNOWN, Metric, all_metrics, find, main_metrics
 from .statistics import Sample
 from .trials import Study, Trial
@@ -124,10 +124,6 @@ class Summary:
     def shown_axes(self) -> list[str]:
         """The axes with a column: those that vary, else strategy and ratio."""
         return self.axes or [name for name in (USE, RATIO) if any(name in c.settings for c in self.configurations)]
-
-    @property
-    def strategy_axis(self) -> str | None:
-        return next((name for name in STRATEGY_AXES if name in self.axes), None)
 
     @cached_property
     def methods(self) -> list[str]:
