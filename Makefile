@@ -12,8 +12,8 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 4
 
 help:
 	@echo "make demo   prune the bundled model with every strategy and print the table (4 minutes)"
-	@echo "make test   run all tests (6 minutes on two cores)"
-	@echo "make test-fast  run the tests that are not marked slow"
+	@echo "make test   run all tests (7 minutes on two cores)"
+	@echo "make test-fast  run the tests that are not marked slow (5 minutes on two cores)"
 	@echo "make check  run the linter and the smoke tests (under a minute)"
 	@echo "make lint   check style, format and types; make format repairs the first two"
 	@echo "make test-kernels  install Triton (1 GB) and test the kernels for CUDA devices in its interpreter"
