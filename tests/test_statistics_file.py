@@ -162,11 +162,11 @@ def test_what_is_no_statistics_file_is_refused(model, batches, tmp_path):
     refused(model, batches, tmp_path / "folder", "cannot be read|is a folder")
 
 
-def test_what_another_run_wrote_meanwhile_is_looked_at_too(model, make_counting, batches, tmp_path):
+def test_what_another_run_wrote_in_between_is_read_too(model, make_counting, batches, tmp_path):
     """Both find no file; the slower one adds to a file of its own kind, and refuses one of another model."""
-    path, twin, other = tmp_path / "s.safetensors", make_counting(), make_counting(seed=1)
+    path, same, other = tmp_path / "s.safetensors", make_counting(), make_counting(seed=1)
 
-    def meanwhile(who):
+    def writing(who):
         def progress(items, label, total):
             yield from items
             if not path.exists():
@@ -174,11 +174,11 @@ def test_what_another_run_wrote_meanwhile_is_looked_at_too(model, make_counting,
 
         return progress
 
-    prune(model, "flap", ratio=0.4, calibration=batches, statistics=path, progress=meanwhile(twin)).remove()
+    prune(model, "flap", ratio=0.4, calibration=batches, statistics=path, progress=writing(same)).remove()
     assert outcome(model, batches, statistics=path)[1] == outcome(model, batches, "flap", statistics=path)[1] == 0
     path.unlink()
     with pytest.raises(DataError, match="these statistics are of another model"):
-        prune(model, "flap", ratio=0.4, calibration=batches, statistics=path, progress=meanwhile(other))
+        prune(model, "flap", ratio=0.4, calibration=batches, statistics=path, progress=writing(other))
     assert outcome(other, batches, statistics=path)[1] == 0, "it is still the other's"
 
 

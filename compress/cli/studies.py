@@ -74,7 +74,7 @@ def pivot(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing cross tables.")] = False,
 ) -> None:
     """Show a table of two axes, averaged over the others."""
-    from ..reporting import pivot as crossing
+    from ..reporting import pivot_tables as crossing
 
     crossing.pivot(stores, rows, columns, by, metric, relative, out, overwrite)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from prunekit.compress.reporting.pivot import cell_lines, cross, heading, join, measure, notes, shared_settings
+from prunekit.compress.reporting.pivot import cross, join, shared_settings
+from prunekit.compress.reporting.pivot_tables import cell_lines, heading, measure, notes
 from prunekit.compress.reporting.trials import Study, Trial
 from prunekit.compress.runs.records import EvaluatorResult
 

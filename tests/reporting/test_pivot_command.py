@@ -11,7 +11,8 @@ from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.worker import Outcome
 from prunekit.compress.cli.main import app
-from prunekit.compress.reporting.pivot import cross, join, notes, protocol
+from prunekit.compress.reporting.pivot import cross, join
+from prunekit.compress.reporting.pivot_tables import notes, protocol
 from prunekit.compress.runs.records import RunResult
 from prunekit.registry import SpecError
 from typer.testing import CliRunner

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from prunekit.compress.reporting.pivot import cross, join, pivot_csv
+from prunekit.compress.reporting.pivot import cross, join
+from prunekit.compress.reporting.pivot_tables import pivot_csv
 from prunekit.compress.reporting.statistics import difference
 from prunekit.compress.reporting.summary import summarise
 from prunekit.compress.reporting.tables import table_csv
