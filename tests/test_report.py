@@ -9,6 +9,7 @@ from prunekit.compress.demo.demo_report import HEAD, Row, sentences, table_rows
 from prunekit.compress.files.spec import PipelineSpec
 from prunekit.compress.output import printing
 from prunekit.compress.output.folders import write_json
+from prunekit.compress.output.formatting import named_layers
 from prunekit.compress.runs import report
 from prunekit.compress.runs.pipeline import Pipeline
 
@@ -44,6 +45,14 @@ def test_numbers(value, text):
 )  # fmt: skip
 def test_shares(value, text):
     assert report.share(value) == text
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [([], "none"), ([0], "layer 0"), ([2, 0, 1], "layers 0, 1, 2"), ([0, 1, 2, 3, 4, 7], "layers 0-4, 7")],
+)
+def test_layers_are_named_so_that_layer_0_is_not_read_as_none(layers, text):
+    assert named_layers(layers) == text
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ..files.spec import PipelineSpec
 from ..models.loading import load
 from ..output import printing
 from ..output.folders import RunFolder, write_json
-from ..output.formatting import table
+from ..output.formatting import named_layers, table
 from ..runs.measuring import Known
 from ..runs.pipeline import Pipeline
 from ..runs.records import FORMAT, RESULTS, Comparison
@@ -158,7 +158,7 @@ def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], remark
         "",
     ]
     lines += [
-        f"Layers left untouched: {', '.join(map(str, SKIP_LAYERS))}. Protocols, versions, fingerprints and kept units "
+        f"Not pruned: {named_layers(SKIP_LAYERS)}. Protocols, versions, fingerprints and kept units "
         "are in results.json; each file in pipelines/ runs one row again.",
         "",
     ]

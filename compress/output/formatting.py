@@ -78,6 +78,15 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def named_layers(layers: Iterable[int]) -> str:
+    """[] -> "none", [0] -> "layer 0", [0, 1, 2] -> "layers 0, 1, 2"; long runs as "layers 0-9, 12"."""
+    listed = sorted(layers)
+    if not listed:
+        return "none"
+    numbers = ", ".join(map(str, listed)) if len(listed) <= 4 else ranges(listed)
+    return f"layer{'s' * (len(listed) > 1)} {numbers}"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A markdown table, its columns aligned in the source too."""
     rows = [list(head), *(list(row) for row in rows)]
