@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,6 +14,7 @@ from typing import Any
 
 import datasets
 import lm_eval.api.task
+import lm_eval.tasks
 import torch
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -243,27 +245,63 @@ def _metrics(config: Mapping[str, Any]) -> list[str]:
 def _managers(names: Sequence[str], folders: Sequence[Path]) -> tuple[TaskManager, TaskManager]:
     """lm-eval's index of the bundled tasks and ``folders``, and one that has all ``names``: the same where it can be.
 
-    lm-eval's own 14,000 tasks take many seconds to index, so they are read only for names that are not local. Raises
-    :class:`SpecError` for an unknown name, and for a file in ``folders`` that cannot be read where a name is not local.
+    Indexing all of lm-eval's own 14,000 tasks takes a minute. So only the folders are indexed whose files define a
+    name; where that does not suffice (groups, tags), all of them. Raises :class:`SpecError` for an unknown name, and
+    for a file in ``folders`` that cannot be read where a name is not local.
     """
     places = (FOLDER, *folders)
     local = TaskManager(include_path=[str(place) for place in places], include_defaults=False)
     # A group is not enough: its members may be lm-eval's own.
-    if set(names) <= {*local.all_subtasks, *local.all_tags}:
+    missing = set(names) - {*local.all_subtasks, *local.all_tags}
+    if not missing:
         return local, local
     for path in [path for folder in folders for path in sorted(folder.rglob("*.yaml"))]:
         try:  # the index leaves out a file with an error
             load_yaml(path, resolve_func=False)
         except Exception as error:
             raise SpecError(f"zero_shot.task_folder: lm-eval cannot read {path}: {first_line(error)}; fix it") from None
+    files = _task_files()
+    for name in sorted(missing - files.keys() - set(local.all_tasks)):
+        if not _mentioned(name):
+            raise _unknown(name, [*files, *local.all_tasks])
+    if all(len(files.get(name, ())) == 1 for name in missing):
+        needed = sorted({files[name][0].parent for name in missing})
+        some = TaskManager(include_path=[str(place) for place in (*needed, *places)], include_defaults=False)
+        if missing <= set(some.all_subtasks):
+            return local, some
     everything = _everything(places, tuple(local.all_tasks))
     for name in names:
         if name not in everything.all_tasks:
-            raise SpecError(
-                f"zero_shot.tasks: lm-eval knows no task or group {name!r}{near(name, everything.all_tasks)}; "
-                "`lm_eval ls tasks` lists its own, and task_folder adds yours"
-            )
+            raise _unknown(name, everything.all_tasks)
     return local, everything
+
+
+def _unknown(name: str, known: Sequence[str]) -> SpecError:
+    return SpecError(
+        f"zero_shot.tasks: lm-eval knows no task or group {name!r}{near(name, known)}; "
+        "`lm_eval ls tasks` lists its own, and task_folder adds yours"
+    )
+
+
+def _task_texts() -> Iterator[tuple[Path, str]]:
+    """Each of lm-eval's own task files, and of the files that they include, with its text."""
+    root = Path(lm_eval.tasks.__file__).parent
+    return ((path, path.read_text("utf-8", "replace")) for path in sorted(root.rglob("*yaml*")) if path.is_file())
+
+
+@lru_cache(maxsize=1)
+def _task_files() -> dict[str, list[Path]]:
+    """The files with a line that defines each task or group, found in their text, without reading them as YAML."""
+    found: dict[str, list[Path]] = {}
+    for path, text in _task_texts():
+        for name in re.findall(r"""^(?:task|group):[ \t]*["']?([^\s"'#\[\]{}]+)""", text, re.MULTILINE):
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def _mentioned(name: str) -> bool:
+    """Whether a name occurs in any of lm-eval's files; one that does not is no tag either."""
+    return any(name in text for _, text in _task_texts())
 
 
 @lru_cache(maxsize=2)

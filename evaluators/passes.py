@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ SHORT = 8
 
 class OneBatch(Evaluator):
     """An evaluator that runs one batch of random tokens, or of a text's first tokens."""
+
+    row_option: ClassVar[str | None] = "length"
 
     batch_size: int = Field(default=20, ge=1, description="sequences of the batch")
     length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
@@ -69,6 +71,8 @@ class Decoding(OneBatch):
 
 class TextBatches(Evaluator):
     """An evaluator that runs several batches of a text."""
+
+    row_option: ClassVar[str | None] = "length"
 
     text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to run on")
     batch_size: int = Field(

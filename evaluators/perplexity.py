@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -33,6 +33,8 @@ class Perplexity(Evaluator):
     the summed loss is also divided by words and by bytes of the text: word_perplexity, byte_perplexity, bits_per_byte.
     The windows of a batch have the same length, so that nothing is padded.
     """
+
+    row_option: ClassVar[str | None] = "window"
 
     name: Literal["perplexity"] = "perplexity"
     text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to measure on")

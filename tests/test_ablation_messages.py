@@ -108,7 +108,7 @@ def test_validate_knows_ablations_and_run_points_to_ablate(tmp_path, monkeypatch
     assert result.exit_code == 0, result.output
     lines = [line.strip() for line in result.stdout.splitlines()]
     assert lines[:2] == ["study.yaml: valid ablation, 4 trials", "1  0.2 seed 0"]
-    assert len(lines) == 5
+    assert len(lines) == 6 and lines[-1].startswith("not looked at: the weights")
     result = CliRunner().invoke(main.app, ["run", "study.yaml"])
     assert result.exit_code == 2
     assert re.search(r"study\.yaml is an ablation file; use prunekit ablate study\.yaml", result.stderr)

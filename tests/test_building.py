@@ -155,3 +155,15 @@ def test_one_seed_reaches_every_part_that_names_none(tmp_path):
     assert (spec.prune.scorer.seed, spec.calibration.seed) == (3, 0)
     spec = PipelineSpec.load(write("seed: 7\nprune: {use: random, ratio: 0.4, scorer: {seed: 1}}"))
     assert (spec.prune.seed, spec.prune.scorer.seed, spec.calibration.seed) == (7, 1, 7)
+
+
+def test_the_default_seed_gives_the_same_written_or_left_out(catalog):
+    data = {"prune": {"use": "random", "ratio": 0.4}, "evaluate": ["zero_shot", "cost"]}
+    left_out = PipelineSpec.of(data, catalog=catalog)
+    for seeds in ({"seed": 0}, {"prune": {**data["prune"], "seed": 0}}):
+        written = PipelineSpec.of({**data, **seeds}, catalog=catalog)
+        assert written.to_yaml() == left_out.to_yaml()
+    assert left_out.evaluate[0].seed == 1234
+    assert PipelineSpec.of({**data, "seed": 5}, catalog=catalog).evaluate[0].seed == 5
+    five = build_strategy(catalog, "random", dict(ratio=0.4, seed=5))
+    assert build_strategy(catalog, five, dict(seed=0)).scorer.seed == 0

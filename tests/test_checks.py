@@ -233,3 +233,19 @@ def test_evaluations_that_break_a_rule_are_named(make_model, evaluate, words):
     with pytest.raises(AssertionError) as caught:
         check_evaluation(variant(Measure, evaluate=evaluate)(), subject)
     assert words in str(caught.value)
+
+
+def test_rows_that_are_longer_than_stated_are_named(make_model):
+    long = Measurement({"one": 1}, {"a": 1})
+
+    def evaluate(self, subject):
+        subject.model(input_ids=torch.ones(1, 9, dtype=torch.int64))
+        return long
+
+    stated = variant(Measure, evaluate=evaluate, longest_row=lambda self, context: 8)
+    with pytest.raises(AssertionError, match="runs rows of 9 tokens, and its longest_row is 8"):
+        check_evaluation(stated(), PlainSubject(make_model("llama-gqa")))
+    with pytest.raises(AssertionError, match="has row_option 'lenght', which is none of its options"):
+        check_component(variant(Measure, row_option="lenght"))
+    with pytest.raises(AssertionError, match="has a longest row of 8 tokens on a model of 1 positions"):
+        check_component(stated)

@@ -55,6 +55,15 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("name", ["arc_eazy", "no_such_task"])
+def test_names_are_looked_up_without_an_index_of_all_tasks(name, monkeypatch):
+    monkeypatch.setattr(harness, "_everything", lambda *names: pytest.fail("all of lm-eval's tasks were indexed"))
+    with pytest.raises(SpecError, match=f"knows no task or group '{name}'"):
+        ZeroShot(tasks=["piqa", name]).check_options()
+    ZeroShot(tasks="paper7", metric="llm_pruner").check_options()
+    assert set(harness.listed_metrics(["arc_easy", "boolq"], ())) == {"arc_easy", "boolq"}
+
+
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_what_no_model_can_run(few_tasks, options, message, capsys, caplog):
     with pytest.raises(SpecError, match=message):

@@ -11,6 +11,7 @@ from ...registry import SpecError, near
 from ..files.yaml_file import YamlFile
 from ..output import printing
 from ..output.formatting import ranges
+from ..runs.preflight import unseen
 from ..runs.provenance import versions
 from .display import Display
 from .mistakes import preflight
@@ -77,9 +78,11 @@ def validate(file: YamlFile, settings: Iterable[str] = (), plugins: Iterable[Pat
     """Print the trials that an ablation file plans; raises :class:`SpecError` with all its mistakes."""
     study = Study.load(file, settings, plugins)
     printing.catalog_problems(study.catalog)
+    study.refuse(preflight(study.trials, {trial.key for trial in study.trials}, here=True))
     printing.say(f"{file.path}: valid ablation, {_trials(len(study.trials))}", whole=True)
     for trial in study.trials:
         printing.say(f"{trial.number:>4}  {trial.label}", whole=True)
+    printing.say(unseen(trial.spec for trial in study.trials), whole=True)
 
 
 def _to_run(retry: bool) -> tuple[str, ...]:

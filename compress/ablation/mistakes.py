@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
-from ...registry import PrunekitError
 from ..files.reader import Mistake, Place
-from ..files.spec import PipelineSpec
-from ..models.loading import ModelSource, place_of, usable_device
 from ..output.formatting import ranges
-from ..pruning.prune import sites_within
+from ..runs.preflight import checks, message_of, placed
 from .grid import Draft, Point
 from .trials import Planned, as_text
 
@@ -21,9 +16,6 @@ FREE_AXIS = (
     "; options that only some strategies have go on an axis of a free name, such as "
     "method: {a: {prune.use: pp, prune.selector.rows: 0.1}, b: {prune.use: flap}}"
 )
-
-Check = tuple[Place, Hashable, Callable[[], object]]
-"""The place in the pipeline, what is checked (once, however many trials share it), and the check."""
 
 Cause = tuple[tuple[Point, ...], set[int]]
 """Axis values, and the trials that have them, by their place."""
@@ -103,73 +95,21 @@ def _names(message: str, value: object) -> bool:
 
 
 def preflight(trials: Sequence[Planned], due: Collection[str], here: bool) -> dict[int, list[Mistake]]:
-    """Mistakes of devices, model folders, layers and tasks, by the place of the trial; nothing is loaded.
+    """Mistakes that :mod:`~prunekit.compress.runs.preflight` finds, by the place of the trial; nothing is loaded.
 
     Checked is what the ``due`` trials (by key) use, their models only if they run ``here``, on this machine; finished
     trials that have the same mistake are named with them.
     """
-    needed = {what for trial in trials if trial.key in due for _, what, _ in _checks(trial.spec, here)}
+    needed = {what for trial in trials if trial.key in due for _, what, _ in checks(trial.spec, here)}
     messages: dict[Hashable, str | None] = {}
     found: dict[int, list[Mistake]] = {}
     for index, trial in enumerate(trials):
-        for place, what, check in _checks(trial.spec, here):
+        for place, what, check in checks(trial.spec, here):
             if what not in needed:
                 continue
             if what not in messages:
-                messages[what] = _message(check)
+                messages[what] = message_of(check)
             message = messages[what]
             if message is not None:
-                found.setdefault(index, []).append(_placed(place, message))
+                found.setdefault(index, []).append(placed(place, message))
     return found
-
-
-def _checks(spec: PipelineSpec, here: bool) -> Iterator[Check]:
-    source, strategy = spec.model, spec.prune
-    if here:
-        yield ("model", "device"), ("device", source.device), lambda: usable_device(source.device)
-        yield ("model", "name"), ("place", source), lambda: place_of(source)
-        yield ("prune",), ("layers", source, strategy), lambda: _check_layers(spec)
-    for index, evaluator in enumerate(spec.evaluate):
-        yield ("evaluate", index), ("options", evaluator.identity), evaluator.check_options
-
-
-def _message(check: Callable[[], object]) -> str | None:
-    try:
-        check()
-    except PrunekitError as error:
-        return str(error)
-    except Exception:  # not foreseen: the trial itself will report it, with its place
-        return None
-    return None
-
-
-def _placed(place: Place, message: str) -> Mistake:
-    """The mistake at the place that the message begins with, where that is the checked place or in it."""
-    named, colon, rest = message.partition(": ")
-    if colon and named == ".".join(map(str, place)):
-        return Mistake(place, rest)
-    if colon and len(place) == 1 and named.isidentifier():  # skip_layers, of the strategy's options
-        return Mistake((*place, named), rest)
-    return Mistake(place, message)
-
-
-def _check_layers(spec: PipelineSpec) -> None:
-    """Check that the layers to skip exist, and that the others can lose what the ratio asks for."""
-    layers = _layers(spec.model)
-    if layers is not None:
-        sites_within(spec.prune, [], layers)
-
-
-@lru_cache(maxsize=64)
-def _layers(source: ModelSource) -> int | None:
-    """The number of layers in a local model's configuration; ``None`` where it cannot be known offline."""
-    import transformers
-
-    try:
-        place = place_of(source)
-        if not Path(place).is_dir() or source.trust_remote_code:
-            return None
-        found = transformers.AutoConfig.from_pretrained(place).get_text_config().num_hidden_layers
-    except Exception:  # a broken model is reported when it is loaded
-        return None
-    return found if isinstance(found, int) else None

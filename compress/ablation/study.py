@@ -289,7 +289,9 @@ def _validated(
             specs.pop(index, None)
             found[index] = wrong
     reader.mistakes += explain_mistakes(drafts, found)
-    return specs
+    # One length for all trials, also for those without a history: otherwise they could not be compared.
+    longest = min((spec.positions for spec in specs.values() if spec.positions is not None), default=None)
+    return {index: spec.with_rows(longest) for index, spec in specs.items()}
 
 
 def _planned(

@@ -79,8 +79,8 @@ def run(
     content = read_yaml(file)
     if content.is_study:
         raise SpecError(f"{file} is an ablation file; use prunekit ablate {file}")
-    spec = _read(content, settings, plugin, overwrite)
     printing.quiet()
+    spec = _read(content, settings, plugin, overwrite)
     with printing.Bars() as bars:
         results = Pipeline(spec).run(out, progress=bars.track)
     printing.say(tables.headline(results.record))
@@ -109,17 +109,21 @@ def validate(
 ) -> None:
     """Check a pipeline file or an ablation file without loading a model.
 
-    All mistakes are reported at once, each with its place.
+    All mistakes are reported at once, each with its place, as far as the file, the folders that it names and this
+    machine tell.
     """
     from ..ablation import command
     from ..files.yaml_file import read_yaml
     from ..output import printing
+    from ..runs.preflight import unseen
 
     content = read_yaml(file)
+    printing.quiet()
     if content.is_study:
         return command.validate(content, settings or (), plugin or ())
     spec = _read(content, settings, plugin)
     printing.say(f"{file}: valid ({spec.prune.name})", whole=True)
+    printing.say(unseen([spec]), whole=True)
 
 
 def list_components(
@@ -171,11 +175,12 @@ def _read(
 ) -> PipelineSpec:
     from ..files.spec import PipelineSpec
     from ..output import printing
+    from ..runs.preflight import mistakes
 
     changes = list(settings or ())
     if overwrite:
         changes.append("output.overwrite=true")
-    spec = PipelineSpec.load(file, changes, plugins or ())
+    spec = PipelineSpec.load(file, changes, plugins or (), mistakes)
     printing.catalog_problems(spec.catalog)
     return spec
 

@@ -15,6 +15,7 @@ from ...registry import (
     Catalog,
     Compensator,
     Component,
+    Evaluator,
     HistoryStorage,
     PluginError,
     SparsityAllocator,
@@ -241,13 +242,11 @@ def _seeded(built: Model) -> Model:
 
 
 def seed_parts(strategy: Strategy) -> Strategy:
-    """``strategy`` with its seed, if it was given one, passed to its components that draw and name none."""
+    """``strategy`` with its seed passed to its components that draw and name none; see :func:`with_seed`."""
     return strategy.model_copy(update=_seeded_parts(strategy))
 
 
 def _seeded_parts(strategy: Strategy) -> dict[str, Component]:
-    if "seed" not in strategy.model_fields_set:
-        return {}
     parts = {field: getattr(strategy, field) for field in type(strategy).model_fields}
     seeded = {key: with_seed(part, strategy.seed) for key, part in parts.items() if isinstance(part, Component)}
     changed = {key: part for key, part in seeded.items() if part is not parts[key]}
@@ -257,9 +256,24 @@ def _seeded_parts(strategy: Strategy) -> dict[str, Component]:
 
 
 def with_seed(part: Model, seed: int) -> Model:
-    """``part`` with this seed, if it has a seed and names none of its own."""
-    draws = "seed" in type(part).model_fields and "seed" not in part.model_fields_set
-    return part.model_copy(update={"seed": seed}) if draws else part
+    """``part`` with this seed, if it has a seed and names none of its own; with 0, the default, it has its own default.
+
+    So a written default gives the same as one that is left out, also where a part's default is another number.
+    """
+    if "seed" not in type(part).model_fields or "seed" in part.model_fields_set:
+        return part
+    wanted = seed or default_of(type(part), "seed")
+    return part if getattr(part, "seed", None) == wanted else part.model_copy(update={"seed": wanted})
+
+
+def with_rows(evaluator: Evaluator, longest: int) -> Evaluator:
+    """``evaluator`` with rows of at most ``longest`` tokens, if its row option was left out."""
+    option = evaluator.row_option
+    if option is None or option in evaluator.model_fields_set or (getattr(evaluator, option) or 0) <= longest:
+        return evaluator
+    lowered = evaluator.model_copy(update={option: longest})
+    lowered.model_fields_set.discard(option)  # so that a study can lower it again
+    return lowered
 
 
 def visible(cls: type[BaseModel]) -> list[str]:

@@ -13,7 +13,7 @@ from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, nea
 from ..bundled import TEXTS
 from ..engine.runtime import Runtime
 from ..models.loading import ModelSource
-from .reader import Model, Place, Reader, seed_parts, with_seed
+from .reader import Mistake, Model, Place, Reader, seed_parts, with_rows, with_seed
 from .yaml_file import YamlFile, apply_settings, read_yaml
 
 DEFAULT_EVALUATORS = ("perplexity", "cost")
@@ -79,7 +79,7 @@ class PipelineSpec(BaseModel):
     )
     runtime: Runtime = Field(default_factory=Runtime, description="how a pruned model computes, not what")
     output: Output = Field(default_factory=Output, description="the results folder")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every part that names none of its own")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of parts that name none; 0: their own defaults")
 
     _catalog: Catalog | None = PrivateAttr(None)
 
@@ -97,12 +97,16 @@ class PipelineSpec(BaseModel):
 
     @classmethod
     def load(
-        cls, path: str | Path | YamlFile, settings: Iterable[str] = (), plugins: Iterable[str | Path] = ()
+        cls,
+        path: str | Path | YamlFile,
+        settings: Iterable[str] = (),
+        plugins: Iterable[str | Path] = (),
+        check: Callable[[PipelineSpec], Iterable[Mistake]] = lambda spec: (),
     ) -> PipelineSpec:
         """Read a pipeline file, changed by ``settings`` as of ``--set``; ``plugins`` come before the file's own.
 
-        Raises :class:`SpecError` naming every mistake with its place, and :class:`PluginError` for a plugin
-        file that does not load.
+        ``check`` finds more mistakes in what was read. Raises :class:`SpecError` naming every mistake with its place,
+        and :class:`PluginError` for a plugin file that does not load.
         """
         file = read_yaml(path)
         data = file.data
@@ -116,7 +120,7 @@ class PipelineSpec(BaseModel):
             line = file.line(place)
             return "" if line is None else f"line {line}: "
 
-        return cls.of(data, folder=file.folder, plugins=plugins, label=str(file.path), at=at)
+        return cls.of(data, folder=file.folder, plugins=plugins, label=str(file.path), at=at, check=check)
 
     @classmethod
     def of(
@@ -127,6 +131,7 @@ class PipelineSpec(BaseModel):
         catalog: Catalog | None = None,
         label: str = "pipeline",
         at: Callable[[Place], str] = lambda place: "",
+        check: Callable[[PipelineSpec], Iterable[Mistake]] = lambda spec: (),
     ) -> PipelineSpec:
         """The spec that a pipeline file with this content would give; relative paths start at ``folder``."""
         folder = folder or Path.cwd()
@@ -140,15 +145,28 @@ class PipelineSpec(BaseModel):
             del data[section]
         data.setdefault("evaluate", list(DEFAULT_EVALUATORS))
         spec = reader.result(reader.model(cls, data, ()), label, at)
-        if "seed" in data:
-            seeded = {
-                "calibration": with_seed(spec.calibration, spec.seed),
-                "prune": seed_parts(with_seed(spec.prune, spec.seed)),
-                "evaluate": tuple(with_seed(evaluator, spec.seed) for evaluator in spec.evaluate),
-            }
-            spec = spec.model_copy(update=seeded)
+        seeded = {
+            "calibration": with_seed(spec.calibration, spec.seed),
+            "prune": seed_parts(with_seed(spec.prune, spec.seed)),
+            "evaluate": tuple(with_seed(evaluator, spec.seed) for evaluator in spec.evaluate),
+        }
+        spec = spec.model_copy(update=seeded)
+        spec = spec.with_rows(spec.positions)
         spec._catalog = reader.catalog
-        return spec
+        reader.mistakes += check(spec)
+        return reader.result(spec, label, at)
+
+    @property
+    def positions(self) -> int | None:
+        """Positions of the histories, which no row may exceed: the calibration's length; None without histories."""
+        merger = self.prune.merger
+        return self.calibration.length if self.prune.dynamic and merger and merger.uses_history else None
+
+    def with_rows(self, longest: int | None) -> PipelineSpec:
+        """The spec with rows of at most ``longest`` tokens in the evaluators whose row option is left out."""
+        if longest is None:
+            return self
+        return self.model_copy(update={"evaluate": tuple(with_rows(each, longest) for each in self.evaluate)})
 
     def to_yaml(self) -> str:
         """The pipeline file with every default written out; it gives the same results, in a new folder."""

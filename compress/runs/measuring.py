@@ -21,6 +21,7 @@ from ...registry import (
 )
 from ...registry.roles.evaluation import checked
 from ..calibration.passes import Progress
+from ..files.reader import with_rows
 from ..models.loading import Loaded
 from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
@@ -36,7 +37,8 @@ class Measuring(Subject):
     """A run's pruned model as its evaluators see it; what two of them ask for is measured once.
 
     ``dense`` holds the measurements of the unpruned model; runs on one loaded model may share it. ``evaluators`` are
-    the run's own, the first choice where a measurement is asked for by name.
+    the run's own, the first choice where a measurement is asked for by name; others run no longer rows than
+    ``positions``.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class Measuring(Subject):
         dense: Known,
         evaluators: Sequence[Evaluator] = (),
         seed: int = 0,
+        positions: int | None = None,
     ):
         super().__init__(loaded.model, loaded.tokenizer)
         self.loaded, self.sites = loaded, pruned.all_sites
         self._pruned, self._progress, self._evaluators, self._seed = pruned, progress, evaluators, seed
+        self._positions = positions
         self._known: dict[bool, Known] = {True: dense, False: {}}
 
     def measure(self, evaluator: Evaluator | str, dense: bool = False) -> Measurement:
@@ -73,9 +77,11 @@ class Measuring(Subject):
 
     def _named(self, name: str) -> Evaluator:
         named = [evaluator for evaluator in self._evaluators if evaluator.name == name]
-        found = named[0] if named else self._pruned.catalog.get("evaluators", name).model_validate({})
+        if named:
+            return named[0]
+        found = self._pruned.catalog.get("evaluators", name).model_validate({})
         assert isinstance(found, Evaluator)
-        return found
+        return found if self._positions is None else with_rows(found, self._positions)
 
     def read(self, source: TextSource) -> list[str]:
         return read_documents(source)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...registry import DataError, Evaluator, Measurement
+from ...registry import Evaluator, Measurement
 from ...registry.tensors.tokens import context_length
 from ..calibration.passes import Progress, no_progress
 from ..calibration.shared import SharedStatistics
@@ -22,6 +22,7 @@ from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Value
 from ..pruning.prune import prune
 from .measuring import Known, Measuring
+from .preflight import check_calibration, check_rows
 from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
 from .records import FORMAT, EvaluatorResult, RunResult, Seconds
 from .results import Results
@@ -103,7 +104,8 @@ class Pipeline:
                 trace.extend({"evaluator": label, **record} for record in (pruned.trace or [])[len(trace) :])
 
             take_trace(None)
-            measuring = Measuring(loaded, pruned, progress, {} if dense is None else dense, spec.evaluate, spec.seed)
+            known = {} if dense is None else dense
+            measuring = Measuring(loaded, pruned, progress, known, spec.evaluate, spec.seed, spec.positions)
             for label, evaluator in labelled(spec.evaluate):
                 metrics.append(_evaluate(label, evaluator, measuring))
                 take_trace(label)
@@ -169,12 +171,7 @@ def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> Evaluat
 
 def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, CalibrationFacts]:
     """Calibration batches and their description; raises :class:`DataError` where they exceed the model's context."""
-    context = context_length(loaded.model)
-    if context is not None and calibration.length > context:
-        raise DataError(
-            f"calibration.length: the model's context is {context} tokens, found {calibration.length}; "
-            f"set calibration.length to {context} or less"
-        )
+    check_calibration(calibration.length, context_length(loaded.model))
     documents = read_documents(calibration.source)
     batches = calibration_batches(
         documents,
@@ -213,19 +210,8 @@ def check_lengths(spec: PipelineSpec, loaded: Loaded) -> None:
     """
     for evaluator in spec.evaluate:
         evaluator.check(loaded.model)
-    if not (spec.prune.dynamic and spec.prune.merger and spec.prune.merger.uses_history):
-        return
-    context = context_length(loaded.model)
-    for index, evaluator in enumerate(spec.evaluate):
-        for key in {"window", "length"} & set(type(evaluator).model_fields):
-            asked = getattr(evaluator, key) or context
-            needed = asked if asked is None or context is None else min(asked, context)
-            if isinstance(needed, int) and needed > spec.calibration.length:
-                raise DataError(
-                    f"evaluate.{index}.{key}: {evaluator.name} runs batches of {needed} tokens, but {spec.prune.name} "
-                    f"keeps a history of calibration.length = {spec.calibration.length} positions; lower "
-                    f"evaluate.{index}.{key} to {spec.calibration.length}, or raise calibration.length to {needed}"
-                )
+    for index in range(len(spec.evaluate)):
+        check_rows(spec, index, context_length(loaded.model))
 
 
 def labelled(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:

@@ -22,6 +22,7 @@ from ..roles.compensation import Compensator
 from ..roles.evaluation import Evaluator, Subject, checked
 from ..roles.hookspecs import ROLES
 from ..roles.strategy import Strategy
+from ..tensors.tokens import context_length
 from .compensators import COMPENSATOR_CHECKS
 from .parts import ROLE_CHECKS, check_sites, expect
 
@@ -138,11 +139,39 @@ def check_strategy_parts(strategy: Strategy) -> None:
     expect(strategy.dynamic == (strategy.merger is not None), strategy, "has a selector without a merger")
 
 
+def check_rows(evaluator: Evaluator) -> None:
+    """``row_option`` is one of its options, and ``longest_row`` is a number of tokens within the context, or None."""
+    option = evaluator.row_option
+    known = option is None or option in type(evaluator).model_fields
+    expect(known, evaluator, f"has row_option {option!r}, which is none of its options")
+    for context in (None, 1, 4096):
+        row = evaluator.longest_row(context)
+        fits = row is None or (isinstance(row, int) and 1 <= row <= (context or row))
+        expect(fits, evaluator, f"has a longest row of {row!r} tokens on a model of {context} positions")
+
+
 def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
-    """On ``subject`` it returns finite numbers with their protocol, and leaves the model unchanged."""
+    """On ``subject`` it returns finite numbers with their protocol, and leaves the model unchanged.
+
+    No row is longer than ``longest_row`` says.
+    """
     before = {name: parameter.clone() for name, parameter in subject.model.named_parameters()}
     mode = subject.model.training
-    found = evaluator.evaluate(subject)
+    rows: list[int] = []
+
+    def look(model: Any, args: tuple, kwargs: dict) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        rows.extend([] if ids is None else [ids.shape[-1]])
+
+    watch = subject.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        found = evaluator.evaluate(subject)
+    finally:
+        watch.remove()
+    stated = evaluator.longest_row(context_length(subject.model))
+    longest = max(rows, default=0)
+    fits = stated is None or longest <= stated
+    expect(fits, evaluator, f"runs rows of {longest} tokens, and its longest_row is {stated}")
     try:
         found = checked(evaluator, found)
     except PluginError as error:
@@ -171,4 +200,5 @@ ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     **ROLE_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
+    Evaluator: [check_rows],
 }

@@ -109,11 +109,30 @@ class Evaluator(Component):
     paired: ClassVar[bool] = False
     """Whether it measures the dense and the pruned model in turn itself: values ``x`` and ``dense_x``."""
 
+    row_option: ClassVar[str | None] = None
+    """The option with the most tokens of a row; None stands for the model's context there.
+
+    Where a pipeline leaves it out and prunes with a history, it is lowered to ``calibration.length``."""
+
+    def longest_row(self, context: int | None) -> int | None:
+        """Most tokens of a row that it runs without a cache, on a model of ``context`` positions.
+
+        None where that is not known before it runs. A strategy with a history runs no longer rows than it was
+        calibrated on, so a pipeline that asks for more is refused before anything is loaded.
+        """
+        if self.row_option is None:
+            return None
+        known = [tokens for tokens in (getattr(self, self.row_option), context) if tokens is not None]
+        return min(known, default=None)
+
     def check_options(self) -> None:
         """Raise :class:`SpecError` for options that cannot work with any model; called before one is loaded."""
 
     def check(self, model: Any) -> None:
-        """Raise :class:`SpecError` for options that cannot work with this model; called before calibration."""
+        """Raise :class:`SpecError` for options that cannot work with this model; called before calibration.
+
+        For a local model it is also called before loading, with an object that has the model's ``config`` alone.
+        """
 
     @abstractmethod
     def evaluate(self, subject: Subject) -> Measurement:

@@ -1,0 +1,128 @@
+"""What is wrong with a pipeline as far as its file and this machine tell: found before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ...registry import DataError, PrunekitError, TextSource
+from ...registry.tensors.tokens import context_length
+from ..calibration.statistics_file import check_place
+from ..files.reader import Mistake, Place
+from ..files.spec import PipelineSpec
+from ..files.yaml_file import parse_place
+from ..models.loading import ModelSource, place_of, usable_device
+from ..pruning.prune import sites_within
+
+Check = tuple[Place, Hashable, Callable[[], object]]
+"""The place in the pipeline, what is checked (once, however many pipelines share it), and the check."""
+
+
+def mistakes(spec: PipelineSpec) -> list[Mistake]:
+    """All mistakes of a pipeline; nothing is loaded."""
+    found = ((place, message_of(check)) for place, _, check in checks(spec))
+    return [placed(place, message) for place, message in found if message is not None]
+
+
+def checks(spec: PipelineSpec, here: bool = True) -> Iterator[Check]:
+    """The checks of one pipeline; those of the device and of the model's folder only if it runs ``here``."""
+    source, strategy, calibration = spec.model, spec.prune, spec.calibration
+    outline = _outline(source) if here else None
+    if here:
+        yield ("model", "device"), ("device", source.device), lambda: usable_device(source.device)
+        yield ("model", "name"), ("place", source), lambda: place_of(source)
+        yield ("prune",), ("layers", source, strategy), lambda: _check_layers(spec)
+        if calibration.statistics is not None and not calibration.statistics.exists():
+            yield ("calibration", "statistics"), calibration.statistics, partial(check_place, calibration.statistics)
+    context = None if outline is None else context_length(outline)
+    if strategy.needs_calibration:
+        length = calibration.length
+        yield ("calibration", "length"), ("context", context, length), partial(check_calibration, length, context)
+    for index, evaluator in enumerate(spec.evaluate):
+        place, key = ("evaluate", index), evaluator.identity
+        yield place, ("options", key), evaluator.check_options
+        yield place, ("rows", key, spec.positions, context), partial(check_rows, spec, index, context)
+        if outline is not None:
+            yield place, ("model", key, source), partial(evaluator.check, outline)
+
+
+def check_rows(spec: PipelineSpec, index: int, context: int | None) -> None:
+    """Raise :class:`DataError` for an evaluator whose rows are longer than the histories."""
+    evaluator, positions = spec.evaluate[index], spec.positions
+    row = evaluator.longest_row(context)
+    if row is None or positions is None or row <= positions:
+        return
+    place = f"evaluate.{index}" + (f".{evaluator.row_option}" if evaluator.row_option else "")
+    lower = f"lower {place} to {positions}, or raise" if evaluator.row_option else "leave it out, or raise"
+    raise DataError(
+        f"{place}: {evaluator.name} runs batches of {row} tokens, but {spec.prune.name} keeps a history of "
+        f"calibration.length = {positions} positions; {lower} calibration.length to {row}"
+    )
+
+
+def check_calibration(length: int, context: int | None) -> None:
+    """Raise :class:`DataError` for sequences that are longer than the model's context."""
+    if context is not None and length > context:
+        raise DataError(
+            f"calibration.length: the model's context is {context} tokens, found {length}; "
+            f"set calibration.length to {context} or less"
+        )
+
+
+def unseen(specs: Iterable[PipelineSpec]) -> str:
+    """A sentence on what these checks leave to the run."""
+    hub: dict[str, None] = {}
+    for spec in specs:
+        if spec.model.name is not None and not Path(spec.model.name).expanduser().is_dir():
+            hub[f"model {spec.model.name}"] = None
+        texts = [spec.calibration.source] if spec.prune.needs_calibration else []
+        texts += [text for each in spec.evaluate for _, text in each if isinstance(text, TextSource)]
+        hub |= dict.fromkeys(f"dataset {text.dataset}" for text in texts if text.dataset)
+    there = f", and on the hub: {', '.join(hub)}" if hub else ""
+    return f"not looked at: the weights, whether texts are long enough, the data of tasks{there}"
+
+
+def message_of(check: Callable[[], object]) -> str | None:
+    """The message of a check that fails."""
+    try:
+        check()
+    except PrunekitError as error:
+        return str(error)
+    except Exception:  # not foreseen: the run itself will report it, with its place
+        return None
+    return None
+
+
+def placed(place: Place, message: str) -> Mistake:
+    """The mistake at the place that the message begins with, where that is the checked place or in it."""
+    named, colon, rest = message.partition(": ")
+    if colon and parse_place(named)[: len(place)] == place:
+        return Mistake(parse_place(named), rest)
+    if colon and len(place) == 1 and named.isidentifier():  # skip_layers, of the strategy's options
+        return Mistake((*place, named), rest)
+    return Mistake(place, message)
+
+
+def _check_layers(spec: PipelineSpec) -> None:
+    """Check that the layers to skip exist, and that the others can lose what the ratio asks for."""
+    outline = _outline(spec.model)
+    layers = None if outline is None else getattr(outline.config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int):
+        sites_within(spec.prune, [], layers)
+
+
+@lru_cache(maxsize=64)
+def _outline(source: ModelSource) -> Any:
+    """An object with the ``config`` of a local model, and nothing else; None where it cannot be known offline."""
+    import transformers
+
+    try:
+        place = place_of(source)
+        if not Path(place).is_dir() or source.trust_remote_code:
+            return None
+        return SimpleNamespace(config=transformers.AutoConfig.from_pretrained(place))
+    except Exception:  # a broken model is reported when it is loaded
+        return None
