@@ -300,7 +300,7 @@ def _task_files() -> dict[str, list[Path]]:
 
 
 def _mentioned(name: str) -> bool:
-    """Whether a name occurs in any of lm-eval's files; one that does not is no tag either."""
+    """Whether a name occurs in any of lm-eval's files; else it is not a tag either."""
     return any(name in text for _, text in _task_texts())
 
 
