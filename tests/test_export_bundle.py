@@ -8,6 +8,10 @@ import torch
 import yaml
 from prunekit.compress import Exporter, PipelineSpec, load
 from prunekit.compress.export import weights
+from prunekit.compress.export.card import card, hub_id
+from prunekit.compress.export.licence import licence_of
+from prunekit.compress.models.exported.manifest import read_manifest
+from prunekit.compress.models.loading import ModelSource
 from prunekit.registry import DataError, ModelError, SpecError
 
 
@@ -58,6 +62,47 @@ def test_the_licence_of_the_base_is_carried_over(pipeline_file, tmp_path):
     manifest = Exporter(PipelineSpec.load(pipeline_file), "padded", tmp_path / "out").export()
     assert manifest.license == "apache-2.0"
     assert (tmp_path / "out" / "LICENSE").read_text() == "Apache"
+
+
+def test_files_outside_of_the_bases_folder_are_not_carried_over(pipeline_file, tmp_path):
+    base, secret = tmp_path / "base-llama-gqa", tmp_path / "secret"
+    secret.write_text("---\nlicense: private\n---\n")
+    for name in ("LICENSE", "README.md"):
+        (base / name).symlink_to(secret)
+    manifest = Exporter(PipelineSpec.load(pipeline_file), "padded", tmp_path / "out").export()
+    assert manifest.license == "unknown" and not (tmp_path / "out" / "LICENSE").exists()
+    assert any("LICENSE of the base model is not copied" in note for note in manifest.notes)
+
+
+@pytest.mark.parametrize("text", ["mit\\n---\\n# evil", "<script>", "\\e[31mred"])
+def test_a_licence_is_an_identifier(text, tmp_path):
+    (tmp_path / "README.md").write_text(f'---\nlicense: "{text}"\n---\n')
+    assert licence_of(ModelSource(name=str(tmp_path))) == "unknown"
+
+
+def test_foreign_text_stays_on_its_line_of_the_card(exported):
+    from huggingface_hub import ModelCard
+
+    manifest = read_manifest(exported)
+    evil = "x\n---\nlicense: evil\n# title <script>\x1b[31m"
+    written = card(manifest.model_copy(update={"license": evil, "strategy": evil, "created": evil}), "out")
+    found = ModelCard(written)
+    assert found.data.license == evil and "<script>" not in found.text and "\x1b" not in written
+    assert "\n# title" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/model", "org/model"),
+        ("gpt", "gpt"),
+        ("bundled", None),
+        ("/home/me/model", None),
+        ("/cache/models--org--model/snapshots/0123", "org/model"),
+    ],
+)
+def test_the_card_names_a_base_model_of_the_hub(name, expected):
+    assert hub_id(name) == expected
 
 
 def test_an_exported_model_is_a_model_like_any_other(exported, pipeline_file, command, tmp_path):

@@ -120,8 +120,128 @@ def test_weights_that_are_missing_are_an_error_not_random_numbers(folder):
 def test_weights_of_another_shape_are_an_error(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
-    with pytest.raises(ModelError, match=r"the model of .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"down_proj\.weight: found \(128, 192\), expected \(128, 100\)"):
         load(ModelSource(name=str(folder), device="cpu"))
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_empty_shards_are_named_with_their_cause(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.empty(0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj\.weight: found \(0,\), expected \(192, 128\).*ZeRO-3"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+def test_weights_without_a_place_are_an_error_not_left_out(tmp_path, make_model, tokenizer):
+    place = tmp_path / "model"
+    make_model("llama-gqa", mlp_bias=True).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    load(ModelSource(name=str(place), device="cpu"))
+    change_json(place / "config.json", mlp_bias=False)
+    with pytest.raises(ModelError, match=r"no place for 9 weights .*layers\.0\.mlp\.down_proj\.bias.* and 6 more"):
+        load(ModelSource(name=str(place), device="cpu"))
+    change_json(place / "config.json", mlp_bias=True, num_hidden_layers=2)
+    with pytest.raises(ModelError, match=r"no place for 12 weights .*model\.layers\.2\."):
+        load(ModelSource(name=str(place), device="cpu"))
+
+
+def test_stored_rotary_frequencies_are_harmless(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load(ModelSource(name=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_adapters_are_named_with_what_to_do(folder, with_model):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/b"}))
+    if not with_model:
+        (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"adapter_config\.json.*merge_and_unload.*base model a/b"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+def test_empty_special_tokens_are_an_error(folder):
+    change_json(folder / "tokenizer_config.json", bos_token="", eos_token="")
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json .* sets bos_token, eos_token to an empty text"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("kernel", ["someone/kernel", {"": "someone/kernel"}, "flash_attention_3", "paged|a/b"])
+def test_a_config_cannot_ask_for_code_of_the_hub(folder, key, kernel, monkeypatch):
+    import transformers.integrations.hub_kernels as hub
+
+    monkeypatch.setattr(hub, "is_kernels_available", lambda *_, **__: True)
+    monkeypatch.setattr(hub, "get_kernel", lambda *_, **__: pytest.fail("code was asked for"))
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda *_, **__: True)
+    change_json(folder / "config.json", **{key: kernel})
+    with pytest.raises(ModelError, match=rf"{key} is .*Set model\.attention"):
+        load(ModelSource(name=str(folder), device="cpu"))
+    loaded = load(ModelSource(name=str(folder), device="cpu", attention="sdpa"))
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_nested_configs_cannot_ask_for_code_either(folder):
+    change_json(folder / "config.json", per_layer_config={"0": {"_attn_implementation": "someone/kernel"}})
+    with pytest.raises(ModelError, match=r"per_layer_config\.0\._attn_implementation is 'someone/kernel'"):
+        load(ModelSource(name=str(folder), device="cpu", attention="sdpa"))
+
+
+def test_transformers_own_attention_is_taken_from_a_config(folder):
+    change_json(folder / "config.json", _attn_implementation="eager")
+    assert load(ModelSource(name=str(folder), device="cpu")).model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \('gptq'\).*unquantised checkpoint"),
+        ({"fusion_config": {"x": True}}, "fusion_config would replace parts"),
+    ],
+)
+def test_quantised_and_fused_checkpoints_are_refused_by_name(folder, entry, complaint):
+    change_json(folder / "config.json", **entry)
+    with pytest.raises(ModelError, match=complaint):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "{absolute}", "link.safetensors"])
+def test_weights_outside_of_the_folder_are_not_read(folder, place):
+    from safetensors.torch import load_file
+
+    outside = folder.parent / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    if place == "link.safetensors":
+        (folder / place).symlink_to(outside)
+    names = dict.fromkeys(load_file(outside), place.format(absolute=outside))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(ModelError, match=r"only files of the model's own folder are read"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
+def test_the_links_of_the_hubs_cache_are_followed(folder):
+    """The cache keeps contents in blobs/ and links to them in snapshots/COMMIT/."""
+    repository = folder.parent / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        shutil.copy(file, repository / "blobs" / f"hash-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
+    load(ModelSource(name=str(snapshot), device="cpu"))
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(folder / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json is not a regular file of its folder"):
+        load(ModelSource(name=str(snapshot), device="cpu"))
 
 
 def test_a_folder_without_a_tokenizer_is_an_error(folder):

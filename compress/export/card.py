@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from ..models.exported.manifest import Manifest
 from ..output.formatting import number, sentence, share, table
@@ -17,7 +18,8 @@ UNITS = {"kv_group": "key/value groups", "query_head": "query heads"}
 
 def card(manifest: Manifest, name: str) -> str:
     """README.md of a folder: the hub's metadata block, then text."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
+    from jinja2 import Environment
 
     base = manifest.base
     results = [
@@ -37,7 +39,7 @@ def card(manifest: Manifest, name: str) -> str:
         license=manifest.license,
         library_name="prunekit" if manifest.profile == "dynamic" else "transformers",
         pipeline_tag="text-generation",
-        base_model=base.name if not Path(base.name).is_absolute() and base.name != "bundled" else None,
+        base_model=hub_id(base.name),
         tags=["prunekit", "pruned", "structured-pruning", manifest.strategy],
         model_name=name,
         eval_results=results or None,
@@ -45,9 +47,11 @@ def card(manifest: Manifest, name: str) -> str:
     states = zip(TOOLS, profile_named(manifest.profile).runs, strict=True)
     rows = metric_rows(manifest)
     rounding = manifest.rounding
-    content = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
+    template = Environment(finalize=_one_line, keep_trailing_newline=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    return template.render(
+        card_data=_Block(data.to_yaml()),
         manifest=manifest,
         name=name,
         quoted=shlex.quote(name),
@@ -55,13 +59,33 @@ def card(manifest: Manifest, name: str) -> str:
         base="prunekit's bundled model" if base.name == "bundled" else Path(base.name).name,
         revision=base.commit or base.revision,
         runs=", ".join(f"{tool} ({state})" for tool, state in states if state != "no"),
-        results="\n".join(table(metric_heads(manifest), rows)),
-        layers="\n".join(_layers(manifest)),
+        results=_Block("\n".join(table(metric_heads(manifest), rows))),
+        layers=_Block("\n".join(_layers(manifest))),
         rounding=rounding and rounding_sentence(rounding, manifest.ratio.asked),
         share=share,
         sentence=sentence,
     )
-    return f"{content}\n"
+
+
+class _Block(str):
+    """Text of several lines that belongs in the card as it is."""
+
+
+def _one_line(value: Any) -> Any:
+    """A value from a manifest, which may be anyone's, as printable text of one line and without HTML."""
+    if isinstance(value, _Block) or not isinstance(value, str):
+        return value
+    plain = "".join(character if character.isprintable() else " " for character in value)
+    return " ".join(plain.split()).replace("<", "&lt;") if plain != value or "<" in value else value
+
+
+def hub_id(name: str) -> str | None:
+    """The hub id of a model that was loaded as ``name``: an id, or a folder of the hub's cache; otherwise None."""
+    path = Path(name)
+    if path.is_absolute():
+        cached = path.parent.parent.name if path.parent.name == "snapshots" else ""
+        return cached.removeprefix("models--").replace("--", "/") if cached.startswith("models--") else None
+    return name if name != "bundled" and name.count("/") <= 1 and not path.exists() else None
 
 
 def metric_heads(manifest: Manifest) -> list[str]:

@@ -121,7 +121,7 @@ class Exporter:
             if profile.needs_one_cut:
                 write_kept(partial, pruned.sites_kept)
             (partial / RECIPE).write_text(pinned(spec, loaded).to_yaml(), encoding="utf-8")
-            copy_licence_files(spec.model, partial)
+            self._notes += copy_licence_files(spec.model, partial)
             again, handle, check = self._load_again(loaded, pruned, partial, ids)
             with handle or nullcontext():
                 # A GGUF is not loaded here, so its weights have no fingerprint.

@@ -96,18 +96,24 @@ def budgets(limits: Mapping[str, str], accelerators: bool, size: Callable[[], in
 
 
 @contextmanager
-def quiet_offloading() -> Iterator[None]:
-    """Suppress accelerate's warning about offloaded weights: offloading is intended, and results report the places."""
-    logger = logging.getLogger("accelerate.big_modeling")
+def quiet_loading() -> Iterator[None]:
+    """Suppress two warnings: accelerate's about offloaded weights, transformers' about weights that do not fit.
+
+    Offloading is intended, and results report the places. Weights that do not fit are an error with its own message.
+    """
+    loggers = [logging.getLogger("accelerate.big_modeling"), logging.getLogger("transformers.modeling_utils")]
 
     def other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Some parameters are on the meta device")
+        message = record.getMessage()
+        return not message.startswith("Some parameters are on the meta device") and "LOAD REPORT" not in message
 
-    logger.addFilter(other)
+    for logger in loggers:
+        logger.addFilter(other)
     try:
         yield
     finally:
-        logger.removeFilter(other)
+        for logger in loggers:
+            logger.removeFilter(other)
 
 
 def new_folder(parent: str | None) -> str | None:

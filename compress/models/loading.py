@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ...registry import ModelError
 from ...registry.tensors.devices import place_name, places_of, stored_tensor
 from ..bundled import MODEL
-from . import device_map
+from . import device_map, origin
 from .architectures import PRUNED
 from .device_map import MaxMemory
 from .exported import classes
@@ -90,13 +91,15 @@ class Loaded:
 def load(source: ModelSource, check: bool = True) -> Loaded:
     """Load model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy.
 
-    With ``check``, an exported folder is compared with its manifest first; :class:`DataError` names damaged files.
+    Every weight of the checkpoint must have its place in the model, and the other way round. Files outside of the
+    model's folder are not read, and its configuration cannot ask for other code than transformers' own. With ``check``,
+    an exported folder is compared with its manifest first; :class:`DataError` names damaged files.
     """
     import transformers
 
     device = usable_device(source.device)
     place = place_of(source)
-    _prepare_exported(place, source.revision, check)
+    _check_origin(source, place, check)
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.revision is not None:
         options["revision"] = source.revision
@@ -104,16 +107,12 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
     if source.name is None and dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model, report = _placed(source, place, device, dtype, options)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"model.name: the checkpoint {source.label} lacks {len(missing)} of the model's weights ({missing[0]}...), "
-            "which would stay random; name the complete checkpoint of a causal language model"
-        )
+    _check_report(source.label, report)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise ModelError(_loading_failed("tokenizer", source, place, error)) from error
+    _check_tokenizer(tokenizer, source.label)
     model.eval().requires_grad_(False)
     identity = {
         "name": source.label,
@@ -124,23 +123,76 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
     return Loaded(model, tokenizer, identity)
 
 
-def _prepare_exported(place: str, revision: str | None, check: bool) -> None:
-    """Compare an exported folder with its manifest, if ``check``, and register its model classes with transformers.
+def _check_origin(source: ModelSource, place: str, check: bool) -> None:
+    """Check what the files of a model ask for, and an exported folder, if ``check``, against its manifest.
 
-    ``place`` is a folder or a hub id; nothing happens for models that prunekit has not written. Raises
-    :class:`DataError` for files that differ from the written ones.
+    ``place`` is a folder or a hub id. The classes of exported models are registered with transformers. Raises
+    :class:`ModelError`, and :class:`DataError` for files that differ from the written ones.
     """
-    folder = Path(place)
-    if check and (folder / MANIFEST).is_file():
-        check_files(folder, read_manifest(folder))
     from transformers import PreTrainedConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
 
+    folder = Path(place)
+    if folder.is_dir():
+        origin.check_folder(folder)
+        if check and (folder / MANIFEST).is_file():
+            check_files(folder, read_manifest(folder))
+    options: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
     try:
-        config, _ = PreTrainedConfig.get_config_dict(place, **({} if revision is None else {"revision": revision}))
+        adapter = find_adapter_config_file(place, **options)
+        config, _ = PreTrainedConfig.get_config_dict(place, **options)
     except Exception:  # loading the model reports what is wrong
         return
+    if adapter is not None:
+        raise origin.adapter_found(source.label)
+    origin.check_config(config, source.label, source.attention)
     if str(config.get("model_type", "")).startswith(PRUNED):
         classes.register()
+
+
+def _check_report(label: str, report: Mapping[str, Any]) -> None:
+    """Raise :class:`ModelError` where checkpoint and configuration do not fit, by transformers' report on loading.
+
+    The report leaves out what transformers knows to be harmless, such as stored rotary frequencies.
+    """
+    mismatched = {name: (tuple(found), tuple(expected)) for name, found, expected in report["mismatched_keys"]}
+    if mismatched:
+        first = min(mismatched)
+        found, expected = mismatched[first]
+        empty = any(0 in shape for shape, _ in mismatched.values())
+        raise ModelError(
+            f"model.name: {len(mismatched)} weights of the checkpoint {label} have other shapes than its config.json "
+            f"says ({first}: found {found}, expected {expected}); "
+            + (
+                "empty ones are left by DeepSpeed ZeRO-3 if it saves without gathering: save again with "
+                "stage3_gather_16bit_weights_on_model_save, or convert with zero_to_fp32.py"
+                if empty
+                else "correct config.json, or name the checkpoint that belongs to it"
+            )
+        )
+    if report["missing_keys"]:
+        raise ModelError(
+            f"model.name: the checkpoint {label} lacks {len(report['missing_keys'])} of the model's weights "
+            f"({origin.some(report['missing_keys'])}), which would stay random; name the complete checkpoint of a "
+            "causal language model"
+        )
+    if report["unexpected_keys"]:
+        raise ModelError(
+            f"model.name: config.json of {label} has no place for {len(report['unexpected_keys'])} weights of the "
+            f"checkpoint ({origin.some(report['unexpected_keys'])}), and without them this is another model; correct "
+            "config.json (such as num_hidden_layers, attention_bias, mlp_bias), or name the checkpoint that belongs "
+            "to it"
+        )
+
+
+def _check_tokenizer(tokenizer: Any, label: str) -> None:
+    """Raise :class:`ModelError` for special tokens that are empty: transformers would search for their id for ever."""
+    empty = [name for name, text in tokenizer.special_tokens_map.items() if text == ""]
+    if empty:
+        raise ModelError(
+            f"model.name: tokenizer_config.json of {label} sets {', '.join(empty)} to an empty text, which is no "
+            "token; write the tokens that the model was trained with, or delete these keys"
+        )
 
 
 def _placed(
@@ -149,6 +201,10 @@ def _placed(
     """The model on its device, or spread over devices and disk, and transformers' report on its loading."""
     import transformers
 
+    chosen: dict[str, Any] = {}
+    if source.attention is not None:
+        # Without the configuration's object, an _attn_implementation in config.json would win over the user's choice.
+        chosen = {"config": _config(source, place, options), "attn_implementation": source.attention}
     spread: dict[str, Any] = {}
     folder = None
     if source.device == "auto":
@@ -157,9 +213,15 @@ def _placed(
         folder = device_map.new_folder(source.offload_folder)
         spread = {"device_map": "auto", "max_memory": budgets, "offload_folder": folder}
     try:
-        with device_map.quiet_offloading():
+        with device_map.quiet_loading():
             found: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                place, dtype=dtype, attn_implementation=source.attention, output_loading_info=True, **spread, **options
+                place,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused by name
+                **chosen,
+                **spread,
+                **options,
             )
         model, report = found
         if not spread:
@@ -189,12 +251,21 @@ def _placed(
     return model, report
 
 
+def _config(source: ModelSource, place: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(place, **options)
+    except Exception as error:
+        raise ModelError(_loading_failed("model", source, place, error)) from error
+
+
 def _size(source: ModelSource, place: str, dtype: str, options: dict[str, Any]) -> int:
     """Bytes of the model, computed from its configuration."""
     import transformers
 
+    config = _config(source, place, options)
     try:
-        config = transformers.AutoConfig.from_pretrained(place, **options)
         code = {"trust_remote_code": source.trust_remote_code}
         with torch.device("meta"):
             kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
@@ -275,6 +346,7 @@ def place_of(source: ModelSource) -> str:
                 f"model.name: {folder} is an export that holds no model of transformers (profile gguf or dynamic); "
                 "name the model that was pruned, or export with --profile hf-hetero"
             )
+        origin.refuse_adapter(folder)
         raise ModelError(
             f"model.name: folder {folder} has no config.json; name a folder written by save_pretrained, or a hub id"
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from ....registry import DataError, SiteKind
+from ..origin import READ, is_own
 from ...output.folders import sha256_of, write_json
 from ...output.records import CalibrationFacts, CompensationFacts, LayerCut, ModelFacts, Plain, Ratio, Record, Values
 
@@ -19,9 +20,6 @@ FORMAT: Literal["prunekit export 1"] = "prunekit export 1"
 MANIFEST, RECIPE, KEPT, CARD = "prunekit.json", "recipe.yaml", "kept_units.json", "README.md"
 
 GGUF = "model.gguf"
-
-LOADED = (".safetensors", ".gguf", ".bin", ".pt", ".py", ".json", ".jinja", ".model", ".txt", ".yaml")
-"""Endings of files that a loader may read: none may be in a folder that the manifest does not list."""
 
 Kept = Mapping[tuple[int, SiteKind], tuple[int, ...]]
 """Kept units by layer and kind, ascending."""
@@ -238,12 +236,14 @@ def damages(folder: Path, manifest: Manifest) -> list[str]:
         path = folder / name
         if not path.is_file():
             found.append(f"{name} is missing")
+        elif not is_own(path, folder):
+            found.append(f"{name} is a link to a file outside of the folder")
         elif path.stat().st_size != expected.bytes:
             found.append(f"{name} has {path.stat().st_size:,} bytes, {expected.bytes:,} were written")
         elif sha256_of(path) != expected.sha256:
             found.append(f"{name} has changed since it was written (sha256 differs)")
     listed = {*manifest.files, MANIFEST}
-    more = [name for name in _names(folder) if name not in listed and name.endswith(LOADED)]
+    more = [name for name in _names(folder) if name not in listed and name.endswith(READ)]
     # Names with a dot first are those of a hub's or git's own files.
     return found + [f"{name} was not written by the export" for name in more if not name.startswith(".")]
 
