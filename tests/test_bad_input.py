@@ -128,14 +128,63 @@ def test_models_that_cannot_be_cut(make_model, batches):
     import transformers
 
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=97)
-    with pytest.raises(ModelError, match=r"no architecture serves model type 'gpt2'; tried llama .*opt"):
+    with pytest.raises(
+        ModelError, match=r"no architecture serves model type 'gpt2'; served are llama, mistral, qwen2, qwen3, opt\."
+    ):
         prune(transformers.GPT2LMHeadModel(config), "magnitude", ratio=0.4)
     with pytest.raises(ModelError, match="has post-norm layers"):
         prune(make_model("opt", do_layer_norm_before=False), "magnitude", ratio=0.4)
     with pytest.raises(ModelError, match="without wrappers"):
-        prune(make_model("llama-gqa").model, "magnitude", ratio=0.4)
+        prune(make_model("llama-gqa").model.layers[0].self_attn, "magnitude", ratio=0.4)
     with pytest.raises(ModelError, match="model type None"):
         prune(nn.Linear(3, 3), "magnitude", ratio=0.4)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_backbones_are_named_with_what_to_pass(make_model, batches, family):
+    import transformers
+
+    model = make_model(family)
+    with pytest.raises(ModelError, match=r"backbone without an output layer: pass what AutoModelForCausalLM loads"):
+        prune(model.model, "magnitude", ratio=0.4)
+    whole = transformers.AutoModelForCausalLM.from_config(model.config).eval()
+    whole.model, whole.lm_head = model.model, model.lm_head
+    with prune(whole, "magnitude", ratio=0.4), torch.no_grad():
+        expected = whole(**batches[0], use_cache=False).logits
+        assert torch.equal(model(**batches[0], use_cache=False).logits, expected)
+
+
+def test_a_language_model_inside_another_model_is_named(make_model):
+    import transformers
+
+    text = make_model("llama-gqa").config
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8)
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=transformers.CLIPVisionConfig(**vision, patch_size=8)
+    )
+    with pytest.raises(ModelError, match=r"'llava'.*Its llama language model.*backbone = model\.model\.language_model"):
+        prune(transformers.LlavaForConditionalGeneration(config), "magnitude", ratio=0.4)
+
+
+class Packed(torch.Tensor):
+    """A weight as quantisers make them: the layer stays an nn.Linear."""
+
+
+@pytest.mark.parametrize("strategy", ["magnitude", "pp"])
+def test_weights_that_are_not_plain_tensors_are_refused(make_model, batches, strategy):
+    model = make_model("llama-gqa")
+    layer = model.model.layers[1].mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed), requires_grad=False)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight is a .*Packed, not a plain tensor"):
+        prune(model, strategy, ratio=0.4, calibration=batches)
+    assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
+
+
+def test_adapters_are_named_with_what_to_do(make_model):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model("llama-gqa"), peft.LoraConfig(target_modules=["q_proj"])).base_model.model
+    with pytest.raises(ModelError, match=r"is a peft\.tuners\.lora\.layer\.Linear.*merge_and_unload"):
+        prune(model, "magnitude", ratio=0.4)
 
 
 def test_a_catalog_without_architectures_says_so(make_model):

@@ -100,13 +100,26 @@ def _fused_consumer(linear: ConsumerLinear, open_cut: OpenCut, x: Tensor) -> Ten
 def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | None = None) -> None:
     """Make ``linear`` a producer of a site, or its consumer.
 
-    Raises :class:`ModelError` for anything but a plain ``nn.Linear``.
+    Raises :class:`ModelError` for anything but a plain ``nn.Linear`` with plain weights.
     """
     if isinstance(linear, SiteLinear):
         raise ModelError(f"{path} is already part of a pruned model; call remove() on that one first")
     if type(linear) is not nn.Linear:
+        kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+        remedy = (
+            "merge the adapter first (model = model.merge_and_unload())"
+            if kind.startswith("peft.")
+            else "load the model unquantised, and prune it before its layers are replaced"
+        )
         raise ModelError(
-            f"{path} is a {type(linear).__name__}, not a plain nn.Linear (quantised and adapter layers cannot be cut)"
+            f"{path} is a {kind}, not a plain nn.Linear (quantised and adapter layers cannot be cut); {remedy}"
+        )
+    unplain = [name for name, tensor in linear.named_parameters() if type(tensor) is not nn.Parameter]
+    if unplain:
+        tensor = linear.get_parameter(unplain[0])
+        raise ModelError(
+            f"{path}.{unplain[0]} is a {type(tensor).__module__}.{type(tensor).__qualname__}, not a plain tensor "
+            "(quantised and distributed weights cannot be cut); load the model unquantised and in one process"
         )
     _drop_plain_forward(linear)
     if "forward" in linear.__dict__ and not hasattr(linear, "_old_forward"):

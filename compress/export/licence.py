@@ -17,7 +17,7 @@ FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 def licence_of(source: ModelSource) -> str:
     """The licence in the base model's card, an identifier of the hub such as ``mit``; "unknown" if there is none.
 
-    A card that is a link out of the model's folder is not read, and longer text is no identifier.
+    A card that is a link out of the model's folder is not read, and other text is not taken.
     """
     if source.name is None:
         return "mit"

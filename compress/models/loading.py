@@ -190,8 +190,8 @@ def _check_tokenizer(tokenizer: Any, label: str) -> None:
     empty = [name for name, text in tokenizer.special_tokens_map.items() if text == ""]
     if empty:
         raise ModelError(
-            f"model.name: tokenizer_config.json of {label} sets {', '.join(empty)} to an empty text, which is no "
-            "token; write the tokens that the model was trained with, or delete these keys"
+            f"model.name: tokenizer_config.json of {label} sets {', '.join(empty)} to an empty text; "
+            "write the tokens that the model was trained with, or delete these keys"
         )
 
 

@@ -25,7 +25,7 @@ FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_int
 
 
 def is_own(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is a regular file that lies in ``folder``, or in the hub cache among the blobs of its repository.
+    """Whether ``path`` is a regular file in ``folder``, or in the hub cache among the blobs of its repository.
 
     Links are followed to where the content is.
     """

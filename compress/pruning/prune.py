@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from ..engine.learning import calibrate as learn_statistics
 from ..engine.runtime import Runtime
 from ..engine.site_cut import SiteCut
 from ..files.reader import build_runtime, build_strategy
+from ..models.architectures import PRUNED
 from .pruned import Pruned
 
 
@@ -137,12 +138,40 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
         except AttributeError as error:
             raise ModelError(
                 f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
-                f"built differently ({error}); pass the causal language model itself, without wrappers"
+                f"built differently ({error}); {_instead(model, architecture.layers)}"
             ) from error
-    tried = "; ".join(f"{entry.name} ({', '.join(architecture.model_types)})" for entry, architecture in known)
+    served = [kind for _, architecture in known for kind in architecture.model_types if not kind.startswith(PRUNED)]
     raise ModelError(
-        f"no architecture serves model type {kind!r}; tried {tried}. "
-        "Write one as a plugin: a prunekit.registry.Architecture with the model's names (docs/plugins.md)"
+        f"no architecture serves model type {kind!r}; served are {', '.join(served) or 'none'}. "
+        f"{_inner_model(model, served)}Write one as a plugin: a prunekit.registry.Architecture with the model's names "
+        "(docs/plugins.md)"
+    )
+
+
+_WRAP = (
+    "whole = AutoModelForCausalLM.from_config(config), whole.model = backbone, whole.lm_head = output layer; then "
+    "prune whole"
+)
+
+
+def _instead(model: nn.Module, layers: str) -> str:
+    """What to pass instead of a model without the decoder layers at ``layers``."""
+    try:
+        model.get_submodule(layers.partition(".")[2])
+    except AttributeError:
+        return "pass the causal language model itself, without wrappers"
+    return f"it is a backbone without an output layer: pass what AutoModelForCausalLM loads, or put it in one ({_WRAP})"
+
+
+def _inner_model(model: nn.Module, served: Sequence[str]) -> str:
+    """A hint for a model that holds a language model of a served type, such as a vision-language model."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is config or text.model_type not in served:
+        return ""
+    return (
+        f"Its {text.model_type} language model can be pruned alone: with config = model.config.get_text_config() "
+        f"and backbone = model.model.language_model, {_WRAP}. "
     )
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from ....registry import DataError, SiteKind
-from ..origin import READ, is_own
 from ...output.folders import sha256_of, write_json
 from ...output.records import CalibrationFacts, CompensationFacts, LayerCut, ModelFacts, Plain, Ratio, Record, Values
+from ..origin import READ, is_own
 
 FORMAT: Literal["prunekit export 1"] = "prunekit export 1"
 """Name and number of the manifest's format."""
