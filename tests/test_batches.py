@@ -1,6 +1,8 @@
 """What holds for one batch belongs to the call: another pass, a copy, a thread or a recomputation has its own."""
 
+import asyncio
 import copy
+import signal
 import threading
 import time
 from contextlib import nullcontext
@@ -51,7 +53,7 @@ def test_an_interrupted_batch_leaves_nothing_behind(make_model, batches, error, 
                 logits(model, second)
             handle.remove()
             assert pruned._engine.shared.running.batch is None
-            assert all(cut.kept is None for cut in pruned.cuts)
+            assert all(cut.kept is None for cut in pruned.cuts) and len(pruned.trace) == before
             if then == "dense":
                 with pruned.dense():
                     logits(model, second)
@@ -63,6 +65,68 @@ def test_an_interrupted_batch_leaves_nothing_behind(make_model, batches, error, 
         assert torch.equal(logits(model, first), expected)
         places = [(record["batch"], record["layer"], record["kind"]) for record in pruned.trace[before:]]
         assert places == [(0, layer, kind) for layer in range(3) for kind in ("attention", "mlp")]
+
+
+@pytest.mark.parametrize("then", ["nothing", "dense"])
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("pp", {"selector": "random"}), ("pp", {"selector": "spread"}), ("reconstruct", {})]
+)
+def test_draws_go_on_as_if_an_interrupted_batch_had_not_been(make_model, batches, strategy, options, then):
+    model, (first, second, third) = make_model("llama-gqa"), (batch["input_ids"] for batch in batches[:3])
+    with prune(model, strategy, ratio=0.4, calibration=batches, trace=True, **options) as pruned:
+        first_logits, expected = logits(model, first), logits(model, third)
+        records = list(pruned.trace)
+        pruned.reset()
+        del pruned.trace[:]
+        assert torch.equal(logits(model, first), first_logits)
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = model.model.norm.register_forward_pre_hook(interrupt)  # everything has been drawn
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, second)
+        handle.remove()
+        with pruned.dense() if then == "dense" else nullcontext():
+            if then == "dense":
+                logits(model, second)
+        assert torch.equal(logits(model, third), expected)
+        assert [r for r in pruned.trace if r["batch"] is not None] == [r for r in records if r["batch"] is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "options"), [("pp", {"selector": "random"}), ("reconstruct", {}), ("flap", {})])
+def test_an_interruption_at_any_moment_leaves_nothing_behind(make_model, batches, strategy, options):
+    model, (first, second) = make_model("llama-gqa"), (batches[0]["input_ids"], batches[1]["input_ids"])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with prune(model, strategy, ratio=0.4, calibration=batches, **options) as pruned:
+        started = time.perf_counter()
+        logits(model, second)
+        lasts = time.perf_counter() - started
+        pruned.reset()
+        once, twice = logits(model, first), None
+        pruned.reset()
+        logits(model, second)
+        twice = logits(model, first)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        moments = [lasts * (number + 0.5) / 40 for number in range(40)]
+        try:
+            for moment in moments:
+                pruned.reset()
+                signal.setitimer(signal.ITIMER_REAL, moment)
+                try:
+                    logits(model, second)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    pass
+                found = logits(model, first)  # the batch has been, or has not
+                assert torch.equal(found, once) or torch.equal(found, twice), moment
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize(("strategy", "options"), [("pp", {}), ("wanda_sp", {"compensate": "mean"}), ("flap", {})])
@@ -121,6 +185,90 @@ def test_threads_take_turns(make_model, batches, strategy, options):
             thread.join()
     for right, ours in zip(expected, found, strict=True):
         assert len(ours) == 8 and all(torch.equal(right, one) for one in ours)
+
+
+def test_threads_give_what_one_of_their_orders_gives(make_model, batches):
+    """The history of PP changes with every batch, so the order of two batches changes the second one."""
+    model, inputs = make_model("llama-gqa"), [batches[0]["input_ids"], batches[1]["input_ids"][:3, :17]]
+    with prune(model, "pp", ratio=0.4, calibration=batches, merger={"momentum": 0.0}) as pruned:
+        orders = []
+        for order in ((0, 1), (1, 0)):
+            pruned.reset()
+            made = {number: logits(model, inputs[number]) for number in order}
+            orders.append([made[0], made[1]])
+        assert not torch.equal(orders[0][1], orders[1][1])
+        for _ in range(8):
+            pruned.reset()
+            found = [None, None]
+
+            def work(number, found=found):
+                found[number] = logits(model, inputs[number])
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert any(all(map(torch.equal, found, order)) for order in orders)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("pp", FROZEN), ("wanda_sp", {}), ("flap", {"attention_unit": "query_head"})]
+)
+@pytest.mark.parametrize("caches", [False, True])
+def test_dense_belongs_to_the_thread_that_asked(make_model, batches, strategy, options, caches):
+    model, (first, second) = make_model("llama-gqa"), (batches[0]["input_ids"], batches[1]["input_ids"][:3, :17])
+    found, inside, left = [], threading.Event(), threading.Event()
+
+    def call(ids):
+        more = dict(past_key_values=DynamicCache(config=model.config), use_cache=True) if caches else {}
+        return logits(model, ids, **more)
+
+    dense = call(second)
+    with prune(model, strategy, ratio=0.4, calibration=batches, **options) as pruned:
+        expected = call(first)
+
+        def work():
+            with pruned.dense():
+                found.append(call(second))
+                inside.set()
+                left.wait()
+                assert pruned.is_dense
+                found.append(call(second))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        inside.wait()
+        assert not pruned.is_dense
+        for _ in range(2):
+            assert torch.equal(call(first), expected)
+        left.set()
+        thread.join()
+        assert len(found) == 2 and all(torch.equal(one, dense) for one in found)
+        assert torch.equal(call(first), expected)
+
+
+def test_dense_belongs_to_the_task_that_asked(make_model, batches):
+    """Of an asyncio server, which switches between tasks of one thread."""
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
+    dense = logits(model, ids)
+    with prune(model, "flap", ratio=0.4, calibration=batches) as pruned:
+        expected = logits(model, ids)
+
+        async def measure():
+            with pruned.dense():
+                await asyncio.sleep(0)
+                return logits(model, ids)
+
+        async def serve():
+            await asyncio.sleep(0)
+            return logits(model, ids)
+
+        async def both():
+            return await asyncio.gather(measure(), serve(), measure())
+
+        unpruned, cut, again = asyncio.run(both())
+    assert torch.equal(cut, expected) and torch.equal(unpruned, dense) and torch.equal(again, dense)
 
 
 @pytest.mark.parametrize("strategy", ["pp", "wanda_sp"])
@@ -197,6 +345,25 @@ def test_a_recomputation_runs_in_the_mode_of_its_forward_pass(make_model, batche
     torch.testing.assert_close(after, cut)
     for name, gradient in gradients.items():
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-6))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("strategy", ["pp", "wanda_sp"])
+@pytest.mark.parametrize("ends", ["remove", "freeze", "suspended"])
+def test_a_recomputation_without_the_pruning_of_its_forward_pass_is_refused(
+    make_model, batches, strategy, ends, reentrant
+):
+    model, ids = make_model("llama-gqa").requires_grad_(True).train(), batches[0]["input_ids"]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with prune(model, strategy, ratio=0.4, calibration=batches) as pruned:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        if ends == "remove":
+            pruned.remove()
+        elif ends == "freeze":
+            pruned.freeze("calibration")
+        with pruned.suspended() if ends == "suspended" else nullcontext():
+            with pytest.raises(ModelError, match=r"run the backward pass before remove\(\)"):
+                loss.backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

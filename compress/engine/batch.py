@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -122,8 +123,10 @@ class Batch:
         """Positions that the cache already holds of that layer; more than 0 in the decode steps of a generation."""
         self.probe: ProbeRun | None = None
         """The last probe."""
-        self.number: int | None = None
-        """The batch's number in the trace, from 0; None until something is recorded."""
+        self.records: list[dict[str, Any]] = []
+        """What the trace gets of it, once the batch has passed."""
+        self.generator: torch.Generator | None = None
+        """What random components draw from; later batches continue from it, once this one has passed."""
         self.attention_arguments: dict[str, Any] = {}
         """What the last attention was called with, for a probe that runs ahead of its block."""
         self.checks = FiniteChecks()
@@ -153,19 +156,36 @@ class OneAtATime:
         return OneAtATime, ()
 
 
+_asked: ContextVar[Mapping[Running, Mode]] = ContextVar("_asked", default={})  # noqa: B039 - never written to
+"""The modes that this thread has asked for. A copy of a model has none."""
+
+
 class Running:
     """What a pruned model is doing now."""
 
     def __init__(self) -> None:
-        self.mode: Mode = "dense"
+        self.usual: Mode = "dense"
+        """The mode of threads that have asked for no other one."""
+        self.applied: Mode = "dense"
+        """The mode that the modules are in: cuts made once are open in ``prune``."""
         self.batch: Batch | None = None
         """The batch that runs now."""
         self.one_at_a_time = OneAtATime()
         """Held while a batch runs: modules are cut for one batch at a time, also with several threads."""
 
-    def switch(self, mode: Mode) -> None:
-        """Set the mode of the following batches."""
-        self.mode = mode
+    @property
+    def mode(self) -> Mode:
+        """The mode of this thread's, or asyncio task's, next batch."""
+        if torch.compiler.is_compiling():
+            return self.applied
+        return _asked.get().get(self, self.usual)
+
+    def ask(self, mode: Mode | None) -> Mode | None:
+        """Set this thread's mode, None for the usual one; returns what was set before."""
+        asked = dict(_asked.get())
+        previous = asked.pop(self, None)
+        _asked.set(asked if mode is None else {**asked, self: mode})
+        return previous
 
     def enter(self, batch: Batch | None) -> Batch | None:
         """Make ``batch`` the one that runs now; returns the previous one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -77,6 +78,7 @@ class Engine:
 
     def _install(self) -> None:
         hooks, before = self.hooks, dict(with_kwargs=True)
+        hooks.installed = True
         for cut in self.cuts:
             self._undo.append(cut.close)
             for linear, producer in cut.binding.producers:
@@ -121,31 +123,34 @@ class Engine:
         self._undo.append(partial(_unwrap, decoder, wrapped, own))
 
     def _uninstall(self) -> None:
+        self.hooks.installed = False
         while self._undo:  # popped first: after an error, what was undone is not undone again
             self._undo.pop()()
         self.shared.gatherer.release()
 
     def remove(self) -> None:
         """Remove everything from the model: afterwards it is bit-identical to before, and stays so."""
-        with self.shared.running.one_at_a_time.lock:  # a batch that passes in another thread ends as it began
-            self.shared.running.switch("dense")
+        with self._lock:  # a batch that passes in another thread ends as it began
+            self.shared.running.usual = self.shared.running.applied = "dense"
             self._removed = True
             self._uninstall()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within it the model is as it was before, and may be pruned by something else."""
-        previous = self.mode
-        self._switch("dense")
-        self._uninstall()
-        self.is_suspended = True
+        """Within it the model is as it was before, for all threads, and may be pruned by something else."""
+        previous = self.shared.running.usual
+        with self._lock:
+            self._switch("dense")
+            self._uninstall()
+            self.is_suspended = True
         try:
             yield
         finally:
-            self.is_suspended = False
-            if not self._removed:
-                self._install()
-            self._switch(previous)
+            with self._lock:
+                self.is_suspended = False
+                if not self._removed:
+                    self._install()
+                self._switch(previous)
 
     def freeze(self, kept: Sequence[Tensor]) -> None:
         """Use the same units in all further batches: kept (k,) int64 ascending for each site, in the order of ``cuts``.
@@ -155,15 +160,16 @@ class Engine:
         """
         compensator = without_probe(self.strategy.compensate)
         changes = {"selector": None, "merger": None, "compensate": compensator}
-        previous = self.mode
-        self._switch("dense")
-        self._uninstall()
-        self._use(self.strategy.model_copy(update=changes), self.hooks.trace)
-        for cut, units in zip(self.cuts, kept, strict=True):
-            cut.state.fix(None if cut.whole else units)
-            cut.compensation.use(compensator)
-        self._install()
-        self._switch(previous)
+        with self._lock:
+            previous = self.shared.running.usual
+            self._switch("dense")
+            self._uninstall()
+            self._use(self.strategy.model_copy(update=changes), self.hooks.trace)
+            for cut, units in zip(self.cuts, kept, strict=True):
+                cut.state.fix(None if cut.whole else units)
+                cut.compensation.use(compensator)
+            self._install()
+            self._switch(previous)
 
     # Modes.
 
@@ -179,23 +185,33 @@ class Engine:
 
     @property
     def mode(self) -> Mode:
+        """The mode of this thread's next batch."""
         return self.shared.running.mode
 
+    @property
+    def _lock(self) -> threading.RLock:
+        return self.shared.running.one_at_a_time.lock
+
     def start(self) -> None:
-        """Prune from now on."""
+        """Prune from now on, in all threads."""
         self._switch("prune")
         for cut in self._cut_per_batch():
             cut.state.prepared(self.strategy.scorer)
 
     @contextmanager
     def mode_of(self, mode: Mode) -> Iterator[None]:
-        """A context in which the model runs in another mode: ``dense`` closes cuts made once, ``prune`` opens them."""
-        previous = self.mode
-        self._switch(mode)
+        """A context in which this thread runs the model in another mode.
+
+        Outside of a call of the decoder, modules are in the mode that any thread has set last.
+        """
+        running = self.shared.running
+        previous = running.ask(mode)
+        self._apply()
         try:
             yield
         finally:
-            self._switch(previous)
+            running.ask(previous)
+            self._apply()
 
     @contextmanager
     def calibrating(self, learn: Learn, cuts: Collection[SiteCut] | None = None) -> Iterator[None]:
@@ -216,13 +232,18 @@ class Engine:
             self.hooks.calibrate_with(outer)
 
     def _switch(self, mode: Mode) -> None:
-        if self._removed:
-            return
-        with self.shared.running.one_at_a_time.lock:
-            self._enter(mode)
+        """Set the mode of all threads that have asked for no other one."""
+        self.shared.running.usual = mode
+        self._apply()
+
+    def _apply(self) -> None:
+        """Put the modules in the mode of this thread."""
+        with self._lock:
+            if not (self._removed or self.is_suspended):
+                self._enter(self.mode)
 
     def _enter(self, mode: Mode) -> None:
-        self.shared.running.switch(mode)
+        self.shared.running.applied = mode
         for cut in self.cuts:
             if mode == "prune" and cut.fixed is not None:
                 cut.open(cut.fixed, stays=True)
@@ -244,9 +265,10 @@ class Engine:
 
     def restore(self, histories: list[ChannelHistory] | None) -> None:
         """Restore the channel histories (empty: none), the count of batches, and the random generator."""
-        for cut, history in zip(self.cuts, histories or (), strict=bool(histories)):
-            cut.state.replace_history(history.clone())
-        self.hooks.restart()
+        with self._lock:
+            for cut, history in zip(self.cuts, histories or (), strict=bool(histories)):
+                cut.state.replace_history(history.clone())
+            self.hooks.restart()
 
 
 def _unwrap(decoder: Any, wrapped: DecoderForward, own: Any) -> None:

@@ -7,7 +7,7 @@ through a closure: a copy of the model then gets hooks, state and batches of its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -39,6 +39,8 @@ class Hooks:
     ):
         self.cuts, self.shared, self.trace = cuts, shared, trace
         self.decider, self.prober, self.learner = decider, prober, learner
+        self.installed = False
+        """Whether the engine has put them on the model."""
         self._batches = 0
         self._calibration: Observe | None = None
         self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
@@ -54,7 +56,7 @@ class Hooks:
 
     def begin(self, arguments: dict[str, Any]) -> Batch:
         """A batch begins: the decoder was called with these arguments."""
-        mode, observe = self.shared.running.mode, None
+        mode, observe = self.shared.running.mode if self.installed else "dense", None
         if mode == "calibrate":
             observe = self._calibration
         elif mode == "prune" and self.learner is not None:
@@ -62,13 +64,21 @@ class Hooks:
         tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         rows, length = tokens.shape[:2]
         valid = valid_tokens(arguments.get("attention_mask"), rows, length)
-        return Batch(mode, (rows, length), valid, len(self.cuts), observe)
+        batch = Batch(mode, (rows, length), valid, len(self.cuts), observe)
+        if self.prober is not None and not torch.compiler.is_compiling():
+            batch.generator = self.prober.generator.clone_state()
+        return batch
 
     def succeed(self, batch: Batch) -> None:
-        """The batch has passed: write the updated histories."""
+        """The batch has passed: write the updated histories, and what it leaves to the next one."""
         self._side.join()
         with torch.no_grad():
             commit(batch, self.cuts, self.shared.stages)
+        if self.prober is not None and batch.generator is not None:
+            self.prober.generator = batch.generator
+        if self.trace is not None and batch.records:
+            self.trace += batch.records
+            self._batches += 1
 
     def end(self, batch: Batch) -> None:
         """The batch has ended, with or without an error."""
@@ -208,22 +218,39 @@ class Hooks:
 
     @contextmanager
     def again(self, batch: Batch) -> Iterator[None]:
-        """Within it a batch that has passed is run again, in the mode that it had."""
-        mode = self.shared.running.mode
-        self._turn_fixed(mode, batch.mode)
+        """Within it a batch that has passed is run again, in the mode that it had.
+
+        Raises :class:`ModelError` where the pruning that it ran with has been removed or frozen since.
+        """
+        if not self.installed and batch.mode == "prune":
+            raise ModelError(
+                "this backward pass runs layers again (gradient checkpointing) of a forward pass that was pruned, and "
+                "that pruning is no longer on the model; run the backward pass before remove(), freeze() and "
+                "suspended()"
+            )
+        with self.turned(batch.mode):
+            try:
+                yield
+            finally:
+                self.leave_all(batch)
+
+    def turned(self, mode: Mode) -> AbstractContextManager[None]:
+        """Within it the sites are what a pass in this mode expects, whatever mode another thread has asked for."""
+        return nullcontext() if mode == self.shared.running.applied else self._turned(mode)
+
+    @contextmanager
+    def _turned(self, mode: Mode) -> Iterator[None]:
+        before = [cut.open_cut for cut in self.cuts]
         try:
+            for cut in self.cuts:
+                if cut.fixed is not None and mode == "prune":
+                    cut.open(cut.fixed, stays=True)
+                else:
+                    cut.suspend()
             yield
         finally:
-            self.leave_all(batch)
-            self._turn_fixed(batch.mode, mode)
-
-    def _turn_fixed(self, before: Mode, mode: Mode) -> None:
-        """Open or suspend the cuts that are made once, for a pass in another mode than before."""
-        for cut in self.cuts if mode != before else ():
-            if cut.fixed is not None and mode == "prune":
-                cut.open(cut.fixed, stays=True)
-            elif cut.fixed is not None:
-                cut.suspend()
+            for cut, open_cut in zip(self.cuts, before, strict=True):
+                cut.reopen(open_cut)
 
     def check_no_batch(self, cut: SiteCut) -> None:
         """Raise :class:`ModelError` for a block that runs outside of its decoder although it is cut per batch."""
@@ -244,11 +271,10 @@ class Hooks:
         """Add a decision to the trace, where one is kept; no ``batch`` for decisions made once."""
         if self.trace is None:
             return
-        if batch is not None and batch.number is None:
-            batch.number, self._batches = self._batches, self._batches + 1
-        where = {"batch": None if batch is None else batch.number, "layer": cut.site.layer, "kind": cut.site.kind}
+        number = None if batch is None else self._batches
+        where = {"batch": number, "layer": cut.site.layer, "kind": cut.site.kind}
         seen = {name: getattr(decision, name).tolist() for name in ("kept", "rows", "positions")}
-        self.trace.append(where | seen)
+        (self.trace if batch is None else batch.records).append(where | seen)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -290,11 +316,12 @@ class DecoderForward:
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         hooks, running = self.hooks, self.hooks.shared.running
         batch = hooks.begin(named(self.decoder, args, kwargs))
-        outer = running.enter(batch)
-        try:
-            output = self.forward(*args, **kwargs)
-            hooks.succeed(batch)
-            return output
-        finally:
-            running.enter(outer)
-            hooks.end(batch)
+        with hooks.turned(batch.mode):
+            outer = running.enter(batch)
+            try:
+                output = self.forward(*args, **kwargs)
+                hooks.succeed(batch)
+                return output
+            finally:
+                running.enter(outer)
+                hooks.end(batch)

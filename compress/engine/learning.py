@@ -78,5 +78,13 @@ def commit(batch: Batch, cuts: Sequence[SiteCut], stages: Stages) -> None:
     learnt = [(cut, at_site.learnt) for cut, at_site in zip(cuts, batch.sites, strict=True) if at_site.learnt]
     with stages.history if learnt else nullcontext():
         batch.checks.run()
-        for cut, (columns, updated) in learnt:
-            cut.state.history.write(columns, updated)
+        try:
+            _write(learnt)
+        except BaseException:  # interrupted between two sites: histories of one batch belong together
+            _write(learnt)
+            raise
+
+
+def _write(learnt: Sequence[tuple[SiteCut, tuple[Tensor, Tensor]]]) -> None:
+    for cut, (columns, updated) in learnt:
+        cut.state.history.write(columns, updated)

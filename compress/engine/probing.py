@@ -62,21 +62,20 @@ class Prober:
         merger = strategy.merger
         self._statistic = strategy.scorer.statistic if merger is not None and merger.uses_probe else None
         self._uses_mean = strategy.compensate.uses_probe
-        self._generator = torch.Generator()
         self.restart()
 
     def restart(self) -> None:
         """Restart the random generator."""
-        self._generator.manual_seed(self.strategy.seed)
+        self.generator = torch.Generator().manual_seed(self.strategy.seed)
 
     @torch.no_grad()
     def probe(self, cut: SiteCut, given: SiteInput) -> Probe:
         """Choose the probe's tokens, and run the site's first half on them if the merger or compensation needs it."""
-        strategy, valid = self.strategy, given.valid
+        strategy, valid, batch = self.strategy, given.valid, given.batch
         with self.stages.select:
             states = given.residual if self.selector.looks_at == "residual" else given.normed(cut)
             counted = None if valid is None else strategy.counted(valid)
-            rows, positions = self.selector.select(states, counted, self._generator)
+            rows, positions = self.selector.select(states, counted, batch.generator or self.generator)
         probe = Probe(rows, positions)
         if self._statistic is not None or self._uses_mean:
             with self.stages.probe:
@@ -90,7 +89,7 @@ class Prober:
                     probe.statistic = strategy.measure(self._statistic, tokens, counted, cut.state.history.mean)
                 if self._uses_mean:
                     probe.mean = mean_of(x, real)
-                    given.batch.checks.add(probe.mean, PROBED, cut.site)
+                    batch.checks.add(probe.mean, PROBED, cut.site)
         return probe
 
 

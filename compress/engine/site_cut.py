@@ -352,7 +352,14 @@ class SiteCut:
             for module, name, _, whole in self.binding.attributes:
                 setattr(module, name, whole)
             if self.binding.site.query_heads_per_kv:
-                delattr(self.binding.entry, KV_INDEX)
+                vars(self.binding.entry).pop(KV_INDEX, None)
+
+    def reopen(self, before: OpenCut | None) -> None:
+        """Open the cut that was open before; None: compute with all units."""
+        if before is None:
+            self.suspend()
+        else:
+            self.open(before.kept, before.probe_mean, before.stays)
 
     def close(self) -> None:
         """Compute with all units, leave nothing of the cut on the model, and free its memory."""
