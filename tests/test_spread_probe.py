@@ -9,6 +9,7 @@ from prunekit.compress.engine import decider, probing
 from prunekit.compress.engine.probing import pick_tokens, probe_states
 from prunekit.registry import HistoryMerger, Strategy
 from prunekit.strategies.pp.selectors import SpreadProbe
+from transformers import DynamicCache
 
 BATCH, LENGTH = 4, 24
 PLACES = torch.arange(LENGTH)
@@ -70,8 +71,7 @@ def test_arguments_are_cut_to_every_rows_positions(batch, masks, first):
     mask = torch.randn(masks, 1, 6, 6, generator=generator())
     rotary = tuple(torch.randn(1, 6, 8, generator=generator(seed)) for seed in (1, 2))
     arguments = {
-        "hidden_states": torch.zeros(batch, 6, 8),
-        "past_key_values": object(),
+        "layer_past": DynamicCache(),
         "position_embeddings": rotary,
         "position_ids": torch.arange(6)[None],
         "attention_mask": mask,

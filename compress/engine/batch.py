@@ -119,6 +119,8 @@ class Batch:
         """By the sites' numbers."""
         self.cache: Any = None
         """The key/value cache of the layer that runs; None without one."""
+        self.layer = 0
+        """The index of that layer in the cache."""
         self.cached = 0
         """Positions that the cache already holds of that layer; more than 0 in the decode steps of a generation."""
         self.probe: ProbeRun | None = None
@@ -253,6 +255,12 @@ def learn_parameters(modules: Sequence[nn.Module]) -> None:
 def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by name, those given by position too; :func:`learn_parameters` has seen the module."""
     return {**dict(zip(_PARAMETERS[type(module)], args, strict=False)), **kwargs} if args else kwargs
+
+
+def split(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What a block reads, its first parameter, and its other arguments by name."""
+    arguments = dict(named(module, args, kwargs))
+    return arguments.pop(_PARAMETERS[type(module)][0]), arguments
 
 
 def valid_tokens(attention_mask: Any, batch: int, length: int) -> Tensor | None:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ...registry import ModelError
+from ...registry.tensors.caches import cache_among
 from .batch import named
 from .hooks import Hooks
-from .probing import CACHE_ARGUMENT
 from .runtime import CompileMode
 
 WORTH_FROM = 32
@@ -79,4 +79,4 @@ def check_compiler(device: torch.device) -> None:
 def _caches(decoder: Any, arguments: dict[str, Any]) -> bool:
     """Whether a pass fills or reads a key/value cache."""
     asked = arguments.get("use_cache")
-    return arguments.get(CACHE_ARGUMENT) is not None or bool(decoder.config.use_cache if asked is None else asked)
+    return cache_among(arguments) is not None or bool(decoder.config.use_cache if asked is None else asked)

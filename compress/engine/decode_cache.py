@@ -1,55 +1,134 @@
-"""Decisions that are stored with a key/value cache: decode steps reuse the decisions of their prefill."""
+"""Decisions that are stored with a key/value cache: decode steps reuse the decisions of their prompt.
+
+A decision belongs to the prompt that filled the cache. What is stored is plain data, so that it goes wherever the cache
+goes: into a copy, a file, another process. It names the pruning that made it, and every other pruning refuses it.
+"""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...registry import DataError, Site
-
-_numbers = itertools.count()
+from ...registry import DataError, ModelError, Site, Strategy
+from .site_cut import SiteCut
 
 Kept = tuple[Tensor, "Tensor | None"]
 """Kept units (k,), and the mean (C,) of the probe where compensation uses one."""
+
+MARK = "prunekit"
+"""Attribute of a cache: the pruning that filled it, and by layer the prompt's length and the decisions."""
+
+REMEDY = (
+    "pass the whole prompt in one call with an empty cache (in generate(), without prefill_chunk_size and "
+    "past_key_values), or choose the units once for all texts with pruned.freeze()"
+)
 
 
 class CacheDecisions:
     """Stores the decisions of one pruning on the cache object, so that generations may be interleaved."""
 
-    def __init__(self) -> None:
-        self._attribute = f"prunekit_{next(_numbers)}"
+    def __init__(self, strategy: Strategy, cuts: Sequence[SiteCut]):
+        self.strategy, self.cuts = strategy, cuts
+        self._pruning: str | None = None
 
-    def enter(self, cache: Any, layer: int, pruning: bool) -> int:
-        """A layer begins; returns the positions that the cache holds of it.
+    def enter(self, cache: Any, layer: int, tokens: int, pruning: bool, decides: bool) -> int:
+        """A layer begins with so many tokens; returns the positions that the cache already holds of it.
 
-        Raises :class:`DataError` for a cache that was filled with pruning on and continues with it off, or the other
-        way round.
+        ``layer`` is its index in the cache, ``decides`` whether its units depend on the prompt. Raises
+        :class:`DataError` for a cache that was filled otherwise than the model runs now, and for a prompt in pieces.
         """
+        cache = _own(cache)
         cached = int(cache.get_seq_length(layer))
-        decided = self._decided(cache)
         if not cached:
-            # A cache that was reset and is used for a new prompt must not restore its old decision.
-            for key in [key for key in decided if key[0] == layer]:
-                del decided[key]
-            if pruning:
-                decided[layer, "pruned"] = None
-        elif pruning != ((layer, "pruned") in decided):
-            how, now = ("without", "with") if pruning else ("with", "without")
+            self._begin(cache, layer, tokens, pruning)
+            return 0
+        known, marked = self._layer(cache, layer), layer in vars(cache).get(MARK, {"layers": ()})["layers"]
+        if (marked and not pruning) or (pruning and known is None):
+            how = "with this pruning" if known is not None else f"with{' another' if marked else 'out this'} pruning"
             raise DataError(
-                f"layer {layer}: the key/value cache already holds {cached} positions that were computed {how} "
-                f"this pruning, and the model now runs {now} it; start the prompt with an empty cache"
+                f"layer {layer}: the key/value cache already holds {cached} positions that were computed {how}, and "
+                f"the model now runs {'with this' if pruning else 'without any'}; start the prompt with an empty cache"
             )
+        if pruning and decides and known is not None:
+            if cached < known["prompt"]:
+                raise DataError(
+                    f"layer {layer}: the key/value cache was cropped to {cached} positions, but its units were chosen "
+                    f"from a prompt of {known['prompt']}; {REMEDY}"
+                )
+            if tokens > 1:
+                raise DataError(
+                    f"layer {layer}: {tokens} tokens in one call continue a key/value cache of {cached} positions, "
+                    f"whose units were chosen without them; {REMEDY}"
+                )
         return cached
 
-    def of(self, cache: Any, site: Site) -> Kept | None:
+    def of(self, cache: Any, layer: int, site: Site) -> Kept | None:
         """What was decided for a site with this cache."""
-        return self._decided(cache).get((site.layer, site.kind))
+        known = self._layer(_own(cache), layer)
+        return None if known is None else known.get(site.kind)
 
-    def remember(self, cache: Any, site: Site, kept: Tensor, probe_mean: Tensor | None) -> None:
+    def remember(self, cache: Any, layer: int, site: Site, kept: Tensor, probe_mean: Tensor | None) -> None:
         """Keep a decision for the steps to come."""
-        self._decided(cache)[site.layer, site.kind] = kept, probe_mean
+        known = self._layer(_own(cache), layer)
+        assert known is not None  # the layer has begun
+        known[site.kind] = kept, probe_mean
 
-    def _decided(self, cache: Any) -> dict[tuple[int, str], Any]:
-        return cache.__dict__.setdefault(self._attribute, {})
+    def _begin(self, cache: Any, layer: int, tokens: int, pruning: bool) -> None:
+        """A prompt begins in an empty cache: what was decided for an earlier one is gone."""
+        mark = vars(cache).get(MARK)
+        if pruning:
+            if mark is None or mark["pruning"] != self.pruning:
+                mark = vars(cache)[MARK] = {"pruning": self.pruning, "layers": {}}
+            mark["layers"][layer] = {"prompt": tokens}
+        elif mark is not None:
+            mark["layers"].pop(layer, None)
+            if not mark["layers"]:
+                del vars(cache)[MARK]
+
+    def _layer(self, cache: Any, layer: int) -> dict[str, Any] | None:
+        """What this pruning has stored of a layer."""
+        mark = vars(cache).get(MARK)
+        return mark["layers"].get(layer) if mark is not None and mark["pruning"] == self.pruning else None
+
+    @property
+    def pruning(self) -> str:
+        """Names the pruning, in every process alike: its options, sites and counts, and what was decided once."""
+        if self._pruning is None:
+            kind, options = self.strategy.identity
+            parts = [f"{kind.__module__}.{kind.__qualname__}", options]
+            for cut in self.cuts:
+                fixed, mean = cut.fixed, cut.history.mean if cut.compensation.wanted else None
+                parts.append(repr((cut.site, cut.count, None if fixed is None else fixed.tolist())))
+                parts.append("" if mean is None else mean.cpu().numpy().tobytes().hex())
+            self._pruning = sha256("\n".join(parts).encode()).hexdigest()
+        return self._pruning
+
+
+def _own(cache: Any) -> Any:
+    """The cache of the decoder's own tokens: in an encoder-decoder cache it is one of two."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def cache_indices(model: nn.Module, layers: Sequence[nn.Module], sites: Sequence[Site]) -> list[int]:
+    """Every layer's index in a key/value cache: the ``layer_idx`` of its attention, or else its place.
+
+    They differ in a model whose layers were taken out or put in another order. Raises :class:`ModelError` for two
+    layers with the same index.
+    """
+    found = list(range(len(layers)))
+    for site in sites:
+        if site.kind == "attention":
+            modules = [*model.get_submodule(site.entry).modules(), *layers[site.layer].modules()]
+            own = [number for module in modules if isinstance(number := getattr(module, "layer_idx", None), int)]
+            found[site.layer] = own[0] if own else site.layer
+    for place, index in enumerate(found):
+        if index in found[:place]:
+            entry = next(site.entry for site in sites if site.layer == place)
+            raise ModelError(
+                f"layers {found.index(index)} and {place} both have layer_idx {index}, so they would share one part of "
+                f"a key/value cache; give every layer a number of its own, as in {entry}.layer_idx = {place}"
+            )
+    return found

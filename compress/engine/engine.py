@@ -18,6 +18,7 @@ from .checkpointing import restore_checkpoint
 from .compensation import without_probe
 from .compiling import CompiledForward
 from .decider import Decider
+from .decode_cache import cache_indices
 from .gathering import store_column_major
 from .hooks import DecoderForward, Hooks
 from .kv_index import enable_kv_index
@@ -56,6 +57,7 @@ class Engine:
             self.cuts.append(SiteCut(number, binding, SiteState(binding, strategy), self.shared))
         found: Any = model.get_submodule(layers)
         self.layers: list[nn.Module] = list(found)
+        self._cache_indices = cache_indices(model, self.layers, self.all_sites or sites)
         self.decoder = model.get_submodule(layers.rpartition(".")[0])
         """The module that owns the layers: one call of it is one batch."""
         self.is_suspended = self._removed = False
@@ -96,7 +98,8 @@ class Engine:
         # The strategy's hooks need a recomputation's batch in every layer.
         for index in range(len(self.layers)) if own else sorted({cut.site.layer for cut in self.cuts}):
             self._undo.append(partial(restore_checkpoint, self.layers[index]))
-            self._hook(self.layers[index].register_forward_pre_hook(hooks.enter_layer(index), **before))
+            entered = hooks.enter_layer(index, self._cache_indices[index])
+            self._hook(self.layers[index].register_forward_pre_hook(entered, **before))
         if prober is None:
             return
         for cut in self.cuts:

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import ModelError
+from ...registry import DataError, ModelError
+from ...registry.tensors.caches import cache_among, is_bare_cache
 from .ahead import SideStreams, following_sites
-from .batch import Batch, Decision, Mode, Observe, Running, named, valid_tokens, worth_reusing
+from .batch import Batch, Decision, Mode, Observe, Running, named, split, valid_tokens, worth_reusing
 from .checkpointing import use_checkpoint
 from .decider import Decider
 from .decode_cache import CacheDecisions
 from .learning import Learner, commit
-from .probing import CACHE_ARGUMENT, Prober, SiteInput
+from .probing import Prober, SiteInput
 from .site_cut import Shared, SiteCut
 
 
@@ -44,7 +45,7 @@ class Hooks:
         self._batches = 0
         self._calibration: Observe | None = None
         self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
-        self._cached = CacheDecisions()
+        self._cached = CacheDecisions(decider.strategy, cuts)
         self._side = SideStreams(shared.runtime.overlap)
 
     def calibrate_with(self, observe: Observe | None) -> Observe | None:
@@ -88,20 +89,26 @@ class Hooks:
 
     # A layer, and its sites.
 
-    def enter_layer(self, index: int) -> Callable:
-        """A layer begins."""
+    def enter_layer(self, place: int, index: int) -> Callable:
+        """A layer begins; it has an index of its own in a key/value cache."""
+        mine = [cut for cut in self.cuts if cut.site.layer == place]
 
-        def hook(hooks: Hooks, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def hook(
+            hooks: Hooks, mine: list[SiteCut], index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+        ) -> None:
             batch = hooks.shared.running.batch
             if batch is not None:
-                batch.cache = named(layer, args, kwargs).get(CACHE_ARGUMENT)
-                batch.cached = 0
+                arguments, pruning = named(layer, args, kwargs), batch.mode == "prune"
+                decides = hooks.prober is not None and not all(cut.whole for cut in mine)
+                if pruning and decides:
+                    hooks.check_cache(index, arguments)
+                batch.cache, batch.layer, batch.cached = cache_among(arguments), index, 0
                 if batch.cache is not None:
-                    batch.cached = hooks._cached.enter(batch.cache, index, batch.mode == "prune")
+                    batch.cached = hooks._cached.enter(batch.cache, index, batch.shape[1], pruning, decides)
                 if layer.training and torch.is_grad_enabled():
                     use_checkpoint(layer, hooks.shared.running, hooks.again)
 
-        return partial(hook, self, index)
+        return partial(hook, self, mine, index)
 
     def enter_norm(self, cut: SiteCut) -> Callable:
         """A site's norm reads the residual stream."""
@@ -130,22 +137,22 @@ class Hooks:
             residual, at_site.residual = at_site.residual, None
             if residual is None:
                 raise hooks.no_norm(cut)
-            arguments = named(module, args, kwargs)
+            hidden, arguments = split(module, args, kwargs)
             if not cut.state.whole:
-                known = None if batch.cache is None else hooks._cached.of(batch.cache, cut.binding.site)
+                known = None if batch.cache is None else hooks._cached.of(batch.cache, batch.layer, cut.binding.site)
                 if known is not None:
                     cut.open(*known, stays=True)
                     return
                 decision = at_site.decision
                 if decision is None:
-                    hidden = args[0] if args else kwargs["hidden_states"]
                     given = hooks.input_of(cut, batch, residual, hidden, arguments)
                     decision = at_site.decision = hooks.decide(cut, given, prober)
                 else:
                     hooks._side.join()
                 cut.open(decision.kept, decision.probe_mean, cut.state.fixed is not None or batch.cache is not None)
                 if batch.cache is not None:
-                    hooks._cached.remember(batch.cache, cut.binding.site, decision.kept, decision.probe_mean)
+                    kept, probe_mean = decision.kept, decision.probe_mean
+                    hooks._cached.remember(batch.cache, batch.layer, cut.binding.site, kept, probe_mean)
                 if hooks.trace is not None and not batch.passed:
                     hooks.record(cut, decision, batch)
             following = hooks._following[cut.number]
@@ -259,6 +266,15 @@ class Hooks:
                 f"{cut.site.label} runs outside of a call of its decoder, and this pruning decides per batch of the "
                 "decoder; call the whole model, or run this inside pruned.dense()"
             )
+
+    def check_cache(self, layer: int, arguments: dict[str, Any]) -> None:
+        """Raise :class:`DataError` for a key/value cache that cannot carry decisions."""
+        for name, value in arguments.items():
+            if is_bare_cache(name, value):
+                raise DataError(
+                    f"layer {layer}: {name} is a key/value cache without a class (a {type(value).__name__}), and the "
+                    "units chosen from a prompt are stored with its cache; use a transformers Cache, or use_cache=False"
+                )
 
     def no_norm(self, cut: SiteCut) -> ModelError:
         """The error for a block that runs without the norm that its site names."""

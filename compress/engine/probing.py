@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ...registry import ProbeSelector, Strategy, position_sums
+from ...registry.tensors.caches import without_caches
 from .batch import PROBED, Batch, ProbeProducts, ProbeRun
 from .runtime import Stages
 from .site_cut import SiteCut
-
-CACHE_ARGUMENT = "past_key_values"
 
 
 @dataclass(eq=False)
@@ -31,7 +30,7 @@ class SiteInput:
     valid: Tensor | None
     """(B, T) bool: real tokens; None where all are."""
     arguments: dict[str, Any]
-    """What else an attention's forward is called with."""
+    """What else the block's forward is called with."""
     reuse: bool = False
     """Whether the batch reuses what the producers compute for the probe."""
 
@@ -136,9 +135,7 @@ def _chosen_arguments(
 ) -> dict[str, Any]:
     """The attention's keyword arguments, those per token cut to the probe's tokens, the cache left out."""
     batch = hidden.shape[0]
-    chosen = dict(arguments)
-    chosen.pop("hidden_states", None)
-    chosen.pop(CACHE_ARGUMENT, None)
+    chosen = without_caches(arguments)
     if chosen.get("position_embeddings") is not None:
         cos, sin = chosen["position_embeddings"]
         chosen["position_embeddings"] = (

@@ -24,7 +24,8 @@ from ..roles.hookspecs import ROLES
 from ..roles.strategy import Strategy
 from ..tensors.tokens import context_length
 from .compensators import COMPENSATOR_CHECKS
-from .parts import ROLE_CHECKS, check_sites, expect
+from .parts import ROLE_CHECKS, expect
+from .sites import check_sites
 
 Check = Callable[[Any], None]
 """Takes one component, of the role that the check is of."""

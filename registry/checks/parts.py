@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,8 @@ from ..roles.parts import (
     SiteScores,
     SparsityAllocator,
 )
-from ..sites import AttentionUnit, Producer, Rows, Site, SiteKind
+from ..sites import Producer, Rows, Site, SiteKind
 from ..tensors.statistics import ChannelHistory, Statistic
-
-if TYPE_CHECKING:
-    from torch import nn
 
 UNITS, UNIT_SIZE = 6, 4
 
@@ -250,40 +247,6 @@ def check_model_types(architecture: Architecture) -> None:
     """It names the model types that it serves."""
     types = architecture.model_types
     expect(bool(types) and all(isinstance(t, str) for t in types), architecture, "names no config.model_type")
-
-
-def check_sites(architecture: Architecture, model: nn.Module, attention_unit: AttentionUnit = "kv_group") -> None:
-    """Raise :class:`AssertionError` unless the sites fit the model: names, shapes, parameters, order."""
-    layers = len(list(model.get_submodule(architecture.layers).children()))
-    sites = architecture.sites(model, attention_unit)
-    wanted = [(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]
-    found = [(site.layer, site.kind) for site in sites]
-    expect(found == wanted, architecture, f"must list sites layer by layer, attention before MLP, found {found}")
-    for site in sites:
-        weight = model.get_submodule(site.consumer).get_parameter("weight")
-        shape = (site.outputs, site.channels)
-        real = tuple(weight.shape)
-        expect(real == shape, architecture, f"{site.label}: {site.consumer} is {real}, the site says {shape}")
-        paths = (site.norm, site.entry, *((site.activation,) if site.activation else ()))
-        for path in paths:
-            model.get_submodule(path)
-        unit, parameters = torch.tensor([0]), site.unit_size * site.outputs
-        for producer in site.producers:
-            linear: Any = model.get_submodule(producer.path)
-            rows = producer.rows(torch.arange(site.units)).sort().values
-            whole = torch.equal(rows, torch.arange(linear.out_features))
-            expect(whole, architecture, f"{site.label}: units own {len(rows)} rows of {producer.path}, not all once")
-            owned = len(producer.rows(unit))
-            parameters += owned * (linear.in_features + (linear.bias is not None))
-        expect(
-            site.unit_parameters == parameters,
-            architecture,
-            f"{site.label}: a unit has {parameters} parameters, the site says {site.unit_parameters}",
-        )
-        for attribute in site.shape_attributes:
-            value = getattr(model.get_submodule(attribute.path), attribute.attribute)
-            stated = site.units * attribute.per_unit
-            expect(value == stated, architecture, f"{attribute.path}.{attribute.attribute} is {value}, not {stated}")
 
 
 ROLE_CHECKS: dict[type[Component], list[Callable]] = {

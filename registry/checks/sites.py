@@ -1,0 +1,141 @@
+"""Checks of an architecture on a model: what its sites say, and what happens to them in a pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..roles.parts import Architecture
+from ..sites import AttentionUnit, Site
+from ..tensors.caches import cache_among, without_caches
+from .parts import expect
+
+
+def check_sites(architecture: Architecture, model: nn.Module, attention_unit: AttentionUnit = "kv_group") -> None:
+    """Raise :class:`AssertionError` unless the sites fit the model: names, shapes, parameters, order, and its passes.
+
+    The model runs on 12 random tokens, with a key/value cache.
+    """
+    layers = len(list(model.get_submodule(architecture.layers).children()))
+    sites = architecture.sites(model, attention_unit)
+    wanted = [(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]
+    found = [(site.layer, site.kind) for site in sites]
+    expect(found == wanted, architecture, f"must list sites layer by layer, attention before MLP, found {found}")
+    for site in sites:
+        weight = model.get_submodule(site.consumer).get_parameter("weight")
+        shape = (site.outputs, site.channels)
+        real = tuple(weight.shape)
+        expect(real == shape, architecture, f"{site.label}: {site.consumer} is {real}, the site says {shape}")
+        paths = (site.norm, site.entry, *((site.activation,) if site.activation else ()))
+        for path in paths:
+            model.get_submodule(path)
+        unit, parameters = torch.tensor([0]), site.unit_size * site.outputs
+        for producer in site.producers:
+            linear: Any = model.get_submodule(producer.path)
+            rows = producer.rows(torch.arange(site.units)).sort().values
+            whole = torch.equal(rows, torch.arange(linear.out_features))
+            expect(whole, architecture, f"{site.label}: units own {len(rows)} rows of {producer.path}, not all once")
+            owned = len(producer.rows(unit))
+            parameters += owned * (linear.in_features + (linear.bias is not None))
+        expect(
+            site.unit_parameters == parameters,
+            architecture,
+            f"{site.label}: a unit has {parameters} parameters, the site says {site.unit_parameters}",
+        )
+        for attribute in site.shape_attributes:
+            value = getattr(model.get_submodule(attribute.path), attribute.attribute)
+            stated = site.units * attribute.per_unit
+            expect(value == stated, architecture, f"{attribute.path}.{attribute.attribute} is {value}, not {stated}")
+    check_pass(architecture, model, sites)
+
+
+Call = tuple[nn.Module, tuple, dict[str, Any]]
+"""A module that was called, and its arguments."""
+
+
+@torch.no_grad()
+def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) -> None:
+    """A pass calls each site's norm, entry, producers and consumer in this order, and its block can run again alone.
+
+    A probe runs the block again, without the key/value cache. It must compute the same, and leave the cache as it is.
+    """
+    embeddings = model.get_input_embeddings()
+    ids = torch.randint(embeddings.num_embeddings, (2, 6), generator=torch.Generator().manual_seed(0))
+    with recorded(model) as calls:
+        output = model(input_ids=ids.to(embeddings.weight.device), use_cache=True)
+        first, cache = list(calls), cache_among(output)
+        for site in sites:
+            producers = [producer.path for producer in site.producers]
+            calls_of = {path: _call(architecture, site, path, model, first) for path in _paths(site)}
+            norm, entry, consumer = (calls_of[path] for path in (site.norm, site.entry, site.consumer))
+            fits = norm < entry and all(entry <= calls_of[path] < consumer for path in producers)
+            expect(
+                fits,
+                architecture,
+                f"{site.label}: a pass must call {site.norm}, then {site.entry}, then {', '.join(producers)}, then "
+                f"{site.consumer}; it calls them in another order",
+            )
+            if site.activation is not None:
+                continue
+            before = _lengths(cache)
+            del calls[:]
+            _run_alone(*first[entry])
+            expect(
+                before == _lengths(cache),
+                architecture,
+                f"{site.label}: {site.entry} writes to the key/value cache although it is called without one, as a "
+                "probe does; the cache must be an argument of its own, with a method get_seq_length",
+            )
+            seen = first[consumer][1][0], calls[_call(architecture, site, site.consumer, model, calls)][1][0]
+            expect(
+                seen[0].shape == seen[1].shape and torch.allclose(*seen, rtol=1e-3, atol=1e-4),
+                architecture,
+                f"{site.label}: {site.entry} computes something else when it is called again without the key/value "
+                "cache, as a probe does",
+            )
+
+
+def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    names = list(inspect.signature(type(entry).forward).parameters)[1:]
+    arguments = without_caches({**dict(zip(names, args, strict=False)), **kwargs})
+    entry(arguments.pop(names[0]), **arguments)
+
+
+def _lengths(cache: Any) -> list[int]:
+    return [] if cache is None else [int(cache.get_seq_length(layer)) for layer in range(len(cache))]
+
+
+def _paths(site: Site) -> list[str]:
+    return [site.norm, site.entry, *(producer.path for producer in site.producers), site.consumer]
+
+
+def _call(architecture: Architecture, site: Site, path: str, model: nn.Module, calls: Sequence[Call]) -> int:
+    """The number of a module's first call."""
+    module = model.get_submodule(path)
+    found = [number for number, call in enumerate(calls) if call[0] is module]
+    expect(bool(found), architecture, f"{site.label}: a pass never calls {path}")
+    return found[0]
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Call]]:
+    """Within it, without dropout, every call of a module is added to the list."""
+    calls: list[Call] = []
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [
+        module.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+        for module in model.modules()
+    ]
+    model.eval()
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
