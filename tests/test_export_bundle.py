@@ -217,6 +217,8 @@ def test_what_is_no_export(tmp_path, command):
     for folder in (tmp_path, tmp_path / "nowhere"):
         code, output = command("verify", folder)
         assert code == 2 and ("not a finished export" in output or "is not a folder" in output)
+    (tmp_path / "results.json").write_text("{}")
+    assert "it is a results folder, so export it first (prunekit export)" in command("verify", tmp_path)[1]
 
 
 def test_an_existing_folder_is_refused(exported, pipeline_file, command, tmp_path):

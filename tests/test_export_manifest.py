@@ -1,6 +1,7 @@
 """A manifest that is damaged, and a damaged export that is named as a model: reported in one sentence, never run."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -126,3 +127,14 @@ def test_a_gguf_is_not_called_broken_where_nothing_can_run_it(tmp_path, command,
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     code, output = command("verify", tmp_path / "out")
     assert code == 0 and "files holds" in output and "llama-cpp-python is not installed" in output
+    assert "out: holds as far as checked; not checked: loading" in output
+    code, output = command("verify", tmp_path / "out", "--strict")
+    assert code == 1 and "holds as far as checked" in output
+
+
+def test_a_damaged_model_is_named_by_the_command_and_on_its_card(tmp_path, command):
+    file = tmp_path / "file.yaml"
+    file.write_text("prune: {use: random, ratio: 0.7}\nevaluate: [{name: perplexity, window: 64, limit: 2}]\n")
+    code, output = command("export", file, "--profile", "padded", "--out", tmp_path / "out")
+    said = re.search(r"perplexity rose (\S+)x, from \S+ to \S+: the model is damaged; cut less, or recover it", output)
+    assert code == 0 and said and said[0] in (tmp_path / "out" / "README.md").read_text()

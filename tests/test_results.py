@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from prunekit.compress.output.folders import RunFolder
-from prunekit.compress.runs.records import read_results
+from prunekit.compress.runs.records import damage, read_results
 from prunekit.compress.runs.results import Results
 from prunekit.registry import SpecError
 
@@ -88,3 +88,17 @@ def test_what_is_damaged_or_foreign_is_refused_in_one_sentence(tmp_path, change,
         read_results(folder)
     assert str(folder / "results.json") in str(caught.value) and "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "rise"), [(50.0, 150.1, "3x"), (50.0, "inf", "infx"), (52.57, 1118, "21.3x")]
+)
+def test_a_perplexity_that_rose_far_is_a_damaged_model(dense, pruned, rise):
+    (said,) = damage("perplexity 2", {"perplexity": dense}, {"perplexity": pruned})
+    assert said.startswith(f"perplexity 2 rose {rise}, from {dense:.4g}") and "the model is damaged; cut less" in said
+
+
+@pytest.mark.parametrize(("dense", "pruned"), [(50.0, 149.0), (None, 9.0), (50.0, None), ("nan", 9.0), (50.0, "nan")])
+def test_other_models_are_not_called_damaged(dense, pruned):
+    assert damage("perplexity", {"perplexity": dense}, {"perplexity": pruned, "loss": 99.0}) == []
+    assert damage("cost", None, {"flops": 3.0}) == []

@@ -66,16 +66,17 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of a dynamic export's base model and of task folders.")
     ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 also if something was not checked.")] = False,
 ) -> None:
     """Check an exported folder: files, loading, recorded numbers.
 
-    Exit code 1 if a check fails.
+    Exit code 1 if a check fails. What cannot be checked here is named.
     """
     from ..export import verify as verifying
     from ..output import printing
 
     printing.quiet()
-    if not verifying.verify(folder, base, plugin or (), measure, trust_remote_code):
+    if not verifying.verify(folder, base, plugin or (), measure, trust_remote_code, strict):
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.exported.manifest import Manifest
 from ..output.formatting import number, sentence, share, table
+from ..runs.records import damage
 from .constraint import sentence as rounding_sentence
 from .profiles import TOOLS, profile_named
 
@@ -60,6 +61,7 @@ def card(manifest: Manifest, name: str) -> str:
         revision=base.commit or base.revision,
         runs=", ".join(f"{tool} ({state})" for tool, state in states if state != "no"),
         results=_Block("\n".join(table(metric_heads(manifest), rows))),
+        damages=damages(manifest),
         layers=_Block("\n".join(_layers(manifest))),
         rounding=rounding and rounding_sentence(rounding, manifest.ratio.asked),
         share=share,
@@ -113,6 +115,11 @@ def metric_rows(manifest: Manifest) -> list[list[str]]:
     if manifest.profile == "dynamic":
         rows.append(["parameters a batch uses", number(counts.dense), number(counts.active)])
     return rows
+
+
+def damages(manifest: Manifest) -> list[str]:
+    """A sentence for every perplexity that rose far."""
+    return [line for found in manifest.metrics for line in damage(found.label, found.dense, found.exported)]
 
 
 def _layers(manifest: Manifest) -> list[str]:

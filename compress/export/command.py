@@ -16,7 +16,7 @@ from ..output import printing
 from ..output.formatting import share
 from ..output.records import as_number
 from ..runs.records import Comparison, RunResult, read_results
-from .card import metric_heads, metric_rows
+from .card import damages, metric_heads, metric_rows
 from .constraint import sentence as rounding_sentence
 from .exporting import Exporter
 from .profiles import PROFILES, TOOLS
@@ -96,7 +96,7 @@ def show_end(manifest: Manifest) -> None:
     if check is not None:
         exact = "bit-equal" if check.logits == "equal" else f"equal to {check.largest_difference:.1e}"
         printing.say(f"loaded again: logits {exact} over {check.tokens} tokens")
-    for note in manifest.notes:
+    for note in [*damages(manifest), *manifest.notes]:
         printing.warning(note)
 
 

@@ -38,9 +38,14 @@ class _NotHere(Exception):
 
 
 def verify(
-    folder: Path, base: str | None, plugins: Sequence[Path], measure: bool = True, trust_remote_code: bool = False
+    folder: Path,
+    base: str | None,
+    plugins: Sequence[Path],
+    measure: bool = True,
+    trust_remote_code: bool = False,
+    strict: bool = False,
 ) -> bool:
-    """Check a folder, print a line for each check, and return whether no check failed.
+    """Check a folder, print a line for each check, and return whether no check failed; if ``strict``, all were made.
 
     Raises :class:`DataError` for a folder that is not an export.
     """
@@ -49,11 +54,18 @@ def verify(
     with printing.Bars() as bars:
         verification = Verification(folder, manifest, base, plugins, measure, trust_remote_code, bars.track)
         found = list(verification.checks())
-    passed = all(check.state != "fails" for check in found)
     rows = [(check.what, check.state, check.detail) for check in found]
     printing.show_table(("check", "", "what was found"), rows, left=3)
-    printing.say(f"{folder}: {'holds' if passed else 'does not hold'}", whole=True)
-    return passed
+    printing.say(f"{folder}: {verdict(found)}", whole=True)
+    return not any(check.state == "fails" or (strict and check.state == "not checked") for check in found)
+
+
+def verdict(found: Sequence[Check]) -> str:
+    """What the checks say together: a check that was not made is named."""
+    if any(check.state == "fails" for check in found):
+        return "does not hold"
+    left = [check.what for check in found if check.state == "not checked"]
+    return f"holds as far as checked; not checked: {', '.join(left)}" if left else "holds"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ...registry import SpecError
 from ..files.dotted import flatten, resolved_settings
 from ..output import printing
 from ..output.formatting import number
-from ..runs.records import RESULTS, Comparison, EvaluatorResult, RunResult, read_results
+from ..runs.records import RESULTS, Comparison, EvaluatorResult, RunResult, damages, read_results
 from ..runs.report import headline
 from .axes import finite
 from .protocols import fact
@@ -67,6 +67,9 @@ def compare(a: Path, b: Path, samples: int = 10_000, seed: int = 0) -> None:
     printing.show_table(("measurement", "dense", "A", "B", "B to A"), results(first, second), title="results")
     for sentence in [*differences(first, second), *intervals(first, second, samples, seed)]:
         printing.say(sentence)
+    for name, result in zip("AB", (first, second), strict=True):
+        for sentence in damages(result.metrics):
+            printing.warning(f"{name}: {sentence}")
 
 
 def settings(a: str | None, b: str | None) -> list[Line]:

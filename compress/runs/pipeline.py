@@ -24,7 +24,7 @@ from ..pruning.prune import prune
 from .measuring import Known, Measuring
 from .preflight import check_calibration, check_rows
 from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
-from .records import FORMAT, EvaluatorResult, RunResult, Seconds
+from .records import FORMAT, EvaluatorResult, RunResult, Seconds, damages
 from .results import Results
 from .text import calibration_batches, read_documents
 from .text import fingerprint as text_fingerprint
@@ -129,7 +129,7 @@ class Pipeline:
             seeds={"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             versions=versions(),
             plugins=plugins_used(spec),
-            notes=[*notes, *(note for metric in metrics for note in metric.notes)],
+            notes=[*notes, *damages(metrics), *(note for metric in metrics for note in metric.notes)],
             seconds=Seconds(
                 load=round(prepared - began, 2),
                 prune=round(calibrated - prepared, 2),

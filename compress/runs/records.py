@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,7 +11,19 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ...registry import SpecError
 from ..files.reader import describe
-from ..output.records import CalibrationFacts, CompensationFacts, LayerCut, ModelFacts, Plain, Ratio, Record, Values
+from ..output.formatting import number
+from ..output.records import (
+    CalibrationFacts,
+    CompensationFacts,
+    LayerCut,
+    ModelFacts,
+    Plain,
+    Ratio,
+    Record,
+    Value,
+    Values,
+    as_number,
+)
 
 FORMAT: Literal[1] = 1
 """Version of results.json's layout."""
@@ -33,6 +46,19 @@ class EvaluatorResult(Record):
     """Values per layer, losses per window: of the ``dense`` and of the ``pruned`` model."""
     notes: list[str] = Field(default_factory=list)
     seconds: float = 0.0
+
+
+DAMAGED = 3
+"""Times the dense model's perplexity from which a model is called damaged."""
+
+
+def damage(label: str, dense: Mapping[str, Value] | None, pruned: Mapping[str, Value]) -> list[str]:
+    """A sentence where the perplexity rose more than :data:`DAMAGED` times; else nothing."""
+    before, after = (as_number((values or {}).get("perplexity")) for values in (dense, pruned))
+    if not isinstance(before, (int, float)) or not isinstance(after, (int, float)) or not after > DAMAGED * before:
+        return []
+    rise = f"{label} rose {after / before:.3g}x, from {number(before)} to {number(after)}"
+    return [f"{rise}: the model is damaged; cut less, or recover it (prunekit recover)"]
 
 
 class Seconds(Record):
@@ -68,6 +94,11 @@ class RunResult(Record):
     def metric(self, label: str) -> EvaluatorResult | None:
         """What the evaluator of that label measured, if it ran."""
         return next((found for found in self.metrics if found.label == label), None)
+
+
+def damages(metrics: Iterable[EvaluatorResult]) -> list[str]:
+    """A sentence for every perplexity that rose far."""
+    return [line for found in metrics for line in damage(found.label, found.dense, found.pruned)]
 
 
 class ComparedRun(RunResult):

@@ -45,6 +45,20 @@ def test_two_runs_side_by_side(folder, shown):
     assert "30 windows, 500 samples, seed 3" in text
 
 
+def test_a_damaged_model_is_named(folder, shown, monkeypatch):
+    said = []
+    monkeypatch.setattr(printing, "warning", said.append)
+
+    def damage(data):
+        data["metrics"][0]["pruned"]["perplexity"] = 1118.0
+
+    compare(folder("a"), folder("b", change=damage), samples=200)
+    assert said == [
+        "B: perplexity rose 46.6x, from 24.00 to 1,118: the model is damaged; cut less, or recover it "
+        "(prunekit recover)"
+    ]
+
+
 def test_runs_that_are_the_same_say_so(folder, shown):
     compare(folder("a"), folder("b"), samples=200)
     text = shown()

@@ -197,7 +197,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder} has no {MANIFEST}, so it is not a finished export; name one that is") from None
+        run = (folder / "results.json").is_file()
+        remedy = "it is a results folder, so export it first (prunekit export)" if run else "name one that is"
+        raise DataError(f"{folder} has no {MANIFEST}, so it is not a finished export; {remedy}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); export the model again") from error
     data = data if isinstance(data, dict) else {}
