@@ -1,17 +1,20 @@
 """What a GGUF file of a cut model holds, read back with the gguf package, and what cannot be written."""
 
 import builtins
+import json
 import sys
 import weakref
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from prunekit.compress.export.cut_model import LayerShape
+from prunekit.compress.export.gguf import file
 from prunekit.compress.export.gguf.file import check_supported, interleaved, write_gguf
-from prunekit.compress.export.weights import PlannedTensor
+from prunekit.compress.export.weights import PlannedTensor, dense_tensors
 from prunekit.registry import ModelError, SpecError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -157,6 +160,57 @@ def test_tied_embeddings_are_written_once(path):
     file, _ = write(path, tied=True)
     names = [tensor.name for tensor in file.tensors]
     assert "token_embd.weight" in names and "output.weight" not in names
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "complaint"),
+    [
+        ("add_head_count", lambda counts: [*counts[:-1], 5], r"head_count is \[4, 1, 5\], not \[4, 1, 6\]"),
+        ("add_token_list", lambda tokens: [*tokens[:-1], tokens[0]], "two tokens have the text"),
+        ("add_token_list", lambda tokens: tokens[:-1], "299 tokens for 300 rows"),
+        ("add_key_length", lambda length: length + 1, "key_length is 17, not 16"),
+        ("write_tensor_data", lambda values: values + 1, r"the values of .* are not those that were written"),
+        ("add_bos_token_id", lambda index: 300, "bos_token_id is 300, beyond the 300 tokens"),
+    ],
+)
+def test_a_file_that_is_not_what_was_to_be_written_is_refused(path, method, change, complaint, monkeypatch):
+    stock = getattr(gguf.GGUFWriter, method)
+    monkeypatch.setattr(gguf.GGUFWriter, method, lambda self, value, *rest: stock(self, change(value), *rest))
+    with pytest.raises(ModelError, match=complaint):
+        write(path, config_of(bos_token_id=1))
+
+
+def test_a_tensor_that_is_not_written_is_noticed(path, monkeypatch):
+    stock = file._plans
+    lost = "blk.1.ffn_up.weight"
+    monkeypatch.setattr(file, "_plans", lambda *_: {k: v for k, v in stock(*_).items() if k != lost})
+    with pytest.raises(ModelError, match=f"{lost} is missing"):
+        write(path)
+
+
+def test_an_output_layer_of_its_own_is_kept_whatever_the_config_says(tmp_path, make_model):
+    """As in checkpoints whose config.json says tie_word_embeddings: true beside a second matrix."""
+    model = make_model("llama-gqa", tie_word_embeddings=True)
+    tied = dense_tensors(model)
+    assert "lm_head.weight" not in tied
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    assert dense_tensors(model).keys() - tied.keys() == {"lm_head.weight"}
+    assert tied.keys() == dense_tensors(make_model("llama-gqa", tie_word_embeddings=True)).keys()
+
+
+@pytest.mark.parametrize("profile", ["gguf", "hf-uniform"])
+def test_an_output_layer_of_its_own_is_exported(profile, tmp_path, small_pipeline):
+    from prunekit.compress import Exporter, PipelineSpec
+
+    content = small_pipeline(use="magnitude", model={"vocab_size": ROWS})
+    config = Path(content["model"]["name"]) / "config.json"
+    tokenizer_of_bytes().save_pretrained(config.parent)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+    Exporter(PipelineSpec.of(content), profile, tmp_path / "out").export()
+    if profile == "gguf":
+        assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    else:
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_one_tensor_is_held_at_a_time(path):

@@ -74,6 +74,13 @@ def test_tokens(tmp_path):
     assert set(read["ggml.token_type"][261:]) == {kinds.UNUSED} and len(set(read["ggml.tokens"])) == ROWS
 
 
+def test_unused_ids_get_texts_that_no_token_has(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["[PAD270]", "[[PAD270]]"])
+    tokens = written(tmp_path, tokenizer)["ggml.tokens"]
+    assert len(set(tokens)) == ROWS and tokens[270] == "[[[PAD270]]]"
+
+
 def test_named_templates_and_ids_of_the_config(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
     tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}

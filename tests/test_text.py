@@ -6,7 +6,7 @@ import pytest
 import torch
 from prunekit.compress.runs.text import calibration_batches, fingerprint, read_documents
 from prunekit.registry import DataError, TextSource
-from prunekit.registry.tensors.tokens import check_token_ids
+from prunekit.registry.tensors.tokens import check_token_ids, context_of
 from prunekit.registry.tensors.windows import cut_windows, digest, token_stream, with_bos
 
 WORDS = [f"w{i}" for i in range(90)]
@@ -160,6 +160,29 @@ def test_ids_without_an_embedding_are_refused():
     for bad in (-1, 5):
         with pytest.raises(DataError, match=rf"batch 0 contains token id {bad}, .* embeds 5 ids only \(0 to 4\)"):
             check_token_ids(torch.tensor([[0, bad]]), 5, "batch 0")
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        (None, 64),
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8}, 64),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}, 64),
+    ],
+)
+def test_the_context_counts_scaled_rotary_embeddings(rope, context):
+    from transformers import LlamaConfig
+
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope and rope["rope_type"] == "llama3" else {}
+    options = {"rope_parameters": {"rope_theta": 1e4, **rope, **llama3}} if rope else {}
+    config = LlamaConfig(max_position_embeddings=64, hidden_size=64, num_attention_heads=4, **options)
+    assert context_of(config) == context
 
 
 def test_digest_depends_on_ids_shape_and_order():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...registry import ModelError, SpecError
+from ...registry.tensors.tokens import context_of
 from ..models.architectures import PRUNED, head_size
 from ..models.exported import classes
 from ..pruning.pruned import Pruned
@@ -29,7 +30,7 @@ def window_in_force(config: Any) -> bool:
     """Whether attention is limited to a sliding window that is shorter than the model's context."""
     window, used = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    return used and bool(window) and window < config.max_position_embeddings and "sliding_attention" in kinds
+    return used and bool(window) and window < (context_of(config) or window) and "sliding_attention" in kinds
 
 
 def homogeneous(config: Any) -> Any:

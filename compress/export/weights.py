@@ -41,16 +41,29 @@ Tensors = dict[str, PlannedTensor]
 
 
 def dense_tensors(model: Any) -> Tensors:
-    """A model's parameters and persistent buffers as they are, tied ones once."""
+    """A model's parameters and persistent buffers as they are, tied ones once.
+
+    A weight counts as tied where its values are those of the other one, not where the configuration says so.
+    """
     names = {name for name, _ in model.named_parameters()}  # lists a shared parameter once
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    left_out = tied | (parameters - names)
+    state = model.state_dict()
+    left_out = parameters - names
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if {name, source} <= state.keys() and _equal(model, name, source, state):
+            left_out.add(name)
     return {
         name: PlannedTensor(tuple(tensor.shape), tensor.dtype, _reader(model, name, tensor))
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if name not in left_out
     }
+
+
+def _equal(model: Any, name: str, other: str, state: dict[str, Tensor]) -> bool:
+    first, second = state[name], state[other]
+    if first.device.type != "meta" and first.data_ptr() == second.data_ptr():
+        return True
+    return torch.equal(_reader(model, name, first)(), _reader(model, other, second)())
 
 
 def written(tensor: Tensor) -> Tensor:

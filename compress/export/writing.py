@@ -45,6 +45,8 @@ def write_model(
             config = padded_config(pruned, tensors)
         else:
             config = _config(profile, pruned.model.config, layer_shapes(pruned, tensors))
+        # A file may say that the output layer is the embedding while the checkpoint has one of its own.
+        config.tie_word_embeddings &= _output_name(pruned.model) not in tensors
         tensors = fitted(config, tensors)
         config.dtype = pruned.model.dtype
         config._name_or_path = ""
@@ -55,6 +57,12 @@ def write_model(
         _save_generation(getattr(pruned.model, "generation_config", None), folder)
         tokenizer.save_pretrained(folder)
     return ()
+
+
+def _output_name(model: Any) -> str:
+    """The name of the output layer's weight."""
+    head = model.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 
 def _save_generation(config: Any, folder: Path) -> None:

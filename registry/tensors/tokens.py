@@ -11,7 +11,24 @@ from ..errors import DataError
 
 def context_length(model: Any) -> int | None:
     """The number of positions that the model was made for; None if its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context_of(model.config.get_text_config())
+
+
+def context_of(config: Any) -> int | None:
+    """The number of positions by a language model's configuration; None if it does not say.
+
+    With rotary embeddings that are scaled by a factor, it is that many times the trained number: of
+    ``original_max_position_embeddings``, or of ``max_position_embeddings`` where the kind of scaling keeps that.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if isinstance(rope, dict) else None
+    if positions is None or not isinstance(factor, (int, float)):
+        return positions
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if original is None and rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return positions
+    return max(positions, int((original or positions) * factor))
 
 
 def check_token_ids(ids: Tensor, vocabulary_size: int, place: str) -> None:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ....registry import ModelError, SpecError
+from ....registry.tensors.tokens import context_of
 from ...models.architectures import head_size
 from ..configs import window_in_force
 from ..cut_model import LayerShape
 from ..weights import PlannedTensor, Tensors
+from .checking import check_file, checksum
 from .rope import add_rope, check_rope, rope_factors
 from .tokenizer import Vocabulary, read_vocabulary
 
@@ -63,7 +65,8 @@ def write_gguf(
     """Write a cut model and its tokenizer as one GGUF file, one tensor at a time.
 
     ``config`` is the dense model's, ``tensors`` are cut already. Returns the differences from transformers in the
-    splitting of text, one sentence each. Raises ModelError for what GGUF cannot hold, before the file is opened.
+    splitting of text, one sentence each. Raises ModelError for what GGUF cannot hold, before the file is opened, and
+    for a file that differs from what was to be written when it is read back.
     """
     check_supported(config)
     gguf = _gguf()
@@ -78,14 +81,19 @@ def write_gguf(
         writer.add_tensor_info(
             target, plan.shape, _numpy(torch.empty(0, dtype=plan.dtype)).dtype, plan.bytes, _ggml_type(plan.dtype)
         )
+    written: dict[str, int] = {}
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for plan in plans.values():
-            writer.write_tensor_data(_numpy(plan.make()))
+        for target, plan in plans.items():
+            values = _numpy(plan.make())
+            written[target] = checksum(values)
+            writer.write_tensor_data(values)
+            del values  # one tensor is in memory at a time
     finally:
         writer.close()
+    check_file(path, config, layers, plans, written)
     return vocabulary.notes
 
 
@@ -111,7 +119,7 @@ def _add_metadata(
     writer.add_file_type(file_types[tensors["model.layers.0.self_attn.q_proj.weight"].dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(layers))
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_of(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length([layer.width for layer in layers])
     writer.add_head_count([layer.heads for layer in layers])

@@ -137,8 +137,14 @@ def _tokens(state: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
             return TokenType.BYTE
         return TokenType.NORMAL
 
-    # Every text must be unique: llama.cpp refuses two tokens with the same text.
-    return [texts.get(index, f"[PAD{index}]") for index in range(rows)], [int(kind(index)) for index in range(rows)]
+    tokens, taken = [], set(texts.values())
+    for index in range(rows):
+        # Every text must be unique: llama.cpp refuses two tokens with the same text.
+        unused = f"[PAD{index}]"
+        while unused in taken:
+            unused = f"[{unused}]"
+        tokens.append(texts.get(index, unused))
+    return tokens, [int(kind(index)) for index in range(rows)]
 
 
 def _added_around(tokenizer: Any) -> tuple[bool, bool]:
