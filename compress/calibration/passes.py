@@ -14,6 +14,7 @@ from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
 from ..engine.engine import Engine, Learn
 from ..engine.learning import calibrate as learn_statistics
+from ..engine.rotary import rotary_kept
 from ..engine.site_cut import SiteCut
 
 Progress = Callable[[Iterable, str, int], Iterable]
@@ -80,11 +81,12 @@ def _tensor(value: Any, place: str) -> Tensor:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off while statistics are gathered; every module's mode is put back."""
+    """Dropout off while statistics are gathered; every module's mode is put back, and so are rotary frequencies."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with rotary_kept(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...registry import NonFiniteError, Site, complement
+from ...registry import DataError, NonFiniteError, Site, complement
 from ...registry.errors import FINITE_REMEDY
 
 Mode = Literal["dense", "calibrate", "prune"]
@@ -273,11 +273,18 @@ def valid_tokens(attention_mask: Any, batch: int, length: int) -> Tensor | None:
         attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
     if attention_mask is None:
         return None
+    is_tensor = isinstance(attention_mask, Tensor)
+    if not is_tensor or attention_mask.dim() not in (2, 4) or attention_mask.shape[-1] < length:
+        found = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
+        raise DataError(
+            f"attention_mask: expected a tensor (B, {length}), or (B, 1, {length}, keys), found {found}; only these "
+            "tell which tokens are real"
+        )
     if attention_mask.dim() == 4:
         own = attention_mask[:, 0, :, :length].diagonal(dim1=1, dim2=2)
         valid = own if own.dtype == torch.bool else own == 0
     else:
         valid = attention_mask[:, -length:].bool()
-    if valid.shape[1] != length or bool(valid.all()):
+    if bool(valid.all()):
         return None
     return valid.expand(batch, length)

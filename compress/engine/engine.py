@@ -24,6 +24,7 @@ from .hooks import DecoderForward, Hooks
 from .kv_index import enable_kv_index
 from .learning import Learner
 from .probing import Prober
+from .rotary import restore_rotary, rotary_state
 from .runtime import Runtime
 from .site_cut import Shared, SiteBinding, SiteCut, SiteState
 
@@ -80,6 +81,7 @@ class Engine:
 
     def _install(self) -> None:
         hooks, before = self.hooks, dict(with_kwargs=True)
+        self._undo.append(partial(restore_rotary, rotary_state(self.model)))
         hooks.installed = True
         for cut in self.cuts:
             self._undo.append(cut.close)

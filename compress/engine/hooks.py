@@ -64,7 +64,8 @@ class Hooks:
             observe = self.learn
         tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         rows, length = tokens.shape[:2]
-        valid = valid_tokens(arguments.get("attention_mask"), rows, length)
+        counts = mode == "calibrate" or (mode == "prune" and self.prober is not None)
+        valid = valid_tokens(arguments.get("attention_mask"), rows, length) if counts else None
         batch = Batch(mode, (rows, length), valid, len(self.cuts), observe)
         if self.prober is not None and not torch.compiler.is_compiling():
             batch.generator = self.prober.generator.clone_state()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import ProbeSelector, Strategy, position_sums
+from ...registry import ModelError, ProbeSelector, Strategy, position_sums
 from ...registry.tensors.caches import without_caches
 from .batch import PROBED, Batch, ProbeProducts, ProbeRun
 from .runtime import Stages
@@ -152,6 +152,11 @@ def _chosen_arguments(
 
 def _chosen_mask(attention_mask: Tensor, batch: int, rows: Tensor, mask_positions: Tensor) -> Tensor:
     """An attention mask (B or 1, 1, T, T) or (B or 1, T) of the probe's tokens alone; mask_positions (t,) or (b, t)."""
+    if not isinstance(attention_mask, Tensor):
+        raise ModelError(
+            f"the attention mask is a {type(attention_mask).__name__}, of which a probe cannot take a part; use "
+            "attn_implementation 'sdpa' or 'eager', and a mask that is a tensor"
+        )
     if mask_positions.dim() == 2:
         attention_mask = attention_mask.expand(batch, *attention_mask.shape[1:])
     if attention_mask.dim() == 2:

@@ -33,7 +33,7 @@ from ..calibration.passes import (
 )
 from ..calibration.shared import SharedStatistics, SomeMoments
 from ..calibration.statistics_file import StatisticsFile
-from ..engine.ahead import check_same_attention
+from ..engine.ahead import check_attention, check_same_attention
 from ..engine.batch import Decision
 from ..engine.engine import Engine
 from ..engine.learning import calibrate as learn_statistics
@@ -115,6 +115,8 @@ def engine_of(
     """The engine on the model's sites, nothing decided yet, and the share that sites that are not skipped must lose."""
     layers, all_sites = find_sites(model, catalog, strategy.attention_unit)
     sites, ratio = sites_within(strategy, all_sites, layers=1 + max(site.layer for site in all_sites))
+    if strategy.probes_with is not None:
+        check_attention(model)
     if strategy.decides_ahead:
         check_same_attention(model)
     return Engine(model, layers, sites, strategy, trace, all_sites, runtime), ratio

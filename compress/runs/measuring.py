@@ -21,6 +21,7 @@ from ...registry import (
 )
 from ...registry.roles.evaluation import checked
 from ..calibration.passes import Progress
+from ..engine.rotary import rotary_kept
 from ..files.reader import with_rows
 from ..models.loading import Loaded
 from ..pruning.prune import prune
@@ -66,7 +67,7 @@ class Measuring(Subject):
         known, key = self._known[dense or self._pruned.is_dense], evaluator.identity
         if key not in known:
             self._begin()
-            with self.dense() if dense else nullcontext():
+            with rotary_kept(self.model), self.dense() if dense else nullcontext():
                 known[key] = checked(evaluator, evaluator.evaluate(self))
         self._begin()
         return known[key]
