@@ -58,6 +58,10 @@ class Latency(Decoding):
         default=True, description="also measure the seconds of each part of a prefill, in additional passes"
     )
 
+    def plan(self, subject: Subject) -> str:
+        """Rounds and the shape of the batch; raises DataError if the text is too short."""
+        return f"{self.warmup + self.pairs} rounds of {super().plan(subject)}"
+
     def evaluate(self, subject: Subject) -> Measurement:
         """Measure; raises SpecError (decode steps beyond the context) and DataError (``text`` too short)."""
         length = self.prompt_length(subject.model)

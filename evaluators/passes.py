@@ -30,6 +30,12 @@ class OneBatch(Evaluator):
     text: TextSource | None = Field(default=None, description="the text to take tokens from; null: random tokens")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the random tokens")
 
+    def plan(self, subject: Subject) -> str:
+        """The shape of the batch; raises :class:`DataError` if the text is too short."""
+        length = clamped(self.length, subject.model)
+        self.batch(subject, length)
+        return f"a batch of {self.batch_size} x {length} tokens"
+
     def batch(self, subject: Subject, length: int) -> Tensor:
         """Ids (batch_size, length) int64 on the model's device; raises :class:`DataError` if the text is too short."""
         if self.text is not None:
@@ -80,6 +86,11 @@ class TextBatches(Evaluator):
     )
     length: int = Field(default=256, ge=1, description="tokens of each sequence, at most the model's context")
     batches: int = Field(default=2, ge=1, description="batches to run")
+
+    def plan(self, subject: Subject) -> str:
+        """Number and shape of the batches; raises :class:`DataError` if the text is too short."""
+        self.read_batches(subject)
+        return f"{self.batches} batches of {self.batch_size} x {clamped(self.length, subject.model)} tokens"
 
     def read_batches(self, subject: Subject) -> tuple[list[Tensor], dict[str, Any]]:
         """The batches (batch_size, length) int64 in text order, and their part of the protocol.

@@ -83,10 +83,16 @@ class Perplexity(Evaluator):
         """Raise SpecError for a window beyond the model's context."""
         self._window(model)
 
+    def plan(self, subject: Subject) -> str:
+        """Number and length of the windows, and the option for fewer; raises as :meth:`evaluate` for the text."""
+        window = self._window(subject.model)
+        windows = self._read(subject, window)[0]
+        count = f"{len(windows):,} windows of {window} tokens"
+        return count if self.limit else f"all {count}, fewer with limit"
+
     def evaluate(self, subject: Subject) -> Measurement:
         """Measure; raises SpecError (window beyond the context), DataError (no text), NonFiniteError (NaN losses)."""
-        read = self._pages if self.convention == "wikitext_words" else self._stream
-        windows, how, divisors, notes = read(subject, self._window(subject.model))
+        windows, how, divisors, notes = self._read(subject, self._window(subject.model))
         losses, tokens = self._losses(subject, windows), [window.scored for window in windows]
         total = math.fsum(losses)
         loss = total / sum(tokens)
@@ -110,6 +116,10 @@ class Perplexity(Evaluator):
             **setting(subject.model),
         }
         return Measurement(values, protocol, notes, {"window_losses": losses, "window_tokens": tokens})
+
+    def _read(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
+        """Windows of the text, their part of the protocol, divisors of the loss besides the tokens, and notes."""
+        return (self._pages if self.convention == "wikitext_words" else self._stream)(subject, window)
 
     def _stream(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
         """The text as one stream of tokens: windows, their part of the protocol, no other divisors, and notes."""

@@ -135,6 +135,11 @@ class ZeroShot(Evaluator):
                 f"set max_length to {context} or less"
             )
 
+    def plan(self, subject: Subject) -> str:
+        """The tasks, and how many documents of each."""
+        count = "all documents, fewer with limit" if self.limit is None else f"{self.limit} documents each"
+        return f"{', '.join(self._names)}: {count}"
+
     def evaluate(self, subject: Subject) -> Measurement:
         """Run the tasks.
 

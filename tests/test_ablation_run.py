@@ -6,7 +6,7 @@ import sys
 import pytest
 from prunekit.compress.ablation import worker as worker_module
 from prunekit.compress.ablation.command import ablate
-from prunekit.compress.ablation.display import Display, Forecast, duration
+from prunekit.compress.ablation.display import Display, Forecast
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.trials import StoredTrial
@@ -14,11 +14,13 @@ from prunekit.compress.ablation.worker import Outcome, Worker, in_order, read_tr
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.cli.studies import show_trials
 from prunekit.compress.output import printing
+from prunekit.compress.output.pace import duration
 
 from tests.run_records import run_record
 
 PLUGIN = '''
 from typing import Literal
+from prunekit.compress.output.pace import duration
 from prunekit.registry import Evaluator, Measurement, SpecError, hookimpl
 
 CALLS = []

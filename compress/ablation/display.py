@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from ..output.pace import duration, left
 from ..output.printing import Bars
 from .trials import Planned, StoredTrial
 from .worker import Outcome
@@ -63,7 +64,7 @@ class Display:
     def progress(self, items: Iterable[Any], label: str, total: int) -> Iterable[Any]:
         """The steps within a trial, on a bar of their own; the time left is updated with them."""
         if not self._bars.shown:
-            yield from items
+            yield from self._bars.minutes(items, label, total)
             return
         for item in self._bars.track(items, label, total):
             yield item
@@ -84,9 +85,8 @@ class Display:
             ended = f"failed ({brief(outcome.error)})"
         done = self._total - len(self._waiting)
         if not self._bars.shown or outcome.error is not None:
-            left = self.left
             trial = f"trial {planned.number} ({planned.label})"
-            self._bars.say(f"{done}/{self._total} {trial}: {ended}{f', {left}' if left else ''}")
+            self._bars.say(f"{done}/{self._total} {trial}: {ended}{f', {self.left}' if self.left else ''}")
         self._refresh()
 
     @property
@@ -96,7 +96,7 @@ class Display:
         strategies = [trial.spec.prune.name for trial in self._waiting.values()]
         running = [now - began for began in self._running.values()]
         seconds = self._forecast.left(strategies, running, len(running))
-        return f"about {duration(seconds)} left" if strategies and seconds is not None else ""
+        return left(seconds) if strategies and seconds is not None else ""
 
     def _refresh(self) -> None:
         names = [trial.label for key, trial in self._waiting.items() if key in self._running]
@@ -110,13 +110,3 @@ def brief(error: str) -> str:
     line = next(iter(error.strip().splitlines()), "")
     kind = re.match(r"[A-Z]\w+(?=: )", line)
     return kind.group() if kind else textwrap.shorten(line, BRIEF, placeholder=" ...")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 0.4 s, 12 s, 3 min, 2 h 5 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -82,7 +82,7 @@ def run(
     printing.quiet()
     spec = _read(content, settings, plugin, overwrite)
     with printing.Bars() as bars:
-        results = Pipeline(spec).run(out, progress=bars.track)
+        results = Pipeline(spec).run(out, progress=bars.track, say=bars.say)
     printing.say(tables.headline(results.record))
     printing.show_table(tables.HEAD, tables.metric_rows(results.record))
     for note in results.record.notes:

@@ -49,7 +49,7 @@ def export(
     spec, run = source_of(source, settings, plugins)
     printing.catalog_problems(spec.catalog)
     with printing.Bars() as bars:
-        exporter = Exporter(spec, profile, out, run=run, progress=bars.track, **options)
+        exporter = Exporter(spec, profile, out, run=run, progress=bars.track, say=bars.say, **options)
         manifest = exporter.export()
     show(manifest)
     printing.say(f"written: {Path(out).expanduser()} ({size(manifest)})", whole=True)

@@ -36,8 +36,9 @@ from ..output.records import CalibrationFacts, Cut
 from ..pruning.freezing import MEANINGS, Freeze
 from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
-from ..runs.measuring import Measuring
+from ..runs.measuring import Measuring, Unpruned
 from ..runs.pipeline import calibration_of, check_lengths, labelled, pinned
+from ..runs.plan import Say, planned, silent
 from ..runs.provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
 from ..runs.records import RunResult
 from . import dynamic_state
@@ -50,6 +51,12 @@ from .profiles import Profile, check_freezing, profile_named
 from .reload import source_of
 from .weights import SHARD_SIZE, check_shard_size
 from .writing import check_possible, write_model
+
+
+def repeated(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
+    """The evaluators that are run on the written model again, with their labels."""
+    return [(label, each) for label, each in labelled(evaluators) if each in repeatable(evaluators)]
+
 
 MeasuredBefore = tuple[str, Evaluator, Measurement, Measurement | None]
 """Label, evaluator, the dense model's values and, before freezing, those of the decisions per batch."""
@@ -72,6 +79,8 @@ class Exporter:
     overwrite: bool = False
     run: RunResult | None = None
     progress: Progress = no_progress
+    say: Say = silent
+    """Gets the lines of the plan."""
     _notes: list[str] = field(default_factory=list, init=False)
 
     def export(self) -> Manifest:
@@ -96,6 +105,10 @@ class Exporter:
             batches, calibration = calibration_of(spec.calibration, loaded)
         file = spec.calibration.statistics
         statistics = StatisticsFile(file) if file is not None and calibrates else None
+        models = "dense, and the written model" if self.freeze is None else "dense, per batch, and the written model"
+        if self.say is not silent:
+            for line in planned(calibration, repeated(spec.evaluate), Unpruned(loaded), models):
+                self.say(line)
         base = about_model(loaded)
         pruned = prune(
             loaded.model,
@@ -202,8 +215,7 @@ class Exporter:
                 measuring.measure(evaluator, dense=True),
                 None if self.freeze is None else measuring.measure(evaluator),
             )
-            for label, evaluator in labelled(evaluators)
-            if evaluator in repeatable(evaluators)
+            for label, evaluator in repeated(evaluators)
         ]
 
     def _load_again(

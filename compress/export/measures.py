@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from ...registry import Catalog, DataError, Evaluator, Measurement, SpecError, Subject, TextSource
+from ...registry import Catalog, DataError, Evaluator, Measurement, SpecError
 from ...registry.roles.evaluation import checked
 from ..calibration.passes import Progress, no_progress
 from ..files.spec import SpecReader
 from ..models.exported.manifest import ExportMetric
 from ..models.loading import Loaded
 from ..pruning.pruned import Pruned
-from ..runs.measuring import Measuring
-from ..runs.text import read_documents
+from ..runs.measuring import Measuring, Unpruned
 
 
 def repeatable(evaluators: Iterable[Evaluator]) -> tuple[Evaluator, ...]:
@@ -37,21 +36,7 @@ def measure(
         return Measuring(loaded, pruned, progress, {}, (), seed).measure(evaluator)
 
     torch.manual_seed(seed)
-    return checked(evaluator, evaluator.evaluate(_Unpruned(loaded, label, progress)))
-
-
-class _Unpruned(Subject):
-    """A loaded model without any pruning."""
-
-    def __init__(self, loaded: Loaded, label: str, show: Progress):
-        super().__init__(loaded.model, loaded.tokenizer)
-        self.label, self.show = label, show
-
-    def read(self, source: TextSource) -> list[str]:
-        return read_documents(source)
-
-    def progress(self, items: Iterable[Any], label: str, total: int) -> Iterable[Any]:
-        return self.show(items, f"{self.label}: {label}", total)
+    return checked(evaluator, evaluator.evaluate(Unpruned(loaded, label, progress)))
 
 
 def record(evaluator: Evaluator) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from ..models.loading import Loaded, fingerprint
 from ..output import printing
 from ..output.formatting import number
 from ..pruning.pruned import Pruned
+from ..runs.measuring import Unpruned
+from ..runs.plan import Say, planned, silent
 from ..runs.provenance import versions
 from . import reload
 from .measures import measure, recorded
@@ -52,7 +54,7 @@ def verify(
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     with printing.Bars() as bars:
-        verification = Verification(folder, manifest, base, plugins, measure, trust_remote_code, bars.track)
+        verification = Verification(folder, manifest, base, plugins, measure, trust_remote_code, bars.track, bars.say)
         found = list(verification.checks())
     rows = [(check.what, check.state, check.detail) for check in found]
     printing.show_table(("check", "", "what was found"), rows, left=3)
@@ -79,6 +81,7 @@ class Verification:
     measure: bool
     trust_remote_code: bool
     progress: Progress
+    say: Say = silent
 
     def checks(self) -> Iterator[Check]:
         """Run the checks in order; checks that need one that failed are not run."""
@@ -138,6 +141,8 @@ class Verification:
             return Check(label, "not checked", "of a GGUF only perplexity is measured")
         try:
             evaluator = recorded(metric, self.plugins, self.trust_remote_code)
+            for line in planned(None, [(label, evaluator)], Unpruned(loaded), "once"):
+                self.say(line)
             found = measure(evaluator, loaded, seed, "again", pruned, self.progress).values
         except NonFiniteError as error:
             return Check(label, "fails", str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,10 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
+
+from .pace import pace
 
 if TYPE_CHECKING:
     from ...registry import Catalog
@@ -23,6 +26,9 @@ Item = TypeVar("Item")
 Row = Sequence[str] | Sequence[str | Text]
 
 PIPED_WIDTH = 100
+
+MINUTE = 60.0
+"""Seconds between two lines of progress."""
 
 WIDEST = 100_000
 """Characters; more than any table has."""
@@ -102,11 +108,19 @@ def _table(head: Sequence[str], rows: Iterable[Row], left: int, title: str | Non
     return shown
 
 
+class _Pace(ProgressColumn):
+    """Rate and time left of a bar that :meth:`Bars.track` moves."""
+
+    def render(self, task: Task) -> Text:
+        shown = task.fields.get("paced") and task.total is not None
+        return Text(pace(task.completed, task.total or 0, task.elapsed or 0) if shown else "")
+
+
 class Bars:
-    """Progress bars on stderr; if that is not a terminal, one line for each stage."""
+    """Progress bars on stderr; if that is not a terminal, one line for each stage and one a minute within it."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Pace())
         self._progress = Progress(*columns, console=err, transient=True, disable=not self.shown)
 
     @property
@@ -126,16 +140,27 @@ class Bars:
         self._progress.stop()
 
     def track(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
-        """``items``, with a bar of ``total`` steps while they are used."""
+        """``items``, with a bar of ``total`` steps while they are used, its rate and the time left."""
         if not self.shown:
-            self.say(label)
-        task = self._progress.add_task(escape(label), total=total)
+            self.say(label if total <= 1 else f"{label}, {total:,} steps")
+        task = self._progress.add_task(escape(label), total=total, paced=True)
         try:
-            for item in items:
+            for item in self.minutes(items, label, total):
                 yield item
                 self._progress.advance(task)
         finally:
             self._progress.remove_task(task)
+
+    def minutes(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+        """``items``; if stderr is not a terminal, with a line each minute, the first as soon as one step is done."""
+        began = said = time.monotonic()
+        for done, item in enumerate(items, start=1):
+            yield item
+            now = time.monotonic()
+            long = done == 1 and (now - began) * (total - 1) >= MINUTE
+            if not self.shown and done < total and (long or now - said >= MINUTE):
+                self.say(f"{label}: {done:,}/{total:,}, {pace(done, total, now - began)}")
+                said = now
 
     def add(self, label: str, total: int, done: int = 0) -> TaskID:
         """A bar that :meth:`update` moves; without effect if no bars are shown."""

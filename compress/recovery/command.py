@@ -22,7 +22,9 @@ def recover(folder: Path, out: Path | None, text: dict[str, Any], lora: dict[str
     if out is None:
         raise SpecError("--out DIR is missing: prunekit recover DIR --out DIR2 writes the recovered model to DIR2")
     with printing.Bars() as bars:
-        recovery = Recovery(folder, out, text_source(**text), Lora(**lora), progress=bars.track, **options)
+        recovery = Recovery(
+            folder, out, text_source(**text), Lora(**lora), progress=bars.track, say=bars.say, **options
+        )
         manifest = recovery.recover()
     show(manifest)
     printing.say(f"written: {Path(out).expanduser()} ({size(manifest)})", whole=True)

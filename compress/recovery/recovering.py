@@ -26,6 +26,8 @@ from ..models.exported.manifest import CARD, MANIFEST, ExportMetric, Manifest, T
 from ..models.loading import Loaded, ModelSource, fingerprint
 from ..models.loading import load as load_model
 from ..output.folders import RunFolder, plain
+from ..runs.measuring import Unpruned
+from ..runs.plan import Say, planned, silent
 from ..runs.provenance import versions
 from ..runs.text import read_documents
 from .lora import Lora, check_installed, train
@@ -58,6 +60,8 @@ class Recovery:
     overwrite: bool = False
     plugins: Sequence[Path] = ()
     progress: Progress = no_progress
+    say: Say = silent
+    """Gets the lines of the plan."""
 
     def recover(self) -> Manifest:
         """Write the recovered folder, and return its manifest.
@@ -76,6 +80,11 @@ class Recovery:
         for evaluator in evaluators:
             evaluator.check(found.model)
         sequences, facts = self._read_text(found)
+        if self.say is not silent:
+            lora, named = self.lora, zip((metric.label for metric in before.metrics), evaluators, strict=True)
+            self.say(f"to do: training: {lora.steps} steps of {lora.batch_size * lora.accumulate} sequences")
+            for line in planned(None, named, Unpruned(found.loaded), "the recovered model"):
+                self.say(line)
         with target.open() as partial:
             model, done = train(found.model, sequences, self.lora, self.progress)
             found.model = None

@@ -20,7 +20,7 @@ from ...registry import (
     TextSource,
 )
 from ...registry.roles.evaluation import checked
-from ..calibration.passes import Progress
+from ..calibration.passes import Progress, no_progress
 from ..engine.rotary import rotary_kept
 from ..files.reader import with_rows
 from ..models.loading import Loaded
@@ -132,6 +132,20 @@ class Measuring(Subject):
                 yield
             finally:
                 self._pruned, self._known[False] = own, measured
+
+
+class Unpruned(Subject):
+    """A loaded model without any pruning, as evaluators see it."""
+
+    def __init__(self, loaded: Loaded, label: str = "dense", progress: Progress = no_progress):
+        super().__init__(loaded.model, loaded.tokenizer)
+        self._label, self._progress = label, progress
+
+    def read(self, source: TextSource) -> list[str]:
+        return read_documents(source)
+
+    def progress(self, items: Iterable[Item], label: str, total: int) -> Iterable[Item]:
+        return self._progress(items, f"{self._label}: {label}", total)
 
 
 class SameCounts(SparsityAllocator):

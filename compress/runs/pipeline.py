@@ -21,7 +21,8 @@ from ..models.loading import Loaded, load
 from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Value
 from ..pruning.prune import prune
-from .measuring import Known, Measuring
+from .measuring import Known, Measuring, Unpruned
+from .plan import Say, planned, silent
 from .preflight import check_calibration, check_rows
 from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
 from .records import FORMAT, EvaluatorResult, RunResult, Seconds, damages
@@ -43,18 +44,22 @@ class Pipeline:
         return Path("results") / f"{self.spec.prune.name}{ratio}-{datetime.now():%Y%m%d-%H%M%S}"
 
     def run(
-        self, out: str | Path | None = None, progress: Progress = no_progress, loaded: Loaded | None = None
+        self,
+        out: str | Path | None = None,
+        progress: Progress = no_progress,
+        loaded: Loaded | None = None,
+        say: Say = silent,
     ) -> Results:
         """Run everything and write the results folder ``out`` (else ``output.dir``, else :attr:`default_folder`).
 
         The folder appears whole when all is done; an error or an interruption leaves nothing behind.
-        ``loaded`` is the model, where it is loaded already; it is unpruned again afterwards. Raises the
-        errors of :func:`prune` and :class:`SpecError` for a folder that exists.
+        ``loaded`` is the model, where it is loaded already; it is unpruned again afterwards. ``say`` gets the lines of
+        the plan. Raises the errors of :func:`prune` and :class:`SpecError` for a folder that exists.
         """
         output = self.spec.output
         folder = RunFolder(Path(out or output.dir or self.default_folder), output.overwrite)
         with folder.open() as partial:
-            results = self.measure(progress, loaded)
+            results = self.measure(progress, loaded, say=say)
             results.write(partial)
         results.folder = folder.target
         return results
@@ -65,6 +70,7 @@ class Pipeline:
         loaded: Loaded | None = None,
         dense: Known | None = None,
         statistics: SharedStatistics | None = None,
+        say: Say = silent,
     ) -> Results:
         """Run everything and write nothing.
 
@@ -84,6 +90,9 @@ class Pipeline:
         batches, calibration = None, None
         if spec.prune.needs_calibration:
             batches, calibration = calibration_of(spec.calibration, loaded)
+        if say is not silent:
+            for line in planned(calibration, labelled(spec.evaluate), Unpruned(loaded), "dense and pruned"):
+                say(line)
         stored = StatisticsFile(file) if file is not None and batches is not None else None
         prepared = time.perf_counter()
         trace: list[dict[str, Any]] = []

@@ -134,6 +134,13 @@ class Evaluator(Component):
         For a local model it is also called before loading, with an object that has the model's ``config`` alone.
         """
 
+    def plan(self, subject: Subject) -> str:
+        """What :meth:`evaluate` will run, such as ``65 windows of 512 tokens``; empty where it is not known before.
+
+        Raises the errors of the text that it reads.
+        """
+        return ""
+
     @abstractmethod
     def evaluate(self, subject: Subject) -> Measurement:
         """Run the measurement. The channel histories are as calibrated when it begins."""

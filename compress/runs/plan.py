@@ -1,0 +1,30 @@
+"""What a command is going to run, said before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ...registry import Evaluator, Subject
+from ..output.records import CalibrationFacts
+
+Say = Callable[[str], object]
+"""Takes a line for the user."""
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
+def planned(
+    calibration: CalibrationFacts | None, evaluators: Iterable[tuple[str, Evaluator]], subject: Subject, models: str
+) -> list[str]:
+    """A line for the calibration and one for each evaluator, by its label; ``models`` says what is measured.
+
+    Raises the errors of texts that are too short, so that they come before hours of calibration.
+    """
+    lines = []
+    if calibration is not None:
+        lines.append(f"calibration: {calibration.sequences} sequences of {calibration.length} tokens")
+    for label, evaluator in evaluators:
+        lines.append(": ".join(part for part in (label, evaluator.plan(subject)) if part) + f"; {models}")
+    return [f"to do: {line}" for line in lines]
