@@ -189,7 +189,7 @@ def test_a_tensor_that_is_not_written_is_noticed(path, monkeypatch):
 
 
 def test_an_output_layer_of_its_own_is_kept_whatever_the_config_says(tmp_path, make_model):
-    """As in checkpoints whose config.json says tie_word_embeddings: true beside a second matrix."""
+    """As in checkpoints whose config.json says tie_word_embeddings: true next to a second matrix."""
     model = make_model("llama-gqa", tie_word_embeddings=True)
     tied = dense_tensors(model)
     assert "lm_head.weight" not in tied

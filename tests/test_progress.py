@@ -21,7 +21,7 @@ def loaded():
 
 @pytest.fixture
 def lines(monkeypatch):
-    """Lines on a stderr that is no terminal, with a clock that is moved by hand."""
+    """Lines on a stderr that is not a terminal, with a clock that is moved by hand."""
     said, now = [], [0.0]
     monkeypatch.setattr(printing, "err", printing.Console(stderr=True, force_terminal=False))
     monkeypatch.setattr(printing.time, "monotonic", lambda: now[0])

@@ -1,4 +1,4 @@
-"""What a command is going to run, said before it begins."""
+"""The lines that a command prints of its work before it begins."""
 
 from __future__ import annotations
 
