@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import ClassVar
+from collections.abc import Mapping
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from typing_extensions import Self
 
 
@@ -28,6 +30,15 @@ class Component(BaseModel):
 
     name: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_conversions(cls, data: Any) -> Any:
+        for key, value in data.items() if isinstance(data, Mapping) else ():
+            wrong = wrong_kind(cls.model_fields[key].annotation, value) if key in cls.model_fields else None
+            if wrong:
+                raise ValueError(f"{key}: {wrong}")
+        return data
+
     @property
     def identity(self) -> tuple[type[Self], str]:
         """Class and options: equal for components that do the same, and always hashable."""
@@ -38,6 +49,45 @@ class Component(BaseModel):
         """First line of the class's own docstring, shown by ``prunekit list``."""
         doc = cls.__dict__.get("__doc__") or ""
         return inspect.cleandoc(doc).splitlines()[0] if doc.strip() else ""
+
+
+def wrong_kind(annotation: Any, value: Any) -> str | None:
+    """What is wrong with a value that pydantic would convert: text or true for a number, a number for true, 2.0 for 2.
+
+    ``None`` for every other value, right or wrong.
+    """
+    return _wrong(_parts(annotation), value)
+
+
+def _wrong(kinds: set[Any], value: Any) -> str | None:
+    if isinstance(value, (list, tuple)):
+        lists = [kind for kind in kinds if get_origin(kind) in (list, tuple)]
+        within: set[Any] = set().union(*(_parts(part) for kind in lists for part in get_args(kind)))
+        return next((wrong for item in value if (wrong := _wrong(within - {...}, item))), None)
+    number = "a number" if float in kinds else "a whole number"
+    if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any, object}:
+        return f"should be {number} (found {value!r}); write a number"
+    if not kinds <= {bool, int, float, type(None)}:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and kinds & {bool, int, float} == {bool}:
+        return f"should be true or false (found {value!r})"
+    if isinstance(value, str) and kinds & {bool, int, float}:
+        wanted = number if kinds & {int, float} else "true or false"
+        return f"should be {wanted}, not text (found {value!r:.100}); write {wanted} without quotes"
+    if isinstance(value, float) and int in kinds and float not in kinds:
+        return f"should be a whole number (found {value!r})"
+    return None
+
+
+def _parts(annotation: Any) -> set[Any]:
+    """The alternatives of an annotation; of a literal the types of its values."""
+    if get_origin(annotation) is Annotated:
+        return _parts(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return set(map(type, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_parts, get_args(annotation)))
+    return {annotation}
 
 
 @functools.cache

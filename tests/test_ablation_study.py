@@ -207,7 +207,7 @@ def test_all_mistakes_at_once_with_their_lines(message):
         "line 17: exclude.2: would leave out the whole grid",
         "line 18: trials.0.x: there is no field 'x'",
         "line 20: published.0.where.prune.use: prune.use has no value p (did you mean 'pp'?",
-        "line 21: published.1.value: should be a valid number",
+        "line 21: published.1.value: should be a number, not text",
         "line 22: published.2.source: is required",
     ]
     for line in expected:

@@ -26,6 +26,7 @@ from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from ..models.loading import fingerprint as model_fingerprint
 from ..output.folders import make_readable
+from ..output.reading import check_regular
 from .passes import Batch, Progress, calibrate
 from .shared import SomeMoments, wanted
 from .shared import fingerprint as text_fingerprint
@@ -153,8 +154,9 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """A statistics file that is open for reading, and its metadata."""
     with ExitStack() as stack:
         try:
+            check_regular(path)
             file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise DataError(
                 f"{path} cannot be read as statistics ({error}); name another file, or delete this one"
             ) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import DataError
-from ..files.dotted import resolved_settings
+from ..files.dotted import resolved_settings, resolved_text
 from ..models.exported.manifest import RECIPE, Manifest, read_kept, read_manifest
 from ..output import printing
 from ..output.formatting import number, share
@@ -39,9 +39,7 @@ def settings(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> list[tuple[s
     pairs: list[tuple[str, Any, Any]] = [(key, getattr(ours, key), getattr(theirs, key)) for key in FACTS]
     pairs += [(key, getattr(ours.base, key), getattr(theirs.base, key)) for key in ("name", "fingerprint")]
     pairs += [(f"--{key}", getattr(ours.options, key), getattr(theirs.options, key)) for key in ("multiple", "freeze")]
-    mine, other = (
-        resolved_settings((f / RECIPE).read_text("utf-8") if (f / RECIPE).is_file() else None) for f in (a, b)
-    )
+    mine, other = (resolved_settings(resolved_text(f / RECIPE)) for f in (a, b))
     pairs += [(key, mine.get(key), other.get(key)) for key in sorted({*mine, *other}) if not key.startswith("output")]
     return [(key, _short(x), _short(y)) for key, x, y in pairs if x != y]
 

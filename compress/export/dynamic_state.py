@@ -16,6 +16,7 @@ from ...registry import Catalog, Compensator, DataError, SpecError, Strategy
 from ..engine.runtime import Runtime
 from ..engine.site_cut import SiteCut
 from ..output.folders import make_readable
+from ..output.reading import check_regular, parse_json
 from ..pruning.prune import engine_of
 from ..pruning.pruned import Pruned
 
@@ -72,7 +73,7 @@ def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise DataError(f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}; export again")
-            sites = json.loads(metadata["sites"])
+            sites = parse_json(metadata["sites"])
             if sorted(sites) != sorted(cut.site.consumer for cut in engine.cuts):
                 raise DataError(f"{path} is of a model with other sites than this one; check the base model")
             names = set(file.keys())
@@ -147,6 +148,7 @@ def _put(tensors: dict[str, Tensor], name: str, tensor: Tensor | None) -> None:
 
 def _opened(path: Path) -> Any:
     try:
+        check_regular(path)
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}); export the model again") from error

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...registry import DataError, ModelError, PluginError, SpecError
 from ..files.spec import PipelineSpec
+from ..files.yaml_plain import plain_data
 from ..models.exported.manifest import GGUF, RECIPE, Manifest, check_files, read_manifest
 from ..models.loading import Loaded, ModelSource, fingerprint
 from ..models.loading import load as load_model
+from ..output.reading import read_text
 from ..pruning.pruned import Pruned
 from . import dynamic_state
 
@@ -101,10 +101,10 @@ def recipe_of(folder: Path, plugins: Sequence[str | Path] = ()) -> PipelineSpec:
     """
     path = folder / RECIPE
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = plain_data(read_text(path), RECIPE)
         listed = data.pop("plugins", None) or []
         wanted = {key: data[key] for key in ("model", "prune", "runtime", "seed")}
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, SpecError, AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path} is missing or damaged ({type(error).__name__}: {error}); export again") from error
     try:
         return PipelineSpec.of(wanted, folder=folder, plugins=plugins, label=str(path))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import yaml
+from ...registry import SpecError
+from ..output.reading import read_text
+from .yaml_plain import plain_data
 
 
 def flatten(data: Any, place: str = "") -> dict[str, Any]:
@@ -27,11 +30,21 @@ def flatten(data: Any, place: str = "") -> dict[str, Any]:
     return found
 
 
+def resolved_text(path: Path) -> str | None:
+    """The text of a resolved pipeline file; ``None`` where there is none. Raises :class:`SpecError`."""
+    try:
+        return read_text(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path} cannot be read: {error}; copy it again from where it was whole") from None
+
+
 @lru_cache(maxsize=4096)
 def resolved_settings(resolved: str | None) -> dict[str, Any]:
     """A resolved pipeline's settings by dotted key; empty where there is none."""
     try:
-        data = yaml.safe_load(resolved) if resolved else None
-    except yaml.YAMLError:
+        data = plain_data(resolved, "resolved.yaml") if resolved else None
+    except SpecError:
         data = None
     return flatten(data) if isinstance(data, dict) else {}

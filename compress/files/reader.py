@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,12 +24,17 @@ from ...registry import (
     Strategy,
     near,
 )
+from ...registry.component import wrong_kind
 from ..engine.runtime import Runtime
+from ..output.reading import LARGEST, shown
 from . import moved
 
 Model = TypeVar("Model", bound=BaseModel)
 Built = TypeVar("Built")
 Place = tuple[str | int, ...]
+
+NO_CHARACTER = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which no text can hold."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
     """
     for key in ("use", "name"):
         if key in options:
-            raise SpecError(f"{key}: is not an option (found {options[key]!r}); the strategy is an argument of its own")
+            raise SpecError(
+                f"{key}: is not an option (found {shown(options[key])}); the strategy is an argument of its own"
+            )
     reader = Reader(catalog)
     built: Component | None
     if isinstance(strategy, str):
@@ -71,7 +79,7 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
         if isinstance(strategy, type) and issubclass(strategy, Strategy):
             strategy = strategy.model_validate({})
         if not isinstance(strategy, Strategy):
-            raise SpecError(f"expected the name of a strategy or a Strategy object, found {strategy!r}")
+            raise SpecError(f"expected the name of a strategy or a Strategy object, found {shown(strategy)}")
         label = f"strategy {strategy.name}"
         built = reader.model(type(strategy), options, (), base=strategy) if options else reader.complete(strategy, ())
     found = reader.result(built, label)
@@ -111,7 +119,7 @@ class Reader:
         if isinstance(raw, cls):
             return raw
         if not isinstance(raw, Mapping):
-            self.mistake(place, f"expected a mapping of {', '.join(visible(cls))} (found {raw!r})")
+            self.mistake(place, f"expected a mapping of {', '.join(visible(cls))} (found {shown(raw)})")
             return None
         start = len(self.mistakes)
         values = {} if base is None else {key: getattr(base, key) for key in base.model_fields_set}
@@ -122,12 +130,16 @@ class Reader:
                 if remedy and value == default:
                     continue
                 if remedy:
-                    self.mistake(here, f"is no longer an option here (found {value!r}); {remedy}")
+                    self.mistake(here, f"is no longer an option here (found {shown(value)}); {remedy}")
                     continue
                 self.mistake(here, f"unknown key{self._instead(cls, key, base)}")
                 continue
             default = default_of(cls, key) if base is None else getattr(base, key)
-            values[key] = self._value(cls.model_fields[key].annotation, value, here, default)
+            annotation = cls.model_fields[key].annotation
+            flaw = wrong_kind(annotation, value) or (flaw_of(value) if kind_of(annotation)[0] is None else None)
+            if flaw:
+                self.mistake(here, flaw)
+            values[key] = value if flaw else self._value(annotation, value, here, default)
         if issubclass(cls, Strategy):
             allocator, ratio = (values.get(key, default_of(cls, key)) for key in ("allocator", "ratio"))
             self._check_ratio(allocator, ratio, place)
@@ -153,14 +165,14 @@ class Reader:
             return seed_parts(raw) if isinstance(raw, Strategy) else raw
         options = {tag: raw} if isinstance(raw, str) else raw
         if not isinstance(options, Mapping):
-            self.mistake(place, f"expected a {title}, by name or as {{{tag}: NAME, options}} (found {raw!r})")
+            self.mistake(place, f"expected a {title}, by name or as {{{tag}: NAME, options}} (found {shown(raw)})")
             return None
         options = dict(options)
         name = options.pop(tag, None if default is None else default.name)
         at_name = place if isinstance(raw, str) else (*place, tag)
         if not isinstance(name, str):
             known = ", ".join(self.catalog.names(role))
-            found = "" if name is None else f" (found {name!r})"
+            found = "" if name is None else f" (found {shown(name)})"
             self.mistake(at_name, f"name the {title}{found}; there are {known}")
             return None
         if default is not None and name == default.name:
@@ -170,7 +182,7 @@ class Reader:
         except PluginError as error:
             message, *notes = str(error).split("\n")
             if (role, name) in moved.NAMES:
-                message, notes = f"{title} {name!r} has another name now; write {moved.NAMES[role, name]}", []
+                message, notes = f"{title} {shown(name)} has another name now; write {moved.NAMES[role, name]}", []
             self.mistake(at_name, message)
             self._notes = notes
             likely = get_close_matches(name, [entry.name for entry in self.catalog.of_role(role)], n=1)
@@ -186,7 +198,7 @@ class Reader:
             return raw  # a strategy reads no compensator as the component none
         if many:
             if not isinstance(raw, (list, tuple)):
-                self.mistake(place, f"expected a list (found {raw!r})")
+                self.mistake(place, f"expected a list (found {shown(raw)})")
                 return None
             return [self._one(cls, item, (*place, index), None) for index, item in enumerate(raw)]
         return self._one(cls, raw, place, default)
@@ -210,7 +222,7 @@ class Reader:
             self.mistake((*place, "ratio"), "is required: the share of the model's units to cut, 0 <= ratio < 1")
         elif not allocator.takes_ratio and ratio is not None:
             self.mistake(
-                (*place, "ratio"), f"allocator {allocator.name} takes no ratio (found {ratio!r}); leave it out"
+                (*place, "ratio"), f"allocator {allocator.name} takes no ratio (found {shown(ratio)}); leave it out"
             )
 
     def _instead(self, cls: type[BaseModel], key: Any, base: BaseModel | None) -> str:
@@ -276,6 +288,19 @@ def with_rows(evaluator: Evaluator, longest: int) -> Evaluator:
     return lowered
 
 
+def flaw_of(value: Any) -> str | None:
+    """Why a value can be no option, whichever: text that no file can hold, or too large an integer."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        return next((flaw for item in value if (flaw := flaw_of(item))), None)
+    if isinstance(value, str) and ("\0" in value or (not value.isprintable() and NO_CHARACTER.search(value))):
+        return f"has a NUL byte or half of a surrogate pair (found {shown(value)}); leave it out"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"is larger than a number may be (found {shown(value)}); write at most {LARGEST:,}"
+    return None
+
+
 def visible(cls: type[BaseModel]) -> list[str]:
     """The options of a model that a user can set: a component's name says which it is."""
     return [key for key in cls.model_fields if not (key == "name" and issubclass(cls, Component))]
@@ -323,7 +348,9 @@ def describe(problem: Mapping[str, Any], about: str | None = None) -> str:
         return message
     message = message.replace("Input should", "should").replace("tuple", "list").replace("Tuple", "List")
     found = problem["input"]
+    if problem["type"] == "string_type" and isinstance(found, (int, float)):
+        return f"{message} (found {shown(found)}); put quotes around text"
     if problem["type"] == "literal_error" and isinstance(found, str):
         choices = [part.strip("'") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        return f"{message} (found {found!r}){near(found, choices)}"
-    return f"{message} (found {found!r})"
+        return f"{message} (found {shown(found)}){near(found, choices)}"
+    return f"{message} (found {shown(found)})"

@@ -13,8 +13,10 @@ from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, nea
 from ..bundled import TEXTS
 from ..engine.runtime import Runtime
 from ..models.loading import ModelSource
+from ..output.reading import path_problem, shown
 from .reader import Mistake, Model, Place, Reader, seed_parts, with_rows, with_seed
 from .yaml_file import YamlFile, apply_settings, read_yaml
+from .yaml_plain import Dumper
 
 DEFAULT_EVALUATORS = ("perplexity", "cost")
 
@@ -137,7 +139,11 @@ class PipelineSpec(BaseModel):
         folder = folder or Path.cwd()
         listed = data.get("plugins") or []
         if not (isinstance(listed, (list, tuple)) and all(isinstance(item, (str, Path)) for item in listed)):
-            raise SpecError(f"{label}: {at(('plugins',))}plugins: expected a list of Python files (found {listed!r})")
+            found = shown(listed)
+            raise SpecError(f"{label}: {at(('plugins',))}plugins: expected a list of Python files (found {found})")
+        for item in listed:
+            if problem := path_problem(item):
+                raise SpecError(f"{label}: {at(('plugins',))}plugins: {problem} (found {shown(item)})")
         files = list(dict.fromkeys([*(Path(p).resolve() for p in plugins), *(absolute(p, folder) for p in listed)]))
         reader = SpecReader(catalog or Catalog.discover(files), folder)
         data = dict(data, plugins=files)
@@ -173,7 +179,11 @@ class PipelineSpec(BaseModel):
         data = self.model_dump(mode="json", serialize_as_any=True)
         data["prune"] = {"use": data["prune"].pop("name"), **data["prune"]}
         data["output"] = {"dir": None, "trace": self.output.trace, "overwrite": False}
-        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+        return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+
+
+NAMES_OF_FOLDERS = {(ModelSource, "name"), (ModelSource, "offload_folder"), (Output, "dir")}
+"""Texts that may be paths."""
 
 
 class SpecReader(Reader):
@@ -184,11 +194,24 @@ class SpecReader(Reader):
         self.folder = folder
 
     def model(self, cls: type[Model], raw: Any, place: Place, base: BaseModel | None = None) -> Model | None:
+        if isinstance(raw, Mapping):
+            raw = {key: value for key, value in raw.items() if not self._refused(cls, key, value, place)}
         if isinstance(raw, Mapping) and issubclass(cls, TextSource):
             raw = self._text(dict(raw), place)
         if isinstance(raw, Mapping) and cls is ModelSource and (self.folder / str(raw.get("name"))).is_dir():
             raw = {**raw, "name": str(absolute(raw["name"], self.folder))}
         return super().model(cls, raw, place, base)
+
+    def _refused(self, cls: type[BaseModel], key: Any, value: Any, place: Place) -> bool:
+        """Whether a field that is a path cannot be one; reports why."""
+        field = cls.model_fields.get(key)
+        is_path = (cls, key) in NAMES_OF_FOLDERS or (field is not None and _holds(field.annotation, Path))
+        paths = [each for each in (value if isinstance(value, (list, tuple)) else [value]) if is_path]
+        problems = [path_problem(each) for each in paths if isinstance(each, (str, Path))]
+        problem = next((each for each in problems if each), None)
+        if problem:
+            self.mistake((*place, key), f"{problem} (found {shown(value)})")
+        return problem is not None
 
     def _value(self, annotation: Any, raw: Any, place: Place, default: Any) -> Any:
         if _holds(annotation, Path):

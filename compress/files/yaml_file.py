@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...registry import SpecError
+from ..output.reading import brief, read_text
 from .reader import Place
+from .yaml_plain import plain_data
 
 SMALLEST = "the smallest pipeline file is  prune: {use: pp, ratio: 0.4}"
-
-PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 @dataclass
@@ -51,22 +49,13 @@ def read_yaml(path: str | Path | YamlFile, kind: str = "pipeline file", smallest
         return path
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise SpecError(f"there is no {kind} {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SpecError(f"{kind} {path} cannot be read: {error}") from None
     lines: dict[Place, int] = {}
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        data = None if node is None else _build(loader, node, (), lines, path)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
-        raise SpecError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML: {error}") from None
+    data = plain_data(text, str(path), lines)
     if data is None:
         raise SpecError(f"{kind} {path} is empty; {smallest}")
     if not isinstance(data, dict):
@@ -93,15 +82,14 @@ def apply_settings(data: dict[str, Any], settings: Iterable[str]) -> list[Place]
 
 def yaml_value(setting: str, text: str) -> Any:
     """The value of a ``--set`` option; raises :class:`SpecError`."""
-    try:
-        return yaml.safe_load(text)
-    except Exception:  # the loader also raises whatever its conversions raise, such as for dates that do not exist
-        raise SpecError(f"--set {setting}: the value {text!r} is not valid YAML; put quotes around text") from None
+    return plain_data(text, f"--set {brief(setting)}")
 
 
 def parse_place(dotted: str) -> Place:
     """``evaluate.0.window`` -> ``("evaluate", 0, "window")``."""
-    return tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+    return tuple(
+        int(part) if part.isascii() and part.isdigit() and len(part) < 10 else part for part in dotted.split(".")
+    )
 
 
 def set_at(data: dict[str, Any], place: Place, value: Any, label: str) -> None:
@@ -128,43 +116,3 @@ def set_at(data: dict[str, Any], place: Place, value: Any, label: str) -> None:
         elif isinstance(at[part], str):
             at[part] = {"use" if place[: depth + 1] == ("prune",) else "name": at[part]}
         at = at[part]
-
-
-def _build(loader: yaml.SafeLoader, node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -> Any:
-    lines.setdefault(place, node.start_mark.line + 1)
-    if len(place) > 32:
-        raise SpecError(f"{path}: nested more than 32 levels deep at {'.'.join(map(str, place[:4]))}...")
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN:
-        raise SpecError(f"{path} line {lines[place]}: not valid YAML: the tag {node.tag} is not plain data")
-    if isinstance(node, yaml.SequenceNode):
-        return [_build(loader, item, (*place, index), lines, path) for index, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return _scalar(loader, node, place, path)
-    seen: dict[str, int] = {}
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key, line = str(key_node.value), key_node.start_mark.line + 1
-        if key in seen:
-            where = ".".join(map(str, (*place, key)))
-            raise SpecError(f"{path} line {line}: {where} is given twice (first on line {seen[key]}); keep one")
-        seen[key] = line
-    loader.flatten_mapping(node)
-    data = {}
-    for key_node, value_node in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise SpecError(f"{path} line {key_node.start_mark.line + 1}: a key must be a word")
-        key = _scalar(loader, key_node, place, path)
-        lines[(*place, key)] = key_node.start_mark.line + 1
-        data[key] = _build(loader, value_node, (*place, key), lines, path)
-    return data
-
-
-def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: Place, path: Path) -> Any:
-    try:
-        return loader.construct_object(node)
-    except yaml.YAMLError:
-        raise
-    except Exception as error:  # whatever a conversion raises: a date that does not exist, a tag !!int before a word
-        where = f"{path} line {node.start_mark.line + 1}: {'.'.join(map(str, place))}"
-        raise SpecError(f"{where}: {node.value!r} is not valid YAML ({error}); put quotes around text") from None

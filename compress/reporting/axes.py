@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import yaml
-
+from ...registry import SpecError
 from ..files.dotted import flatten
+from ..files.yaml_plain import plain_data
 from ..output.formatting import TITLES, sentence, share
 
 USE, RATIO = "prune.use", "prune.ratio"
@@ -108,8 +108,8 @@ def _all_of(fields: list[str], part: str) -> bool:
 def _vary(study_file: str | None) -> dict[str, Any]:
     """The ``vary`` section of a study's file; empty if there is none."""
     try:
-        data = yaml.safe_load(study_file or "")
-    except yaml.YAMLError:
+        data = plain_data(study_file or "", "study")
+    except SpecError:
         data = None
     vary = data.get("vary") if isinstance(data, dict) else None
     return vary if isinstance(vary, dict) else {}

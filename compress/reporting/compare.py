@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import SpecError
-from ..files.dotted import flatten, resolved_settings
+from ..files.dotted import flatten, resolved_settings, resolved_text
 from ..output import printing
 from ..output.formatting import number
 from ..runs.records import RESULTS, Comparison, EvaluatorResult, RunResult, damages, read_results
@@ -55,9 +55,7 @@ def compare(a: Path, b: Path, samples: int = 10_000, seed: int = 0) -> None:
         printing.say(f"{name}: {folder}", whole=True)
         printing.say(f"   {headline(result)}")
     printing.say("")
-    left, right = (
-        path.read_text(encoding="utf-8") if (path := folder / "resolved.yaml").is_file() else None for folder in folders
-    )
+    left, right = (resolved_text(folder / "resolved.yaml") for folder in folders)
     tables = {"settings": settings(left, right), "model, machine and versions": origins(first, second)}
     for what, lines in tables.items():
         if lines:

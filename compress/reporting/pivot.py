@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from ...registry import SpecError, near
 from ..files.dotted import resolved_settings
+from ..files.yaml_plain import plain_data
 from ..output.formatting import number
 from .axes import axis_title, is_condition, is_repetition, key, setting_text
 from .compare import not_comparable
@@ -90,8 +90,8 @@ class Grid:
     def value(self, axis: str, asked: str, option: str) -> Any:
         """The axis's value, as a file or a report writes it; raises :class:`SpecError` if there is none."""
         try:
-            read = key(yaml.safe_load(asked))
-        except yaml.YAMLError:
+            read = key(plain_data(asked, option))
+        except SpecError:
             read = ""
         for value in self.axes[axis]:
             if value == asked or key(value) == read or setting_text(axis, value) == asked:

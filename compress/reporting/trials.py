@@ -12,6 +12,8 @@ import pandas as pd
 from ...registry import SpecError
 from ..ablation.published import Published
 from ..ablation.store import Store
+from ..files.dotted import resolved_text
+from ..output.reading import brief, opened
 from ..runs.records import REMEDY, ComparedRun, Comparison, EvaluatorResult, RunResult, read_results
 from .axes import RATIO, USE, named_text, setting_text
 
@@ -137,8 +139,8 @@ def _folder(folder: Path) -> Study:
         settings: dict[str, Any] = {USE: run.strategy, RATIO: run.ratio.asked}
         path = folder / "resolved.yaml"
         if isinstance(run, ComparedRun):
-            settings["text"], path = run.situation, folder / run.pipeline
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
+            settings["text"], path = run.situation, _within(folder, run.pipeline)
+        text = resolved_text(path)
         trials.append(Trial(number, settings, "done", run, text, None, run.seconds.total))
     if isinstance(found, Comparison):
         names = trials[0].settings if trials else {}
@@ -148,11 +150,18 @@ def _folder(folder: Path) -> Study:
     return Study(title, folder, tuple(trials), text=trials[0].resolved)
 
 
+def _within(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise SpecError(f"{folder / 'results.json'} names {brief(name)}, which is outside of the folder; {REMEDY}")
+    return path
+
+
 def _store(path: Path) -> Study:
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             begin = file.read(len(SQLITE))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SpecError(f"{path} cannot be read: {error}") from None
     if begin != SQLITE:
         raise SpecError(f"{path} is not a study's store; {REMEDY}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -12,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ...registry import SpecError
 from ..files.reader import describe
 from ..output.formatting import number
+from ..output.reading import brief, read_json
 from ..output.records import (
     CalibrationFacts,
     CompensationFacts,
@@ -129,11 +129,7 @@ def parsed(kind: type[Read], data: Any) -> Read:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise ValueError(f"{place}: {_short(describe(problem))}{more}") from None
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:120] + "..."
+        raise ValueError(f"{place}: {brief(describe(problem))}{more}") from None
 
 
 def read_results(folder: str | Path) -> RunResult | Comparison:
@@ -145,7 +141,7 @@ def read_results(folder: str | Path) -> RunResult | Comparison:
     if not path.is_file():
         raise SpecError(f"{folder} is not a results folder (no {RESULTS} in it); {REMEDY}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise SpecError(f"{path} cannot be read: {error}; run the pipeline again") from None
     if not isinstance(data, dict) or not ("runs" in data or "metrics" in data):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from ...registry import DataError, TextSource, near
 from ...registry.tensors.windows import cut_windows, digest, token_stream, with_bos
 from ..bundled import TEXTS
 from ..models.loading import reason_of
+from ..output.reading import parse_json
 
 
 def read_documents(source: TextSource) -> list[str]:
@@ -64,10 +64,9 @@ def _lines(stream: Iterable[str], path: Path, field: str) -> Iterator[str]:
             continue
         place = f"text file {path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg}, column {error.colno}"
-            raise DataError(f"{place} is not JSON ({reason}); write one object per line") from None
+            record = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{place} is not JSON ({error}); write one object per line") from None
         if not isinstance(record, dict):
             raise DataError(f"{place} is not a JSON object; write one object per line with the field {field!r}")
         yield _field(record, field, place)

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from ....registry import DataError, SiteKind
 from ...output.folders import sha256_of, write_json
+from ...output.reading import read_json
 from ...output.records import CalibrationFacts, CompensationFacts, LayerCut, ModelFacts, Plain, Ratio, Record, Values
 from ..origin import READ, is_own
 
@@ -195,7 +196,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; name one that prunekit export wrote")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
         run = (folder / "results.json").is_file()
         remedy = "it is a results folder, so export it first (prunekit export)" if run else "name one that is"
@@ -265,7 +266,7 @@ def read_kept(folder: Path) -> Kept | None:
     if not path.is_file():
         return None
     try:
-        layers = json.loads(path.read_text(encoding="utf-8"))
+        layers = read_json(path)
         return {(e["layer"], kind): tuple(e[kind]) for e in layers for kind in e if kind != "layer"}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} is damaged ({error}); export the model again") from error
