@@ -236,4 +236,4 @@ def test_schema_is_json_with_plugins(command, tmp_path):
 
 def test_the_installed_command_is_this_one():
     text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
-    assert 'prunekit = "prunekit.compress.cli.main:main"' in text
+    assert 'prunekit = "prunekit.__main__:main"' in text

@@ -7,9 +7,11 @@ import numpy
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.compress.files.spec import PipelineSpec
 from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring
-from prunekit.registry import DataError, Evaluator, Measurement, PluginError
+from prunekit.compress.runs.pipeline import Pipeline
+from prunekit.registry import Catalog, DataError, Evaluator, Measurement, PluginError
 
 CALLS = []
 
@@ -288,3 +290,21 @@ def test_scalars_become_numbers_and_what_is_not_finite_gets_a_note(measuring):
     assert plain == {"a": 0.5, "b": 3, "c": 2.0, "d": None, "e": 1, "f": 7}
     assert [type(value) for value in plain.values()] == [float, int, float, type(None), int, int]
     assert found.notes == ["own note", "value g is nan", "value h is -inf"]
+
+
+def test_an_error_of_the_system_is_the_evaluators_own(tmp_path):
+    class Server(Evaluator):
+        """Asks a server."""
+
+        name: Literal["server"] = "server"
+        full: bool = False
+
+        def evaluate(self, subject):
+            raise OSError(28, "No space left on device") if self.full else OSError("http://127.0.0.1:9 does not answer")
+
+    catalog = Catalog.discover()
+    for full, words in ((False, "does not answer"), (True, "No space left on device")):
+        data = {"prune": {"use": "magnitude", "ratio": 0.2}, "evaluate": [Server(full=full)]}
+        with pytest.raises(DataError, match=f"evaluator server cannot measure: .*{words}"):
+            Pipeline(PipelineSpec.of(data, catalog=catalog)).run(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 
 from ...registry import Catalog, PrunekitError
 from ..calibration.passes import Progress, no_progress
 from ..calibration.shared import SharedStatistics
 from ..files.spec import PipelineSpec
+from ..files.yaml_plain import plain_data
 from ..models.loading import Loaded, ModelSource, load
+from ..output.failures import described, explained
 from ..runs.measuring import Known
 from ..runs.pipeline import Pipeline
 from ..runs.records import RunResult
@@ -99,7 +99,7 @@ class Worker:
         except PrunekitError as mistake:
             error = str(mistake)
         except Exception as failure:  # whatever it is, it must not stop the other trials
-            error = describe(failure)
+            error = explained(failure) or described(failure)
         if error is not None:
             gc.collect()  # the failed trial's tensors, which its traceback held
             if torch.cuda.is_available():
@@ -119,18 +119,10 @@ def read_trial(text: str) -> PipelineSpec:
 
     Trials with the same plugin files share their classes, so that dense measurements are found again.
     """
-    data = yaml.safe_load(text)
+    data = plain_data(text, "trial")
     return PipelineSpec.of(data, catalog=_catalog(tuple(map(Path, data.get("plugins") or ()))))
 
 
 @lru_cache(maxsize=8)
 def _catalog(files: tuple[Path, ...]) -> Catalog:
     return Catalog.discover(files)
-
-
-def describe(failure: Exception) -> str:
-    """Kind, message and last place of an unforeseen error."""
-    frames = traceback.extract_tb(failure.__traceback__)
-    place = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-    message = str(failure).strip()
-    return f"{type(failure).__name__}: {message or 'no message'}{place}"

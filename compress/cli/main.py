@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import sys
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ... import __version__
+from ..output import stopping
 from . import exports, studies
-from .options import Commands, OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, Terminated, guarded
+from .options import Commands, OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, guarded
 
 if TYPE_CHECKING:
     from ...registry import Catalog
@@ -30,18 +31,13 @@ app = typer.Typer(
 )
 
 
-def _terminate(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal would interrupt the cleanup
-    raise Terminated
-
-
 def main() -> None:
-    """Entry point of the command."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app()
-    except KeyboardInterrupt:  # no command has started yet
-        sys.exit(130)
+    """Run the command that the arguments name."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    stopping.install()
+    app()
 
 
 def _version(asked: bool) -> None:

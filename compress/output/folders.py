@@ -48,7 +48,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error means that the disk is full; safetensors reports it in a sentence."""
     if isinstance(error, OSError):
-        return error.errno in FULL or error.errno is None  # numpy reports how much it could write, and no number
+        # numpy reports how much it could write, and no number
+        return error.errno in FULL or (error.errno is None and "requested and" in str(error))
     return type(error).__name__ == "SafetensorError" and any(os.strerror(code) in str(error) for code in FULL)
 
 
@@ -118,7 +119,9 @@ class RunFolder:
             for folder in made:
                 with suppress(OSError):
                     folder.rmdir()
-            if disk_is_full(error):
+            where = getattr(error, "filename", None)
+            elsewhere = isinstance(where, str) and not Path(where).absolute().is_relative_to(self.partial)
+            if disk_is_full(error) and not elsewhere:
                 raise SpecError(
                     f"{self.what} {self.target} cannot be written: {getattr(error, 'strerror', None) or error}; make "
                     "room there, or name another place with --out"

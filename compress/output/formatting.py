@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from .reading import brief
 
 TIE = 0.01
 """Perplexities closer than this share are called equal, where nothing is known of their spread."""
@@ -17,6 +20,30 @@ TITLES = {
     "full_batch_probing": "full-batch probing",
 }
 """Display names of the built-in strategies."""
+
+
+HIDDEN = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+"""Control characters, marks that turn the direction of text, and halves of surrogate pairs."""
+
+LONGEST_LINE = 2_000
+
+MOST_LINES = 60
+
+
+def printable(text: str) -> str:
+    """``text`` with hidden characters written as escapes such as ``\\x1b``; lines and tabs stay."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def fitting(message: object) -> str:
+    """A message of at most about a screenful: its long lines are cut in their middles, and many lines too."""
+    lines = [brief(line, LONGEST_LINE) for line in str(message).split("\n")]
+    if len(lines) > MOST_LINES:
+        left_out = len(lines) - MOST_LINES
+        lines[MOST_LINES - 10 : -10] = [f"  ... and {left_out:,} more lines ..."]
+    return "\n".join(lines)
 
 
 def number(value: Any) -> str:

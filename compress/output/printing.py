@@ -9,15 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.segment import Segments
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
+from . import stopping
+from .formatting import fitting, printable
 from .pace import pace
+from .reading import brief
 
 if TYPE_CHECKING:
     from ...registry import Catalog
@@ -30,21 +33,34 @@ PIPED_WIDTH = 100
 MINUTE = 60.0
 """Seconds between two lines of progress."""
 
+CELL = 400
+"""Characters of a cell; a longer one is cut in its middle."""
+
 WIDEST = 100_000
 """Characters; more than any table has."""
 
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
-err = Console(stderr=True)
+
+class SafeConsole(Console):
+    """Control sequences in its texts, whoever wrote them, are shown and have no effect."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Segments without control characters, except those of rich itself."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+out = SafeConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
+err = SafeConsole(stderr=True)
 
 
 def error(message: object) -> None:
     """One red message on stderr; long words such as paths are not broken."""
-    err.print(f"[red]error:[/red] {escape(str(message))}", highlight=False, soft_wrap=True)
+    err.print(f"[red]error:[/red] {escape(fitting(message))}", highlight=False, soft_wrap=True)
 
 
 def warning(message: object) -> None:
     """A yellow message on stderr."""
-    err.print(f"[yellow]warning:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
+    err.print(f"[yellow]warning:[/yellow] {escape(fitting(message))}", highlight=False, soft_wrap=True)
 
 
 def catalog_problems(catalog: Catalog) -> None:
@@ -57,7 +73,7 @@ def catalog_problems(catalog: Catalog) -> None:
 
 def say(line: str, whole: bool = False) -> None:
     """A line on stdout, as it is; ``whole`` keeps long words such as paths in one piece."""
-    out.print(line, highlight=False, markup=False, soft_wrap=whole)
+    out.print(fitting(line), highlight=False, markup=False, soft_wrap=whole)
 
 
 def show_table(head: Sequence[str], rows: Iterable[Row], left: int = 1, title: str | None = None) -> None:
@@ -102,9 +118,11 @@ def _whole(head: Sequence[str], rows: Iterable[Row], left: int) -> tuple[Table, 
 def _table(head: Sequence[str], rows: Iterable[Row], left: int, title: str | None = None, whole: bool = False) -> Table:
     shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
     for index, name in enumerate(head):
-        shown.add_column(escape(name), justify="left" if index < left else "right", overflow="fold", no_wrap=whole)
+        shown.add_column(
+            escape(brief(name, CELL)), justify="left" if index < left else "right", overflow="fold", no_wrap=whole
+        )
     for row in rows:
-        shown.add_row(*(cell if isinstance(cell, Text) else escape(cell) for cell in row))
+        shown.add_row(*(cell if isinstance(cell, Text) else escape(brief(cell, CELL)) for cell in row))
     return shown
 
 
@@ -130,7 +148,7 @@ class Bars:
 
     def say(self, line: str) -> None:
         """A line in place of a bar."""
-        err.print(line, highlight=False, markup=False, soft_wrap=True)
+        err.print(fitting(line), highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -146,6 +164,7 @@ class Bars:
         task = self._progress.add_task(escape(label), total=total, paced=True)
         try:
             for item in self.minutes(items, label, total):
+                stopping.check()
                 yield item
                 self._progress.advance(task)
         finally:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ...registry import (
+    DataError,
     Evaluator,
     Measurement,
     SiteKind,
@@ -68,9 +69,17 @@ class Measuring(Subject):
         if key not in known:
             self._begin()
             with rotary_kept(self.model), self.dense() if dense else nullcontext():
-                known[key] = checked(evaluator, evaluator.evaluate(self))
+                known[key] = checked(evaluator, self._evaluated(evaluator))
         self._begin()
         return known[key]
+
+    def _evaluated(self, evaluator: Evaluator) -> Measurement:
+        try:
+            return evaluator.evaluate(self)
+        except OSError as error:  # of a server or of a disk that has nothing to do with where results go
+            raise DataError(
+                f"evaluator {evaluator.name} cannot measure: {error}; see to that, or leave it out"
+            ) from error
 
     def _begin(self) -> None:
         torch.manual_seed(self._seed)

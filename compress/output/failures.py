@@ -1,0 +1,34 @@
+"""One sentence for errors of the system, such as memory that runs out, and for errors that nobody foresaw."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from pathlib import Path
+
+MEMORY = ("DefaultCPUAllocator", "allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
+"""Parts of what torch and the system say where memory runs out."""
+
+
+def explained(failure: BaseException) -> str | None:
+    """A sentence with the remedy for memory that ran out and for files of the system; ``None`` for other errors."""
+    message = str(failure).strip()
+    is_memory = isinstance(failure, MemoryError) or getattr(failure, "errno", None) == errno.ENOMEM
+    if is_memory or (isinstance(failure, (RuntimeError, ImportError)) and any(part in message for part in MEMORY)):
+        first = message.splitlines()[0] if message else type(failure).__name__
+        return (
+            f"memory ran out ({first}); lower the batch sizes of calibration and evaluators, close other programs, or "
+            "use a machine with more memory"
+        )
+    if isinstance(failure, OSError) and failure.errno is not None:
+        where = f"{failure.filename}: " if failure.filename else ""
+        return f"{where}{failure.strerror}; see to that, and run the same command again"
+    return None
+
+
+def described(failure: BaseException) -> str:
+    """Kind, message and last place of an error that was not foreseen."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    place = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    message = str(failure).strip()
+    return f"{type(failure).__name__}: {message or 'no message'}{place}"
