@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .export.evaluating import evaluate
     from .export.exporting import Exporter
     from .export.reload import load
     from .files.spec import PipelineSpec
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from .pruning.pruned import Pruned
     from .runs.pipeline import Pipeline
 
-__all__ = ["Exporter", "Pipeline", "PipelineSpec", "Pruned", "load", "prune"]
+__all__ = ["Exporter", "Pipeline", "PipelineSpec", "Pruned", "evaluate", "load", "prune"]
 
 _HOMES = {
     "prune": "pruning.prune",
@@ -22,6 +23,7 @@ _HOMES = {
     "PipelineSpec": "files.spec",
     "Exporter": "export.exporting",
     "load": "export.reload",
+    "evaluate": "export.evaluating",
 }
 
 

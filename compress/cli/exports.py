@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Commands, PluginFiles, Settings
+from .options import Commands, OutFolder, Overwrite, PluginFiles, Settings
 
 # The commands import torch and what needs it when they run, so that --help and --version answer at once.
 
@@ -56,6 +56,44 @@ def export(
     printing.quiet()
     options = dict(multiple=multiple, freeze=freeze, shard_size=shard_size, overwrite=overwrite)
     command.export(source, profile, out, settings or (), plugin or (), **options)
+
+
+def evaluate(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A hub id, a model's or an exported folder, or a pipeline file, whose prune is not used; the bundled "
+            "model by default.",
+        ),
+    ] = None,
+    settings: Settings = None,
+    out: OutFolder = None,
+    plugin: PluginFiles = None,
+    base: Base = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code of a dynamic export's base model.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure a model or an exported one as it is, and write a results folder.
+
+    Perplexity and cost by default; --set evaluate.0.window=256, --set evaluate=[latency] and so on change that.
+    """
+    from ..export import evaluating
+    from ..output import printing
+    from ..runs import report as tables
+
+    printing.quiet()
+    with printing.Bars() as bars:
+        results = evaluating.run(
+            source, settings or (), plugin or (), out, overwrite, base, trust_remote_code, bars.track, bars.say
+        )
+    printing.say(tables.headline(results.record))
+    printing.show_table(("measurement", "value"), [(row[0], row[2]) for row in tables.metric_rows(results.record)])
+    for note in results.record.notes:
+        printing.warning(note)
+    printing.say(f"results: {results.folder}", whole=True)
 
 
 def verify(
@@ -138,4 +176,4 @@ def recover(
     command.recover(folder, out, source, lora, **options)
 
 
-COMMANDS: Commands = {"export": export, "verify": verify, "diff": diff, "recover": recover}
+COMMANDS: Commands = {"export": export, "evaluate": evaluate, "verify": verify, "diff": diff, "recover": recover}

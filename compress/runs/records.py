@@ -30,6 +30,9 @@ FORMAT: Literal[1] = 1
 
 RESULTS = "results.json"
 
+NOT_PRUNED = "none"
+"""The strategy's name in results of ``prunekit evaluate`` on a model that nothing was cut from."""
+
 REMEDY = "name a store written by prunekit ablate, or a folder written by prunekit run or prunekit demo"
 
 

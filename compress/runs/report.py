@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..output.formatting import extent, fact, number, sentence, share, table
 from ..output.records import CompensationFacts, Value
-from .records import RunResult
+from .records import NOT_PRUNED, RunResult
 
 HEAD = ("measurement", "dense", "pruned", "change")
 
@@ -34,6 +34,8 @@ def _change(name: str, dense: Value, value: Value) -> str:
 
 def headline(result: RunResult) -> str:
     """One line: what was pruned by which strategy, and how much."""
+    if result.strategy == NOT_PRUNED:
+        return f"{result.model.name}, not pruned"
     ratio = result.ratio
     asked = "" if ratio.asked is None else f", {share(ratio.asked)} asked"
     return (
