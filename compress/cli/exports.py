@@ -76,9 +76,9 @@ def evaluate(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a model or an exported one as it is, and write a results folder.
+    """Measure a model or an export as it is.
 
-    Perplexity and cost by default; --set evaluate.0.window=256, --set evaluate=[latency] and so on change that.
+    Writes a results folder. Perplexity and cost by default; --set evaluate=[latency] and so on change that.
     """
     from ..export import evaluating
     from ..output import printing

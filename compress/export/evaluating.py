@@ -122,8 +122,9 @@ def run(
         check_lengths(spec, loaded)
         for line in planned(None, labelled(spec.evaluate), Unpruned(loaded), "once"):
             say(line)
-        positions = spec.positions
-        measuring = pruned and Measuring(loaded, pruned, progress, {}, spec.evaluate, spec.seed, positions)
+        measuring = None
+        if pruned is not None:
+            measuring = Measuring(loaded, pruned, progress, {}, spec.evaluate, spec.seed, spec.positions)
         metrics = []
         for label, evaluator in labelled(spec.evaluate):
             start = time.perf_counter()
