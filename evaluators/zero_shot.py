@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import numpy
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_serializer
 
 from ..registry import Evaluator, Measurement, SpecError, Subject, hookimpl, near
 from ..registry.tensors.tokens import context_length
@@ -86,6 +86,16 @@ class ZeroShot(Evaluator):
         lt=2**32,
         description="seed of the solved examples and of whatever tasks draw; 1234 is lm-eval's default",
     )
+    apply_chat_template: bool = Field(
+        default=False,
+        description="ask as a user of the tokenizer's chat template, solved examples as turns of the chat; as "
+        "lm-eval's option of this name",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_later_default(self, handler: Any) -> dict[str, Any]:
+        # The option is newer than stored trials, whose keys are made of what is written.
+        return {key: value for key, value in handler(self).items() if key != "apply_chat_template" or value}
 
     @field_validator("tasks", "task_folder", mode="before")
     @classmethod
@@ -149,6 +159,7 @@ class ZeroShot(Evaluator):
         from . import harness
 
         self.check(subject.model)
+        self._check_tokenizer(subject.tokenizer)
         context = context_length(subject.model)
         names = self._names
         with harness.quiet(), _drawing_from(self.seed):
@@ -160,14 +171,35 @@ class ZeroShot(Evaluator):
             results = {name: self._run(lm, loaded[name]) for name in names}
         return self._measurement(subject, lm, results)
 
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise SpecError(
+                "zero_shot: the tokenizer has neither a BOS nor an EOS token, and lm-eval begins with one of them if a "
+                "question has no context; set bos_token or eos_token in tokenizer_config.json, or leave zero_shot out"
+            )
+        if self.apply_chat_template and not tokenizer.chat_template:
+            raise SpecError(
+                "zero_shot.apply_chat_template: the tokenizer has no chat template; use an instruction-tuned model, or "
+                "set apply_chat_template to false"
+            )
+
     def _run(self, lm: Any, task_dict: Mapping[str, Any]) -> dict[str, Any]:
         from lm_eval.api.metrics import mean
         from lm_eval.evaluator import evaluate
 
         # The standard error of a mean has a formula; for all others lm-eval bootstraps for minutes.
         plain = all(each is mean for task in task_dict["tasks"].values() for each in task.aggregation().values())
+        chat = self.apply_chat_template
+        options = {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
         try:
-            return evaluate(lm=lm, task_dict=task_dict, limit=self.limit, bootstrap_iters=int(plain), log_samples=True)
+            return evaluate(
+                lm=lm,
+                task_dict=task_dict,
+                limit=self.limit,
+                bootstrap_iters=int(plain),
+                log_samples=True,
+                **options,
+            )
         except (AssertionError, ValueError) as error:  # lm-eval raises these for bad settings of a task
             raise SpecError(f"zero_shot: lm-eval cannot run {', '.join(task_dict['tasks'])}: {error}") from error
 
@@ -204,6 +236,7 @@ class ZeroShot(Evaluator):
             "max_length": lm.max_length,
             "bos": lm.adds_bos,
             "seed": self.seed,
+            **({"chat_template": "the tokenizer's"} if self.apply_chat_template else {}),
             **setting(subject.model),
         }
         cut = f"{lm.shortened} prompts were longer than {lm.max_length} tokens and lost their beginning"

@@ -234,7 +234,7 @@ def test_a_trained_model_gets_the_loss_that_transformers_computes(shared):
     if not folder.is_dir() or not text.is_file():
         pytest.skip("needs the shared model and text")
     from prunekit.compress.models.loading import ModelSource, load
-    from prunekit.compress.runs.text import read_documents
+    from prunekit.compress.runs.documents import read_documents
 
     loaded = load(ModelSource(name=str(folder), device="cpu"))
     subject = PlainSubject(loaded.model, loaded.tokenizer)

@@ -161,7 +161,10 @@ def test_all_mistakes_at_once_with_their_lines(write, tmp_path):
         ("prune: {use: pp, ratio: 0.4}\nevaluate: [{name: cost, seed: -1}]", ["evaluate.0.seed: should be greater"]),
         ("prune: {use: pp, ratio: 0.4}\nevaluate: [{name: latency, seed: -1}]", ["evaluate.0.seed: should be greater"]),
         ("prune: {use: pp, ratio: 0.4}\nevaluate: []", ["line 2: evaluate: name at least one evaluator"]),
-        ("prune: {use: pp, ratio: 0.4}\ncalibration: {file: .}", ["line 2: calibration.file", "is a folder; name a"]),
+        (
+            "prune: {use: pp, ratio: 0.4}\ncalibration: {file: .}",
+            ["line 2: calibration.file", "is a folder, but not one of"],
+        ),
         ("seed: 3", ["prune: is required", "use: pp"]),
         ("prune: pp", ["prune.ratio: is required"]),
         ("prune: {ratio: 0.4}", ["prune.use: name the Strategy", "wanda_sp"]),

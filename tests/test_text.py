@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from prunekit.compress.runs.text import calibration_batches, fingerprint, read_documents
+from prunekit.compress.runs.documents import read_documents
+from prunekit.compress.runs.text import calibration_batches, fingerprint
 from prunekit.registry import DataError, TextSource
 from prunekit.registry.tensors.tokens import check_token_ids, context_of
 from prunekit.registry.tensors.windows import cut_windows, digest, token_stream, with_bos
@@ -44,7 +45,7 @@ def test_txt_is_one_document_and_jsonl_one_per_line(tmp_path):
 def test_bundled_text_is_read_by_name(tmp_path, monkeypatch):
     bundled = tmp_path / "kind.txt"
     bundled.write_text("text of a kind")
-    monkeypatch.setattr("prunekit.compress.runs.text.TEXTS", {"kind-evaluation": bundled})
+    monkeypatch.setattr("prunekit.compress.runs.documents.TEXTS", {"kind-evaluation": bundled})
     assert read_documents(TextSource(bundled="kind-evaluation")) == ["text of a kind"]
     with pytest.raises(DataError, match=r"no bundled text is called 'kind-evaluatoin' \(did you mean 'kind-"):
         read_documents(TextSource(bundled="kind-evaluatoin"))
@@ -54,13 +55,27 @@ def test_bundled_text_is_read_by_name(tmp_path, monkeypatch):
     ("name", "content", "complaint"),
     [
         ("missing.txt", None, r"missing\.txt does not exist"),
-        ("a.csv", b"text", r"a\.csv: only \.txt .* and \.jsonl"),
+        ("a.doc", b"text", r"a\.doc: files of this ending are not read \(\.txt, .*save_to_disk are\)"),
+        ("a.jsonl.zst", b"text", r"a\.jsonl\.zst: files of this ending are not read .*unpack it"),
+        ("a.csv", b"text\nx\na,b,c\n", r"a\.csv, after row .*ParserError"),
+        ("e.csv", b"", r"e\.csv, after row 0.*column names"),
+        ("b.csv", b"body\nx\n", r"b\.csv, row 1 has no field 'text'; set field to one of: body"),
+        ("a.parquet", b"PAR1", r"a\.parquet is not Parquet, or is damaged"),
+        ("a.json.gz", b"text", r"a\.json\.gz cannot be read: .*whole"),
         ("empty.txt", b"", r"empty\.txt holds no text"),
         ("blank.txt", b" \n\n", r"blank\.txt holds no text"),
         ("empty.jsonl", b"", r"empty\.jsonl holds no text"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), r"latin\.txt is not UTF-8"),
+        ("latin.txt", "caf\xe9s".encode("latin-1"), r"latin\.txt is not UTF-8 \(byte 0xe9 at 3: .*iconv"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', r"a\.jsonl, line 2 has no field 'text' \(did you mean 'txt'"),
         ("b.jsonl", b'{"text": "x"}\n\n{"text": 3}', r"b\.jsonl, line 3: field 'text' holds int, not text"),
+        ("n.jsonl", b'{"text": null}', r"n\.jsonl, line 1: field 'text' is null.*skip_null: true"),
+        (
+            "s.jsonl",
+            b'{"text": "broken \\ud83d emoji"}',
+            r"line 1: character 7 is half of a surrogate pair \('\\ud83d'\)",
+        ),
+        ("m.jsonl", b'{"text": [{"role": "user"}]}', r"holds list, not text; set apply_chat_template: true"),
+        ("h.jsonl", b"[" * 100_000, r"h\.jsonl, line 1 is not JSON"),
         ("c.jsonl", b'{"text": "x"}\n{"text"', r"c\.jsonl, line 2 is not JSON"),
         ("d.jsonl", b"[1]", r"d\.jsonl, line 1 is not a JSON object"),
     ],
@@ -76,6 +91,88 @@ def test_a_bad_file_is_named_with_its_place(tmp_path, name, content, complaint):
 def test_a_folder_is_no_text_file(tmp_path):
     with pytest.raises(DataError, match="is a folder"):
         read_documents(TextSource(file=tmp_path))
+
+
+ROWS = [{"text": "one", "more": "1"}, {"text": 'two, "quoted"\nline', "more": "2"}]
+
+
+def write_rows(path):
+    """The two rows in the format of the path's ending."""
+    import datasets
+    import pandas
+
+    frame = pandas.DataFrame(ROWS)
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    elif ".csv" in path.name or ".tsv" in path.name:
+        frame.to_csv(path, index=False, sep="," if ".csv" in path.name else "\t")
+    elif ".json" in path.name:
+        frame.to_json(path, orient="records", lines=True)
+    elif path.name == "splits":
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(path)
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.json", "a.jsonl.gz", "a.json.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet", "saved", "splits"],
+)
+def test_rows_of_every_format_are_the_same(tmp_path, name):
+    write_rows(tmp_path / name)
+    found = read_documents(TextSource(file=tmp_path / name))
+    assert found == [row["text"] for row in ROWS]
+    both = read_documents(TextSource(file=tmp_path / name, field=["more", "text"], limit=1))
+    assert both == ["1\none"]
+    if name == "splits":
+        with pytest.raises(DataError, match="no split 'test'; set split to one of: train"):
+            read_documents(TextSource(file=tmp_path / name, split="test"))
+
+
+def test_rows_without_text_are_left_out_only_where_asked(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    assert read_documents(TextSource(file=path, skip_null=True, limit=2)) == ["one", "two"]
+    with pytest.raises(DataError, match="line 2"):
+        read_documents(TextSource(file=path))
+
+
+def test_chats_become_text_by_the_tokenizers_template(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    path.write_text(json.dumps({"messages": chat, "other": "x"}))
+    source = TextSource(file=path, apply_chat_template=True)
+    with pytest.raises(DataError, match="this model's tokenizer has none"):
+        read_documents(source, tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %} {{ m.role }} {{ m.content }}{% if m.role == 'tool' %}"
+        "{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+    )
+    assert read_documents(source, tokenizer) == ["<s> user w1 assistant w2"]
+    assert source.label == "a.jsonl by chat template"
+    assert with_bos(token_stream(["<s> w1"], tokenizer), tokenizer).tolist() == [1, 3]  # one BOS, not two
+    with pytest.raises(DataError, match="field 'other' holds str, not the messages of a chat"):
+        read_documents(source.model_copy(update={"field": "other"}), tokenizer)
+    path.write_text(json.dumps({"messages": [{"role": "tool", "content": "w1"}]}))
+    with pytest.raises(DataError, match=r"line 1: the tokenizer's chat template refuses .*no tools"):
+        read_documents(source, tokenizer)
+
+
+def test_files_of_a_dataset_can_be_named(dataset):
+    source = TextSource(dataset=dataset, data_files="train.jsonl", limit=2)
+    assert read_documents(source) == ["row 0", "row 1"] and "train.jsonl" in source.label
+    with pytest.raises(DataError, match=r"other\.jsonl"):
+        read_documents(TextSource(dataset=dataset, data_files=["other.jsonl"]))
+    with pytest.raises(ValueError, match="data_files are files of a hub dataset"):
+        TextSource(bundled="reference-calibration", data_files="a")
+
+
+def test_new_options_of_a_text_are_not_written_at_their_defaults():
+    """The keys of stored trials are made of what is written."""
+    source = TextSource(bundled="reference-calibration")
+    assert not source.model_dump().keys() & {"data_files", "apply_chat_template", "skip_null"}
+    changed = source.model_copy(update={"skip_null": True})
+    assert TextSource(**changed.model_dump()) == changed
 
 
 @pytest.fixture

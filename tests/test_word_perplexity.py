@@ -9,7 +9,7 @@ import yaml
 from prunekit.compress import Pipeline, PipelineSpec, prune
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.models.loading import ModelSource, load
-from prunekit.compress.runs.text import read_documents
+from prunekit.compress.runs.documents import read_documents
 from prunekit.evaluators.perplexity import Perplexity
 from prunekit.evaluators.published_perplexities import check_published
 from prunekit.evaluators.wikitext_words import pages_of

@@ -30,7 +30,8 @@ def window_in_force(config: Any) -> bool:
     """Whether attention is limited to a sliding window that is shorter than the model's context."""
     window, used = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    return used and bool(window) and window < (context_of(config) or window) and "sliding_attention" in kinds
+    inside = bool(window) and window < (context_of(config) or 0)
+    return used and inside and "sliding_attention" in kinds
 
 
 def homogeneous(config: Any) -> Any:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, near
+from ...registry.text import is_saved_dataset
 from ..bundled import TEXTS
 from ..engine.runtime import Runtime
 from ..models.loading import ModelSource
@@ -230,8 +231,8 @@ class SpecReader(Reader):
             )
         if isinstance(file, (str, Path)):
             raw["file"] = absolute(file, self.folder)
-            if not raw["file"].is_file():
-                folder = f"{raw['file']} is a folder; name a .txt or .jsonl file"
+            if not (raw["file"].is_file() or is_saved_dataset(raw["file"])):
+                folder = f"{raw['file']} is a folder, but not one of datasets' save_to_disk; name a text file"
                 self.mistake((*place, "file"), folder if raw["file"].is_dir() else f"there is no file {raw['file']}")
         return raw
 

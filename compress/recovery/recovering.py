@@ -26,10 +26,10 @@ from ..models.exported.manifest import CARD, MANIFEST, ExportMetric, Manifest, T
 from ..models.loading import Loaded, ModelSource, fingerprint
 from ..models.loading import load as load_model
 from ..output.folders import RunFolder, plain
+from ..runs.documents import read_documents
 from ..runs.measuring import Unpruned
 from ..runs.plan import Say, planned, silent
 from ..runs.provenance import versions
-from ..runs.text import read_documents
 from .lora import Lora, check_installed, train
 
 WEIGHTS = ".safetensors"
@@ -131,7 +131,7 @@ class Recovery:
             raise DataError(
                 f"--length: the model's context is {context} tokens, found {self.length}; take {context} or less"
             )
-        documents, label = read_documents(self.text), self.text.label
+        documents, label = read_documents(self.text, found.tokenizer), self.text.label
         sequences = training_sequences(
             documents, found.tokenizer, self.length, self.sequences, self.lora.taken, self.lora.seed, label
         )

@@ -27,7 +27,7 @@ from ..files.reader import with_rows
 from ..models.loading import Loaded
 from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
-from .text import read_documents
+from .documents import read_documents
 
 Item = TypeVar("Item")
 
@@ -94,7 +94,7 @@ class Measuring(Subject):
         return found if self._positions is None else with_rows(found, self._positions)
 
     def read(self, source: TextSource) -> list[str]:
-        return read_documents(source)
+        return read_documents(source, self.tokenizer)
 
     def dense(self) -> AbstractContextManager[Any]:
         return self._pruned.dense()
@@ -151,7 +151,7 @@ class Unpruned(Subject):
         self._label, self._progress = label, progress
 
     def read(self, source: TextSource) -> list[str]:
-        return read_documents(source)
+        return read_documents(source, self.tokenizer)
 
     def progress(self, items: Iterable[Item], label: str, total: int) -> Iterable[Item]:
         return self._progress(items, f"{self._label}: {label}", total)

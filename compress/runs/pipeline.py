@@ -21,13 +21,14 @@ from ..models.loading import Loaded, load
 from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Value
 from ..pruning.prune import prune
+from .documents import read_documents
 from .measuring import Known, Measuring, Unpruned
 from .plan import Say, planned, silent
 from .preflight import check_calibration, check_rows
 from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
 from .records import FORMAT, EvaluatorResult, RunResult, Seconds, damages
 from .results import Results
-from .text import calibration_batches, read_documents
+from .text import calibration_batches
 from .text import fingerprint as text_fingerprint
 
 
@@ -181,7 +182,7 @@ def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> Evaluat
 def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, CalibrationFacts]:
     """Calibration batches and their description; raises :class:`DataError` where they exceed the model's context."""
     check_calibration(calibration.length, context_length(loaded.model))
-    documents = read_documents(calibration.source)
+    documents = read_documents(calibration.source, loaded.tokenizer)
     batches = calibration_batches(
         documents,
         loaded.tokenizer,

@@ -41,8 +41,11 @@ def token_stream(documents: Sequence[str], tokenizer: Any, separator: str = "\n\
 
 
 def with_bos(ids: Tensor, tokenizer: Any) -> Tensor:
-    """The stream (N,) with one BOS before it, if the tokenizer has one: (N + 1,) or (N,)."""
-    if tokenizer.bos_token_id is None:
+    """The stream (N,) with one BOS before it, if the tokenizer has one: (N + 1,) or (N,).
+
+    A stream that begins with BOS, as chat templates write it, does not change.
+    """
+    if tokenizer.bos_token_id is None or (len(ids) and ids[0] == tokenizer.bos_token_id):
         return ids
     return torch.cat([torch.tensor([tokenizer.bos_token_id], dtype=ids.dtype), ids])
 
