@@ -72,11 +72,11 @@ def test_bundled_text_is_read_by_name(tmp_path, monkeypatch):
         (
             "s.jsonl",
             b'{"text": "broken \\ud83d emoji"}',
-            r"line 1: character 7 is half of a surrogate pair \('\\ud83d'\)",
+            r"line 1 cannot be read as JSON .*half of a surrogate pair",
         ),
         ("m.jsonl", b'{"text": [{"role": "user"}]}', r"holds list, not text; set apply_chat_template: true"),
-        ("h.jsonl", b"[" * 100_000, r"h\.jsonl, line 1 is not JSON"),
-        ("c.jsonl", b'{"text": "x"}\n{"text"', r"c\.jsonl, line 2 is not JSON"),
+        ("h.jsonl", b"[" * 100_000, r"h\.jsonl, line 1 cannot be read as JSON"),
+        ("c.jsonl", b'{"text": "x"}\n{"text"', r"c\.jsonl, line 2 cannot be read as JSON"),
         ("d.jsonl", b"[1]", r"d\.jsonl, line 1 is not a JSON object"),
     ],
 )
@@ -219,6 +219,11 @@ def test_documents_are_joined_before_they_are_tokenised(tokenizer):
     assert with_bos(ids, tokenizer).tolist() == [1, 2, 3, 11, 4]
     tokenizer.bos_token = None
     assert with_bos(ids, tokenizer) is ids
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(DataError, match=r"half of a surrogate pair, .* in ' +w1 \\ud83d w2'"):
+        token_stream(["w0", "w1 \ud83d w2"], tokenizer, separator=" " * 30)
 
 
 def scored_positions(ids, *args, **kwargs):

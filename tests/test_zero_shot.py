@@ -124,6 +124,28 @@ def test_solved_examples_come_before(subject, folder):
     assert seen[1] > 2 * seen[0]
 
 
+def test_questions_are_asked_by_the_chat_template(loaded, folder, monkeypatch):
+    import copy
+
+    model, tokenizer = loaded[0], copy.deepcopy(loaded[1])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    asked = []
+    stock = harness.MaskedLM.loglikelihood
+    monkeypatch.setattr(
+        harness.MaskedLM,
+        "loglikelihood",
+        lambda self, requests, **_: asked.extend(one.args[0] for one in requests) or stock(self, requests),
+    )
+    options = {"tasks": "one", "task_folder": folder, "num_fewshot": 1, "limit": 1}
+    plain = ZeroShot(**options).evaluate(PlainSubject(model, tokenizer))
+    chat = ZeroShot(**options, apply_chat_template=True).evaluate(PlainSubject(model, tokenizer))
+    assert "chat_template" not in plain.protocol and chat.protocol["chat_template"] == "the tokenizer's"
+    assert "<user>" not in asked[0] and asked[-1].count("<user>") == 2 and asked[-1].endswith("<bot>")
+    assert "<assistant>" in asked[-1]
+
+
 def test_published_tasks_from_files(subject, shared, tmp_path):
     names = ("arc_easy", "arc_challenge", "openbookqa", "boolq", "hellaswag")
     shutil.copytree(ROOT / "docs" / "examples" / "tasks", tmp_path / "tasks")

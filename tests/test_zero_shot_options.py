@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
@@ -11,6 +12,7 @@ from prunekit.compress.runs import pipeline
 from prunekit.evaluators import harness
 from prunekit.evaluators.zero_shot import ZeroShot
 from prunekit.registry import SpecError
+from transformers import LlamaConfig
 
 TASK = """
 task: {name}
@@ -125,3 +127,19 @@ def test_a_run_checks_before_it_loads_the_model(monkeypatch):
     spec = {"prune": {"use": "magnitude", "ratio": 0.1}, "evaluate": [{"name": "zero_shot", "metric": "f1"}]}
     with pytest.raises(SpecError, match="has no metric 'f1'"):
         Pipeline(spec).measure()
+
+
+def test_a_tokenizer_without_special_tokens_is_refused_by_name():
+    model = SimpleNamespace(config=LlamaConfig())
+    subject = SimpleNamespace(model=model, tokenizer=SimpleNamespace(bos_token_id=None, eos_token_id=None))
+    with pytest.raises(SpecError, match="neither a BOS nor an EOS token"):
+        ZeroShot().evaluate(subject)
+    subject.tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, chat_template=None)
+    with pytest.raises(SpecError, match="the tokenizer has no chat template"):
+        ZeroShot(apply_chat_template=True).evaluate(subject)
+
+
+def test_a_new_option_is_not_written_at_its_default():
+    """The keys of stored trials are made of what is written."""
+    assert "apply_chat_template" not in ZeroShot().model_dump()
+    assert ZeroShot(**ZeroShot(apply_chat_template=True).model_dump()).apply_chat_template

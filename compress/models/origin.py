@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import ModelError
+from ..output.reading import brief, shown
 
 READ = (".safetensors", ".gguf", ".bin", ".pt", ".py", ".json", ".jinja", ".model", ".txt", ".yaml")
 """Endings of files that a loader or an export reads."""
@@ -81,7 +82,7 @@ def check_config(config: Mapping[str, Any], label: str, attention: str | None) -
             for kernel in value.values() if isinstance(value, Mapping) else (value,):
                 if kernel is not None and not _is_plain(kernel):
                     raise ModelError(
-                        f"{place} is {_short(kernel)}, which is code that would be fetched from the hub or is not "
+                        f"{place} is {shown(kernel)}, which is code that would be fetched from the hub or is not "
                         f"installed; it is not taken from a file. Set model.attention to sdpa or eager, or delete "
                         f"{key} from config.json"
                     )
@@ -90,7 +91,7 @@ def check_config(config: Mapping[str, Any], label: str, attention: str | None) -
         elif key in ("quantization_config", "compression_config"):
             method = value.get("quant_method") if isinstance(value, Mapping) else None
             raise ModelError(
-                f"{place}: the weights are quantised ({_short(method or 'unknown method')}), and quantised layers "
+                f"{place}: the weights are quantised ({shown(method or 'unknown method')}), and quantised layers "
                 "cannot be cut; name the model's unquantised checkpoint"
             )
 
@@ -99,7 +100,7 @@ def some(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     found = sorted(names)
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(_short(name, quoted=False) for name in found[:3]) + more
+    return ", ".join(brief(name) for name in found[:3]) + more
 
 
 def _is_plain(kernel: Any) -> bool:
@@ -127,7 +128,7 @@ def _check_index(path: Path, folder: Path) -> None:
         inside = isinstance(name, str) and ".." not in Path(name).parts and not Path(name).is_absolute()
         if not inside or ((folder / name).exists() and not is_own(folder / name, folder)):
             raise ModelError(
-                f"model.name: {path} places weights in {_short(name)}, outside of the folder; only files of the "
+                f"model.name: {path} places weights in {shown(name)}, outside of the folder; only files of the "
                 "model's own folder are read. Copy the weights into it, and correct the index"
             )
 
@@ -137,10 +138,4 @@ def _base_of(path: Path) -> str | None:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return _short(base, quoted=False) if isinstance(base, str) else None
-
-
-def _short(value: Any, quoted: bool = True) -> str:
-    text = str(value)
-    text = text if len(text) <= 80 else f"{text[:77]}..."
-    return repr(text) if quoted or not text.isprintable() else text
+    return brief(base) if isinstance(base, str) else None

@@ -97,7 +97,7 @@ def _lines(stream: Iterable[str], file: str) -> Iterator[Row]:
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{place} is not JSON ({error}); write one object per line") from None
+            raise DataError(f"{place} cannot be read as JSON ({error}); write one object per line") from None
         if not isinstance(record, dict):
             raise DataError(f"{place} is not a JSON object; write one object per line, with the text as a field")
         yield place, record
@@ -198,15 +198,7 @@ def _text(row: Any, source: TextSource, tokenizer: Any, place: str) -> str | Non
     parts = [part for part in read if part is not None]
     if len(parts) < len(read):
         return None
-    text = "\n".join(parts)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: character {error.start} is half of a surrogate pair ({text[error.start]!a}), as broken emoji "
-            "leave; write the whole character, or replace it"
-        ) from None
-    return text
+    return "\n".join(parts)
 
 
 def _field(record: Mapping[str, Any], field: str, source: TextSource, tokenizer: Any, place: str) -> str | None:

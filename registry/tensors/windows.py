@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import DataError
+
 BosPolicy = Literal["none", "first", "every"]
 Tail = Literal["keep", "drop"]
 
@@ -34,9 +36,19 @@ class Window:
 def token_stream(documents: Sequence[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
     """Token ids (N,), int64, of all documents joined by ``separator`` and tokenised as one text.
 
-    No special tokens are added. Published WikiText-2 perplexities join before tokenising, too.
+    No special tokens are added. Published WikiText-2 perplexities join before tokenising, too. Raises
+    :class:`DataError` for half of a surrogate pair, which no tokenizer takes.
     """
-    encoded = tokenizer(separator.join(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    text = separator.join(documents)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise DataError(
+            f"the text holds half of a surrogate pair, as broken emoji leave, in {around!a}; write the whole "
+            "character, or replace it"
+        ) from None
+    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.long)
 
 
