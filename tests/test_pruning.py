@@ -97,7 +97,7 @@ def test_failing_to_prune_leaves_nothing(make_model, batches):
 
     model.model.layers[1].mlp.down_proj.__class__ = Quantised
     before = fingerprint(model)
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj is a Quantised"):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj is a .*Quantised"):
         prune(model, "pp", ratio=0.4, calibration=batches)
     assert_same(before, fingerprint(model))
     model = make_model("llama-gqa")

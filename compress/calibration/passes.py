@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ def calibrate_sequentially(
 
 def _forward_to(engine: Engine, batch: Batch, layer: int) -> None:
     """One pass that stops at the end of a layer."""
-    handle = engine.layers[layer].register_forward_hook(_stop)
+    handle = engine.layers[layer].register_forward_hook(partial(_stop, engine))
     try:
         run_batch(engine, batch)
     except _EnoughSeen:
@@ -152,7 +153,10 @@ def _forward_to(engine: Engine, batch: Batch, layer: int) -> None:
         handle.remove()
 
 
-def _stop(layer: torch.nn.Module, args: tuple, output: Any) -> None:
+def _stop(engine: Engine, layer: torch.nn.Module, args: tuple, output: Any) -> None:
+    batch = engine.shared.running.batch
+    if batch is not None:
+        engine.hooks.check_read(batch)
     raise _EnoughSeen
 
 

@@ -81,6 +81,8 @@ class ProbeRun:
     products: ProbeProducts | None
     """What the producers computed, where the batch can reuse it."""
     is_running: bool = True
+    read: set[nn.Module] = field(default_factory=set)
+    """The site's linear layers that it has called."""
 
 
 def worth_reusing(hidden: Tensor) -> bool:
@@ -102,6 +104,10 @@ class SiteBatch:
     """(B, T, D): input of the site's norm, from the norm's call until the site is entered."""
     decision: Decision | None = None
     """Made when the site is entered, or ahead of it."""
+    entered: bool = False
+    """Whether its layer was called."""
+    read: set[nn.Module] = field(default_factory=set)
+    """The site's linear layers that were called; probes do not count."""
     learnt: tuple[Tensor, Tensor] | None = None
     """Columns (c,) and what history becomes there (T, c), once the batch has passed."""
 

@@ -264,6 +264,11 @@ class Engine:
     def _cut_per_batch(self) -> list[SiteCut]:
         return [cut for cut in self.cuts if not cut.whole] if self.strategy.dynamic else []
 
+    def refresh(self) -> None:
+        """Compute and copy anew what was made of the weights."""
+        with self._lock:
+            self.hooks.forget_weights()
+
     def histories(self) -> list[ChannelHistory]:
         """Copies of all channel histories, for :meth:`restore`."""
         return [cut.history.clone() for cut in self.cuts]

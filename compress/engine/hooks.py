@@ -24,6 +24,7 @@ from .decode_cache import CacheDecisions
 from .learning import Learner, commit
 from .probing import Prober, SiteInput
 from .site_cut import Shared, SiteCut
+from .weights import WeightsWatch
 
 
 class Hooks:
@@ -47,6 +48,7 @@ class Hooks:
         self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
         self._cached = CacheDecisions(decider.strategy, cuts)
         self._side = SideStreams(shared.runtime.overlap)
+        self._weights = WeightsWatch(cuts)
 
     def calibrate_with(self, observe: Observe | None) -> Observe | None:
         """Set the function that gets every consumer's input in calibration; returns the previous one."""
@@ -74,10 +76,9 @@ class Hooks:
     def succeed(self, batch: Batch) -> None:
         """The batch has passed: write the updated histories, and what it leaves to the next one."""
         self._side.join()
+        self.check_read(batch)
         with torch.no_grad():
-            commit(batch, self.cuts, self.shared.stages)
-        if self.prober is not None and batch.generator is not None:
-            self.prober.generator = batch.generator
+            commit(batch, self.cuts, self.shared.stages, self.prober)
         if self.trace is not None and batch.records:
             self.trace += batch.records
             self._batches += 1
@@ -106,6 +107,11 @@ class Hooks:
                 batch.cache, batch.layer, batch.cached = cache_among(arguments), index, 0
                 if batch.cache is not None:
                     batch.cached = hooks._cached.enter(batch.cache, index, batch.shape[1], pruning, decides)
+                is_step = batch.cached and batch.shape[1] == 1
+                for cut in mine:
+                    batch.sites[cut.number].entered = True
+                    if cut.number == 0 and pruning and not is_step:
+                        hooks.check_weights()
                 if layer.training and torch.is_grad_enabled():
                     use_checkpoint(layer, hooks.shared.running, hooks.again)
 
@@ -268,6 +274,7 @@ class Hooks:
                 "decoder; call the whole model, or run this inside pruned.dense()"
             )
 
+<<<<<<< HEAD
     def check_cache(self, layer: int, arguments: dict[str, Any]) -> None:
         """Raise :class:`DataError` for a key/value cache that cannot carry decisions."""
         for name, value in arguments.items():
@@ -276,6 +283,21 @@ class Hooks:
                     f"layer {layer}: {name} is a key/value cache without a class (a {type(value).__name__}), and the "
                     "units chosen from a prompt are stored with its cache; use a transformers Cache, or use_cache=False"
                 )
+=======
+    def check_read(self, batch: Batch) -> None:
+        """Raise :class:`ModelError` where a block has computed without its linear layers: a cut there would be without
+        effect, and nothing could be learnt of it."""
+        cuts = [cut for cut in self.cuts if batch.mode == "calibrate" or not cut.whole]
+        if batch.mode == "dense" or not cuts:
+            return
+        if not any(at_site.entered for at_site in batch.sites):
+            raise ModelError(
+                f"the layers were not called as modules in this batch, so that nothing of {cuts[0].site.label} ran as "
+                "it is cut: the decoder's forward was replaced; undo that, or load the model again"
+            )
+        for cut in cuts:
+            if batch.sites[cut.number].entered:
+                cut.binding.check_read(batch.sites[cut.number].read)
 
     def no_norm(self, cut: SiteCut) -> ModelError:
         """The error for a block that runs without the norm that its site names."""
@@ -293,9 +315,20 @@ class Hooks:
         seen = {name: getattr(decision, name).tolist() for name in ("kept", "rows", "positions")}
         (self.trace if batch is None else batch.records).append(where | seen)
 
+    def check_weights(self) -> None:
+        """Forget what was made of weights that have changed since. A decode step uses what its prompt used."""
+        if not torch.compiler.is_compiling() and self._weights.changed():
+            self.forget_weights()
+
+    def forget_weights(self) -> None:
+        """Compute and copy anew what was made of the weights."""
+        for cut in self.cuts:
+            cut.forget_weights()
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Renew what was computed from weights that have changed since: compiled code does not check it."""
+        self.check_weights()
         for cut in self.cuts:
             cut.refresh()
             if self.decider.strategy.dynamic and not cut.whole:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...registry import HistoryMerger, Statistic, Strategy
 from .batch import LEARNT, Batch
+from .probing import Prober
 from .runtime import Stages
 from .site_cut import OpenCut, SiteCut, SiteState
 
@@ -70,8 +71,8 @@ class Learner:
             return columns, updated
 
 
-def commit(batch: Batch, cuts: Sequence[SiteCut], stages: Stages) -> None:
-    """Write the updated histories of a batch that has passed.
+def commit(batch: Batch, cuts: Sequence[SiteCut], stages: Stages, prober: Prober | None = None) -> None:
+    """Write what a batch that has passed leaves to the next ones: updated histories, and the state of random draws.
 
     Raises :class:`NonFiniteError`, and writes nothing, for a batch that was not finite.
     """
@@ -79,12 +80,14 @@ def commit(batch: Batch, cuts: Sequence[SiteCut], stages: Stages) -> None:
     with stages.history if learnt else nullcontext():
         batch.checks.run()
         try:
-            _write(learnt)
-        except BaseException:  # interrupted between two sites: histories of one batch belong together
-            _write(learnt)
+            _write(learnt, batch, prober)
+        except BaseException:  # interrupted between two sites: what a batch leaves belongs together
+            _write(learnt, batch, prober)
             raise
 
 
-def _write(learnt: Sequence[tuple[SiteCut, tuple[Tensor, Tensor]]]) -> None:
+def _write(learnt: Sequence[tuple[SiteCut, tuple[Tensor, Tensor]]], batch: Batch, prober: Prober | None) -> None:
     for cut, (columns, updated) in learnt:
         cut.state.history.write(columns, updated)
+    if prober is not None and batch.generator is not None:
+        prober.generator = batch.generator

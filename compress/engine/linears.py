@@ -15,6 +15,7 @@ from torch.nn import functional
 from ...registry import ModelError, Producer, Selection
 from ...registry.tensors.devices import is_offloaded
 from ...registry.tensors.kernels import usable_on
+from .batch import Batch
 from .site_cut import OpenCut, SiteCut
 
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,6 +25,12 @@ class SiteLinear(nn.Linear):
     """An ``nn.Linear`` of a site."""
 
     site_cut: SiteCut
+
+    def note(self, batch: Batch) -> None:
+        """Note that the batch, or its probe, has called this layer."""
+        probe = batch.probe
+        by_probe = probe is not None and probe.is_running
+        (probe.read if by_probe else batch.sites[self.site_cut.number].read).add(self)
 
 
 class ProducerLinear(SiteLinear):
@@ -36,6 +43,8 @@ class ProducerLinear(SiteLinear):
         open_cut, batch = self.site_cut.open_cut, self.site_cut.shared.running.batch
         probe = None if batch is None else batch.probe
         products = None if probe is None else probe.products
+        if batch is not None:
+            self.note(batch)
         if open_cut is None:
             made = functional.linear(x, self.weight, self.bias)
             if products is not None and probe is not None and probe.is_running:
@@ -61,6 +70,7 @@ class ConsumerLinear(SiteLinear):
         """
         site_cut, batch = self.site_cut, self.site_cut.shared.running.batch
         if batch is not None:
+            self.note(batch)
             if batch.probe is not None and batch.probe.is_running:
                 return x
             if batch.observe is not None:

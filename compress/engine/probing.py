@@ -123,11 +123,14 @@ def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor
         if binding.activation is not None:
             return binding.activation(binding.entry.forward(chosen))
         if binding.site.kind == "mlp":
-            return binding.entry.forward(chosen)
-        arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, mask_positions)
-        return binding.entry.forward(chosen, **arguments)[0]
+            states = binding.entry.forward(chosen)
+        else:
+            arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, mask_positions)
+            states = binding.entry.forward(chosen, **arguments)[0]
     finally:
         probe.is_running = False
+    binding.check_read(probe.read)
+    return states
 
 
 def _chosen_arguments(

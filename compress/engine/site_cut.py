@@ -6,20 +6,21 @@ of a producer, D hidden size, O outputs of the consumer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, MaskApplier, Producer, Rows, Scorer, Selection, Site, Strategy
+from ...registry import ChannelHistory, MaskApplier, ModelError, Producer, Rows, Scorer, Selection, Site, Strategy
 from ...registry.tensors.devices import device_of, is_offloaded, unautocast, weights_present
 from .batch import Running
 from .compensation import SiteCompensation
 from .gathering import Gatherer, selects
 from .kv_index import KV_INDEX
 from .runtime import Runtime, Stages
+from .weights import differentiates, made_of, weights_version
 
 Weights = tuple[Tensor, "Tensor | None"]
 """Weight and bias."""
@@ -54,6 +55,21 @@ class SiteBinding:
             ),
             activation=find(site.activation) if site.activation else None,
         )
+
+
+    def check_read(self, called: Set[nn.Module]) -> None:
+        """Raise :class:`ModelError` if the block has computed without calling all of its linear layers."""
+        linears = [*((linear, producer.path) for linear, producer in self.producers)]
+        linears.append((self.consumer, self.site.consumer))
+        unread = [path for linear, path in linears if linear not in called]
+        if unread:
+            forward = self.entry.forward
+            name = getattr(forward, "__qualname__", type(forward).__name__)
+            raise ModelError(
+                f"{self.site.label}: {self.site.entry} computed without calling {', '.join(unread)}, so that a cut "
+                f"there has no effect; its forward, {name}, may have been replaced (by fused kernels, say): undo that, "
+                "load the model again, or leave the layer out (skip_layers)"
+            )
 
 
 class SiteState:
@@ -93,6 +109,10 @@ class SiteState:
         self.keep(count)
         self.fix(fixed)
 
+    def forget_weights(self) -> None:
+        """Compute anew what was computed from the weights."""
+        self._prepared = self._mean_output = None
+
     @property
     def bytes(self) -> int:
         """Bytes of the site's statistics, those of its compensation included."""
@@ -113,7 +133,7 @@ class SiteState:
     def mean_output(self, mean: Tensor) -> Tensor:
         """``W @ mean`` (O,) float32 for the calibrated mean (C,), computed once for as long as W stays what it is."""
         linear, known = self.binding.consumer, self._mean_output
-        version = _made_of(linear)
+        version = made_of(linear)
         if known is None or known[0] != version:
             self._mean_output = known = version, linear.weight.float() @ mean
         return known[1]
@@ -170,6 +190,10 @@ class OpenCut:
         self.fuses = shared.runtime.fused_gather and shared.selects and not stays and len(kept) > 0
         """Whether kept rows and columns are read inside the matrix products, without copies."""
         self._copies: dict[tuple[nn.Module, str], tuple[tuple, Any]] = {}
+
+    def forget_copies(self) -> None:
+        """Copy weights anew when they are used next."""
+        self._copies = {}
 
     def use_mean(self, probe_mean: Tensor | None) -> None:
         """Compensate for the mean in this batch's probe (C,); None: the calibrated one."""
@@ -258,11 +282,11 @@ class OpenCut:
             return None
         if torch.compiler.is_compiling():  # a graph takes weights as they are, and what was made once too
             return known[1] if self.once else None
-        return known[1] if self._may_store(linear, what) and known[0] == _made_of(linear) else None
+        return known[1] if self._may_store(linear, what) and known[0] == made_of(linear) else None
 
     def _store(self, linear: nn.Linear, what: str, made: Any) -> None:
         if not torch.compiler.is_compiling() and self._may_store(linear, what):
-            self._copies[linear, what] = _made_of(linear), made
+            self._copies[linear, what] = made_of(linear), made
 
     def _may_store(self, linear: nn.Linear, what: str) -> bool:
         """Not what gradients go through, nor copies of offloaded weights: both leave memory when the layer's forward
@@ -376,6 +400,13 @@ class SiteCut:
         if once or not compensation.wanted:  # else the weight, or its bias, depends on the batch
             ahead.consumer()
 
+    def forget_weights(self) -> None:
+        """Compute and copy anew what was made of the weights."""
+        self.state.forget_weights()
+        for open_cut in (self.open_cut, self._suspended):
+            if open_cut is not None:
+                open_cut.forget_copies()
+
     def refresh(self) -> None:
         """Renew copies of weights that have changed since: compiled code does not check them."""
         if self.open_cut is not None and self.open_cut.once:
@@ -398,28 +429,3 @@ class SiteCut:
         """Copies of weights that are kept now."""
         latest = self.open_cut or self._suspended
         return iter(()) if latest is None else latest.copies()
-
-
-def differentiates(linear: nn.Linear) -> bool:
-    """Whether gradients go through the layer's weight or bias, and so through copies of them."""
-    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in linear.parameters(recurse=False))
-
-
-def weights_version(linear: nn.Linear) -> tuple:
-    """Changes whenever the layer's weight or bias is replaced, moved, cast or written to.
-
-    Offloaded weights are new tensors in every forward, read from a store that nothing writes to: they never change.
-    Tensors made in inference mode do not count their versions.
-    """
-    if hasattr(linear, "_hf_hook") and is_offloaded(linear):
-        return ("offloaded",)
-    weight, bias = linear.weight, linear.bias
-    version = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
-    if bias is None:
-        return version
-    return *version, bias.data_ptr(), bias.dtype, 0 if bias.is_inference() else bias._version
-
-
-def _made_of(linear: nn.Linear) -> tuple:
-    """The weights that something was made of, and whether in inference mode: outside of it, it cannot be used then."""
-    return *weights_version(linear), torch.is_inference_mode_enabled()

@@ -107,6 +107,14 @@ class Pruned:
         with torch.inference_mode(False):
             self._engine.restore(self._calibrated)
 
+    def refresh(self) -> None:
+        """Use the weights as they are now, in the next decode step too.
+
+        Weights that were changed in any way are noticed where a prompt begins. Between the decode steps of a prompt,
+        writes through ``.data`` are not: torch does not count them.
+        """
+        self._engine.refresh()
+
     def freeze(
         self, how: Freeze, calibration: Iterable[Any] | None = None, progress: Progress = no_progress
     ) -> dict[tuple[int, SiteKind], tuple[int, ...]]:

@@ -1,0 +1,80 @@
+"""Whether the model's weights are still those that copies and scores were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...registry.tensors.devices import is_offloaded
+
+if TYPE_CHECKING:
+    from .site_cut import SiteCut
+
+WIDTH = 1021
+"""Sums per weight. A prime, so that rows which change places are added to other sums."""
+
+
+def differentiates(linear: nn.Linear) -> bool:
+    """Whether gradients go through the layer's weight or bias, and so through copies of them."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in linear.parameters(recurse=False))
+
+
+def weights_version(linear: nn.Linear) -> tuple:
+    """Changes whenever the layer's weight or bias is replaced, moved, cast or written to, except through ``.data``.
+
+    Offloaded weights are new tensors in every forward, read from a store that nothing writes to: they never change.
+    Tensors made in inference mode do not count their versions.
+    """
+    if hasattr(linear, "_hf_hook") and is_offloaded(linear):
+        return ("offloaded",)
+    weight, bias = linear.weight, linear.bias
+    version = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+    if bias is None:
+        return version
+    return *version, bias.data_ptr(), bias.dtype, 0 if bias.is_inference() else bias._version
+
+
+def made_of(linear: nn.Linear) -> tuple:
+    """The weights that something was made of, and whether in inference mode: outside of it, it cannot be used then."""
+    return *weights_version(linear), torch.is_inference_mode_enabled()
+
+
+class WeightsWatch:
+    """Notices weights that were written to in any way, also through ``.data``, which torch does not count."""
+
+    def __init__(self, cuts: Sequence[SiteCut]):
+        self._cuts = cuts
+        self._known: Tensor | None = None
+
+    @torch.no_grad()
+    def changed(self) -> bool:
+        """Whether any weight that copies or scores are made of has changed since the last call."""
+        sums = [each for tensor in self._tensors() for each in contents(tensor.detach())]
+        now = torch.cat([each.to(sums[0].device) for each in sums]) if sums else None
+        known, self._known = self._known, now
+        if now is None or known is None:
+            return known is not now
+        return known.device != now.device or not torch.equal(known, now)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for cut in self._cuts:
+            producers = [linear for linear, _ in cut.binding.producers] if cut.fixed is not None else []
+            for linear in [] if cut.whole else [*producers, cut.binding.consumer]:
+                if not is_offloaded(linear) and not differentiates(linear):
+                    yield from linear.parameters(recurse=False)
+
+
+def contents(tensor: Tensor) -> list[Tensor]:
+    """Sums over the bytes of a tensor, int64: different after any element has changed, or elements changed places."""
+    flat = (tensor if tensor.dim() < 2 or tensor.is_contiguous() else tensor.t()).reshape(-1)
+    per = 8 // flat.element_size()
+    if flat.storage_offset() % per:
+        flat = flat.clone()
+    odd = len(flat) % per
+    words = flat[: len(flat) - odd].view(torch.int64)
+    rows = len(words) // WIDTH
+    sums = [words[: rows * WIDTH].view(rows, WIDTH).sum(0), words[rows * WIDTH :]]
+    return [*sums, flat[-odd:].view(torch.uint8).long()] if odd else sums
