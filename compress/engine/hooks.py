@@ -274,7 +274,6 @@ class Hooks:
                 "decoder; call the whole model, or run this inside pruned.dense()"
             )
 
-<<<<<<< HEAD
     def check_cache(self, layer: int, arguments: dict[str, Any]) -> None:
         """Raise :class:`DataError` for a key/value cache that cannot carry decisions."""
         for name, value in arguments.items():
@@ -283,7 +282,7 @@ class Hooks:
                     f"layer {layer}: {name} is a key/value cache without a class (a {type(value).__name__}), and the "
                     "units chosen from a prompt are stored with its cache; use a transformers Cache, or use_cache=False"
                 )
-=======
+
     def check_read(self, batch: Batch) -> None:
         """Raise :class:`ModelError` where a block has computed without its linear layers: a cut there would be without
         effect, and nothing could be learnt of it."""

@@ -29,8 +29,7 @@ class SiteLinear(nn.Linear):
     def note(self, batch: Batch) -> None:
         """Note that the batch, or its probe, has called this layer."""
         probe = batch.probe
-        by_probe = probe is not None and probe.is_running
-        (probe.read if by_probe else batch.sites[self.site_cut.number].read).add(self)
+        (probe if probe is not None and probe.is_running else batch.sites[self.site_cut.number]).read.add(self)
 
 
 class ProducerLinear(SiteLinear):

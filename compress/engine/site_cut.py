@@ -56,7 +56,6 @@ class SiteBinding:
             activation=find(site.activation) if site.activation else None,
         )
 
-
     def check_read(self, called: Set[nn.Module]) -> None:
         """Raise :class:`ModelError` if the block has computed without calling all of its linear layers."""
         linears = [*((linear, producer.path) for linear, producer in self.producers)]
