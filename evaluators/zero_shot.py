@@ -22,6 +22,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 """Names that stand for several tasks. paper7: the seven tasks in the tables of LLM-Pruner, FLAP and PP."""
 
+LARGE_ERROR = 0.05
+"""Standard error of an accuracy from which a note says that the questions are few."""
+
 LLM_PRUNER: dict[str, str] = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm"}
 """Tasks with acc_norm in LLM-Pruner's table and in tables that repeat its dense row. All other tasks have acc."""
 
@@ -239,9 +242,16 @@ class ZeroShot(Evaluator):
             **({"chat_template": "the tokenizer's"} if self.apply_chat_template else {}),
             **setting(subject.model),
         }
-        cut = f"{lm.shortened} prompts were longer than {lm.max_length} tokens and lost their beginning"
+        notes = [f"{lm.shortened} prompts were longer than {lm.max_length} tokens and lost their beginning"]
+        notes = notes if lm.shortened else []
+        notes += [
+            f"{task}: {protocol_tasks[task]['documents']} questions have a standard error of {100 * error:.1f} points; "
+            "smaller differences show nothing (raise limit)"
+            for task in scored
+            if (error := errors[f"{task}_stderr"]) and error > LARGE_ERROR and "documents" in protocol_tasks[task]
+        ]
         values = {**scored, **errors, "mean": fmean(scored.values())}
-        return Measurement(values, protocol, [cut] if lm.shortened else [], {"scores": scores})
+        return Measurement(values, protocol, notes, {"scores": scores})
 
     def _key(self, task: str, measured: Mapping[str, Any]) -> str:
         """The metric's key in lm-eval's results, with its filter, such as ``acc,none``; raises SpecError."""

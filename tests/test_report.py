@@ -7,7 +7,7 @@ from prunekit.compress.bundled import TEXTS
 from prunekit.compress.demo import demo
 from prunekit.compress.demo.demo_report import HEAD, Row, sentences, table_rows
 from prunekit.compress.files.spec import PipelineSpec
-from prunekit.compress.output import printing
+from prunekit.compress.output import formatting, printing
 from prunekit.compress.output.folders import write_json
 from prunekit.compress.output.formatting import named_layers
 from prunekit.compress.runs import report
@@ -33,7 +33,7 @@ from tests.run_records import run_record
     ],
 )
 def test_numbers(value, text):
-    assert report.number(value) == text
+    assert formatting.number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_numbers(value, text):
     ],
 )  # fmt: skip
 def test_shares(value, text):
-    assert report.share(value) == text
+    assert formatting.share(value) == text
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,24 @@ def test_rows_put_dense_beside_pruned(record):
     ]
 
 
+def test_accuracies_are_in_percent_with_their_error_and_compared_in_points(record):
+    perplexity, _ = record.metrics
+    sides = [
+        {"arc": a, "arc_stderr": e, "boolq": 0.5, "boolq_stderr": 0.1, "mean": a / 2 + 0.25}
+        for a, e in ((0.8, 0.133), (0.3, 0.153))
+    ]
+    found = perplexity.model_copy(update={"label": "zero_shot", "dense": sides[0], "pruned": sides[1], "protocol": {}})
+    assert report.metric_rows(record.model_copy(update={"metrics": [found]})) == [
+        ("zero shot: arc", "80.0% ± 13.3", "30.0% ± 15.3", "-50.0 points"),
+        ("zero shot: boolq", "50.0% ± 10.0", "50.0% ± 10.0", "+0.0 points"),
+        ("zero shot: mean", "65.0% ± 8.3", "40.0% ± 9.1", "-25.0 points"),
+    ]  # fmt: skip
+
+
 def test_the_report_states_protocol_cut_and_notes(record):
     text = report.markdown(record)
     for words in (
-        "40% asked: 37.5% of the units and 39% of the prunable parameters cut",
+        "asked for 40%, removed 39% of the prunable parameters (37.5% of the units)",
         "| perplexity  | 40.00 | 60.00  | x 1.5  |",
         "**perplexity**: window 512, tokens 100, separator '\\n\\n'",
         "- mind this",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.exported.manifest import Manifest
-from ..output.formatting import number, sentence, share, table
+from ..output.formatting import names_of, number, sentence, share, table, value_text
 from ..runs.records import damage
 from .constraint import sentence as rounding_sentence
 from .profiles import TOOLS, profile_named
@@ -106,9 +106,9 @@ def metric_rows(manifest: Manifest) -> list[list[str]]:
         between = [metric.per_batch] if manifest.freeze else []
         between += [metric.before_recovery] if manifest.recovery else []
         columns = [metric.dense, *between, metric.exported]
-        for key in metric.exported:
+        for key in names_of(metric.exported):
             label = key if key == metric.label else f"{metric.label}: {key}"
-            rows.append([label.replace("_", " "), *(number((values or {}).get(key)) for values in columns)])
+            rows.append([label.replace("_", " "), *(value_text(values, key) for values in columns)])
     counts = manifest.parameters
     between_counts = [counts.dense] * bool(manifest.freeze) + [counts.exported] * bool(manifest.recovery)
     rows.append(["parameters", *map(number, (counts.dense, *between_counts, counts.exported))])

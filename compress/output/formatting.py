@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .reading import brief
 
 TIE = 0.01
 """Perplexities closer than this share are called equal, where nothing is known of their spread."""
+
+ERROR = "_stderr"
+"""How the name of a value's standard error ends."""
 
 TITLES = {
     "random": "random",
@@ -70,6 +74,31 @@ def share(value: float | None) -> str:
     return f"{float(text):,.0f}%" if "e+" in text else f"{text}%"
 
 
+def names_of(values: Mapping[str, Any]) -> list[str]:
+    """The names of an evaluator's values, without the standard errors that :func:`value_text` states."""
+    return [name for name in values if not (name.endswith(ERROR) and name.removesuffix(ERROR) in values)]
+
+
+def accuracy_of(values: Mapping[str, Any] | None, name: str) -> tuple[float, float] | None:
+    """An accuracy from 0 to 1 and its standard error; None for a value without one.
+
+    The error of the ``mean`` over tasks follows from the tasks' own, taken as independent.
+    """
+    known = values or {}
+    own = [f"{name}{ERROR}"] if name != "mean" else [key for key in known if key.endswith(ERROR)]
+    found = [known[key] for key in (name, *own) if key in known]
+    shares = [one for one in found if isinstance(one, float) and 0 <= one <= 1]
+    if len(found) < 2 or len(shares) < len(found) or name not in known:
+        return None
+    return shares[0], math.hypot(*shares[1:]) / len(shares[1:])
+
+
+def value_text(values: Mapping[str, Any] | None, name: str) -> str:
+    """A measured value: ``80.0% ± 13.3`` for an accuracy with its standard error, else :func:`number`."""
+    known = accuracy_of(values, name)
+    return f"{100 * known[0]:.1f}% ± {100 * known[1]:.1f}" if known else number((values or {}).get(name))
+
+
 def extent(ends: dict[str, float]) -> str:
     """The ``least`` and ``largest`` as one number, or "0.02 to 0.31"."""
     least, largest = (f"{ends[key]:.3g}" for key in ("least", "largest"))
@@ -92,6 +121,12 @@ def fact(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return number(value) if isinstance(value, float) else str(value)
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, on one line: what would be a tag, a link, code or emphasis is escaped."""
+    text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -55,13 +55,25 @@ def setting_text(name: str, value: Any) -> str:
         return " ".join(setting_text("", item) for item in value) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str) and name.startswith("prune."):
+        return value.replace("_", " ")  # a component's name
     return "none" if value is None else str(value)
 
 
+def equation(name: str, value: Any) -> str:
+    """``text = other``."""
+    return f"{axis_title(name)} = {setting_text(name, value)}"
+
+
 def named_text(name: str, value: Any) -> str:
-    """:func:`setting_text`, preceded by the axis where the value alone is not clear."""
-    text = setting_text(name, value)
-    return text if isinstance(value, str) or name.endswith("ratio") else f"{axis_title(name)} {text}"
+    """:func:`setting_text`, or an :func:`equation` where the value alone is not clear."""
+    return setting_text(name, value) if isinstance(value, str) or name.endswith("ratio") else equation(name, value)
+
+
+def called(texts: Sequence[str], *more: str) -> str:
+    """The first text, with the others in parentheses: ``PP (40%, least squares)``; ``more`` after a semicolon."""
+    inside = "; ".join(filter(None, (", ".join(texts[1:]), *more)))
+    return f"{texts[0]} ({inside})" if inside else texts[0]
 
 
 def is_repetition(name: str) -> bool:

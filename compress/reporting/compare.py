@@ -10,10 +10,11 @@ from typing import Any
 from ...registry import SpecError
 from ..files.dotted import flatten, resolved_settings, resolved_text
 from ..output import printing
-from ..output.formatting import number
+from ..output.formatting import accuracy_of, names_of, number, value_text
 from ..runs.records import RESULTS, Comparison, EvaluatorResult, RunResult, damages, read_results
 from ..runs.report import headline
 from .axes import finite
+from .metrics import COSTS, FLOPS, REMOVED, Metric, unequal
 from .protocols import fact
 from .statistics import FEW_WINDOWS, not_paired, paired_bootstrap, windows_of
 
@@ -100,16 +101,17 @@ def results(a: RunResult, b: RunResult) -> list[tuple[str, str, str, str, str]]:
     for label in dict.fromkeys(metric.label for result in (a, b) for metric in result.metrics):
         one, other = a.metric(label), b.metric(label)
         sides = [metric for metric in (one, other) if metric]
-        for name in dict.fromkeys(name for metric in sides for name in metric.pruned):
-            first, second = (metric.pruned.get(name) if metric else None for metric in (one, other))
-            if first is None and second is None:
+        for name in dict.fromkeys(name for metric in sides for name in names_of(metric.pruned)):
+            pruned = [metric.pruned if metric else {} for metric in (one, other)]
+            if all(values.get(name) is None for values in pruned):
                 continue
-            dense = [number((metric.dense or {}).get(name)) if metric else "-" for metric in (one, other)]
+            dense = [value_text(metric.dense, name) if metric else "-" for metric in (one, other)]
             title = label if label == name else f"{label}: {name}"
             unlike = bool(one and other and not_comparable(one, other, name))
-            related = "-" if unlike else _relation(name, first, second)
+            related = "-" if unlike else _relation(name, *pruned)
             shown = dense[0] if dense[0] == dense[1] else " / ".join(dense)
-            rows.append((title.replace("_", " "), shown, number(first), number(second), related))
+            first, second = (value_text(values, name) for values in pruned)
+            rows.append((title.replace("_", " "), shown, first, second, related))
     return rows
 
 
@@ -147,11 +149,14 @@ def _matters(key: str, name: str, protocol: Mapping[str, Any]) -> bool:
     return not (of_task and key.startswith("tasks.")) or key.startswith(f"tasks.{task}.")
 
 
-def _relation(name: str, first: Any, second: Any) -> str:
-    if finite(first) is None or finite(second) is None:
+def _relation(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    first, second = finite(a.get(name)), finite(b.get(name))
+    if first is None or second is None:
         return ""
     if first == second:
         return "same"
+    if accuracy_of(a, name) and accuracy_of(b, name):
+        return f"{100 * (second - first):+.1f} points"
     if name == "loss" or not first or second / first <= 0:  # a logarithm, or no ratio
         return f"{second - first:+.3g}"
     return f"x {second / first:.3g}"
@@ -178,10 +183,26 @@ def intervals(a: RunResult, b: RunResult, samples: int, seed: int) -> list[str]:
     prints = [str(result.model.fingerprint)[:12] for result in (a, b)]
     if a.model.fingerprint != b.model.fingerprint:
         return [f"no interval: the dense models differ (fingerprints {prints[0]} and {prints[1]})"]
-    return [_interval(one, other, samples, seed) for one, other in pairs]
+    costs = unequal_costs(a, b)
+    return [_interval(one, other, samples, seed, costs) for one, other in pairs]
 
 
-def _interval(a: EvaluatorResult, b: EvaluatorResult, samples: int, seed: int) -> str:
+def unequal_costs(a: RunResult, b: RunResult) -> str:
+    """``, at unequal cost (A removed 15.0% of the prunable parameters, B 20.0%)``; empty if the costs are equal."""
+    found = []
+    for metric in (REMOVED, FLOPS):
+        first, second = (_share(result, metric) for result in (a, b))
+        if unequal(first, second):
+            found.append(f"A {COSTS[metric.key].format(metric.text(first))}, B {metric.text(second)}")
+    return f", at unequal cost ({'; '.join(found)})" if found else ""
+
+
+def _share(result: RunResult, metric: Metric) -> float | None:
+    cost = next((found.pruned for found in result.metrics if found.evaluator == metric.label), {})
+    return finite(result.ratio.prunable_parameters_cut if metric is REMOVED else cost.get(metric.name))
+
+
+def _interval(a: EvaluatorResult, b: EvaluatorResult, samples: int, seed: int, costs: str) -> str:
     first, second, why = windows_of(a), windows_of(b), not_paired(a, b)
     if why or first is None or second is None:
         return f"{a.label}: no interval: {why}"
@@ -194,7 +215,7 @@ def _interval(a: EvaluatorResult, b: EvaluatorResult, samples: int, seed: int) -
     few = f" With only {windows} windows it is too narrow." if windows < FEW_WINDOWS else ""
     value, low, high = (("-" if end < 0 else "+") + number(abs(end)) for end in difference)
     return (
-        f"{a.label}: B - A = {value}, 95% interval {low} to {high}, {result}; B / A = {ratio.value:.4f}, "
+        f"{a.label}: B - A = {value}{costs}, 95% interval {low} to {high}, {result}; B / A = {ratio.value:.4f}, "
         f"{ratio.low:.4f} to {ratio.high:.4f}. Paired bootstrap over {windows} windows, {samples:,} samples, seed "
         f"{seed}; it covers the choice of text, not of seeds.{few}"
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from ..output.formatting import number, share
+from ..output.formatting import number
 from .axes import finite, setting_text
-from .trials import Study
+from .trials import CUT, PARAMETERS, Study
 
 PLUGIN_VALUES = 6
 """Maximum number of values of unknown evaluators in the main table; the complete table has all."""
@@ -38,6 +38,10 @@ class Metric:
     """Whether reports divide the pruned value by the dense one."""
     rank: int = 0
     """Position group in the main table: 0 first, then 1, then 2."""
+    exact: bool = False
+    """Whether it counts what was cut, so that any difference is real."""
+    timed: bool = False
+    """Whether it depends on a clock: without repetitions or seeds nothing is known of its spread."""
 
     @property
     def key(self) -> str:
@@ -66,9 +70,7 @@ class Metric:
         known = None if isinstance(value, str) else finite(value)
         if known is None or self.style == "number":
             return number(value)
-        if self.style == "share":
-            return share(known)
-        return f"{100 * known:.1f}%" if self.style == "accuracy" else f"{known:.2f}"
+        return f"{100 * known:,.1f}%" if self.style in ("share", "accuracy") else f"{known:.2f}"
 
     def spread(self, mean: float, sd: float) -> str:
         """Mean and standard deviation, with the decimals of the mean."""
@@ -77,7 +79,7 @@ class Metric:
         shown = self.text(mean).rstrip("%")
         if "e" in shown:
             return f"{self.text(mean)} ± {number(sd)}"
-        decimals = max(len(shown.partition(".")[2]), 1 if self.style == "share" else 0)
+        decimals = len(shown.partition(".")[2])
         if round(scale * sd, decimals) == 0:
             return self.text(mean)
         return f"{scale * mean:,.{decimals}f} ± {scale * sd:,.{decimals}f}{unit}"
@@ -85,7 +87,35 @@ class Metric:
 
 LOWER, HIGHER = "lower", "higher"
 
+REMOVED = Metric(
+    CUT, PARAMETERS, "removed", "share of the prunable parameters that was removed", style="share", exact=True
+)
+"""The achieved cut, which differs from the ratio asked for where units cannot be divided."""
+
+FLOPS = Metric(
+    "cost", "flops_ratio", "FLOPs",
+    "operations per token of a prefill, with those of probe and compensation, relative to dense", LOWER, "share",
+    exact=True,
+)  # fmt: skip
+
+COSTS = {
+    REMOVED.key: "removed {} of the prunable parameters",
+    FLOPS.key: "used {} of dense's FLOPs",
+    "latency.prefill_ratio": "took {}x dense's prefill time here",
+}
+"""How a sentence states what a configuration costs."""
+
+UNEQUAL = 0.01
+"""Two costs are unequal if they differ by more than one percentage point: of parameters removed, or of FLOPs."""
+
+
+def unequal(one: float | None, other: float | None) -> bool:
+    """Whether two shares of cost, where both are known, differ by more than :data:`UNEQUAL`."""
+    return one is not None and other is not None and abs(one - other) > UNEQUAL + 1e-9
+
+
 KNOWN: dict[str, tuple[Metric, ...]] = {
+    CUT: (REMOVED,),
     "perplexity": (
         Metric("", "perplexity", "perplexity", "of the text, per token", LOWER, quality=True),
         Metric("", "word_perplexity", "word perplexity", "of the text, per word", LOWER, quality=True),
@@ -94,15 +124,15 @@ KNOWN: dict[str, tuple[Metric, ...]] = {
         Metric("", "mean", "zero-shot", "mean accuracy over the tasks", HIGHER, "accuracy", quality=True),
     ),
     "cost": (
-        Metric("", "flops_ratio", "FLOPs",
-               "operations per token of a prefill, with those of probe and compensation, relative to dense",
-               LOWER, "share"),
-        Metric("", "parameters_ratio", "parameters", "parameters kept, relative to dense", LOWER, "share", rank=1),
+        FLOPS,
+        Metric("", "parameters_ratio", "parameters", "parameters that one batch uses, relative to dense", LOWER,
+               "share", rank=1, exact=True),
     ),
     "latency": (
-        Metric("", "prefill_ratio", "prefill time", "seconds of a prefill, relative to dense", LOWER, "times"),
+        Metric("", "prefill_ratio", "prefill time", "seconds of a prefill, relative to dense", LOWER, "times",
+               timed=True),
         Metric("", "decode_ratio", "decode time", "seconds of a decoded token, relative to dense", LOWER, "times",
-               rank=1),
+               rank=1, timed=True),
     ),
     "memory": (
         Metric("", "prefill_peak", "extra memory",
@@ -110,7 +140,7 @@ KNOWN: dict[str, tuple[Metric, ...]] = {
                "of the weights it keeps", LOWER, "share", relative=True, rank=2),
     ),
     "prr": (
-        Metric("", "prr", "PRR", "increase of perplexity per second of a batch saved", LOWER),
+        Metric("", "prr", "PRR, points/s", "points of perplexity lost per second of a batch saved", LOWER, timed=True),
     ),
     "similarity": (
         Metric("", "cka", "CKA", "linear CKA with the dense model's layers, mean", HIGHER, "number", rank=1),
@@ -144,12 +174,12 @@ def all_metrics(study: Study) -> list[Metric]:
     """Every measured value of every evaluator, under its own name."""
     names = dict.fromkeys((m.label, name) for trial in study.done for m in trial.metrics for name in m.pruned)
     found = [Metric(label, name, f"{label}: {name}".replace("_", " ")) for label, name in names]
-    return [metric for metric in found if _measured(study, metric)]
+    return [REMOVED, *(metric for metric in found if _measured(study, metric))]
 
 
 def evaluators_of(study: Study) -> dict[str, str]:
-    """Evaluator by label, in the order in which they first ran."""
-    return {metric.label: metric.evaluator for trial in study.done for metric in trial.metrics}
+    """Evaluator by label, in the order in which they first ran; the cut itself comes first."""
+    return {CUT: CUT} | {metric.label: metric.evaluator for trial in study.done for metric in trial.metrics}
 
 
 def find(metrics: Sequence[Metric], asked: str) -> Metric | None:

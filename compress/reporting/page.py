@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ... import __version__
-from ..output.formatting import table
+from ..output.formatting import markdown_text, table
 from .axes import axis_title
 from .metrics import Metric, all_metrics
 from .protocols import Protocols, notes, summary_facts, versions
@@ -38,11 +38,12 @@ def markdown(summary: Summary, plots: Sequence[Plot]) -> str:
 
 
 def _render(template: str, summary: Summary, plots: Sequence[Plot]) -> str:
+    page = template.endswith("html")
     environment = Environment(
-        autoescape=template.endswith("html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
+        autoescape=page, finalize=None if page else _as_markdown, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"links": links, "table": lambda head, rows: "\n".join(table(head, rows))}
+    environment.filters |= {"links": links, "table": _markdown_table}
     study, protocols = summary.study, Protocols()
     main = _table(summary, summary.metrics, protocols)
     every = _table(summary, all_metrics(study), protocols)
@@ -56,7 +57,7 @@ def _render(template: str, summary: Summary, plots: Sequence[Plot]) -> str:
         conclusion=conclusion(summary),
         facts=summary_facts(study),
         head=head(summary, summary.metrics),
-        cells=[[*row.settings, *(f"**{c.text}**" if c.best else c.text for c in row.cells)] for row in rows],
+        cells=[[*row.settings, *(Markup(f"**{c.text}**") if c.best else c.text for c in row.cells)] for row in rows],
         main=main,
         every=every,
         explanation=explanation(summary),
@@ -71,6 +72,16 @@ def _render(template: str, summary: Summary, plots: Sequence[Plot]) -> str:
         measured=protocols.by_label,
         versions=versions(study),
     )
+
+
+def _as_markdown(text: Any) -> str:
+    """Text as it is; what is marked as safe is Markdown already."""
+    return text if isinstance(text, Markup) else markdown_text(str(text))
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    lines = [[_as_markdown(cell) for cell in row] for row in (head, *rows)]
+    return Markup("\n".join(table(lines[0], lines[1:])))
 
 
 def links(text: str) -> Markup:

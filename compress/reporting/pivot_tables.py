@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..output import printing
 from ..output.folders import RunFolder
+from ..output.formatting import markdown_text
 from ..output.formatting import table as markdown_table
 from .axes import axis_title, finite, setting_text
 from .command import write
@@ -172,19 +173,21 @@ def _show(table: Cross) -> None:
 
 def _markdown(grid: Grid, question: Question, tables: Sequence[Cross], plots: Sequence[Plot]) -> str:
     """pivot.md."""
-    lines = [f"# {grid.study.title}: {measure(question)}", ""]
+    text = markdown_text
+    lines = [f"# {text(grid.study.title)}: {text(measure(question))}", ""]
     for table, plot in zip(tables, plots, strict=True):
         rows = []
         for name, places in table.lines:
-            rows.append([name])
+            rows.append([text(name)])
             for place in places:
                 first, *others = cell_lines(table, place)
                 value = f"**{first}**" if place in table.marks.best else first
                 rows[-1].append(f"{value} ({', '.join(others)})" if others else value)
-        lines += [f"## {heading(table)}", "", *markdown_table(table.head, rows), "", *notes(table), ""]
-        lines += [f"![{plot.title}](plots/{plot.name}.png)", ""]
-    lines += ["## How it was measured", "", *(f"- {text}" for text in protocol(question, tables))]
-    lines += [f"- **{name}**: {text}" for name, text in summary_facts(grid.study)]
+        head = markdown_table([*map(text, table.head)], rows)
+        lines += [f"## {text(heading(table))}", "", *head, "", *map(text, notes(table)), ""]
+        lines += [f"![{text(plot.title)}](plots/{plot.name}.png)", ""]
+    lines += ["## How it was measured", "", *(f"- {text(line)}" for line in protocol(question, tables))]
+    lines += [f"- **{name}**: {text(fact)}" for name, fact in summary_facts(grid.study)]
     return "\n".join([*lines, "", "pivot.csv holds the same cells as numbers.", ""])
 
 

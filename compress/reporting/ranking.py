@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ..output.formatting import share
-from .axes import RATIO, USE, axis_title, key, named_text, setting_text
-from .metrics import Metric
+from .axes import RATIO, USE, called, equation, key, named_text
+from .metrics import COSTS, Metric, unequal
 from .statistics import INCLUDES_ZERO, Difference, difference
 from .summary import ABOVE_DENSE, Configuration, Summary
 
-COSTS = ("cost.flops_ratio", "latency.prefill_ratio", "cost.parameters_ratio")
-"""Values shown next to the ranked one; the conclusion states the first two."""
+MOST_RIVALS = 2
+"""Maximum number of rivals whose unequal costs a sentence lists; of more it states the range."""
 
 MOST_NAMED = 4
 """Maximum number of configurations that a sentence names; the others are counted."""
@@ -56,7 +56,7 @@ class Block:
         return [row.configuration for row in self.ranked if row.difference and row.difference.doubt]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def rankings(summary: Summary, metric: Metric) -> list[Block]:
     """A ranking of every block that has values."""
     saving = any(summary.saves(c) for c in summary.configurations if summary.mean(c, metric) is not None)
@@ -83,7 +83,28 @@ def _compared(summary: Summary, metric: Metric, best: Configuration, other: Conf
     found = difference(metric, summary.sample(best, metric), summary.sample(other, metric))
     why = found.caution or found.doubt.removeprefix(INCLUDES_ZERO)  # the table shows the interval
     text = f"{'not ' if found.doubt else ''}significantly worse{f': {why}' if why else ''}"
-    return Ranked(other, text, found)
+    return Ranked(other, f"{text}; at unequal cost" if unequal_costs(summary, best, [other]) else text, found)
+
+
+def unequal_costs(summary: Summary, best: Configuration, others: Sequence[Configuration]) -> list[Metric]:
+    """The shares of cost in which any of the others differs from the best by more than :data:`UNEQUAL`."""
+    shares = [metric for name in COSTS if (metric := summary.metric(name)) and metric.exact]
+    return [m for m in shares if any(unequal(summary.mean(best, m), summary.mean(c, m)) for c in others)]
+
+
+@lru_cache(maxsize=16)
+def marked(summary: Summary) -> frozenset[tuple[int, str]]:
+    """Number of the configuration and key of the metric: the best of every block, and all that tie with it.
+
+    Nothing is marked where everything ties. Times are not marked: they vary from run to run.
+    """
+    metrics = [metric for metric in summary.metrics if metric.better and not metric.timed]
+    blocks = [block for metric in metrics for block in rankings(summary, metric)]
+    return frozenset(
+        (c.number, block.metric.key)
+        for block in blocks if block.complete and len(block.ties) < len(block.ranked) - 1
+        for c in (block.best, *block.ties)
+    )  # fmt: skip
 
 
 def ranking_table(summary: Summary, metric: Metric) -> tuple[list[str], list[list[str]]]:
@@ -91,24 +112,25 @@ def ranking_table(summary: Summary, metric: Metric) -> tuple[list[str], list[lis
     costs = [cost for name in COSTS if (cost := summary.metric(name))]
     where = [name for name in summary.shown_axes if name == RATIO or name in summary.conditions]
     own = [name for name in summary.shown_axes if name not in where]
-    head = [*map(axis_title, where), "configuration", metric.title, *(cost.title for cost in costs)]
-    head += ["behind the best", "95% interval", "conclusion"]
+    head = ["at", "configuration", metric.title, "behind the best", "95% interval", "conclusion"]
+    head += [cost.title for cost in costs]
     rows = []
     for block in rankings(summary, metric):
         if len(block.ranked) + len(block.unranked) + len(block.unmeasured) < 2:
             continue
-        here = [setting_text(name, block.best.settings[name]) if name in block.best.settings else "-" for name in where]
+        known = block.best.settings
+        here = ", ".join(named_text(n, known[n]) if n == RATIO else equation(n, known[n]) for n in where if n in known)
         for row in (*block.ranked, *block.unranked):
             found, c = row.difference, row.configuration
-            cells = [summary.cell(c, shown).text for shown in (metric, *costs)]
+            value, *paid = [summary.cell(c, shown).text for shown in (metric, *costs)]
             gap, intervals = (found.gap_text, found.intervals_text(" (")) if found else ("", "")
-            rows.append([*here, summary.name(c, own), *cells, gap, intervals, row.conclusion])
-        rows += [[*here, name, *([""] * (len(costs) + 3)), "not measured"] for name in block.unmeasured]
+            rows.append([here or "-", summary.name(c, own), value, gap, intervals, row.conclusion, *paid])
+        rows += [[here or "-", name, "", "", "", "not measured", *("" for _ in costs)] for name in block.unmeasured]
     return head, rows
 
 
 def conclusion(summary: Summary) -> list[str]:
-    """At most two sentences: the best by the first quality metric and what it costs, then the best by the others."""
+    """Sentences: the best by the first quality metric and what it costs, then the best by the others."""
     if not summary.quality:
         return [f"{len(summary.study.done)} trials were measured, none of them for quality."]
     first, *others = summary.quality
@@ -116,10 +138,11 @@ def conclusion(summary: Summary) -> list[str]:
     if not blocks:
         return [f"No trial has a finite {first.title}."]
     top = max(block.best.ratio or 0.0 for block in blocks)
-    opening = f"At {share(top)} pruning, " if top else ""
-    clauses = [_clause(summary, block, True) for block in _at(summary, blocks, top)]
-    more = "; ".join(_clause(summary, b, False) for m in others for b in _at(summary, rankings(summary, m), top))
-    return [f"{opening}{'; '.join(clauses)}.", *([f"{more[:1].upper()}{more[1:]}."] if more else [])]
+    clauses = [clause for block in _at(summary, blocks, top) for clause in _clauses(summary, block, True)]
+    clauses[0] = f"at an asked ratio of {share(top)}, {clauses[0]}" if top else clauses[0]
+    more = [block for metric in others for block in _at(summary, rankings(summary, metric), top)]
+    clauses += [clause for block in more for clause in _clauses(summary, block, False)]
+    return [f"{clause[:1].upper()}{clause[1:]}." for clause in clauses]
 
 
 def _at(summary: Summary, blocks: Sequence[Block], ratio: float) -> list[Block]:
@@ -133,44 +156,63 @@ def _at(summary: Summary, blocks: Sequence[Block], ratio: float) -> list[Block]:
     return found if len(found) <= 2 else [min(found, key=order)]
 
 
-def _clause(summary: Summary, block: Block, costs: bool) -> str:
-    """Which configuration of a block is best, or which tie."""
+def _clauses(summary: Summary, block: Block, costs: bool) -> list[str]:
+    """Which configuration of a block is best, or which tie; then what the best costs, and what is not ranked."""
     metric, best, ties = block.metric, block.best, block.ties
-    where = [f"{axis_title(n)} {setting_text(n, best.settings[n])}" for n in summary.conditions if n in best.settings]
+    where = [equation(n, best.settings[n]) for n in summary.conditions if n in best.settings]
     every = [row.configuration for row in (*block.ranked, *block.unranked)]
     varying = [n for n in summary.shown_axes if len({key(c.settings.get(n)) for c in every}) > 1]
     own = varying or [n for n in summary.shown_axes if n in (USE, *summary.methods)]
+    rivals = ties
 
-    def named(configuration: Configuration) -> str:
-        return f"{summary.name(configuration, own)} ({summary.cell(configuration, metric).text})"
+    def named(configuration: Configuration, of: Metric | None = metric) -> str:
+        return summary.name(configuration, own, *([summary.cell(configuration, of).text] if of else []))
 
-    text = f"with {', '.join(where)}, " if where else ""
+    text = f"where {' and '.join(where)}, " if where else ""
     dense = summary.dense_cell(best.reference, metric).text
     if not block.complete:
         text += f"no configuration has a {metric.title} for all its seeds, so none is called best"
     elif len(block.ranked) == 1:
-        text += f"{summary.name(best, own)} changes {metric.title} from {dense} to {summary.cell(best, metric).text}"
+        text += f"{named(best, None)} changes {metric.title} from {dense} to {summary.cell(best, metric).text}"
     elif ties:
         text += f"{_several([named(c) for c in (best, *ties)])} tie for the best {metric.title} (dense {dense})"
     else:
         extreme, side = ("lowest", "below") if metric.better == "lower" else ("highest", "above")
         text += f"{named(best)} has the {extreme} {metric.title} (dense {dense})"
         second = block.ranked[1]
+        rivals = [second.configuration]
         if found := second.difference:
             interval = found.intervals_text(" over ")
             certain = "; ".join(filter(None, [interval and f"95% interval {interval}", found.caution]))
             text += f", {found.gap_text} {side} {named(second.configuration)}{certain and f' ({certain})'}"
-    if costs and block.complete:
-        cells = [summary.cell(best, cost) for name in COSTS[:2] if (cost := summary.metric(name))]
-        shares = [
-            f"{cell.text} of dense's {cell.metric.title}{', more than dense' * (cell.mean > 1)}"
-            for cell in cells if cell.mean
-        ]  # fmt: skip
-        text += f", {'the first ' if ties else ''}at {' and '.join(shares)}" if shares else ""
-    left = [f"{summary.name(row.configuration, own)} ({_seeds(summary, metric, row.configuration)})"
+    equal, unlike = _costs(summary, best, rivals if block.complete else [], lambda c: named(c, None))
+    text += f", at unequal cost: {'; '.join(unlike)}" if unlike else ""
+    left = [f"{named(row.configuration, None)} ({_seeds(summary, metric, row.configuration)})"
             for row in block.unranked if summary.saves(row.configuration)]  # fmt: skip
     left += [f"{name} (not measured)" for name in block.unmeasured]
-    return text + (f"; not ranked: {_several(left)}" if left else "")
+    text += f"; not ranked: {_several(left)}" if left else ""
+    return [text, *([f"{named(best, None)} {equal}"] if costs and equal and block.complete else [])]
+
+
+def _costs(
+    summary: Summary, best: Configuration, rivals: Sequence[Configuration], named: Callable[[Configuration], str]
+) -> tuple[str, list[str]]:
+    """What a configuration costs as much as its rivals or what none compares; and each cost that is unequal."""
+    equal, unlike, differ = [], [], unequal_costs(summary, best, rivals)
+    for name, words in COSTS.items():
+        metric = summary.metric(name)
+        if metric is None or (mean := summary.mean(best, metric)) is None:
+            continue
+        text = words.format(summary.cell(best, metric).text)
+        if metric in differ and len(rivals) > MOST_RIVALS:
+            known = [mean, *(value for c in rivals if (value := summary.mean(c, metric)) is not None)]
+            unlike.append(f"they {words.format(f'{metric.text(min(known))} to {metric.text(max(known))}')}")
+        elif metric in differ:
+            others = " and ".join(f"{named(c)} {summary.cell(c, metric).text}" for c in rivals)
+            unlike.append(f"{named(best)} {text}, {others}")
+        else:
+            equal.append(text + ", so it saved no time" * (metric.timed and mean >= 1))
+    return " and ".join(filter(None, (", ".join(equal[:-1]), *equal[-1:]))), unlike
 
 
 def _seeds(summary: Summary, metric: Metric, configuration: Configuration) -> str:
@@ -194,7 +236,7 @@ def _unmeasured(summary: Summary, block: Sequence[Configuration]) -> list[str]:
             and at(trial.settings, where) == at(block[0].settings, where)
             and not {*ABOVE_DENSE} & {v for v in values.values() if isinstance(v, str)}
         ):
-            names.append(", ".join(named_text(name, value) for name, value in values.items()))
+            names.append(called([named_text(name, value) for name, value in values.items()]))
     return list(dict.fromkeys(names))
 
 

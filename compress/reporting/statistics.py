@@ -23,6 +23,8 @@ FEW_WINDOWS, FEW_QUESTIONS, FEW_SEEDS = 20, 20, 3
 """Minimum sizes: of windows for the bootstrap's percentiles, of questions and of shared seeds for any interval."""
 SAME_VALUE = 0.01
 """Values closer than this share are not ordered where nothing is known of their spread."""
+SAME_COUNT = 0.0005
+"""Shares closer than this are written alike."""
 INCLUDES_ZERO = "the interval includes 0"
 CHUNK = 1 << 22
 """Maximum number of window counts drawn at once."""
@@ -184,7 +186,7 @@ def difference(metric: Metric, best: Sample, other: Sample) -> Difference:
 
     The difference is significant if no interval includes 0. Two shared seeds must agree, and means differ by more than
     the deviations of seeds that give no interval; accuracies without scores of single questions by two standard errors;
-    values of unknown spread by 1%.
+    values of unknown spread by 1%. Times of equal shapes do not differ, nor do times whose repetitions overlap.
     """
     points, apart, spread = metric.style == "accuracy", abs(other.mean - best.mean), math.hypot(best.sd, other.sd)
     gap = 100 * apart if points else 100 * abs(1 - best.mean / other.mean) if other.mean else math.inf
@@ -206,10 +208,32 @@ def difference(metric: Metric, best: Sample, other: Sample) -> Difference:
         doubts.append("within the deviation over seeds")
     if error is not None and apart <= 2 * error:
         doubts.append(f"within two standard errors ({200 * error:.1f} points)")
-    if not spread and not intervals and error is None and apart <= SAME_VALUE * abs(best.mean):
+    if metric.timed and _shape(best.trials[0]) == _shape(other.trials[0]):
+        doubts.append("equal shapes")
+    elif metric.timed and not spread and not _apart(metric, best.trials[0], other.trials[0]):
+        doubts.append("the repetitions overlap")
+    elif metric.exact and apart < SAME_COUNT:
+        doubts.append("equal counts")
+    elif not spread and not intervals and error is None and not metric.exact and apart <= SAME_VALUE * abs(best.mean):
         doubts.append(f"less than {100 * SAME_VALUE:.0f}% apart")
     few = "both seeds agree, but two are too few to be certain" if len(seeds) == 2 and spread and not doubts else ""
     return Difference(gap, points, intervals, doubts[0] if doubts else "", few)
+
+
+def _shape(trial: Trial) -> Any:
+    """The units kept in each layer and the operations they take, if those were counted: they determine the time."""
+    cost = next((found for found in trial.metrics if found.evaluator == "cost"), None)
+    flops = finite(cost.pruned.get("flops_ratio")) if cost else None
+    return [layer.sites for layer in trial.result.layers] if trial.result else [], flops and round(flops, 3)
+
+
+def _apart(metric: Metric, best: Trial, other: Trial) -> bool:
+    """Whether the repetitions of two timings do not overlap; False where they are not recorded."""
+    fast, slow = (
+        finite(found.pruned.get(f"{metric.name}_{end}")) if (found := trial.metric(metric.label)) else None
+        for trial, end in ((best, "max"), (other, "min"))
+    )
+    return fast is not None and slow is not None and fast < slow
 
 
 def _over_windows(metric: Metric, best: Sample, other: Sample) -> Interval | None:

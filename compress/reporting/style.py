@@ -43,6 +43,7 @@ STYLE: Any = {
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "xtick.major.size": 2.5, "ytick.major.size": 2.5,
     "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.5, "lines.markersize": 6,
+    "text.parse_math": False,  # a dollar sign in a label does not start mathematics
     "hatch.linewidth": 0.6, "svg.fonttype": "none", "figure.constrained_layout.use": True,
 }  # fmt: skip
 

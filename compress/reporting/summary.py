@@ -12,16 +12,13 @@ from typing import Any
 import pandas as pd
 
 from ..files.dotted import flatten, resolved_settings
-from .axes import RATIO, USE, is_method, is_protocol, is_repetition, key, named_text, setting_text
+from .axes import RATIO, USE, called, is_method, is_protocol, is_repetition, key, named_text, setting_text
 from .metrics import KNOWN, Metric, all_metrics, find, main_metrics
 from .statistics import Sample
 from .trials import Study, Trial
 
 ABOVE_DENSE = ("full_batch_probing",)
 """Strategies that compute more than the dense model at any ratio."""
-
-MOST_BEST = 2
-"""Maximum number of configurations marked as best; more equal values are not a distinction."""
 
 PRUNING = ("prune.", "calibration.")
 """Prefixes of settings that a dense model does not have."""
@@ -140,16 +137,16 @@ class Summary:
             return [name for name in self.axes if name not in (RATIO, *self.methods)]
         return [name for name in self.axes if is_protocol(name, self.study.text)]
 
-    def name(self, configuration: Configuration, axes: Sequence[str] | None = None) -> str:
-        """The settings that vary, in a row."""
+    def name(self, configuration: Configuration, axes: Sequence[str] | None = None, *more: str) -> str:
+        """The settings that vary, ``PP (40%, other)``, and ``more`` about it."""
         names = self.shown_axes if axes is None else axes
         texts = [named_text(name, configuration.settings[name]) for name in names if name in configuration.settings]
-        return ", ".join(texts) or setting_text(USE, configuration.strategy)
+        return called(texts or [setting_text(USE, configuration.strategy)], *more)
 
     def dense_name(self, reference: int) -> str:
         """``dense``, followed by what distinguishes it from other dense models."""
         settings = self.dense[reference].settings
-        return ", ".join(["dense", *(named_text(name, value) for name, value in settings.items())])
+        return called(["dense", *(named_text(name, value) for name, value in settings.items())])
 
     def sample(self, configuration: Configuration, metric: Metric) -> Sample:
         """The trials with their values, for tests."""
@@ -190,27 +187,6 @@ class Summary:
         for c in self.configurations:
             found.setdefault((c.reference, c.ratio, key([c.settings.get(n) for n in self.conditions])), []).append(c)
         return list(found.values())
-
-    @cached_property
-    def best(self) -> set[tuple[int, str]]:
-        """Number of the configuration and key of the metric, for the best values of every block.
-
-        Of those that compute less than the dense model, and have a value for every planned seed.
-        """
-        marked = set()
-        for block in self.blocks():
-            able = [configuration for configuration in block if self.saves(configuration)]
-            for metric in (metric for metric in self.metrics if metric.better):
-                cells = {c.number: self.cell(c, metric) for c in able}
-                texts = {
-                    i: metric.text(cell.mean) for i, cell in cells.items() if cell.mean is not None and cell.complete
-                }
-                if len(set(texts.values())) < 2:
-                    continue
-                best = min(texts, key=lambda i: metric.sign * (cells[i].mean or 0.0))
-                equal = [i for i, text in texts.items() if text == texts[best]]
-                marked |= {(i, metric.key) for i in equal if len(equal) <= MOST_BEST}
-        return marked
 
     @cached_property
     def _values(self) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -11,13 +12,19 @@ from ..output.formatting import number
 from .axes import RATIO, axis_title, finite, setting_text
 from .metrics import Metric, all_metrics, evaluators_of
 from .protocols import Protocol, Protocols
+from .ranking import marked
 from .summary import Configuration, Summary
 from .trials import RELATIVE
 
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
+    **dict.fromkeys("\n\r\t", " "),
 })  # fmt: skip
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""How a text begins that a spreadsheet would evaluate."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def table_rows(summary: Summary, metrics: Sequence[Metric], protocols: Protocols
     for c in summary.configurations:
         cells = []
         for metric in metrics:
-            cell, best = summary.cell(c, metric), (c.number, metric.key) in summary.best
+            cell, best = summary.cell(c, metric), (c.number, metric.key) in marked(summary)
             about = f"{summary.name(c)}, {metric.title}: {cell.text}{_about(summary, c, metric)}"
             cells.append(Shown(cell.text, cell.mean, best, protocols.of(metric.label, c.trials), about))
         texts = [setting_text(a, c.settings[a]) if a in c.settings else "-" for a in summary.shown_axes]
@@ -100,11 +107,12 @@ def explanation(summary: Summary) -> list[str]:
     seeds = ", ".join(map(axis_title, summary.repeated))
     parts += [f"values are mean ± standard deviation (n - 1) over {seeds}"] if seeds else []
     lines += [f"{'; '.join(parts)}."] if parts else []
-    if summary.best:
+    if marked(summary):
         same = " and ".join(map(axis_title, [RATIO, *summary.conditions]))
         lines.append(
-            f"Bold: the best mean at the same {same}, of what computes less than the dense model and has a value for "
-            "every planned repetition."
+            f"Bold: the best mean at the same {same}, and all that are not significantly worse; nothing where all tie. "
+            "Only what computes less than the dense model and has a value for every planned repetition is marked; "
+            "times and PRR are not, as they vary from run to run."
         )
     return lines
 
@@ -139,11 +147,14 @@ def trials_csv(summary: Summary) -> str:
 
 def csv_text(frame: pd.DataFrame) -> str:
     """A table as CSV; texts that a spreadsheet would evaluate as formulas are quoted."""
-    rows = [
-        [f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in row]
-        for row in frame.itertuples(index=False)
-    ]
-    return pd.DataFrame(rows, columns=frame.columns, dtype=object).to_csv(index=False, lineterminator="\n")
+    rows = [[_quoted(value) for value in row] for row in (tuple(frame.columns), *frame.itertuples(index=False))]
+    return pd.DataFrame(rows[1:], columns=rows[0], dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _quoted(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.startswith(FORMULA) else "") + value.replace("\r", " ")
 
 
 def latex(summary: Summary) -> str:
@@ -158,7 +169,8 @@ def latex(summary: Summary) -> str:
         if before and (row.starts_block or (before.dense and not row.dense)):
             cells[0] = f"\\midrule\n{cells[0]}"
         body.append(cells)
-    caption = f"{summary.study.title}. {' '.join(explanation(summary))}".translate(LATEX)
+    title = summary.study.title + "." * (not summary.study.title.endswith((".", "?", "!")))
+    caption = f"{title} {' '.join(explanation(summary))}".translate(LATEX)
     text = pd.DataFrame(body).to_latex(
         header=titles, index=False, escape=False, caption=caption, column_format="l" * axes + "r" * len(summary.metrics)
     )

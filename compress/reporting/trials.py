@@ -15,7 +15,7 @@ from ..ablation.store import Store
 from ..files.dotted import resolved_text
 from ..output.reading import brief, opened
 from ..runs.records import REMEDY, ComparedRun, Comparison, EvaluatorResult, RunResult, read_results
-from .axes import RATIO, USE, named_text, setting_text
+from .axes import RATIO, USE, called, named_text, setting_text
 
 SQLITE = b"SQLite format 3\0"
 
@@ -24,6 +24,9 @@ RELATIVE = {
     ("latency", "prefill_ratio"), ("latency", "decode_ratio"),
 }  # fmt: skip
 """Evaluator and value, of values that the evaluator measures relative to the dense model."""
+
+CUT, PARAMETERS = "cut", "prunable_parameters"
+"""Label and name of a trial's achieved cut."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """All settings in a row."""
-        return ", ".join(named_text(name, value) for name, value in self.settings.items()) or "the run"
+        """All settings: ``PP (40%, seed = 0)``."""
+        return called([named_text(name, value) for name, value in self.settings.items()] or ["the run"])
 
     @property
     def metrics(self) -> list[EvaluatorResult]:
@@ -107,8 +110,10 @@ class Study:
             facts.append(
                 {"trial": trial.number, "status": trial.status, "error": trial.error, "seconds": trial.seconds}
             )
-            pruned.append({f"{m.label}.{name}": value for m in trial.metrics for name, value in m.pruned.items()})
-            dense.append({
+            ratio = trial.result.ratio if trial.result else None
+            cut: dict[str, Any] = {f"{CUT}.{PARAMETERS}": ratio.prunable_parameters_cut} if ratio else {}
+            pruned.append(cut | {f"{m.label}.{name}": value for m in trial.metrics for name, value in m.pruned.items()})
+            dense.append(cut.fromkeys(cut, 0.0) | {
                 f"{m.label}.{name}": (m.dense or {}).get(name, 1.0 if (m.evaluator, name) in RELATIVE else None)
                 for m in trial.metrics for name in m.pruned
             })  # fmt: skip

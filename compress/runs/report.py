@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..output.formatting import extent, fact, number, sentence, share, table
+from collections.abc import Mapping
+
+from ..output.formatting import accuracy_of, extent, fact, names_of, sentence, share, table, value_text
 from ..output.records import CompensationFacts, Value
 from .records import NOT_PRUNED, RunResult
 
@@ -14,19 +16,23 @@ def metric_rows(result: RunResult) -> list[tuple[str, str, str, str]]:
     rows = []
     for metric in result.metrics:
         dense = metric.dense or {}
-        for name, value in metric.pruned.items():
+        for name in names_of(metric.pruned):
+            value = metric.pruned[name]
             stated = value is not None and metric.protocol.get(name) == value
             if stated or (name not in dense and name.removesuffix("_ratio") in dense):
                 continue
             label = name if metric.label == name else f"{metric.label}: {name}"
-            before = dense.get(name)
-            rows.append((label.replace("_", " "), number(before), number(value), _change(name, before, value)))
+            before, after = value_text(dense, name), value_text(metric.pruned, name)
+            rows.append((label.replace("_", " "), before, after, _change(name, dense, metric.pruned)))
     return rows
 
 
-def _change(name: str, dense: Value, value: Value) -> str:
+def _change(name: str, before: Mapping[str, Value], after: Mapping[str, Value]) -> str:
+    dense, value = before.get(name), after.get(name)
     if not isinstance(dense, (int, float)) or not isinstance(value, (int, float)):
         return ""
+    if accuracy_of(after, name):
+        return f"{100 * (value - dense):+.1f} points"
     if name == "loss":  # a logarithm: its difference means something, its ratio does not
         return f"{value - dense:+.3g}"
     return f"x {value / dense:.3g}" if dense else ""
@@ -37,10 +43,10 @@ def headline(result: RunResult) -> str:
     if result.strategy == NOT_PRUNED:
         return f"{result.model.name}, not pruned"
     ratio = result.ratio
-    asked = "" if ratio.asked is None else f", {share(ratio.asked)} asked"
+    asked = "" if ratio.asked is None else f"asked for {share(ratio.asked)}, "
     return (
-        f"{result.strategy} on {result.model.name}{asked}: {share(ratio.units_cut)} of the units and "
-        f"{share(ratio.prunable_parameters_cut)} of the prunable parameters cut"
+        f"{result.strategy} on {result.model.name}: {asked}removed {share(ratio.prunable_parameters_cut)} of the "
+        f"prunable parameters ({share(ratio.units_cut)} of the units)"
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from prunekit.compress.reporting.axes import is_condition, is_method
 from prunekit.compress.reporting.ranking import conclusion, ranking_table
+from prunekit.compress.reporting.ranking import marked as best
 from prunekit.compress.reporting.summary import summarise
 from prunekit.compress.reporting.tables import explanation
 from prunekit.compress.reporting.trials import Study, Trial
@@ -76,30 +77,34 @@ def test_compensations_compete_and_texts_do_not(study):
     table = summarise(study())
     assert (table.methods, table.conditions) == (["strategy", "compensation"], ["text"])
     assert [len(block) for block in table.blocks()] == [4, 4]
-    marked = {table.name(c) for c in table.configurations if (c.number, "perplexity.perplexity") in table.best}
-    assert marked == {"PP, mean, far", "PP, mean, near"}
-    assert explanation(table)[-1].startswith("Bold: the best mean at the same ratio and text, of what")
+    marked = {table.name(c) for c in table.configurations if (c.number, "perplexity.perplexity") in best(table)}
+    assert marked == {"PP (mean, far)", "PP (mean, near)"}
+    bold = "Bold: the best mean at the same ratio and text, and all that are not significantly worse"
+    assert explanation(table)[-1].startswith(bold)
 
 
 def test_every_method_is_ranked_within_its_condition(study):
     table = summarise(study())
     head, rows = ranking_table(table, table.metric("perplexity.perplexity"))
-    assert head[:2] == ["text", "configuration"]
+    assert head[:2] == ["at", "configuration"]
     assert [row[:2] for row in rows] == [
-        [text, name] for text in ("far", "near") for name in ("PP, mean", "FLAP, mean", "PP, none", "FLAP, none")
+        [f"text = {text}", name]
+        for text in ("far", "near")
+        for name in ("PP (mean)", "FLAP (mean)", "PP (none)", "FLAP (none)")
     ]
-    first = conclusion(table)[0]
-    assert first.startswith("At 40% pruning, with text far, PP, mean (33.60) has the lowest perplexity (dense 24.00), ")
-    assert "; with text near, PP, mean (28.80) has the lowest perplexity" in first
+    said = conclusion(table)
+    start = "At an asked ratio of 40%, where text = far, PP (mean; 33.60) has the lowest perplexity (dense 24.00), "
+    assert said[0].startswith(start)
+    assert any(one.startswith("Where text = near, PP (mean; 28.80) has the lowest perplexity") for one in said)
 
 
 def test_missing_methods_are_named_whole(study):
     table = summarise(study(missing=[("pp", "mean", "near"), ("flap", "mean", "near")]))
     _, rows = ranking_table(table, table.metric("perplexity.perplexity"))
-    assert [(row[0], row[1]) for row in rows if row[-1] == "not measured"] == [
-        ("near", "PP, mean"), ("near", "FLAP, mean")
+    assert [(row[0], row[1]) for row in rows if "not measured" in row] == [
+        ("text = near", "PP (mean)"), ("text = near", "FLAP (mean)")
     ]  # fmt: skip
-    assert "; not ranked: PP, mean (not measured) and FLAP, mean (not measured)" in conclusion(table)[0]
+    assert "; not ranked: PP (mean) (not measured) and FLAP (mean) (not measured)" in " ".join(conclusion(table))
 
 
 def test_calibrations_compete_where_nothing_else_does(study):
@@ -109,4 +114,4 @@ def test_calibrations_compete_where_nothing_else_does(study):
     )
     table = summarise(replace(source, trials=trials, axes={"text": ["far", "near"]}))
     assert table.conditions == [] and [len(block) for block in table.blocks()] == [2]
-    assert conclusion(table)[0].startswith("At 40% pruning, near (33.60) has the lowest perplexity")
+    assert conclusion(table)[0].startswith("At an asked ratio of 40%, near (33.60) has the lowest perplexity")

@@ -4,14 +4,17 @@ import csv
 import errno
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from prunekit.compress.cli.main import app
 from prunekit.compress.reporting import command
-from prunekit.compress.reporting.page import markdown
+from prunekit.compress.reporting.page import html, markdown
+from prunekit.compress.reporting.plots import draw
 from prunekit.compress.reporting.summary import summarise
-from prunekit.compress.reporting.tables import latex, table_csv, trials_csv
+from prunekit.compress.reporting.tables import csv_text, latex, table_csv, trials_csv
 from prunekit.registry import SpecError
 from typer.testing import CliRunner
 
@@ -40,7 +43,8 @@ def test_a_run_gets_a_report_beside_it(run_folder, tmp_path, capsys):
     command.report(run_folder, overwrite=True)
     before = (folder / "report.html").read_bytes()
     page = before.decode()
-    assert "At 40% pruning, PP changes perplexity from 24.00 to 33.60, at 70% of dense&#39;s FLOPs." in page
+    assert "At an asked ratio of 40%, PP changes perplexity from 24.00 to 33.60." in page
+    assert "PP removed 40.0% of the prunable parameters and used 70.0% of dense&#39;s FLOPs." in page
     assert "skip_layers" in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.run", "my.run-report"]
 
@@ -102,10 +106,34 @@ def test_markdown_and_latex_hold_the_same_cells(make_study):
     table = summarise(make_study(["pp", "flap"], extra=[failed]))
     text, tex = markdown(table, []), latex(table)
     assert "| **33.60** " in text and "& \\textbf{33.60} &" in tex
-    assert "| dense " in text and "dense &  & 24.00 & 61.0\\% & 100\\%" in tex
-    assert "- FLAP, 90%, seed 0: no room for 90%" in text
+    assert "| dense " in text and "dense &  & 0.0\\% & 24.00 & 61.0\\% & 100.0\\%" in tex
+    assert "- FLAP (90%, seed = 0): no room for 90%" in text
     assert "\\toprule" in tex and tex.count("\\midrule") == 3 and "\\bottomrule" in tex
     assert all(line.count("&") == 1 + len(table.metrics) for line in tex.splitlines() if line.endswith("\\\\"))
+
+
+HOSTILE = "<script>alert(1)</script> $\\frac{1}{$ [x](y) **b** `c`"
+
+
+def test_a_strangers_text_is_text_in_every_file(make_study):
+    source = make_study(["pp", "flap"])
+    trials = [
+        replace(t, settings={**t.settings, "prune.use": HOSTILE[:-1] + t.settings["prune.use"]}) for t in source.trials
+    ]
+    table = summarise(replace(source, title=HOSTILE, trials=tuple(trials), axes={}))
+    plots = draw(table)  # a dollar sign does not start mathematics
+    assert any("$\\frac{1}{$" in plot.svg for plot in plots)
+    page, text, tex = html(table, plots), markdown(table, plots), latex(table)
+    assert "<script>alert" not in page + text
+    assert text.startswith("# &lt;script>alert(1)&lt;/script> $\\\\frac{1}{$ \\[x\\](y) \\*\\*b\\*\\* \\`c\\`\n")
+    assert "\\$\\textbackslash{}frac\\{1\\}\\{\\$" in tex and "\\textless{}script" in tex
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_no_cell_and_no_title_of_a_csv_is_a_formula(start):
+    frame = pd.DataFrame([[f"{start}cmd", -1.5]], columns=[f"{start}axis", "value"], dtype=object)
+    head, row = list(csv.reader(io.StringIO(csv_text(frame), newline="")))
+    assert head == [f"'{start}axis".replace("\r", " "), "value"] and row == [f"'{start}cmd".replace("\r", " "), "-1.5"]
 
 
 def test_csv_has_every_value_by_trial_and_by_configuration(make_study):

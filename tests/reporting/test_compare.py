@@ -5,7 +5,15 @@ import json
 import pytest
 from prunekit.compress.cli.main import app
 from prunekit.compress.output import printing
-from prunekit.compress.reporting.compare import compare, differences, intervals, origins, results, settings
+from prunekit.compress.reporting.compare import (
+    compare,
+    differences,
+    intervals,
+    origins,
+    results,
+    settings,
+    unequal_costs,
+)
 from prunekit.compress.runs.records import EvaluatorResult, RunResult
 from prunekit.registry import SpecError
 from typer.testing import CliRunner
@@ -41,8 +49,19 @@ def test_two_runs_side_by_side(folder, shown):
     assert "model, machine and versions are the same" in lines
     assert "perplexity 24.00 33.60 34.75 x 1.03" in lines
     assert "prr - 369.2 336.0 x 0.91" in lines
-    assert "perplexity: B - A = +1.152, 95% interval +" in text and "which excludes 0" in text
-    assert "30 windows, 500 samples, seed 3" in text
+    said = "perplexity: B - A = +1.152, at unequal cost (A used 70.0% of dense's FLOPs, B 68.0%), 95% interval +"
+    assert said in " ".join(text.split()) and "which excludes 0" in text
+    assert "30 windows, 500 samples, seed 3" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("b", "words"), [(0.159, ""), (0.2, ", at unequal cost (A removed 15.0% of the prunable parameters, B 20.0%)")]
+)
+def test_cuts_that_differ_by_more_than_a_point_are_named(run_data, b, words):
+    made = [run_data(), run_data()]
+    for data, removed in zip(made, (0.15, b), strict=True):
+        data["ratio"]["prunable_parameters_cut"] = removed
+    assert unequal_costs(*map(RunResult.model_validate, made)) == words
 
 
 def test_a_damaged_model_is_named(folder, shown, monkeypatch):
@@ -153,7 +172,7 @@ def test_what_was_measured_otherwise_gets_no_relation(folder, shown):
     assert "perplexity: A and B do not compare: limit - against 20" in lines
     assert "cost: A and B do not compare: length 256 against 128" in lines
     assert "cost: parameters 1,000 700 700 same" in lines  # of the model, not of a text
-    assert "zero shot: boolq 0.700 0.650 0.650 same" in lines
+    assert "zero shot: boolq 0.700 65.0% ± 2.0 65.0% ± 2.0 same" in lines
 
 
 def test_machine_times_and_other_tasks_do_not_forbid_a_relation(outcome, run_result):

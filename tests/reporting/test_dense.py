@@ -10,6 +10,7 @@ from prunekit.compress.reporting.plots import draw
 from prunekit.compress.reporting.protocols import Protocols
 from prunekit.compress.reporting.published import compare_with_published
 from prunekit.compress.reporting.ranking import conclusion, ranking_table
+from prunekit.compress.reporting.ranking import marked as best
 from prunekit.compress.reporting.summary import summarise
 from prunekit.compress.reporting.tables import table_rows
 from prunekit.compress.reporting.trials import Study, Trial
@@ -92,7 +93,7 @@ def test_every_evaluators_protocol_tells_dense_models_apart(study, label, key):
     )
     assert [d.settings for d in table.dense] == [{"on": str(v)} for v in values]
     names = [[table.name(c) for c in block] for block in table.blocks()]
-    assert names == [[f"{use}, {value}" for use in ("PP", "FLAP")] for value in map(str, values)]
+    assert names == [[f"{use} ({value})" for use in ("PP", "FLAP")] for value in map(str, values)]
 
 
 @pytest.mark.parametrize(
@@ -170,8 +171,8 @@ def test_dense_rows_say_so_where_every_axis_tells_them_apart(study):
     assert [row[:2] for row in shown(table, "perplexity")] == [
         ("dense, 32", "50.00"), ("dense, 64", "37.00"), ("32", "33.60"), ("64", "33.60")
     ]  # fmt: skip
-    about = table_rows(table, table.metrics, Protocols())[1].cells[0].about
-    assert about.startswith("dense, window 64, perplexity: 37.00")
+    about = table_rows(table, table.metrics, Protocols())[1].cells[1].about
+    assert about.startswith("dense (window = 64), perplexity: 37.00")
 
 
 def test_a_study_of_seeds_alone_has_labels(study):
@@ -193,7 +194,7 @@ def test_what_lacks_an_evaluator_joins_what_has_it(study):
     planned = [({"prune.use": u, "text": t}, changed("perplexity", text=t)) for t in "ab" for u in ("pp", "flap")]
     table = summarise(study(({"prune.use": "random", "text": "b"}, without("perplexity")), *planned))
     assert [d.settings for d in table.dense] == [{"text": "b"}, {"text": "a"}]
-    assert [table.name(c) for c in table.configurations if c.reference == 0] == ["random, b", "PP, b", "FLAP, b"]
+    assert [table.name(c) for c in table.configurations if c.reference == 0] == ["random (b)", "PP (b)", "FLAP (b)"]
 
 
 def test_what_joins_makes_no_bridge_between_protocols(study):
@@ -231,7 +232,7 @@ def test_protocols_never_compete(study):
     for trial, mean in zip(source.trials, (0.4, 0.6), strict=True):
         trial.metric("zero_shot").pruned.update({"mean": mean, "boolq_stderr": 0.001, "piqa_stderr": 0.001})
     table = summarise(source)
-    assert table.conditions == ["evaluate.1.num_fewshot"] and not table.best
+    assert table.conditions == ["evaluate.1.num_fewshot"] and not best(table)
     assert [len(block) for block in table.blocks()] == [1, 1]
     assert ranking_table(table, table.metric("zero_shot.mean"))[1] == []
     assert "highest" not in " ".join(conclusion(table))
@@ -243,10 +244,10 @@ def test_circumstances_part_what_one_dense_model_shares(study):
     )
     assert len(table.dense) == 1
     assert [[table.name(c) for c in block] for block in table.blocks()] == [
-        ["PP, same", "FLAP, same"], ["PP, other", "FLAP, other"]
+        ["PP (same)", "FLAP (same)"], ["PP (other)", "FLAP (other)"]
     ]  # fmt: skip
-    marked = {table.name(c) for c in table.configurations if (c.number, "perplexity.perplexity") in table.best}
-    assert marked == {"PP, same", "PP, other"}
+    marked = {table.name(c) for c in table.configurations if (c.number, "perplexity.perplexity") in best(table)}
+    assert marked == {"PP (same)", "PP (other)"}
 
 
 def test_of_repeated_times_the_median_stands(study):
@@ -268,6 +269,6 @@ def test_bars_and_published_values_name_their_dense_model(study):
     entry = Published(where={}, dense=True, metric="zero_shot.mean", value=0.5, source="A")
     table = summarise(replace(source, published=(entry,)))
     rows = [(row.where, row.ours) for row in compare_with_published(table)]
-    assert rows == [("dense, limit 10", "50.0%"), ("dense, limit 60", "53.3%")]
+    assert rows == [("dense (limit = 10)", "50.0%"), ("dense (limit = 60)", "53.3%")]
     drawn = {plot.name: plot.svg for plot in draw(table)}
-    assert all(f"dense, limit {n}" in drawn[f"where-{what}"] for n in (10, 60) for what in ("time", "operations"))
+    assert all(f"dense (limit = {n})" in drawn[f"where-{what}"] for n in (10, 60) for what in ("time", "operations"))

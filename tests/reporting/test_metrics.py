@@ -60,7 +60,9 @@ def test_a_plugins_ratio_keeps_its_own_dense_value(make_study, outcome):
     assert every["cost.flops_ratio"] == every["cost.floor_ratio"] == every["latency.decode_ratio"] == 1.0
 
 
-@pytest.mark.parametrize(("peak", "dense", "text"), [(3.6e8, 4e8, "90%"), (4e8 * 11.4, 4e8, "1,140%"), (3.6e8, 0, "-")])
+@pytest.mark.parametrize(
+    ("peak", "dense", "text"), [(3.6e8, 4e8, "90.0%"), (4e8 * 11.4, 4e8, "1,140.0%"), (3.6e8, 0, "-")]
+)
 def test_extra_memory_is_relative_to_dense(make_study, peak, dense, text):
     source = make_study(["pp", "flap"], [0.4])
     source.trials[0].metric("memory").pruned["prefill_peak"] = peak
@@ -68,4 +70,4 @@ def test_extra_memory_is_relative_to_dense(make_study, peak, dense, text):
     table = summarise(source)
     metric = table.metric("memory.prefill_peak")
     assert table.cell(table.configurations[0], metric).text == text
-    assert table.dense_cell(0, metric).text == "100%"
+    assert table.dense_cell(0, metric).text == "100.0%"

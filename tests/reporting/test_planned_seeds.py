@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from prunekit.compress.reporting.page import markdown
 from prunekit.compress.reporting.plots import draw
+from prunekit.compress.reporting.ranking import marked as best
 from prunekit.compress.reporting.summary import summarise
 from prunekit.compress.reporting.tables import explanation, table_csv
 from prunekit.compress.reporting.trials import Trial
@@ -40,7 +41,7 @@ def study(make_study, run_data, perplexity):
 
 
 def marked(table, key="perplexity.perplexity"):
-    return [table.name(c) for c in table.configurations if (c.number, key) in table.best]
+    return [table.name(c) for c in table.configurations if (c.number, key) in best(table)]
 
 
 @pytest.mark.parametrize("status", ["failed", "waiting"])

@@ -62,7 +62,7 @@ def test_drawings_take_the_pages_colours_and_own_ids(plots):
 
 def test_the_front_is_named_and_expensive_points_are_on_the_axis(plots):
     caption = plots["perplexity-perplexity-cost-flops_ratio"].caption
-    assert "On the Pareto front: FLAP, 40%; PP, 40%; FLAP, 20%; PP, 20%; dense." in caption
+    assert "On the Pareto front: FLAP (40%); PP (40%); FLAP (20%); PP (20%); dense." in caption
     assert ">300%<" not in plots["perplexity-perplexity-cost-flops_ratio"].svg  # full-batch probing: 123% and 139%
     assert ">200%<" in plots["perplexity-perplexity-latency-prefill_ratio"].svg  # 233% and 249%
 
@@ -85,8 +85,8 @@ def test_a_part_looks_the_same_in_every_figure(plots):
 def test_configurations_that_keep_as_many_share_a_row(make_study):
     source = make_study(["random", "pp", "flap"], [0.2, 0.4], only=["similarity"])
     (kept,) = draw(summarise(source))
-    assert "random, 20% and 2 more" in kept.svg and "random, 40% and 2 more" in kept.svg
-    assert "PP, 20%" not in kept.svg and "share a row" in kept.caption
+    assert "random (20%) and 2 more" in kept.svg and "random (40%) and 2 more" in kept.svg
+    assert "PP (20%)" not in kept.svg and "share a row" in kept.caption
 
 
 def test_series_differ_by_more_than_colour(plots, drawn):

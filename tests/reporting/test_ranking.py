@@ -18,8 +18,9 @@ def unfinished(source, *numbers, status="failed"):
 
 
 def said(source):
+    """The first sentence of the conclusion."""
     sentences = conclusion(summarise(source))
-    assert len(sentences) <= 2 and all(text.endswith(".") for text in sentences)
+    assert all(text.endswith(".") and text[0].isupper() for text in sentences)
     return sentences[0]
 
 
@@ -60,38 +61,64 @@ def close(make_study, run_result):
 )
 def test_the_conclusion_names_the_best_or_the_ties(close, pp, flap, words):
     text = said(close(pp, flap))
-    assert text.startswith("At 40% pruning, ") and words in text
+    assert text.startswith("At an asked ratio of 40%, ") and words in text
 
 
 def test_the_conclusion_is_about_the_highest_ratio(make_study):
     text = said(make_study(["pp", "flap"], [0.2, 0.4, 0.3]))
-    assert text.startswith("At 40% pruning, PP (33.60) has the lowest perplexity")
+    assert text.startswith("At an asked ratio of 40%, PP (33.60) has the lowest perplexity")
 
 
-def test_the_second_sentence_is_about_the_other_measures(make_study):
-    sentences = conclusion(summarise(make_study(["pp", "wanda_sp"])))
-    assert sentences[1] == "PP (57.0%) and Wanda-sp (56.5%) tie for the best zero-shot (dense 61.0%)."
+def test_the_last_sentence_is_about_the_other_measures(make_study):
+    assert conclusion(summarise(make_study(["pp", "wanda_sp"])))[-1] == (
+        "PP (57.0%) and Wanda-sp (56.5%) tie for the best zero-shot (dense 61.0%), at unequal cost: PP used 70.0% of "
+        "dense's FLOPs, Wanda-sp 68.0%."
+    )
 
 
 def test_the_conclusion_states_what_the_best_costs(make_study):
-    text = said(make_study(["pp", "flap"], [0.4]))
-    assert text.endswith(", at 70% of dense's FLOPs and 0.74 of dense's prefill time.")
     source = make_study(["pp", "flap"], [0.4])
-    source.trials[0].metric("latency").pruned["prefill_ratio"] = 1.05
-    assert said(source).endswith("FLOPs and 1.05 of dense's prefill time, more than dense.")
+    first, second, _ = conclusion(summarise(source))
+    assert first.endswith(", at unequal cost: PP used 70.0% of dense's FLOPs, FLAP 68.0%.")
+    assert second == "PP removed 40.0% of the prunable parameters and took 0.74x dense's prefill time here."
+    source = make_study(["pp", "flap"], [0.4])
+    source.trials[0].metric("latency").pruned["prefill_ratio"] = 1.42
+    second = conclusion(summarise(source))[1]
+    assert second.endswith(" and took 1.42x dense's prefill time here, so it saved no time.")
+
+
+@pytest.mark.parametrize(
+    ("removed", "words"), [(0.31, None), (0.2, "PP removed 30.0% of the prunable parameters, FLAP 20.0%")]
+)
+def test_what_removed_more_or_less_is_said_in_the_sentence_itself(make_study, removed, words):
+    source = make_study(["pp", "flap"], [0.4], only=["perplexity"])
+    trials = []
+    for trial, share in zip(source.trials, (0.3, removed), strict=True):
+        ratio = trial.result.ratio.model_copy(update={"prunable_parameters_cut": share})
+        trials.append(replace(trial, result=trial.result.model_copy(update={"ratio": ratio})))
+    source = replace(source, trials=tuple(trials))
+    first, *_ = conclusion(summarise(source))
+    assert first.endswith(f", at unequal cost: {words}.") if words else "unequal" not in first
+    assert [row["removed"] for row in table_of(source)] == ["30.0%", f"{100 * removed:.1f}%"]
+    assert ("at unequal cost" in table_of(source)[1]["conclusion"]) == bool(words)
+
+
+def test_of_many_rivals_the_range_of_costs_is_said(make_study):
+    source = make_study(["pp", "flap", "wanda_sp", "random"], [0.4], harm=1.0, only=["perplexity", "cost"])
+    assert said(source).endswith(", at unequal cost: they used 68.0% to 70.0% of dense's FLOPs.")
 
 
 def test_every_block_is_ranked_with_intervals(make_study):
     rows = table_of(make_study())
-    assert [row["ratio"] for row in rows] == ["20%"] * 6 + ["40%"] * 6
+    assert [row["at"] for row in rows] == ["20%"] * 6 + ["40%"] * 6
     assert [row["configuration"] for row in rows[6:]] == [
         "PP", "Wanda-sp", "FLAP", "random", "magnitude", "full-batch probing"
     ]  # fmt: skip
     best, second, *_, bound = rows[6:]
     assert (best["perplexity"], best["conclusion"], best["behind the best"]) == ("33.60", "best", "")
     assert second["behind the best"] == "3.3%" and second["95% interval"].endswith("(30 windows)")
-    assert second["conclusion"] == "significantly worse" and second["FLOPs"] == "68%"
-    assert bound["conclusion"] == "not cheaper than dense, not ranked" and bound["FLOPs"] == "123%"
+    assert second["conclusion"] == "significantly worse; at unequal cost" and second["FLOPs"] == "68.0%"
+    assert bound["conclusion"] == "not cheaper than dense, not ranked" and bound["FLOPs"] == "123.0%"
 
 
 def test_the_highest_accuracy_is_best(make_study):
@@ -102,7 +129,7 @@ def test_the_highest_accuracy_is_best(make_study):
     assert [(row["configuration"], row["zero-shot"], row["behind the best"]) for row in rows] == [
         ("FLAP", "60.0%", ""), ("PP", "40.0%", "20.0 points")
     ]  # fmt: skip
-    assert conclusion(summarise(source))[1].startswith(
+    assert conclusion(summarise(source))[-1].startswith(
         "FLAP (60.0%) has the highest zero-shot (dense 61.0%), 20.0 points"
     )
 
@@ -134,7 +161,7 @@ def test_a_seed_without_a_finite_value_counts_as_missing(make_study):
 def test_where_nothing_is_complete_nothing_is_called_best(make_study):
     source = unfinished(make_study(["pp", "flap"], [0.4], seeds=(0, 1, 2)), 3, 5, 6)
     assert said(source) == (
-        "At 40% pruning, no configuration has a perplexity for all its seeds, so none is called best."
+        "At an asked ratio of 40%, no configuration has a perplexity for all its seeds, so none is called best."
     )
     assert [row["conclusion"] for row in table_of(source)] == ["incomplete, none is called best"] * 2
 
@@ -143,7 +170,7 @@ def test_strategies_that_were_never_finished_are_named(make_study):
     source = make_study(["pp", "flap", "wanda_sp", "full_batch_probing"], [0.2, 0.4])
     waiting = unfinished(source, 4, 6, 8, status="waiting")
     text = said(waiting)
-    assert text.startswith("At 40% pruning, PP changes perplexity from 24.00 to 33.60, at 70% of dense's FLOPs")
+    assert text.startswith("At an asked ratio of 40%, PP changes perplexity from 24.00 to 33.60; ")
     assert text.endswith("; not ranked: FLAP (not measured) and Wanda-sp (not measured).")
     rows = table_of(waiting)
     assert [row["configuration"] for row in rows if row["conclusion"] == "not measured"] == ["FLAP", "Wanda-sp"]
@@ -161,11 +188,10 @@ def test_dense_models_that_differ_are_each_in_their_clause(make_study, run_data,
             settings = {"prune.use": strategy, "prune.ratio": 0.4, "evaluate.perplexity.window": window}
             result = RunResult.model_validate({**run_data(strategy), "metrics": [outcome]})
             trials.append(Trial(len(trials) + 1, settings, "done", result))
-    text = said(replace(make_study(["pp"]), trials=tuple(trials), axes={}))
-    first, second = text.split("; ")
-    start = "At 40% pruning, with perplexity window 32, PP (60.00) has the lowest perplexity (dense 50.00)"
+    first, _, second, _ = conclusion(summarise(replace(make_study(["pp"]), trials=tuple(trials), axes={})))
+    start = "At an asked ratio of 40%, where perplexity window = 32, PP (60.00) has the lowest perplexity (dense 50.00)"
     assert first.startswith(start)
-    assert "window 64, PP (44.40)" in second and "(dense 37.00)" in second
+    assert "window = 64, PP (44.40)" in second and "(dense 37.00)" in second
 
 
 @pytest.mark.parametrize(
@@ -190,7 +216,7 @@ def test_all_ties_are_named_or_counted(make_study, others, names):
 def test_ties_are_shown_with_their_interval(close):
     rows = table_of(close(1.0, 1.001, 1.002))
     for row in rows[1:]:
-        assert row["conclusion"] == "not significantly worse"
+        assert row["conclusion"] == "not significantly worse; at unequal cost"
         assert row["95% interval"].startswith("-")
         assert row["95% interval"].endswith("(30 windows)")
 
@@ -208,4 +234,4 @@ def test_the_conclusion_of_many_conditions_is_about_the_best_one(make_study):
     trials = [replace(trial, settings={**trial.settings, "text": text}) for text in "abc" for trial in source.trials]
     trials = [replace(trial, number=number) for number, trial in enumerate(trials, 1)]
     table = summarise(replace(source, trials=tuple(trials)))
-    assert len(rankings(table, table.metric(PERPLEXITY))) == 3 and conclusion(table)[0].count("lowest") == 1
+    assert len(rankings(table, table.metric(PERPLEXITY))) == 3 and " ".join(conclusion(table)).count("lowest") == 1

@@ -7,6 +7,7 @@ import pytest
 from prunekit.compress.reporting.protocols import Protocols
 from prunekit.compress.reporting.published import compare_with_published
 from prunekit.compress.reporting.ranking import conclusion, ranking_table
+from prunekit.compress.reporting.ranking import marked as best
 from prunekit.compress.reporting.summary import summarise
 from prunekit.compress.reporting.tables import table_rows
 from prunekit.compress.reporting.trials import Trial
@@ -27,7 +28,7 @@ def test_seeds_are_taken_together(make_study):
     assert cell.mean == pytest.approx(sum(values) / 3) and cell.sd == pytest.approx(stdev(values))
     assert cell.text == f"{cell.mean:.2f} ± {cell.sd:.2f}"
     flops = table.metric("cost.flops_ratio")
-    assert table.cell(pp, flops).sd is None and table.cell(pp, flops).text == "70%"  # no spread
+    assert table.cell(pp, flops).sd is None and table.cell(pp, flops).text == "70.0%"  # no spread
 
 
 def test_rows_begin_with_dense_and_say_their_protocol(make_study):
@@ -41,7 +42,9 @@ def test_rows_begin_with_dense_and_say_their_protocol(make_study):
     ]  # fmt: skip
     titles = [column.title for column in table.metrics]
     dense = dict(zip(titles, rows[0].cells, strict=True))
-    assert dense["FLOPs"].text == "100%" and dense["prefill time"].text == "1.00" and dense["zero-shot"].text == "61.0%"
+    assert (
+        dense["FLOPs"].text == "100.0%" and dense["prefill time"].text == "1.00" and dense["zero-shot"].text == "61.0%"
+    )
     assert dense["perplexity"].protocol.facts[:2] == (("text", "bundled reference-evaluation"), ("window", "128"))
     assert (
         "from 0.71 to 0.78 over the repetitions" in dict(zip(titles, rows[3].cells, strict=True))["prefill time"].about
@@ -52,14 +55,29 @@ def test_rows_begin_with_dense_and_say_their_protocol(make_study):
 
 def test_the_best_of_every_ratio_is_marked_among_what_saves(make_study):
     table = summarise(make_study())
-    marked = {(table.name(c), key) for c in table.configurations for i, key in table.best if i == c.number}
-    quality = {pair for pair in marked if pair[1] in ("perplexity.perplexity", "zero_shot.mean")}
-    assert quality == {(f"PP, {r}", key) for r in ("20%", "40%") for key in ("perplexity.perplexity", "zero_shot.mean")}
-    assert not {pair for pair in marked if pair[1] == "cost.flops_ratio"}  # four share the least
+    marked = {(table.name(c), key) for c in table.configurations for i, key in best(table) if i == c.number}
+    assert {name for name, key in marked if key == "perplexity.perplexity"} == {"PP (20%)", "PP (40%)"}
+    least = {f"{use} ({ratio})" for use in ("random", "magnitude", "Wanda-sp", "FLAP") for ratio in ("20%", "40%")}
+    assert {name for name, key in marked if key == "cost.flops_ratio"} == least  # equal counts are marked alike
+    assert not {key for _, key in marked if key.startswith(("latency", "prr"))}
     head, rows = ranking_table(table, table.metric("perplexity.perplexity"))
     bound = [row for row in rows if row[1] == "full-batch probing"]
-    assert {row[-1] for row in bound} == {"not cheaper than dense, not ranked"}
-    assert [row[0] for row in bound] == ["20%", "40%"] and head[-1] == "conclusion"
+    assert {row[5] for row in bound} == {"not cheaper than dense, not ranked"}
+    assert [row[0] for row in bound] == ["20%", "40%"] and head[5] == "conclusion"
+
+
+def test_what_ties_is_marked_alike_and_nothing_where_all_tie(make_study):
+    for value, names in ((33.61, ["PP", "Wanda-sp"]), (40.0, ["PP"])):
+        source = make_study(["pp", "wanda_sp", "flap"], [0.4], only=["perplexity"])
+        for trial, perplexity in zip(source.trials, (33.6, value, 36.0), strict=True):
+            trial.metric("perplexity").details.clear()
+            trial.metric("perplexity").pruned["perplexity"] = perplexity
+        table = summarise(source)
+        assert [
+            table.name(c) for c in table.configurations if (c.number, "perplexity.perplexity") in best(table)
+        ] == names
+    table = summarise(make_study(["pp", "wanda_sp", "flap"], [0.4], harm=1.0, only=["perplexity"]))
+    assert not best(table)
 
 
 def test_prr_says_that_no_time_is_saved(make_study):
@@ -82,7 +100,7 @@ def test_two_texts_have_two_dense_rows(make_study, run_result):
 def test_any_subset_of_evaluators_makes_a_table(make_study):
     for label in ("perplexity", "strangers_own", "overlap"):
         table = summarise(make_study(["pp", "flap"], only=[label]))
-        assert {column.label for column in table.metrics} == {label}
+        assert {column.label for column in table.metrics} == {"cut", label}
         assert conclusion(table)[0].endswith(".")
 
 
@@ -92,7 +110,7 @@ def test_values_that_are_no_numbers_are_shown_and_never_best(make_study):
     table = summarise(source)
     column = table.metric("perplexity.perplexity")
     assert table.cell(by_name(table)["PP"], column).text == "inf"
-    assert conclusion(table)[0].startswith("At 40% pruning, FLAP changes perplexity from 24.00 to 36.00")
+    assert conclusion(table)[0].startswith("At an asked ratio of 40%, FLAP changes perplexity from 24.00 to 36.00")
 
 
 # Published values

@@ -127,12 +127,12 @@ def test_stores_that_cannot_be_reported_are_refused(store, tmp_path):
         ("prune.ratio", 0.4, "40%", "40%"),
         ("prune.use", "wanda_sp", "Wanda-sp", "Wanda-sp"),
         ("prune.use", "somebodys", "somebodys", "somebodys"),
-        ("seed", 3, "3", "seed 3"),
-        ("prune.merger", None, "none", "merger none"),
+        ("seed", 3, "3", "seed = 3"),
+        ("prune.merger", None, "none", "merger = none"),
         ("prune.merger", {"name": "fixed_ratio", "probe": 0.3}, "fixed_ratio probe 0.300",
-         "merger fixed_ratio probe 0.300"),
-        ("prune.skip_layers", [0, 1], "0 1", "skip layers 0 1"),
-        ("prune.sequential", True, "yes", "sequential yes"),
+         "merger = fixed_ratio probe 0.300"),
+        ("prune.skip_layers", [0, 1], "0 1", "skip layers = 0 1"),
+        ("prune.sequential", True, "yes", "sequential = yes"),
     ],
 )  # fmt: skip
 def test_settings_as_people_read_them(name, value, text, named):
