@@ -112,8 +112,9 @@ class Study:
             )
             ratio = trial.result.ratio if trial.result else None
             cut: dict[str, Any] = {f"{CUT}.{PARAMETERS}": ratio.prunable_parameters_cut} if ratio else {}
+            uncut: dict[str, Any] = dict.fromkeys(cut, 0.0)
             pruned.append(cut | {f"{m.label}.{name}": value for m in trial.metrics for name, value in m.pruned.items()})
-            dense.append(cut.fromkeys(cut, 0.0) | {
+            dense.append(uncut | {
                 f"{m.label}.{name}": (m.dense or {}).get(name, 1.0 if (m.evaluator, name) in RELATIVE else None)
                 for m in trial.metrics for name in m.pruned
             })  # fmt: skip
