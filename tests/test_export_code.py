@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from prunekit.compress import Exporter, PipelineSpec, load
 from prunekit.compress.models.exported import modeling_prunekit
 from prunekit.compress.models.loading import ModelSource
 from prunekit.compress.models.loading import load as load_model
 from prunekit.registry import ModelError
+
+from tests.test_generation import greedy
+from tests.test_generation_modes import together
 
 CODE = Path(modeling_prunekit.__file__)
 
@@ -32,6 +36,20 @@ def test_prunekit_runs_its_own_code(exported, tmp_path):
         source = ModelSource(name=str(exported), device="cpu", trust_remote_code=trust)
         assert type(load_model(source, check=False).model).__module__ == modeling_prunekit.__name__
     assert not (tmp_path / "ran").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [[0, 0, 0], [0, 0.5, 0.3]])
+def test_continuous_batching_works_or_is_refused(small_pipeline, tmp_path, batches, attention):
+    allocator = {"name": "explicit", "attention": attention, "mlp": [0.3, 0.5, 0]}
+    spec = PipelineSpec.of(small_pipeline(use="wanda_sp", ratio=None, allocator=allocator))
+    Exporter(spec, "hf-hetero", tmp_path / "out").export()
+    model, prompts = load(tmp_path / "out", check=False).model, batches[0]["input_ids"][:2, :12]
+    if any(attention):
+        with pytest.raises(ValueError, match=r"need 4 key/value heads in every layer, and layer 1 has 2; use generate"):
+            together(model, prompts)
+    else:
+        assert torch.equal(together(model, prompts), greedy(model, prompts)[:, 12:])
 
 
 def test_transformers_alone_runs_it_only_when_told(exported, tmp_path):

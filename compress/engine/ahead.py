@@ -44,8 +44,8 @@ def check_attention(model: Any) -> None:
     """Raise :class:`ModelError` for a model whose attention mask is not a tensor: a probe takes a part of it."""
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention":
         raise ModelError(
-            "this model has attn_implementation flex_attention, whose mask is not a tensor, and a probe takes a part of "
-            "the mask; load it with attn_implementation='sdpa', or use a strategy without a probe (wanda_sp, flap)"
+            "this model has attn_implementation flex_attention, whose mask is not a tensor, and a probe takes a part "
+            "of the mask; load it with attn_implementation='sdpa', or use a strategy without a probe (wanda_sp, flap)"
         )
 
 

@@ -20,6 +20,7 @@ from .compiling import CompiledForward
 from .decider import Decider
 from .decode_cache import cache_indices
 from .gathering import store_column_major
+from .generation import refuse
 from .hooks import DecoderForward, Hooks
 from .kv_index import enable_kv_index
 from .learning import Learner
@@ -92,6 +93,7 @@ class Engine:
             self._undo.append(enable_kv_index(self.model))
         learn_parameters([self.decoder, *self.layers, *(cut.binding.entry for cut in self.cuts)])
         self._wrap_decoder()
+        self._undo += refuse(self.model, hooks)
         prober, own = hooks.prober, list[Any]()
         if prober is not None:
             own = self.strategy.install(self.model, self.layers, self.all_sites, hooks.padding_of)

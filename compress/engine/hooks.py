@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import DataError, ModelError
-from ...registry.tensors.caches import cache_among, is_bare_cache
+from ...registry.tensors.caches import cache_among, is_other_cache
 from .ahead import SideStreams, following_sites
 from .batch import Batch, Decision, Mode, Observe, Running, named, split, valid_tokens, worth_reusing
 from .checkpointing import use_checkpoint
@@ -54,6 +54,11 @@ class Hooks:
         """Set the function that gets every consumer's input in calibration; returns the previous one."""
         outer, self._calibration = self._calibration, observe
         return outer
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether units, or the means that compensate for them, depend on the batch."""
+        return self.prober is not None and not all(cut.whole for cut in self.cuts)
 
     # The decoder.
 
@@ -277,10 +282,10 @@ class Hooks:
     def check_cache(self, layer: int, arguments: dict[str, Any]) -> None:
         """Raise :class:`DataError` for a key/value cache that cannot carry decisions."""
         for name, value in arguments.items():
-            if is_bare_cache(name, value):
+            if is_other_cache(name, value):
                 raise DataError(
-                    f"layer {layer}: {name} is a key/value cache without a class (a {type(value).__name__}), and the "
-                    "units chosen from a prompt are stored with its cache; use a transformers Cache, or use_cache=False"
+                    f"layer {layer}: the key/value cache {name} is a {type(value).__name__}, which cannot store the "
+                    "units that were chosen from its prompt; use a transformers Cache, or use_cache=False"
                 )
 
     def check_read(self, batch: Batch) -> None:

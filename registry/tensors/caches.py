@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 
 def is_cache(value: Any) -> bool:
     """Whether ``value`` is a cache of transformers, or an object that tells its length in the same way."""
     return hasattr(type(value), "get_seq_length")
 
 
-def is_bare_cache(name: str, value: Any) -> bool:
-    """Whether an argument is a cache of the old form: keys and values in tuples or lists, without a class."""
-    return isinstance(value, (tuple, list)) and len(value) > 0 and ("past" in name or "cache" in name)
+def is_other_cache(name: str, value: Any) -> bool:
+    """Whether an argument is a cache of another form by its name: tuples of keys and values, or pages."""
+    plain = value is None or isinstance(value, (bool, int, Tensor)) or value in ((), [])
+    return ("past" in name or "cache" in name) and not (plain or is_cache(value))
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Any:
@@ -23,4 +26,4 @@ def cache_among(arguments: Mapping[str, Any]) -> Any:
 
 def without_caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The other arguments."""
-    return {key: value for key, value in arguments.items() if not (is_cache(value) or is_bare_cache(key, value))}
+    return {key: value for key, value in arguments.items() if not (is_cache(value) or is_other_cache(key, value))}

@@ -13,6 +13,7 @@ import copy
 import transformers
 from torch import nn
 from transformers import (
+    GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -40,7 +41,9 @@ if not hasattr(PreTrainedConfig, "per_layer_config"):
 TYPE_CHECKING = False  # type checkers read it as true
 if TYPE_CHECKING:
     ConfigMixin = PreTrainedConfig
-    ModelMixin = PreTrainedModel
+
+    class ModelMixin(PreTrainedModel, GenerationMixin): ...
+
 else:
     ConfigMixin = ModelMixin = object
 
@@ -85,9 +88,20 @@ class PerLayerModel(ModelMixin):
             self._cut(layer, shape)
         self.post_init()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refuse what generate_batch cannot do: its cache has one size for all layers."""
+        whole = kv_heads_of(self.config)
+        for number, shape in enumerate(self.config.per_layer_config):
+            if kv_heads_of(shape) != whole:
+                raise ValueError(
+                    f"generate_batch and cache_implementation='paged' need {whole} key/value heads in every layer, and "
+                    f"layer {number} has {kv_heads_of(shape)}; use generate(), or export with profile hf-uniform"
+                )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _cut(self, layer, shape):
         attention, heads = layer.self_attn, shape.num_attention_heads
-        kv_heads = getattr(shape, "num_key_value_heads", heads)
+        kv_heads = kv_heads_of(shape)
         size, width = attention.head_dim, getattr(shape, shape.width)
         _resize(layer, "self_attn.q_proj", rows=heads * size)
         for name in ("self_attn.k_proj", "self_attn.v_proj"):
@@ -100,6 +114,11 @@ class PerLayerModel(ModelMixin):
             attention.num_key_value_groups = heads // kv_heads
         else:
             attention.num_heads = heads
+
+
+def kv_heads_of(shape):
+    """Key/value heads of a configuration or a layer's shape."""
+    return getattr(shape, "num_key_value_heads", shape.num_attention_heads)
 
 
 def _resize(layer, path, rows=None, columns=None, bias=False):

@@ -1,0 +1,79 @@
+"""Ways to generate in which a pruned model would give other tokens than with generate() alone, or none: refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ...registry import SpecError
+from .hooks import Hooks
+
+REMEDY = "or choose the units once for all texts with pruned.freeze()"
+
+
+def drafting(hooks: Hooks) -> str | None:
+    """Why drafted tokens cannot be checked: the first pass holds the prompt and a draft, and chooses from both."""
+    if hooks.shared.running.mode != "prune" or not hooks.depends_on_batch:
+        return None
+    strategy = hooks.decider.strategy.name
+    return (
+        f"assisted generation (assistant_model, prompt_lookup_num_tokens): {strategy} would choose units from the "
+        f"prompt and the drafted tokens, which may be rejected; generate without drafts, {REMEDY}"
+    )
+
+
+def batching(hooks: Hooks) -> str | None:
+    """Why requests cannot be batched continuously: they share one row, one size of the cache, and another thread."""
+    what = "continuous batching (generate_batch, cache_implementation='paged')"
+    running = hooks.shared.running
+    if running.usual == "prune" and hooks.depends_on_batch:
+        strategy = hooks.decider.strategy.name
+        return f"{what}: {strategy} would choose the same units for all requests; use generate(), {REMEDY}"
+    if running.usual == "prune" and hooks.shared.applier.resizes:
+        for cut in hooks.cuts:
+            if cut.site.kind == "attention" and not cut.whole:
+                return (
+                    f"{what} needs as many attention heads in every layer as the configuration says, and this pruning "
+                    f"cut {cut.site.label} to {cut.count} of {cut.site.units}; use generate(), or export with profile "
+                    "hf-uniform"
+                )
+    if running.usual != running.mode:
+        return f"{what} computes in a thread of its own, where the model is pruned; use pruned.suspended(), not dense()"
+    return None
+
+
+REFUSED: dict[str, Callable[[Hooks], str | None]] = {
+    "_get_candidate_generator": drafting,
+    "init_continuous_batching": batching,
+}
+"""Methods of transformers that are called first, and why a pruned model may refuse them."""
+
+
+class Refusing:
+    """Replaces a method of a pruned model; raises :class:`SpecError` where there is a reason to."""
+
+    def __init__(self, method: Callable, reason: Callable[[Hooks], str | None], hooks: Hooks):
+        self.method, self.reason, self.hooks = method, reason, hooks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if reason := self.reason(self.hooks):
+            raise SpecError(reason)
+        return self.method(*args, **kwargs)
+
+
+def refuse(model: Any, hooks: Hooks) -> list[Callable[[], None]]:
+    """Have the model refuse these methods; returns functions that undo it."""
+    undo: list[Callable[[], None]] = []
+    for name, reason in REFUSED.items():
+        if hasattr(model, name):
+            undo.append(partial(_restore, model, name, vars(model).get(name)))
+            vars(model)[name] = Refusing(getattr(model, name), reason, hooks)
+    return undo
+
+
+def _restore(model: Any, name: str, own: Any) -> None:
+    if own is None:
+        vars(model).pop(name, None)
+    else:
+        vars(model)[name] = own
