@@ -129,9 +129,9 @@ class Perplexity(Evaluator):
         ids = token_stream(subject.read(self.text), subject.tokenizer, self.separator)
         if len(ids) < 2:
             raise DataError(f"{label} has {len(ids)} tokens; perplexity takes at least 2: name a longer text")
-        check_token_ids(ids, vocabulary_size(subject.model), label)
         if bos == "first":
             ids = with_bos(ids, subject.tokenizer)
+        check_token_ids(ids, vocabulary_size(subject.model), label)
         windows = cut_windows(ids, window, self.stride, bos_id if bos == "every" else None, self.tail)[: self.limit]
         if not windows:
             raise DataError(

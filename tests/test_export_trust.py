@@ -57,6 +57,30 @@ def test_files_that_change_a_model_are_noticed(exported):
     load(exported)
 
 
+def test_files_outside_of_the_folder_are_noticed(exported):
+    """Such a file could change unnoticed after the check."""
+    outside = exported.parent / "config.json"
+    (exported / "config.json").rename(outside)
+    (exported / "config.json").symlink_to(outside)
+    with pytest.raises(DataError, match=r"config\.json is a link to a file outside of the folder"):
+        load(exported)
+
+
+def test_weights_that_the_index_places_outside_are_not_loaded(exported):
+    """The manifest lists the index, and no weights."""
+    from prunekit.compress.models.exported.manifest import read_manifest, write_manifest
+    from safetensors import safe_open
+
+    outside = exported.parent / "outside.safetensors"
+    (exported / "model.safetensors").rename(outside)
+    with safe_open(outside, framework="pt") as file:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), "../outside.safetensors")}
+    (exported / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_manifest(exported, read_manifest(exported))
+    with pytest.raises(ModelError, match=r"'\.\./outside\.safetensors', outside of the folder"):
+        load(exported)
+
+
 def test_a_run_on_a_text_that_has_changed_is_not_taken_over(small_pipeline, tmp_path, command):
     content = small_pipeline(use="magnitude")
     file = tmp_path / "pipeline.yaml"

@@ -175,6 +175,17 @@ def test_empty_special_tokens_are_an_error(folder):
         load(ModelSource(name=str(folder), device="cpu"))
 
 
+def test_a_bos_token_beyond_the_embedding_is_an_error(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"more{number}" for number in range(97)])
+    tokenizer.add_special_tokens({"bos_token": "<beyond>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"BOS token '<beyond>' has the id 100, but the model .* embeds 97 ids only"):
+        load(ModelSource(name=str(folder), device="cpu"))
+
+
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 @pytest.mark.parametrize("kernel", ["someone/kernel", {"": "someone/kernel"}, "flash_attention_3", "paged|a/b"])
 def test_a_config_cannot_ask_for_code_of_the_hub(folder, key, kernel, monkeypatch):

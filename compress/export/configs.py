@@ -30,7 +30,7 @@ def window_in_force(config: Any) -> bool:
     """Whether attention is limited to a sliding window that is shorter than the model's context."""
     window, used = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    inside = bool(window) and window < (context_of(config) or 0)
+    inside = window is not None and 0 < window < (context_of(config) or 0)
     return used and inside and "sliding_attention" in kinds
 
 

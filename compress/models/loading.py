@@ -112,7 +112,7 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise ModelError(_loading_failed("tokenizer", source, place, error)) from error
-    _check_tokenizer(tokenizer, source.label)
+    _check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, source.label)
     model.eval().requires_grad_(False)
     identity = {
         "name": source.label,
@@ -185,13 +185,23 @@ def _check_report(label: str, report: Mapping[str, Any]) -> None:
         )
 
 
-def _check_tokenizer(tokenizer: Any, label: str) -> None:
-    """Raise :class:`ModelError` for special tokens that are empty: transformers would search for their id for ever."""
+def _check_tokenizer(tokenizer: Any, rows: int, label: str) -> None:
+    """Raise :class:`ModelError` for special tokens that are empty, and for a BOS token beyond the embedding's ``rows``.
+
+    transformers would search for the id of an empty token for ever.
+    """
     empty = [name for name, text in tokenizer.special_tokens_map.items() if text == ""]
     if empty:
         raise ModelError(
-            f"model.name: tokenizer_config.json of {label} sets {', '.join(empty)} to an empty text; "
-            "write the tokens that the model was trained with, or delete these keys"
+            f"model.name: tokenizer_config.json of {label} sets {', '.join(empty)} to an empty text; write the tokens "
+            "that the model was trained with, or delete these keys"
+        )
+    bos = tokenizer.bos_token_id
+    if bos is not None and bos >= rows:
+        raise ModelError(
+            f"model.name: the tokenizer's BOS token {tokenizer.bos_token!r} has the id {bos}, but the model {label} "
+            f"embeds {rows} ids only (0 to {rows - 1}); use the tokenizer that the model was trained with, or delete "
+            "bos_token from tokenizer_config.json"
         )
 
 

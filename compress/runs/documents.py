@@ -204,8 +204,8 @@ def _text(row: Any, source: TextSource, tokenizer: Any, place: str) -> str | Non
 def _field(record: Mapping[str, Any], field: str, source: TextSource, tokenizer: Any, place: str) -> str | None:
     if field not in record:
         there = ", ".join(sorted(map(str, record))) or "none"
-        chat = ". A chat's messages need apply_chat_template: true" if "messages" in record else ""
-        raise DataError(f"{place} has no field {field!r}{near(field, record)}; set field to one of: {there}{chat}")
+        more = ". A chat's messages need apply_chat_template: true" if "messages" in record else ""
+        raise DataError(f"{place} has no field {field!r}{near(field, record)}; set field to one of: {there}{more}")
     value = record[field]
     if value is None:
         if source.skip_null:

@@ -123,6 +123,6 @@ def _outline(source: ModelSource) -> Any:
         place = place_of(source)
         if not Path(place).is_dir() or source.trust_remote_code:
             return None
-        return SimpleNamespace(config=transformers.AutoConfig.from_pretrained(place))
+        return SimpleNamespace(config=transformers.AutoConfig.from_pretrained(place, trust_remote_code=False))
     except Exception:  # a broken model is reported when it is loaded
         return None
