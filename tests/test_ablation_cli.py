@@ -100,8 +100,11 @@ def test_all_trials_may_fail(command, tmp_path):
     assert result.exit_code == 1
     assert "3 of 3 trials failed" in result.stdout
     assert result.stderr.count("warning: ") == 1
-    assert "warning: trials 1 (0.2), 2 (0.4), 3 (0.6) failed: FileNotFoundError" in result.stderr
-    assert "2/3 trial 2 (0.4): failed (FileNotFoundError)\n" in result.stderr
+    assert (
+        "warning: trials 1 (0.2), 2 (0.4), 3 (0.6) failed: evaluator moody cannot measure: FileNotFoundError"
+        in result.stderr
+    )
+    assert "2/3 trial 2 (0.4): failed (evaluator moody cannot measure: FileNotFoundError" in result.stderr
 
 
 def test_what_must_fail_here_is_told_before_a_store_is_begun(command, tmp_path):

@@ -148,6 +148,21 @@ def test_update_keeps_what_applies_and_the_rest_for_the_way_back(half, study):
         assert store.trials[0].result == outcome().result
 
 
+def as_layout_1(connection):
+    connection.execute("ALTER TABLE trials DROP COLUMN checksum")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+
+
+def changed(store, query, *values, layout=2):
+    connection = sqlite3.connect(store)
+    connection.execute(query, values)
+    connection.commit()
+    if layout == 1:
+        as_layout_1(connection)
+    connection.close()
+
+
 def test_a_store_of_version_0_1_goes_on(half, study):
     """Its pipelines have options that have moved since, at their defaults; its keys are made of them."""
     connection = sqlite3.connect(half)
@@ -156,7 +171,7 @@ def test_a_store_of_version_0_1_goes_on(half, study):
         pipeline["prune"] |= {"rescale": "exact", "probe_mask": "selected", "pad_handling": "exclude"}
         values = (key_of(pipeline), json.dumps(pipeline), key)
         connection.execute("UPDATE trials SET key = ?, pipeline = ? WHERE key = ?", values)
-    connection.commit()
+    as_layout_1(connection)
     connection.close()
     with Store.create_or_resume(half, study()) as store:
         assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
@@ -180,31 +195,95 @@ def test_a_store_of_another_version(half, study):
     connection.execute("PRAGMA user_version = 7")
     connection.close()
     for open_it in (lambda: Store.open(half), lambda: Store.create_or_resume(half, study(), True)):
-        assert "another version of prunekit (layout 7, this one reads 1)" in refusal(open_it)
+        assert "another version of prunekit (layout 7, this one reads 1 and 2)" in refusal(open_it)
 
 
 @pytest.mark.parametrize(
-    ("table", "column", "words"),
+    ("column", "value", "words"),
     [
-        ("trials", "data", "trial 1 is damaged (result.metrics.0.pruned: is required"),
-        ("trials", "settings", "trial 1 is damaged (settings: should be a valid dictionary"),
-        ("study", "axes", "study is damaged (axes: should be a valid dictionary"),
+        ("data", json.dumps({**run_record().as_json(), "metrics": [{}]}), "result.metrics.0.evaluator: is required"),
+        ("data", "{", "Expecting property name"),
+        ("data", "[" * 100_000, "it is nested more than 64 levels"),
+        ("data", b"\xff\xff", "it holds bytes that were not written"),
+        ("data", None, "its status and its result do not belong together"),
+        ("status", "finished", "status: should be 'waiting', 'done' or 'failed'"),
+        ("seconds", "long", "seconds: should be a valid number"),
+        ("settings", "1", "settings: should be a valid dictionary"),
+        ("pipeline", "{}", "its pipeline is not the one that was planned"),
+        ("key", "abc", "its pipeline is not the one that was planned"),
     ],
 )
-def test_a_damaged_record_is_one_sentence(half, table, column, words):
-    value = json.dumps(
-        {**run_record().as_json(), "metrics": [{"evaluator": "a", "label": "a"}]} if column == "data" else 1
-    )
-    connection = sqlite3.connect(half)
-    if table == "study":
-        connection.execute("UPDATE study SET value = ? WHERE name = ?", (value, column))
-    else:
-        connection.execute(f"UPDATE trials SET {column} = ? WHERE number = 1", (value,))
-    connection.commit()
-    connection.close()
+def test_a_damaged_trial_counts_as_not_run(half, study, column, value, words):
+    changed(half, f"UPDATE trials SET {column} = ? WHERE number = 1", value, layout=1)
     with Store.open(half) as store:
-        found = refusal(lambda: (store.study, store.trials))
-    assert f"{half}: {words}" in found and "or make a new store with --out" in found and "\n" not in found
+        assert [trial.status for trial in store.trials if trial.number == 1] in ([], ["waiting"])
+        (said,) = store.damaged
+    assert f"{half}: trial 1 is damaged ({words}" in said and "counts as not run" in said and len(said) < 500
+    with Store.create_or_resume(half, study()) as store:
+        assert words in store.damaged[0]
+        assert [trial.status for trial in store.trials] == ["waiting", "waiting", "failed", "waiting"]
+        store.record(study().trials[0].key, outcome())
+    with Store.open(half) as store:
+        assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
+        assert store.damaged == []
+
+
+@pytest.mark.parametrize("column", ["data", "settings", "resolved", "error", "status", "pipeline"])
+def test_a_changed_character_is_noticed(half, study, column):
+    number = 3 if column == "error" else 1
+    changed(
+        half, f"UPDATE trials SET {column} = replace(replace({column}, '2', '9'), 'e', 'E') WHERE number = {number}"
+    )
+    with Store.open(half) as store:
+        assert store.trials and "is damaged" in store.damaged[0]
+    with Store.create_or_resume(half, study()) as store:
+        assert [trial.status for trial in store.trials][number - 1] == "waiting"
+
+
+def test_a_store_without_checksums_is_read_and_gets_them(half, study):
+    changed(half, "UPDATE trials SET seconds = 7.5 WHERE number = 1", layout=1)
+    with Store.open(half) as store:
+        assert [trial.status for trial in store.trials] == ["done", "waiting", "failed", "waiting"]
+        assert store.damaged == []
+    with Store.create_or_resume(half, study()) as store:
+        assert store.trials[0].seconds == 7.5
+    changed(half, "UPDATE trials SET seconds = 8.5 WHERE number = 1")
+    with Store.open(half) as store:
+        assert store.trials[0].status == "waiting" and "its checksum differs" in store.damaged[0]
+
+
+def test_a_damaged_study_is_one_sentence(half):
+    changed(half, "UPDATE study SET value = 1 WHERE name = 'axes'")
+    with Store.open(half) as store:
+        found = refusal(lambda: store.study)
+    assert f"{half}: study is damaged (axes: should be a valid dictionary" in found and "--out" in found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "DROP TABLE trials; CREATE VIEW trials AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) "
+        "SELECT n AS number, n AS key, '{}' AS settings, '{}' AS pipeline, 'done' AS status, '{}' AS data, "
+        "NULL AS resolved, NULL AS error, 1.0 AS seconds, '' AS finished, NULL AS checksum FROM r",
+        "ALTER TABLE trials RENAME COLUMN data TO d; ALTER TABLE trials ADD COLUMN data TEXT AS (hex(zeroblob(9999999)))",
+        "CREATE TRIGGER t AFTER UPDATE ON trials BEGIN DELETE FROM trials; END",
+        "CREATE TABLE more (x)",
+        "DROP TABLE study",
+    ],
+)
+def test_a_store_that_another_program_laid_out(half, study, layout):
+    connection = sqlite3.connect(half)
+    connection.executescript(layout)
+    connection.close()
+    for open_it in (lambda: Store.open(half), lambda: Store.create_or_resume(half, study(), True)):
+        assert "is not laid out as prunekit does" in refusal(open_it)
+
+
+def test_a_query_that_does_not_end(half, monkeypatch):
+    monkeypatch.setattr("prunekit.compress.ablation.store.LONGEST_QUERY", 0.01)
+    with Store.open(half) as store:
+        endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT max(n) FROM r"
+        assert "reading takes more than 0 s" in refusal(store._rows, endless)
 
 
 @pytest.mark.parametrize("kind", ["text", "sqlite", "empty", "folder", "none"])

@@ -57,7 +57,7 @@ def test_a_part_that_is_missing_or_of_another_kind(key, exported, command):
 def test_a_file_that_is_not_described(exported):
     manifest = json.loads((exported / "prunekit.json").read_text())
     (exported / "prunekit.json").write_text(json.dumps({**manifest, "files": {"config.json": {}}}))
-    with pytest.raises(DataError, match="files is not what"):
+    with pytest.raises(DataError, match=r"files\.config\.json\.bytes is not what"):
         load(exported)
 
 

@@ -60,6 +60,8 @@ def ablate(
     # Before a store is begun: fixing the file afterwards would make it differ from the store's.
     study.refuse(preflight(study.trials, _due(study, path, retry), here=engine == "local"))
     with Store.create_or_resume(path, study, update) as store:
+        for sentence in store.damaged:
+            printing.warning(sentence)
         _warn_of_versions(store)
         stored = store.trials
         todo = {trial.key for trial in stored if trial.status in _to_run(retry)}

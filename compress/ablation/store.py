@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +18,8 @@ import filelock
 from ...registry import StoreError
 from ..files.moved import without_moved
 from ..output.folders import plain
-from ..runs.records import Read, parsed
+from ..output.reading import brief, parse_json
+from ..runs.records import parsed
 from .changes import explain
 from .published import StudyRecord
 from .trials import Planned, StoredTrial, key_of
@@ -28,8 +31,14 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x70726B31
 """Marks the SQLite files that are ours (PRAGMA application_id)."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout (PRAGMA user_version)."""
+
+READ = (1, 2)
+"""Layouts that are read; the first has no checksums, which are added when it is written to."""
+
+LONGEST_QUERY = 20.0
+"""Seconds; a file of another program may hold data for which a query never ends."""
 
 BUSY_SECONDS = 20.0
 """Seconds that a reader waits for a write to end."""
@@ -42,12 +51,23 @@ CREATE TABLE trials (
     settings TEXT NOT NULL,
     pipeline TEXT NOT NULL,
     status TEXT NOT NULL DEFAULT 'waiting',
-    data TEXT, resolved TEXT, error TEXT, seconds REAL, finished TEXT
+    data TEXT, resolved TEXT, error TEXT, seconds REAL, finished TEXT, checksum TEXT
 );
 """
-"""``number`` is the place in the plan, null for a trial that an earlier version of the file had."""
+"""``number`` is the place in the plan, null for a trial that an earlier version of the file had. ``checksum`` is the
+sha256 of :data:`SEALED`."""
 
 COLUMNS = ("number", "key", "settings", "status", "data", "resolved", "error", "seconds", "pipeline")
+
+SEALED = ("key", "settings", "pipeline", "status", "data", "resolved", "error", "seconds")
+"""What a trial's checksum is of."""
+
+KNOWN = {"study": {"name", "value"}, "trials": {*COLUMNS, "finished", "checksum"}}
+"""Columns by table."""
+
+
+Row = dict[str, Any]
+"""What a row holds, by column; of any type, whoever wrote it."""
 
 
 class Store:
@@ -55,6 +75,8 @@ class Store:
 
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: filelock.BaseFileLock | None = None):
         self.path = path
+        self.damaged: list[str] = []
+        """A sentence for every trial that was found damaged; such a trial counts as not run."""
         self._connection = connection
         self._lock = lock
 
@@ -72,6 +94,8 @@ class Store:
             if not path.exists():
                 _create(path, study)
             store = cls(path, _connect(path), lock)
+            store._renew_layout()
+            store._drop_damaged()
             store._renew_keys(study)
             store._adopt(study, update)
             with store._writing() as connection:  # so that a failure is found before the first trial runs
@@ -96,18 +120,43 @@ class Store:
     @property
     def study(self) -> StudyRecord:
         """The study that the store was created for, or last updated to."""
-        with _errors(self.path):
-            rows = self._connection.execute("SELECT name, value FROM study ORDER BY rowid").fetchall()
-        return _parsed(StudyRecord, {name: json.loads(value) for name, value in rows}, f"{self.path}: study")
+        rows = self._rows("SELECT name, value FROM study ORDER BY rowid")
+        try:
+            return parsed(StudyRecord, {name: parse_json(_text(value)) for name, value in rows})
+        except ValueError as error:
+            raise StoreError(
+                f"results store {self.path}: study is damaged ({error}); use a copy of the file, or make a new store "
+                "with --out"
+            ) from None
 
     @property
     def trials(self) -> list[StoredTrial]:
-        """All trials of the plan, in its order."""
+        """All trials of the plan, in its order; :attr:`damaged` says which of them are damaged."""
+        read = [_stored(row) for row in self._trial_rows("number IS NOT NULL ORDER BY number")]
+        self.damaged = self.damaged or [
+            f"results store {self.path}: trial {row['number']} is damaged ({reason}), so it counts as not run; "
+            "prunekit ablate runs it again"
+            for row, _, reason in read
+            if reason
+        ]
+        return [trial for _, trial, _ in read if trial is not None]
+
+    def _rows(self, query: str) -> list[Any]:
+        """All rows of a query, which may take :data:`LONGEST_QUERY`."""
+        until = time.monotonic() + LONGEST_QUERY
         with _errors(self.path):
-            rows = self._connection.execute(
-                f"SELECT {', '.join(COLUMNS)} FROM trials WHERE number IS NOT NULL ORDER BY number"
-            ).fetchall()
-        return [_stored(row, self.path) for row in rows]
+            self._connection.set_progress_handler(lambda: time.monotonic() > until, 100_000)
+            try:
+                return self._connection.execute(query).fetchall()
+            finally:
+                self._connection.set_progress_handler(None, 0)
+
+    def _trial_rows(self, where: str) -> list[Row]:
+        """Rows of trials by column, ``rowid`` included; a store without checksums has null there."""
+        checksum = "checksum" if _layout(self._connection) > 1 else "NULL"
+        columns = ("rowid", *COLUMNS, "finished", "checksum")
+        rows = self._rows(f"SELECT rowid, {', '.join(COLUMNS)}, finished, {checksum} FROM trials WHERE {where}")
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
     def record(self, key: str, outcome: Outcome) -> None:
         """Store how a trial ended; when this returns, it is on the disk."""
@@ -121,6 +170,7 @@ class Store:
             )
             if changed.rowcount != 1:
                 raise KeyError(f"the plan has no trial {key}")
+            _seal(connection, [key])
 
     def close(self) -> None:
         """Close the file and release the lock."""
@@ -141,22 +191,41 @@ class Store:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
 
+    def _renew_layout(self) -> None:
+        """Give a store of the first layout its checksums; what its trials hold cannot be checked any more."""
+        if _layout(self._connection) > 1:
+            return
+        with self._writing() as connection:
+            connection.execute("ALTER TABLE trials ADD COLUMN checksum TEXT")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+            _seal(connection, [row["key"] for row in self._trial_rows("1") if _stored(row)[2] is None])
+
+    def _drop_damaged(self) -> None:
+        """Forget what is damaged, so that the plan has it anew as trials that have not run."""
+        _ = self.trials  # says which are damaged
+        lost = [(row["rowid"],) for row in self._trial_rows("1") if _stored(row)[2] is not None]
+        if lost:
+            with self._writing() as connection:
+                connection.executemany("DELETE FROM trials WHERE rowid = ?", lost)
+
     def _renew_keys(self, study: Study) -> None:
         """Give trials of version 0.1 the keys that this version computes for the same pipelines."""
         planned = {key_of(without_moved(trial.pipeline)): trial for trial in study.trials}
-        with _errors(self.path):
-            rows = self._connection.execute("SELECT key, pipeline FROM trials").fetchall()
-        same = ((key, planned.get(key_of(without_moved(json.loads(pipeline))))) for key, pipeline in rows)
+        rows = [(row["key"], json.loads(row["pipeline"])) for row in self._trial_rows("1")]
+        same = ((key, planned.get(key_of(without_moved(pipeline)))) for key, pipeline in rows)
         renewed = [(trial.key, json.dumps(trial.pipeline), key) for key, trial in same if trial and trial.key != key]
         if renewed:
             with self._writing() as connection:
                 connection.executemany("UPDATE OR IGNORE trials SET key = ?, pipeline = ? WHERE key = ?", renewed)
+                _seal(connection, [key for key, _, _ in renewed])
 
     def _adopt(self, study: Study, update: bool) -> None:
         stored = self.trials
         known = [(trial.key, trial.settings) for trial in stored]
         asked = [(planned.key, plain(planned.settings)) for planned in study.trials]
-        if known != asked and not update:
+        # Trials that were dropped as damaged are planned anew; the others must be those that are asked for.
+        there = [each for each in asked if each in known] if self.damaged else asked
+        if known != there and not update:
             raise StoreError(explain(self.path, self.study, stored, study))
         before = self.study
         # Versions are those that the store was begun with; every trial has its own.
@@ -167,20 +236,54 @@ class Store:
             _write_plan(connection, after, study.trials)
 
 
-def _stored(row: Sequence[Any], path: Path) -> StoredTrial:
-    found = dict(zip(COLUMNS, row, strict=True))
-    found |= {name: json.loads(found[name]) for name in ("settings", "data", "pipeline") if found[name] is not None}
-    found["result"] = found.pop("data")
-    return _parsed(StoredTrial, found, f"{path}: trial {found['number']}")
-
-
-def _parsed(kind: type[Read], data: Any, place: str) -> Read:
+def _stored(row: Row) -> tuple[Row, StoredTrial | None, str | None]:
+    """The row, its trial (none if its plan is damaged, one that has not run if its result is), and what is damaged."""
+    plan: dict[str, Any] | None = None
     try:
-        return parsed(kind, data)
+        plan = {"number": row["number"] or 0, "key": row["key"]}  # no number: of an earlier version of the file
+        plan |= {name: parse_json(_text(row[name])) for name in ("settings", "pipeline")}
+        if key_of(plan["pipeline"]) != row["key"]:
+            plan = None
+            raise ValueError("its pipeline is not the one that was planned")
+        if row["checksum"] is not None and row["checksum"] != _checksum([row[name] for name in SEALED]):
+            raise ValueError("its checksum differs")
+        data = None if row["data"] is None else parse_json(_text(row["data"]))
+        found = {**plan, "result": data, **{name: row[name] for name in ("status", "resolved", "error", "seconds")}}
+        trial = parsed(StoredTrial, found)
+        if (trial.status == "done") != (trial.result is not None):
+            raise ValueError("its status and its result do not belong together")
+        return row, trial, None
     except ValueError as error:
-        raise StoreError(
-            f"results store {place} is damaged ({error}); use a copy of the file, or make a new store with --out"
-        ) from None
+        reason = brief(error)
+    try:
+        waiting = None if plan is None else parsed(StoredTrial, {**plan, "status": "waiting"})
+    except ValueError:
+        waiting = None
+    return row, waiting, reason
+
+
+def _text(value: Any) -> str:
+    """JSON as it was written, in ASCII; raises ``ValueError`` for anything else."""
+    if not isinstance(value, str) or not value.isascii():
+        raise ValueError("it holds bytes that were not written")
+    return value
+
+
+def _checksum(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()
+
+
+def _seal(connection: sqlite3.Connection, keys: Iterable[str]) -> None:
+    """Write the checksums of trials as they are."""
+    for key in keys:
+        row = connection.execute(f"SELECT {', '.join(SEALED)} FROM trials WHERE key = ?", (key,)).fetchone()
+        if row is not None:
+            connection.execute("UPDATE trials SET checksum = ? WHERE key = ?", (_checksum(row), key))
+
+
+def _layout(connection: sqlite3.Connection) -> int:
+    found: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    return found
 
 
 def _write_plan(connection: sqlite3.Connection, study: StudyRecord, trials: Sequence[Planned]) -> None:
@@ -197,6 +300,7 @@ def _write_plan(connection: sqlite3.Connection, study: StudyRecord, trials: Sequ
             "SET number = excluded.number, settings = excluded.settings",
             (planned.key, planned.number, json.dumps(plain(planned.settings)), json.dumps(planned.pipeline)),
         )
+    _seal(connection, [planned.key for planned in trials])
 
 
 def _create(path: Path, study: Study) -> None:
@@ -229,19 +333,37 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.text_factory = lambda data: data.decode(errors="replace")
             found = connection.execute("PRAGMA application_id").fetchone()[0]
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            version = _layout(connection)
             if found != APPLICATION_ID:
                 raise StoreError(f"{path} is not a results store of prunekit; name another file with --out")
-            if version != FORMAT:
+            if version not in READ:
                 raise StoreError(
                     f"{path} is a results store of another version of prunekit (layout {version}, this one reads "
-                    f"{FORMAT}); use that version for it, or make a new store with --out"
+                    f"{READ[0]} and {READ[1]}); use that version for it, or make a new store with --out"
                 )
+            _check_layout(connection, path)
         except BaseException:
             connection.close()
             raise
     return connection
+
+
+def _check_layout(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse views, triggers and computed columns, whose reading may never end."""
+    parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
+    tables = {name for kind, name in parts if kind == "table"}
+    other = [name for kind, name in parts if kind != "table" and not (kind == "index" and name.startswith("sqlite_"))]
+    columns = {name: connection.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in KNOWN}
+    strange = [row[1] for name, rows in columns.items() for row in rows if row[1] not in KNOWN[name] or row[6]]
+    if tables != set(KNOWN) or other or strange:
+        named = brief(", ".join(map(str, [*sorted(tables ^ set(KNOWN)), *other, *strange])))
+        raise StoreError(
+            f"results store {path} is not laid out as prunekit does ({named}); another program made or changed it, so "
+            "use a copy that prunekit wrote, or make a new store with --out"
+        )
 
 
 def _locked(path: Path) -> filelock.BaseFileLock:
@@ -276,11 +398,15 @@ def _errors(path: Path) -> Iterator[None]:
             remedy = "free some space and run the same command again; finished trials that were stored are kept"
         elif "locked" in message:
             remedy = "another program has it open; close that and run the same command again"
-        elif "not a database" in message or "malformed" in message:
+        elif "not a database" in message:
             remedy = "it is not a results store of prunekit; name another file with --out"
+        elif "malformed" in message or "corrupt" in message:
+            remedy = "the file is damaged; use a copy of it, or make a new store with --out"
+        elif "interrupted" in message:
+            message, remedy = f"reading takes more than {LONGEST_QUERY:.0f} s", "use a copy that prunekit wrote"
         else:
             remedy = "make file and folder writable, or choose another place with --out"
-        raise StoreError(f"results store {path}: {message}; {remedy}") from None
+        raise StoreError(f"results store {path}: {brief(message)}; {remedy}") from None
     except OSError as error:
         raise StoreError(
             f"results store {path} cannot be written: {error.strerror or error}; choose another place with --out"

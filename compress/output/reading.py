@@ -75,7 +75,7 @@ def parse_json(text: str) -> Any:
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} characters")
     try:
-        data = json.loads(text, parse_int=_integer)
+        data = json.loads(text, parse_int=_integer, parse_constant=_refused)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
     level, depth, count = [data], 0, 0
@@ -93,6 +93,10 @@ def parse_json(text: str) -> Any:
 
 def _items(value: dict[str, Any] | list[Any]) -> Any:
     return value.values() if isinstance(value, dict) else value
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _integer(digits: str) -> int:

@@ -92,14 +92,17 @@ class CompensationFacts(Record):
 class Kept(Record):
     """Kept units of a site, and the units there were."""
 
-    kept: int
-    units: int
+    kept: int = Field(ge=0)
+    units: int = Field(ge=1, le=10**9)
+
+
+MOST_LAYERS = 10_000
 
 
 class LayerCut(Record):
     """Kept units of one layer; ``None`` for a site that the layer does not have."""
 
-    layer: int
+    layer: int = Field(ge=0)
     attention: Kept | None = None
     mlp: Kept | None = None
 
@@ -116,4 +119,4 @@ class Cut(Record):
     ratio: Ratio
     compensation: CompensationFacts | None
     attention_unit: str
-    layers: list[LayerCut]
+    layers: list[LayerCut] = Field(max_length=MOST_LAYERS)

@@ -13,6 +13,7 @@ from ...registry import SpecError
 from ..ablation.published import Published
 from ..ablation.store import Store
 from ..files.dotted import resolved_text
+from ..output import printing
 from ..output.reading import brief, opened
 from ..runs.records import REMEDY, ComparedRun, Comparison, EvaluatorResult, RunResult, read_results
 from .axes import RATIO, USE, called, named_text, setting_text
@@ -173,6 +174,8 @@ def _store(path: Path) -> Study:
         raise SpecError(f"{path} is not a study's store; {REMEDY}")
     with Store.open(path) as store:
         study, stored = store.study, store.trials
+    for sentence in store.damaged:
+        printing.warning(sentence)
     trials = tuple(Trial(t.number, t.settings, t.status, t.result, t.resolved, t.error, t.seconds) for t in stored)
     title = study.title or path.stem
     return Study(title, path, trials, study.axes, study.published, study.text, study.versions)

@@ -77,9 +77,8 @@ class Measuring(Subject):
         try:
             return evaluator.evaluate(self)
         except OSError as error:  # of a server or of a disk that has nothing to do with where results go
-            raise DataError(
-                f"evaluator {evaluator.name} cannot measure: {error}; see to that, or leave it out"
-            ) from error
+            reason = f"{type(error).__name__}: {error}; see to that, or leave the evaluator out"
+            raise DataError(f"evaluator {evaluator.name} cannot measure: {reason}") from error
 
     def _begin(self) -> None:
         torch.manual_seed(self._seed)

@@ -13,6 +13,7 @@ from ..files.reader import describe
 from ..output.formatting import number
 from ..output.reading import brief, read_json
 from ..output.records import (
+    MOST_LAYERS,
     CalibrationFacts,
     CompensationFacts,
     LayerCut,
@@ -85,7 +86,7 @@ class RunResult(Record):
     calibration: CalibrationFacts | None = None
     compensation: CompensationFacts | None = None
     attention_unit: str
-    layers: list[LayerCut]
+    layers: list[LayerCut] = Field(max_length=MOST_LAYERS)
     runtime: Plain = Field(default_factory=dict)
     seeds: dict[str, int] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)

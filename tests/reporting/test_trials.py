@@ -111,7 +111,9 @@ def test_what_is_no_source_is_refused_in_one_message(tmp_path, make, message):
 
 def test_stores_that_cannot_be_reported_are_refused(store, tmp_path):
     with sqlite3.connect(store) as connection:
-        connection.execute("UPDATE trials SET status='failed', data=NULL, error='all of it' WHERE status='done'")
+        connection.execute(
+            "UPDATE trials SET status='failed', data=NULL, error='all of it', checksum=NULL WHERE status='done'"
+        )
     with pytest.raises(SpecError, match=r"3 failed, 1 waiting.*the first error: all of it"):
         command.report(store, tmp_path / "out")
     with sqlite3.connect(store) as connection:

@@ -11,8 +11,18 @@ from pydantic import Field, ValidationError
 
 from ....registry import DataError, SiteKind
 from ...output.folders import sha256_of, write_json
-from ...output.reading import read_json
-from ...output.records import CalibrationFacts, CompensationFacts, LayerCut, ModelFacts, Plain, Ratio, Record, Values
+from ...output.reading import brief, read_json
+from ...output.records import (
+    MOST_LAYERS,
+    CalibrationFacts,
+    CompensationFacts,
+    LayerCut,
+    ModelFacts,
+    Plain,
+    Ratio,
+    Record,
+    Values,
+)
 from ..origin import READ, is_own
 
 FORMAT: Literal["prunekit export 1"] = "prunekit export 1"
@@ -166,7 +176,7 @@ class Manifest(Record):
     ratio: Ratio
     compensation: CompensationFacts | None = None
     attention_unit: str
-    layers: list[LayerCut]
+    layers: list[LayerCut] = Field(max_length=MOST_LAYERS)
     rounding: Rounding | None = None
     parameters: Parameters
     weights: str | None
@@ -214,8 +224,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
-        key = error.errors()[0]["loc"][0]
-        raise DataError(f"{path} is damaged ({key} is not what an export writes); export the model again") from None
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DataError(
+            f"{path} is damaged ({brief(place)} is not what an export writes); export the model again"
+        ) from None
     outside = [name for name in manifest.files if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
     if outside:
         raise DataError(f"{path} lists {outside[0]}, which is outside of the folder; it was not written by prunekit")
