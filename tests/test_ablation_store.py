@@ -265,7 +265,7 @@ def test_a_damaged_study_is_one_sentence(half):
         "DROP TABLE trials; CREATE VIEW trials AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) "
         "SELECT n AS number, n AS key, '{}' AS settings, '{}' AS pipeline, 'done' AS status, '{}' AS data, "
         "NULL AS resolved, NULL AS error, 1.0 AS seconds, '' AS finished, NULL AS checksum FROM r",
-        "ALTER TABLE trials RENAME COLUMN data TO d; ALTER TABLE trials ADD COLUMN data TEXT AS (hex(zeroblob(9999999)))",
+        "ALTER TABLE trials RENAME data TO d; ALTER TABLE trials ADD COLUMN data TEXT AS (hex(zeroblob(9999999)))",
         "CREATE TRIGGER t AFTER UPDATE ON trials BEGIN DELETE FROM trials; END",
         "CREATE TABLE more (x)",
         "DROP TABLE study",
