@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from prunekit.compress.ablation.worker import Outcome, Worker
 from prunekit.compress.bundled import TEXTS
 from prunekit.compress.demo import demo
 from prunekit.compress.demo.demo_report import HEAD, Row, sentences, table_rows
@@ -12,6 +13,7 @@ from prunekit.compress.output.folders import write_json
 from prunekit.compress.output.formatting import named_layers
 from prunekit.compress.runs import report
 from prunekit.compress.runs.pipeline import Pipeline
+from prunekit.registry import SpecError
 
 from tests.run_records import run_record
 
@@ -175,16 +177,56 @@ def test_the_demos_table_fits_its_head():
     assert [line[0] for line in cells] == ["", "40%", "", "", ""]
 
 
-@pytest.mark.slow
-def test_the_demo_compares_and_each_row_reruns(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo with little text."""
     # As wide as in a pipe, whatever COLUMNS says: pytest-xdist sets it to 80.
     monkeypatch.setattr(printing, "out", printing.Console(width=printing.PIPED_WIDTH))
-    monkeypatch.setattr(demo, "WINDOW", 96)
-    monkeypatch.setattr(demo, "QUESTIONS", 4)
-    monkeypatch.setattr(demo, "BATCH", 4)
-    monkeypatch.setattr(demo, "WINDOWS", 5)
-    monkeypatch.setattr(demo, "SEQUENCES", 4)
-    monkeypatch.setattr(demo, "PAIRS", 1)
+    small = {"WINDOW": 96, "QUESTIONS": 4, "BATCH": 4, "WINDOWS": 5, "SEQUENCES": 4, "PAIRS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+def test_the_demo_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, small_demo):
+    monkeypatch.setattr(demo, "STRATEGIES", ("magnitude", "flap", "pp", "full_batch_probing"))
+    monkeypatch.setattr(demo, "RATIOS", (0.4,))
+    ran = []
+    costs = {"flops_ratio": 0.7, "parameters_ratio": 0.7}
+    values = {
+        "perplexity": {"perplexity": 30.0},
+        "zero_shot": {demo.TASK: 0.5},
+        "cost": costs,
+        "latency": {"prefill_ratio": 0.8},
+    }
+    metrics = [{"evaluator": name, "label": name, "dense": found, "pruned": found} for name, found in values.items()]
+
+    def stopping(self, spec, progress=None):
+        ran.append(spec.prune.name)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return Outcome(run_record(strategy=spec.prune.name, metrics=metrics), spec.to_yaml(), None, 1.0)
+
+    monkeypatch.setattr(Worker, "run", stopping)
+    with pytest.raises(KeyboardInterrupt, match=r"2 of 7 trials are finished and stored in .*the same command goes on"):
+        demo.run(tmp_path / "demo")
+    assert not (tmp_path / "demo" / "results.json").exists()
+    demo.run(tmp_path / "demo")
+    assert len(ran) == 3 + 5 and len(json.loads((tmp_path / "demo" / "results.json").read_text())["runs"]) == 7
+    demo.run(tmp_path / "demo")
+    assert len(ran) == 8
+    shown = capsys.readouterr()
+    assert f"Next: prunekit report {tmp_path / 'demo'} makes a page of it" in shown.out
+    assert shown.err.index("1/7 trial 1 (0.4 magnitude other): done in") < shown.err.index("2/7 trial ")
+    demo.run(tmp_path / "demo", overwrite=True)
+    assert len(ran) == 8 + 7
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    with pytest.raises(SpecError, match="is not a results folder"):
+        demo.run(tmp_path / "thesis", overwrite=True)
+
+
+@pytest.mark.slow
+def test_the_demo_compares_and_each_row_reruns(tmp_path, capsys, small_demo):
     assert demo.MEASURED_ON in TEXTS and set(demo.CALIBRATED_ON.values()) <= set(TEXTS)
     demo.run(tmp_path / "demo")
     shown = capsys.readouterr().out

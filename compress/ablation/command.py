@@ -60,20 +60,32 @@ def ablate(
     # Before a store is begun: fixing the file afterwards would make it differ from the store's.
     study.refuse(preflight(study.trials, _due(study, path, retry), here=engine == "local"))
     with Store.create_or_resume(path, study, update) as store:
-        for sentence in store.damaged:
-            printing.warning(sentence)
-        _warn_of_versions(store)
-        stored = store.trials
-        todo = {trial.key for trial in stored if trial.status in _to_run(retry)}
-        waiting = [trial for trial in study.trials if trial.key in todo]
-        _begin(study, stored, waiting, retry)
-        try:
-            _run(study, stored, waiting, store, engine, workers, address)
-        except KeyboardInterrupt as stop:
-            stop.args = (_interrupted(store, file),)
-            raise
+        run_waiting(store, study, retry, engine, workers, address)
         trials = store.trials
     _finish(trials, store.path, study, show)
+
+
+def run_waiting(
+    store: Store,
+    study: Study,
+    retry: bool,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
+) -> None:
+    """Run the trials that the store has no results of; an interruption says what is stored, and goes on."""
+    for sentence in store.damaged:
+        printing.warning(sentence)
+    _warn_of_versions(store)
+    stored = store.trials
+    todo = {trial.key for trial in stored if trial.status in _to_run(retry)}
+    waiting = [trial for trial in study.trials if trial.key in todo]
+    _begin(study, stored, waiting, retry)
+    try:
+        _run(study, stored, waiting, store, engine, workers, address)
+    except KeyboardInterrupt as stop:
+        stop.args = (_interrupted(store),)
+        raise
 
 
 def validate(file: YamlFile, settings: Iterable[str] = (), plugins: Iterable[Path] = ()) -> None:
@@ -173,7 +185,7 @@ def _trials(count: int) -> str:
     return f"{count} trial{'s' * (count != 1)}"
 
 
-def _interrupted(store: Store, file: Path) -> str:
+def _interrupted(store: Store) -> str:
     statuses = [trial.status for trial in store.trials]
     finished = len(statuses) - statuses.count("waiting")
     return (

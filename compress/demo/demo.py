@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ...registry import Catalog
-from ..calibration.passes import Progress, no_progress
-from ..calibration.shared import SharedStatistics
+from ...registry import Catalog, SpecError
+from ..ablation.command import run_waiting
+from ..ablation.store import Store
+from ..ablation.study import Study
+from ..ablation.trials import Planned
+from ..files.reader import build_strategy
 from ..files.spec import PipelineSpec
-from ..models.loading import load
+from ..files.yaml_file import YamlFile
 from ..output import printing
 from ..output.folders import RunFolder, write_json
 from ..output.formatting import named_layers, table
-from ..runs.measuring import Known
-from ..runs.pipeline import Pipeline
+from ..output.pace import duration
 from ..runs.records import FORMAT, RESULTS, Comparison
 from ..runs.results import Results
 from .demo_report import HEAD, Row, sentences, table_rows
@@ -28,6 +31,9 @@ SKIP_LAYERS = (0,)
 MEASURED_ON = "reference-evaluation"
 CALIBRATED_ON = {"other": "docstrings-calibration", "same": "reference-calibration"}
 """The two situations: text of another kind than it is measured on, as in PP's paper, and of the same kind."""
+
+STORE = "demo.sqlite"
+"""The store of finished runs, in the results folder."""
 
 TASK, QUESTIONS = "true_continuation", 200
 
@@ -52,67 +58,90 @@ class Run:
     situation: str
     spec: PipelineSpec
 
+    @classmethod
+    def of(cls, trial: Planned) -> Run:
+        """The run that a trial of :func:`plan` is."""
+        ratio, strategy, situation = trial.settings.values()
+        return cls(strategy, ratio, situation, trial.spec)
+
     @property
     def file(self) -> str:
         return f"{self.strategy}-{100 * self.ratio:.0f}-{self.situation}.yaml"
 
 
 def run(out: Path | None = None, overwrite: bool = False) -> None:
-    """Run the comparison, print its table and write the results folder."""
+    """Run what the folder ``out`` (else results/demo) has no results of, print the table and write the results there.
+
+    Every finished run is stored at once, and the same command continues a demo that was stopped.
+    """
     began = time.perf_counter()
-    folder = RunFolder(out or Path("results") / f"demo-{datetime.now():%Y%m%d-%H%M%S}", overwrite)
-    with folder.open() as partial:
-        with printing.Bars() as bars:
-            done = measure(bars)
-        rows = gather(done)
-        remarks = sentences(rows, RATIOS)
-        write(partial, done, rows, remarks)
+    folder = RunFolder(out or Path("results") / "demo", overwrite)
+    path = folder.target / STORE
+    if not path.is_file():
+        folder.check()
+    if overwrite and folder.target.exists():
+        shutil.rmtree(folder.target)
+    done = measure(path)
+    rows = gather(done)
+    remarks = sentences(rows, RATIOS)
+    write(folder.target, done, rows, remarks)
     printing.say(CAPTION)
     printing.show_table(HEAD, table_rows(rows), left=2)
     for sentence in remarks:
         printing.say(f"- {sentence}")
-    printing.say(f"\nDone in {time.perf_counter() - began:.0f} s. Results: {folder.target}", whole=True)
-    printing.say("results.json, report.md, and in pipelines/ a file for each row: prunekit run FILE runs it again")
+    printing.say(f"\nDone in {duration(time.perf_counter() - began)}. Results: {folder.target}", whole=True)
+    printing.say("In pipelines/ is a file for each row: prunekit run FILE runs it again.")
+    printing.say(f"Next: prunekit report {folder.target} makes a page of it, with plots.", whole=True)
 
 
-def plan(catalog: Catalog) -> list[Run]:
-    """All runs; what needs no calibration runs once and counts for both situations."""
-    runs = []
-    for ratio in RATIOS:
-        for strategy in STRATEGIES:
-            for situation in CALIBRATED_ON:
-                made = Run(strategy, ratio, situation, _spec(strategy, ratio, situation, catalog))
-                if situation == "other" or made.spec.prune.needs_calibration:
-                    runs.append(made)
-    return runs
+def plan() -> Study:
+    """All runs as trials of a study; a strategy that needs no calibration runs once and counts for both situations."""
+    catalog = Catalog.discover()
+    free = [s for s in STRATEGIES if not build_strategy(catalog, s, {"ratio": RATIOS[0]}).needs_calibration]
+    data = {
+        "title": "Strategies compared",
+        "base": {"calibration": {"sequences": SEQUENCES, "length": WINDOW}, "prune": {"skip_layers": [*SKIP_LAYERS]}},
+        "vary": {
+            "prune.ratio": [*RATIOS],
+            "prune.use": [*STRATEGIES],
+            "text": {
+                situation: {"calibration.bundled": text, "evaluate": _evaluators(situation)}
+                for situation, text in CALIBRATED_ON.items()
+            },
+        },
+        "exclude": [{"prune.use": strategy, "text": "same"} for strategy in free],
+    }
+    return Study.load(YamlFile(Path("demo.yaml"), "", data, {}))
 
 
-def _spec(strategy: str, ratio: float, situation: str, catalog: Catalog) -> PipelineSpec:
+def _evaluators(situation: str) -> list[dict[str, Any]]:
     text = {"bundled": MEASURED_ON}
-    perplexity = {"name": "perplexity", "text": text, "window": WINDOW, "batch_size": BATCH, "limit": WINDOWS}
-    evaluate: list[Any] = [perplexity]
+    found: list[dict[str, Any]] = [
+        {"name": "perplexity", "text": text, "window": WINDOW, "batch_size": BATCH, "limit": WINDOWS}
+    ]
     if situation == "other":
-        evaluate.append({"name": "zero_shot", "tasks": [TASK], "limit": QUESTIONS})
-        evaluate.append({"name": "cost", "text": text, "batch_size": BATCH, "length": WINDOW})
+        found.append({"name": "zero_shot", "tasks": [TASK], "limit": QUESTIONS})
+        found.append({"name": "cost", "text": text, "batch_size": BATCH, "length": WINDOW})
         only = {"pairs": PAIRS, "decode_steps": 0, "breakdown": False}
-        evaluate.append({"name": "latency", "text": text, "batch_size": BATCH, "length": WINDOW, **only})
-    calibration = {"bundled": CALIBRATED_ON[situation], "sequences": SEQUENCES, "length": WINDOW}
-    prune = {"use": strategy, "ratio": ratio, "skip_layers": SKIP_LAYERS}
-    return PipelineSpec.of({"calibration": calibration, "prune": prune, "evaluate": evaluate}, catalog=catalog)
+        found.append({"name": "latency", "text": text, "batch_size": BATCH, "length": WINDOW, **only})
+    return found
 
 
-def measure(bars: printing.Bars) -> list[tuple[Run, Results]]:
-    """Run the plan on one loaded model."""
-    runs = plan(Catalog.discover())
-    loaded = load(runs[0].spec.model)
-    dense: Known = {}
-    statistics = SharedStatistics()
-    inner: Progress = bars.track if bars.shown else no_progress
-    done: list[tuple[Run, Results]] = []
-    for made in bars.track(runs, "strategies", len(runs)):
-        if not bars.shown:
-            bars.say(f"{len(done) + 1}/{len(runs)} {made.file.removesuffix('.yaml')}")
-        done.append((made, Pipeline(made.spec).measure(inner, loaded, dense, statistics)))
+def measure(path: Path) -> list[tuple[Run, Results]]:
+    """Run what the store at ``path`` lacks, on one loaded model; all runs and their results, in the plan's order.
+
+    Raises :class:`SpecError` where a run has failed; the others are stored.
+    """
+    study = plan()
+    with Store.create_or_resume(path, study) as store:
+        run_waiting(store, study, retry=True)
+        stored = {trial.key: trial for trial in store.trials}
+    done = []
+    for trial in study.trials:
+        found = stored[trial.key]
+        if found.result is None:
+            raise SpecError(f"{trial.label} failed: {found.error}; the same command runs it again")
+        done.append((Run.of(trial), Results(found.result, found.resolved or "")))
     return done
 
 
@@ -139,14 +168,13 @@ def gather(done: list[tuple[Run, Results]]) -> list[Row]:
 
 
 def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], remarks: list[str]) -> None:
-    """results.json, report.md and the pipeline file of every run."""
-    (folder / "pipelines").mkdir()
+    """results.json, report.md and the pipeline file of every run; results.json appears last."""
+    pipelines = folder / "pipelines"
+    pipelines.mkdir(exist_ok=True)
     runs = []
     for made, results in done:
-        (folder / "pipelines" / made.file).write_text(results.resolved, encoding="utf-8")
+        (pipelines / made.file).write_text(results.resolved, encoding="utf-8")
         runs.append({"pipeline": f"pipelines/{made.file}", "situation": made.situation, **results.record.as_json()})
-    found = Comparison.model_validate({"format": FORMAT, "table": [vars(row) for row in rows], "runs": runs})
-    write_json(folder / RESULTS, found.as_json())
     lines = [
         "# Strategies compared",
         "",
@@ -163,3 +191,7 @@ def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], remark
         "",
     ]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    found = Comparison.model_validate({"format": FORMAT, "table": [vars(row) for row in rows], "runs": runs})
+    partial = folder / f".{RESULTS}.partial"
+    write_json(partial, found.as_json())
+    os.replace(partial, folder / RESULTS)
