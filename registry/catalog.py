@@ -22,6 +22,15 @@ from .errors import PluginError
 from .roles.hookspecs import PROJECT, ROLES, Hooks
 
 BLOCK_VARIABLE = "PRUNEKIT_BLOCK"
+FILE_PREFIX = "prunekit_plugin_"
+"""Begins the module name of a plugin file."""
+
+PARTS = {
+    "scorer": "Scorer = WandaSpScorer(), from prunekit.strategies.wanda_sp",
+    "allocator": "SparsityAllocator = Uniform(), from prunekit.strategies.allocation",
+    "applier": "MaskApplier = Slice(), from prunekit.strategies.application",
+}
+"""Parts that every strategy has, with an example."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,16 @@ class Entry:
     component: type[Component]
     plugin: str
     provider: str
+
+    @property
+    def import_line(self) -> str | None:
+        """The line that imports the class, from the shortest module path; None for the class of a plugin file."""
+        name, parts = self.component.__name__, self.component.__module__.split(".")
+        if parts[0].startswith(FILE_PREFIX):
+            return None
+        modules = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        found = [path for path in modules if vars(sys.modules[path]).get(name) is self.component]
+        return f"from {found[0]} import {name}" if found else None
 
 
 @dataclass
@@ -121,7 +140,7 @@ class Catalog:
             self.problems.append(f"{where} must return a list of classes, found {components!r}")
             return
         for component in components:
-            wrong = complaint(component, ROLES[role])
+            wrong = complaint(component, ROLES[role]) or (missing_parts(component) if role == "strategies" else None)
             if wrong:
                 self.problems.append(f"{where}: {wrong}")
             else:
@@ -156,7 +175,7 @@ def load_plugin_file(path: Path) -> ModuleType:
     """Import a plain Python file as a plugin; raises :class:`PluginError` naming file and error."""
     if not path.is_file():
         raise PluginError(f"plugin file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"prunekit_plugin_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(FILE_PREFIX + path.stem, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin file {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
@@ -224,6 +243,15 @@ def complaint(component: Any, role: type[Component]) -> str | None:
                 "use tuple[...] instead of lists, sets and dicts"
             )
     return None
+
+
+def missing_parts(strategy: type[Component]) -> str | None:
+    """What a strategy class must add to be used by its name; None where nothing is missing."""
+    missing = [part for part in PARTS if strategy.model_fields[part].is_required()]
+    added = "; ".join(f"{part}: {PARTS[part]}" for part in missing)
+    return (
+        f"{strategy.__name__} has no {', '.join(missing)}; add to the class, for example, {added}" if missing else None
+    )
 
 
 def _unhashable(annotation: Any) -> bool:

@@ -131,6 +131,11 @@ def test_the_strategys_name_is_no_option(catalog, key):
         assert f"{key}: is not an option (found 'flap')" in message(build_strategy, catalog, strategy, {key: "flap"})
 
 
+def test_plugins_come_with_the_catalog(catalog):
+    text = message(build_strategy, catalog, "pp", dict(ratio=0.4, plugins=["mine.py"]))
+    assert "plugins: is a key of pipeline files (found ['mine.py'])" in text and "catalog=Catalog.discover([" in text
+
+
 def test_lists_are_called_lists(catalog):
     text = message(build_strategy, catalog, "pp", dict(ratio=0.4, skip_layers="first"))
     assert "skip_layers: should be a valid list (found 'first')" in text

@@ -2,11 +2,14 @@
 
 import importlib
 import itertools
+import re
 import sys
 import textwrap
 
 import pytest
+from prunekit import registry
 from prunekit.registry import ROLES, Catalog, PluginError, Scorer
+from prunekit.registry.catalog import PARTS
 
 pytestmark = pytest.mark.smoke
 
@@ -299,3 +302,39 @@ def test_an_unknown_component(site):
     assert "no Scorer is called 'wandasp' (did you mean 'wanda_sp'?" in message
     assert all(name in message for name in BUILT_IN["scorers"])
     assert "plugin broken of broken-dist" in message  # it may be the one that was meant
+
+
+@pytest.mark.parametrize("missing", [("applier",), ("scorer", "allocator")])
+def test_a_strategy_without_a_part_is_refused_when_it_is_found(tmp_path, missing):
+    parts = {
+        "scorer": "scorer: Scorer = MagnitudeScorer()",
+        "allocator": "allocator: SparsityAllocator = Uniform()",
+        "applier": "applier: MaskApplier = Slice()",
+    }
+    file = tmp_path / "edgy.py"
+    file.write_text(f"""
+from typing import Literal
+from prunekit.registry import MaskApplier, Scorer, SparsityAllocator, Strategy, hookimpl
+from prunekit.strategies.allocation import Uniform
+from prunekit.strategies.application import Slice
+from prunekit.strategies.magnitude import MagnitudeScorer
+
+class Edgy(Strategy):
+    name: Literal["edgy"] = "edgy"
+    {"; ".join(line for part, line in parts.items() if part not in missing)}
+
+@hookimpl
+def strategies():
+    return [Edgy]
+""")
+    with pytest.raises(PluginError) as caught:
+        Catalog.discover(files=[file], block="")
+    message = str(caught.value)
+    assert f"file {file}" in message and f"Edgy has no {', '.join(missing)}; add to the class" in message
+    assert all(f"{part}: {PARTS[part]}" in message for part in missing)
+
+
+def test_the_examples_of_parts_can_be_imported():
+    for example in PARTS.values():
+        role, made, home = re.fullmatch(r"(\w+) = (\w+)\(\), from ([\w.]+)", example).groups()
+        assert isinstance(getattr(importlib.import_module(home), made)(), getattr(registry, role))

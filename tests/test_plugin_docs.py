@@ -8,7 +8,17 @@ from typing import Literal
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import ROLES, Catalog, ChannelHistory, Measurement, PlainSubject, PluginError, Scorer, Subject
+from prunekit.registry import (
+    ROLES,
+    Catalog,
+    ChannelHistory,
+    Measurement,
+    PlainSubject,
+    PluginError,
+    Scorer,
+    Site,
+    Subject,
+)
 from prunekit.registry.checks import check_component, check_evaluation, check_sites
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -99,6 +109,40 @@ def test_the_statistic_example(load, make_model, batches, strategy):
     model = make_model("llama-gqa")
     with prune(model, strategy, ratio=0.5, calibration=batches, catalog=catalog, scorer=entry.name) as pruned:
         assert set(pruned.counts.values()) == {2, 96} and model(**batches[0]).logits.isfinite().all()
+
+
+def test_the_strategy_example_prunes(load, make_model, batches):
+    (source,) = [source for source in EXAMPLES if "(Strategy):" in source]
+    catalog, (entry,) = load(source)
+    model = make_model("llama-gqa")
+    with prune(model, entry.name, ratio=0.5, calibration=batches, catalog=catalog) as pruned:
+        assert set(pruned.counts.values()) == {2, 96} and model(**batches[0]).logits.isfinite().all()
+    more = dict(selector="residual_norm", merger="importance_scaled")  # as the page says
+    with prune(model, entry.name, ratio=0.5, calibration=batches, catalog=catalog, **more) as pruned:
+        assert pruned.strategy.dynamic
+
+
+def test_every_field_of_a_site_is_described():
+    section = PAGE.split("\n### `architectures`\n")[1].split("\n### ")[0]
+    assert not [
+        field.name for field in fields(Site) if not re.search(rf"^\|[^|]*`{field.name}`", section, re.MULTILINE)
+    ]
+
+
+def test_where_components_are_imported_from():
+    """The table of docs/python.md says what prunekit show prints."""
+    table = (DOCS / "python.md").read_text().split("| role | import from | classes |")[1].split("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    told = {
+        f"from {home.strip(' `')} import {name.strip(' `')}" for _, home, names in rows for name in names.split(",")
+    }
+    here = ("prunekit.strategies.reference", "prunekit.evaluators", "prunekit.compress")
+    lines = {
+        entry.import_line for entry in Catalog.discover(block="").entries if entry.provider.startswith("prunekit ")
+    }
+    assert told == {line for line in lines if not line.startswith(tuple(f"from {home}" for home in here))}
+    for line in lines:
+        exec(line, {})
 
 
 def test_a_plugin_file_cannot_import_its_neighbours(tmp_path):

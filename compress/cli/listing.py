@@ -51,6 +51,8 @@ def _show(entry: Entry) -> None:
     title = ROLES[entry.role].__name__
     printing.out.print(f"[bold]{entry.name}[/bold]  {title}, from {entry.provider}", highlight=False)
     _say(component.summary(), 2)
+    if entry.import_line:
+        _say(f"In Python: {entry.import_line}", 2)
     if component.paper:
         _say(f"Paper: {component.paper}", 2)
     for key in visible(component):

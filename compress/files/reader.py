@@ -70,6 +70,11 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
             raise SpecError(
                 f"{key}: is not an option (found {shown(options[key])}); the strategy is an argument of its own"
             )
+    if "plugins" in options:
+        raise SpecError(
+            f"plugins: is a key of pipeline files (found {shown(options['plugins'])}); in Python pass "
+            'catalog=Catalog.discover(["my_plugin.py"]), with Catalog from prunekit.registry'
+        )
     reader = Reader(catalog)
     built: Component | None
     if isinstance(strategy, str):
