@@ -17,12 +17,13 @@ from .batch import Mode, learn_parameters
 from .checkpointing import restore_checkpoint
 from .compensation import without_probe
 from .compiling import CompiledForward
+from .copying import Hook
 from .decider import Decider
 from .decode_cache import cache_indices
-from .gathering import store_column_major
+from .gathering import store_column_major, store_row_major
 from .generation import refuse
-from .hooks import DecoderForward, Hooks
-from .kv_index import enable_kv_index
+from .hooks import DecoderForward, Hooks, save_dense
+from .kv_index import disable_kv_index, enable_kv_index
 from .learning import Learner
 from .probing import Prober
 from .rotary import restore_rotary, rotary_state
@@ -90,10 +91,14 @@ class Engine:
                 self._adopt(linear, producer.path, cut, producer)
             self._adopt(cut.binding.consumer, cut.site.consumer, cut)
         if self.strategy.applier.resizes and any(cut.site.query_heads_per_kv for cut in self.cuts):
-            self._undo.append(enable_kv_index(self.model))
+            hooks.indexes = self.model
+            self._undo.append(partial(disable_kv_index, self.model))
+            enable_kv_index(self.model)
         learn_parameters([self.decoder, *self.layers, *(cut.binding.entry for cut in self.cuts)])
         self._wrap_decoder()
         self._undo += refuse(self.model, hooks)
+        if hasattr(self.model, "save_pretrained"):
+            self._warn_on_saving()
         prober, own = hooks.prober, list[Any]()
         if prober is not None:
             own = self.strategy.install(self.model, self.layers, self.all_sites, hooks.padding_of)
@@ -128,6 +133,12 @@ class Engine:
         decoder.forward = wrapped
 
         self._undo.append(partial(_unwrap, decoder, wrapped, own))
+
+    def _warn_on_saving(self) -> None:
+        model: Any = self.model
+        own = vars(model).get("save_pretrained")
+        model.save_pretrained = Hook(save_dense, self.hooks, model, own)
+        self._undo.append(partial(_put_back, model, "save_pretrained", model.save_pretrained, own))
 
     def _uninstall(self) -> None:
         self.hooks.installed = False
@@ -260,8 +271,8 @@ class Engine:
             self.shared.gatherer.release()
         if mode == "prune" and self.shared.runtime.column_major and self.shared.selects:
             for cut in self._cut_per_batch():
-                if undo := store_column_major(cut.binding.consumer):
-                    self._undo.append(undo)
+                if store_column_major(cut.binding.consumer):
+                    self._undo.append(partial(store_row_major, cut.binding.consumer))
 
     def _cut_per_batch(self) -> list[SiteCut]:
         return [cut for cut in self.cuts if not cut.whole] if self.strategy.dynamic else []
@@ -287,7 +298,13 @@ def _unwrap(decoder: Any, wrapped: DecoderForward, own: Any) -> None:
     """Undo the wrapping of a decoder that had the forward ``own`` on itself, or the class's where it is None."""
     if getattr(decoder, "_old_forward", None) is wrapped:  # accelerate has wrapped it since
         decoder._old_forward = own or type(decoder).forward.__get__(decoder)
-    elif vars(decoder).get("forward") is wrapped:
-        del decoder.forward
+    else:
+        _put_back(decoder, "forward", wrapped, own)
+
+
+def _put_back(module: Any, name: str, ours: Any, own: Any) -> None:
+    """Undo the setting of a module's attribute to ``ours``: it was ``own``, or the class's where that is None."""
+    if vars(module).get(name) is ours:
+        delattr(module, name)
         if own is not None:
-            decoder.forward = own
+            setattr(module, name, own)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,9 @@ from .runtime import Runtime
 
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector registers."""
+
+MISALIGNED = "prunekit_misaligned"
+"""Attribute of a layer that is stored by columns: where its memory lay before, see :func:`_placed`."""
 
 Place = tuple[str, str]
 """The kind of site, and the path of one of its layers."""
@@ -78,36 +80,40 @@ def selects(applier: MaskApplier) -> bool:
 
 
 @torch.no_grad()
-def store_column_major(linear: nn.Linear) -> Callable[[], None] | None:
-    """Store the weight (O, C) by columns, the parameter and its values unchanged; returns a function that undoes it.
+def store_column_major(linear: nn.Linear) -> bool:
+    """Store the weight (O, C) by columns, the parameter and its values unchanged, until :func:`store_row_major`.
 
-    None, and nothing is done, for weights that are offloaded, made in torch's inference mode, shared with other
+    False, and nothing is done, for weights that are offloaded, made in torch's inference mode, shared with other
     processes, part of a larger piece of memory, or not stored row by row. Another tensor of the weight's own size in
     the same memory is not noticed, and keeps that memory.
     """
     weight = linear.weight
     if weight.is_meta or is_offloaded(linear) or weight.is_inference() or type(weight.data) is not Tensor:
-        return None
+        return False
     is_part = weight.untyped_storage().nbytes() > weight.numel() * weight.element_size() + ALIGNMENT
     if (weight.is_shared() and weight.device.type == "cpu") or is_part or not weight.is_contiguous():
-        return None
+        return False
     misaligned = weight.data_ptr() % ALIGNMENT
 
     weight.data = _placed(weight.data.t(), 0).t()
-    return partial(_store_row_major, weight, misaligned)
+    vars(linear)[MISALIGNED] = misaligned
+    return True
 
 
 @torch.no_grad()
-def _store_row_major(weight: Tensor, misaligned: int) -> None:
-    weight.data = _placed(weight.data, misaligned)
+def store_row_major(linear: nn.Linear) -> None:
+    """Undo :func:`store_column_major`, where it has been done."""
+    misaligned = vars(linear).pop(MISALIGNED, None)
+    if misaligned is not None:
+        linear.weight.data = _placed(linear.weight.data, misaligned)
 
 
 def _placed(values: Tensor, misaligned: int) -> Tensor:
     """A contiguous copy, on a CPU ``misaligned`` bytes after a multiple of :data:`ALIGNMENT`: the last bit of a product
-    depends on the alignment of its factors."""
+    depends on the alignment of its factors. It fills its storage: safetensors saves no part of one."""
     if values.device.type != "cpu" or misaligned % values.element_size():
         return values.contiguous() if not values.is_contiguous() else values.clone()
-    room = ALIGNMENT // values.element_size()
-    memory = torch.empty(values.numel() + room, dtype=values.dtype)
-    start = (misaligned - memory.data_ptr()) % ALIGNMENT // values.element_size()
-    return memory[start : start + values.numel()].view(values.shape).copy_(values)
+    size = values.numel() * values.element_size()
+    memory = np.empty(size + ALIGNMENT, dtype=np.uint8)
+    start = (misaligned - memory.ctypes.data) % ALIGNMENT
+    return torch.from_numpy(memory[start : start + size]).view(values.dtype).view(values.shape).copy_(values)

@@ -6,9 +6,10 @@ through a closure: a copy of the model then gets hooks, state and batches of its
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial, update_wrapper
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from ...registry.tensors.caches import cache_among, is_other_cache
 from .ahead import SideStreams, following_sites
 from .batch import Batch, Decision, Mode, Observe, Running, named, split, valid_tokens, worth_reusing
 from .checkpointing import use_checkpoint
+from .copying import Hook, Unpickled
 from .decider import Decider
 from .decode_cache import CacheDecisions
+from .kv_index import enable_kv_index
 from .learning import Learner, commit
 from .probing import Prober, SiteInput
 from .site_cut import Shared, SiteCut
@@ -43,6 +46,8 @@ class Hooks:
         self.decider, self.prober, self.learner = decider, prober, learner
         self.installed = False
         """Whether the engine has put them on the model."""
+        self.indexes: Any = None
+        """The model, where its attention reads key/value heads by index."""
         self._batches = 0
         self._calibration: Observe | None = None
         self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
@@ -64,6 +69,8 @@ class Hooks:
 
     def begin(self, arguments: dict[str, Any]) -> Batch:
         """A batch begins: the decoder was called with these arguments."""
+        if self.indexes is not None and self.installed and not torch.compiler.is_compiling():
+            enable_kv_index(self.indexes)
         mode, observe = self.shared.running.mode if self.installed else "dense", None
         if mode == "calibrate":
             observe = self._calibration
@@ -120,7 +127,7 @@ class Hooks:
                 if layer.training and torch.is_grad_enabled():
                     use_checkpoint(layer, hooks.shared.running, hooks.again)
 
-        return partial(hook, self, mine, index)
+        return Hook(hook, self, mine, index)
 
     def enter_norm(self, cut: SiteCut) -> Callable:
         """A site's norm reads the residual stream."""
@@ -129,7 +136,7 @@ class Hooks:
             if running.batch is not None:
                 running.batch.sites[number].residual = args[0]
 
-        return partial(hook, self.shared.running, cut.number)
+        return Hook(hook, self.shared.running, cut.number)
 
     def enter_site(self, cut: SiteCut, prober: Prober) -> Callable:
         """A block is about to read the normed states: its cut is decided, and opened."""
@@ -171,7 +178,7 @@ class Hooks:
             if following is not None and not batch.passed:
                 hooks.decide_ahead(cut, following, batch, residual, arguments, prober)
 
-        return partial(hook, self, cut, prober)
+        return Hook(hook, self, cut, prober)
 
     def input_of(
         self, cut: SiteCut, batch: Batch, residual: Tensor, hidden: Tensor, arguments: dict[str, Any]
@@ -354,7 +361,19 @@ class Hooks:
         return None if valid is None else ~valid
 
 
-class DecoderForward:
+def save_dense(hooks: Hooks, model: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """``model.save_pretrained`` of a pruned model: a warning, and the dense model. ``own`` is what it replaces, None:
+    the class's."""
+    warnings.warn(
+        "save_pretrained writes the dense model: in place, pruning keeps all weights; pruned.save(DIR) or prunekit "
+        "export writes the smaller model",
+        stacklevel=2,
+    )
+    with hooks.shared.running.one_at_a_time.lock, hooks.turned("dense"):
+        return (own or type(model).save_pretrained.__get__(model))(*args, **kwargs)
+
+
+class DecoderForward(Unpickled):
     """Replaces the decoder's forward: one call is one batch. Calls from several threads run one after the other."""
 
     def __init__(self, decoder: nn.Module, hooks: Hooks, forward: Callable):

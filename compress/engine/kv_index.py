@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -38,20 +37,30 @@ def _indexed(base: str) -> Callable:
     return attention
 
 
-def enable_kv_index(model: Any) -> Callable[[], None]:
-    """Switch a transformers model to an attention that uses :data:`KV_INDEX`; returns a function that undoes it.
+def enable_kv_index(model: Any) -> None:
+    """Switch a transformers model to an attention that uses :data:`KV_INDEX`, unless it has one already.
 
-    Raises :class:`ModelError` for attention implementations other than eager and sdpa.
+    It computes by the implementation that the user has set last. Raises :class:`ModelError` for any other than eager
+    and sdpa.
     """
     base: str = model.config._attn_implementation
+    if base.startswith(PREFIX):
+        return
     if base not in ("eager", "sdpa"):
         raise ModelError(
             f"attention_unit: query_head needs attention eager or sdpa under grouped-query attention, this model has "
-            f"{base!r}; load it with attn_implementation='sdpa', or use attention_unit: kv_group"
+            f"{base!r}; load it with attn_implementation='sdpa', or call model.set_attn_implementation('sdpa'), or use "
+            "attention_unit: kv_group"
         )
     name = PREFIX + base
     ALL_ATTENTION_FUNCTIONS.register(name, _indexed(base))
     # A name without a mask function of its own gets no mask at all, silently.
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.set_attn_implementation(name)
-    return partial(model.set_attn_implementation, base)
+
+
+def disable_kv_index(model: Any) -> None:
+    """Switch the model back to the implementation that the user has set last."""
+    name: str = model.config._attn_implementation
+    if name.startswith(PREFIX):
+        model.set_attn_implementation(name.removeprefix(PREFIX))

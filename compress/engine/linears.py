@@ -16,12 +16,14 @@ from ...registry import ModelError, Producer, Selection
 from ...registry.tensors.devices import is_offloaded
 from ...registry.tensors.kernels import usable_on
 from .batch import Batch
+from .copying import Unpickled
+from .gathering import store_row_major
 from .site_cut import OpenCut, SiteCut
 
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class SiteLinear(nn.Linear):
+class SiteLinear(Unpickled, nn.Linear):
     """An ``nn.Linear`` of a site."""
 
     site_cut: SiteCut
@@ -80,6 +82,12 @@ class ConsumerLinear(SiteLinear):
         if open_cut.fuses and not site_cut.compensation.wanted and _can_fuse(self, x, dim=1):
             return _fused_consumer(self, open_cut, x)
         return functional.linear(x, *open_cut.consumer())
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Checkpoints want contiguous weights. They share the layer's memory, so the layer gets them too."""
+        with self.site_cut.shared.running.one_at_a_time.lock:
+            store_row_major(self)
+            super()._save_to_state_dict(*args, **kwargs)
 
 
 def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:

@@ -39,13 +39,15 @@ def _sums(x: Tensor, valid: Tensor | None, square: bool, centre: Tensor | None) 
         return triton_reductions.position_sums(x, valid, square, centre)
     if x.device.type == "cpu":
         return _row_by_row(x, valid, square, centre)
-    if square and valid is None and centre is None:
+    if square and valid is None and centre is None and x.dtype != torch.float64:
         return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
     return _at_once(x, valid, square, centre)
 
 
 def token_norms(states: Tensor) -> Tensor:
     """L2 norm of every token's state; (B, T, D) -> (B, T) float32."""
+    if states.dtype == torch.float64:  # torch does not narrow within a norm
+        return torch.linalg.vector_norm(states, dim=-1).float()
     if states.device.type != "cpu" or states.dtype == torch.float32 or torch.compiler.is_compiling():
         return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
     # On a CPU half precision is cast into a copy: row by row it stays in the cache.
