@@ -1,13 +1,14 @@
 """The results store: durable at once, resumed, refused with an explanation, and whole whatever goes wrong."""
 
 import json
+import os
 import sqlite3
 from pathlib import Path
 
 import pytest
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.ablation.study import Study
-from prunekit.compress.ablation.trials import key_of
+from prunekit.compress.ablation.trials import earlier_identity, key_of
 from prunekit.compress.ablation.worker import Outcome
 from prunekit.registry import StoreError
 
@@ -382,3 +383,48 @@ def test_a_store_that_is_deleted_while_it_is_written(path, study):
         store.record(planned[0].key, outcome())
         path.unlink()
         assert "moved or deleted during the run" in refusal(store.record, planned[1].key, outcome())
+
+
+# A model folder that is trained on meanwhile
+
+
+LOCAL = "base: {model: {name: model}, prune: {use: magnitude}}\nvary: {prune.ratio: [0.2, 0.4]}\n"
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights 1")
+    return folder
+
+
+def test_trials_of_other_weights_are_other_trials(path, study, model):
+    first = study(LOCAL)
+    with Store.create_or_resume(path, first) as store:
+        store.record(first.trials[0].key, outcome())
+    times = (model / "model.safetensors").stat()
+    (model / "README.md").write_text("says nothing of numbers")
+    with Store.create_or_resume(path, study(LOCAL)) as store:
+        assert [trial.status for trial in store.trials] == ["done", "waiting"]
+    (model / "model.safetensors").write_bytes(b"weights 2")  # of the same size
+    os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000))
+    assert "0 of its 1 finished trials still apply" in refusal(Store.create_or_resume, path, study(LOCAL))
+
+
+def test_a_store_whose_keys_have_only_the_sizes_is_kept_with_a_note(path, study, model):
+    planned = study(LOCAL).trials
+    with Store.create_or_resume(path, study(LOCAL)) as store:
+        store.record(planned[0].key, outcome())
+    for trial in planned:
+        old = earlier_identity(trial)
+        assert old["model"]["name"] != trial.pipeline["model"]["name"]
+        query = "UPDATE trials SET key=?, pipeline=?, checksum=NULL WHERE key=?"
+        changed(path, query, key_of(old), json.dumps(old), trial.key)
+    with Store.create_or_resume(path, study(LOCAL)) as store:
+        assert [trial.key for trial in store.trials] == [trial.key for trial in planned]
+        assert [trial.status for trial in store.trials] == ["done", "waiting"]
+        assert "did not read the weights" in store.notes[0]
+    with Store.create_or_resume(path, study(LOCAL)) as store:
+        assert store.notes == []

@@ -74,7 +74,7 @@ def run_waiting(
     address: str | None = None,
 ) -> None:
     """Run the trials that the store has no results of; an interruption says what is stored, and goes on."""
-    for sentence in store.damaged:
+    for sentence in (*store.damaged, *store.notes):
         printing.warning(sentence)
     _warn_of_versions(store)
     stored = store.trials

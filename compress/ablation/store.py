@@ -22,7 +22,7 @@ from ..output.reading import brief, parse_json
 from ..runs.records import parsed
 from .changes import explain
 from .published import StudyRecord
-from .trials import Planned, StoredTrial, key_of
+from .trials import Planned, StoredTrial, earlier_identity, key_of
 from .worker import Outcome
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class Store:
         self.path = path
         self.damaged: list[str] = []
         """A sentence for every trial that was found damaged; such a trial counts as not run."""
+        self.notes: list[str] = []
+        """Sentences on what could not be checked."""
         self._connection = connection
         self._lock = lock
 
@@ -209,10 +211,21 @@ class Store:
                 connection.executemany("DELETE FROM trials WHERE rowid = ?", lost)
 
     def _renew_keys(self, study: Study) -> None:
-        """Give trials of version 0.1 the keys that this version computes for the same pipelines."""
+        """Give trials of version 0.1 the keys that this version computes for the same pipelines.
+
+        Their keys have the sizes of a local model's files, not their contents: what they hold is kept, with a note.
+        """
         planned = {key_of(without_moved(trial.pipeline)): trial for trial in study.trials}
+        earlier = {key_of(without_moved(old)): trial for trial in study.trials if (old := earlier_identity(trial))}
         rows = [(row["key"], json.loads(row["pipeline"])) for row in self._trial_rows("1")]
-        same = ((key, planned.get(key_of(without_moved(pipeline)))) for key, pipeline in rows)
+        keys = [(key, key_of(without_moved(pipeline))) for key, pipeline in rows]
+        same = [(key, planned.get(read) or earlier.get(read)) for key, read in keys]
+        if any(read in earlier for _, read in keys):
+            self.notes.append(
+                f"results store {self.path}: its trials are of a version that did not read the models' weights; "
+                "they are kept, since the files' names and sizes are the same. If the model was trained in between, "
+                "begin another store with --out"
+            )
         renewed = [(trial.key, json.dumps(trial.pipeline), key) for key, trial in same if trial and trial.key != key]
         if renewed:
             with self._writing() as connection:

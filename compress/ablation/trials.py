@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,8 +15,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..files.spec import PipelineSpec
+from ..models.origin import READ
+from ..output import printing
 from ..output.folders import plain, sha256_of
 from ..runs.records import RunResult
+
+BEFORE_SHA256 = ", sha256 "
+
+LONG = 2.0
+"""Seconds of reading weights that are worth a line."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +85,23 @@ def identity(spec: PipelineSpec, folder: Path) -> dict[str, Any]:
     """The resolved pipeline without its output, and without anything that changes when files are moved.
 
     Text files, plugin files and folders of task files are replaced by the sha256 of their content. A model folder is
-    named from ``folder``, the study's, where it lies below it, with a sha256 of its configuration and file sizes.
+    named from ``folder``, the study's, where it lies below it, with a sha256 of the files that are loaded.
     """
     data = spec.model_dump(mode="python", serialize_as_any=True)
     data.pop("output")
     name = data["model"]["name"]
     if name is not None and Path(name).is_absolute():
-        data["model"]["name"] = f"{_relative(Path(name), folder)}, sha256 {_outline(Path(name))}"
+        data["model"]["name"] = f"{_relative(Path(name), folder)}{BEFORE_SHA256}{weights(Path(name))}"
     return plain(_without_paths(data, folder))
+
+
+def earlier_identity(planned: Planned) -> dict[str, Any] | None:
+    """What :func:`identity` was when only names and sizes of a model folder's files counted; ``None`` elsewhere."""
+    name, model = planned.spec.model.name, planned.pipeline["model"]
+    if name is None or not Path(name).is_absolute():
+        return None
+    named = model["name"].rpartition(BEFORE_SHA256)[0]
+    return {**planned.pipeline, "model": {**model, "name": f"{named}{BEFORE_SHA256}{_outline(Path(name))}"}}
 
 
 def key_of(pipeline: Mapping[str, Any]) -> str:
@@ -104,6 +121,21 @@ def _without_paths(value: Any, folder: Path) -> Any:
 
 def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else os.fspath(path)
+
+
+def weights(folder: Path) -> str:
+    """sha256 of the files of a model folder that are loaded, names and contents: weights, configuration, tokenizer.
+
+    They are read again only when size or time has changed; what takes long says so.
+    """
+    began = time.monotonic()
+    files = sorted(path for path in folder.glob("*") if path.suffix in READ and path.is_file())
+    found = hashlib.sha256("".join(f"{path.name} {content(path)}\n" for path in files).encode()).hexdigest()
+    seconds = time.monotonic() - began
+    if seconds > LONG:
+        size = sum(path.stat().st_size for path in files) / 1e9
+        printing.Bars().say(f"read {size:.1f} GB of {folder} in {seconds:.0f} s, to know trials of other weights")
+    return found
 
 
 def _outline(folder: Path) -> str:
