@@ -425,6 +425,6 @@ def test_a_store_whose_keys_have_only_the_sizes_is_kept_with_a_note(path, study,
     with Store.create_or_resume(path, study(LOCAL)) as store:
         assert [trial.key for trial in store.trials] == [trial.key for trial in planned]
         assert [trial.status for trial in store.trials] == ["done", "waiting"]
-        assert "did not read the weights" in store.notes[0]
+        assert "did not read the models' weights" in store.notes[0]
     with Store.create_or_resume(path, study(LOCAL)) as store:
         assert store.notes == []
