@@ -168,6 +168,10 @@ class ZeroShot(Evaluator):
         with harness.quiet(), _drawing_from(self.seed):
             loaded = harness.load_tasks(names, self.task_folder, self.num_fewshot, self.seed)
             for name, task in [pair for one in loaded.values() for pair in one["tasks"].items()]:
+                if task.OUTPUT_TYPE == "generate_until" and subject.tokenizer.eos_token_id is None:
+                    raise SpecError(
+                        f"zero_shot: task {name} generates text, and the tokenizer has no EOS token to end it"
+                    )
                 if task.OUTPUT_TYPE != "generate_until" and not callable(task.config.process_results):
                     self._key(name, {f"{metric},": None for metric in task.aggregation()})
             lm = harness.MaskedLM(subject, self.batch_size, self.max_length or context)

@@ -125,6 +125,9 @@ def test_a_state_of_other_sites_is_named(exported):
     save_file(tensors, folder / STATE, {**metadata, "sites": json.dumps(sites)})
     with pytest.raises(DataError, match="other sites"):
         load(folder, check=False)
+    save_file({**tensors, "more": torch.zeros(1)}, folder / STATE, metadata)
+    with pytest.raises(DataError, match="1 tensors have no place, such as more"):
+        load(folder, check=False)
     save_file(tensors, folder / STATE, {**metadata, "format": "of tomorrow"})
     with pytest.raises(DataError, match="of tomorrow"):
         load(folder, check=False)

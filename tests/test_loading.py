@@ -255,6 +255,21 @@ def test_the_links_of_the_hubs_cache_are_followed(folder):
         load(ModelSource(name=str(snapshot), device="cpu"))
 
 
+def test_a_model_of_the_hubs_cache_is_known_by_its_commit(folder, tmp_path, monkeypatch):
+    commit, repository = "0123456789" * 4, tmp_path / "cache" / "models--a--b"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert load(ModelSource(name="a/b", device="cpu")).identity["commit"] == commit
+    change_json(repository / "snapshots" / commit / "config.json", _attn_implementation="a/kernel")
+    with pytest.raises(ModelError, match=r"config\.json of a/b: _attn_implementation is 'a/kernel'"):
+        load(ModelSource(name="a/b", device="cpu"))
+    (repository / "snapshots" / commit / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"a/b holds a PEFT adapter"):
+        load(ModelSource(name="a/b", device="cpu"))
+
+
 def test_a_folder_without_a_tokenizer_is_an_error(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()

@@ -80,6 +80,8 @@ def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path
             with torch.inference_mode(False), torch.no_grad():
                 for cut in engine.cuts:
                     _restore(cut, sites[cut.site.consumer], file, names, strategy)
+                if names:
+                    raise ValueError(f"{len(names)} tensors have no place, such as {min(names)}")
                 engine.start()
         return Pruned(engine, catalog)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -91,14 +93,19 @@ def restore(model: nn.Module, strategy: Strategy, catalog: Catalog, folder: Path
 
 
 def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], strategy: Strategy) -> None:
+    """Set a site's state from a file; the names of the tensors that are read leave ``names``."""
     label, device = cut.site.consumer, cut.history.device
 
     def tensor(name: str) -> Tensor | None:
         key = f"{label}.{name}"
-        return file.get_tensor(key).to(device) if key in names else None
+        return taken(key) if key in names else None
 
     def numbered(name: str, count: int) -> tuple[Tensor, ...]:
-        return tuple(file.get_tensor(f"{label}.{name}.{number}").to(device) for number in range(count))
+        return tuple(taken(f"{label}.{name}.{number}") for number in range(count))
+
+    def taken(key: str) -> Tensor:
+        names.discard(key)
+        return file.get_tensor(key).to(device)
 
     stored = strategy.history if strategy.dynamic and f"{label}.table" in names else cut.history.storage
     positions = about["positions"] if stored != cut.history.storage else 0

@@ -117,10 +117,18 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
     identity = {
         "name": source.label,
         "revision": source.revision,
-        "commit": getattr(model.config, "_commit_hash", None),
+        "commit": _commit(place, source.revision),
         "trust_remote_code": source.trust_remote_code,
     }
     return Loaded(model, tokenizer, identity)
+
+
+def _commit(place: str, revision: str | None) -> str | None:
+    """The commit of a model of the hub, by the cache that it was loaded from; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = None if Path(place).is_dir() else try_to_load_from_cache(place, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _check_origin(source: ModelSource, place: str, check: bool) -> None:

@@ -53,5 +53,5 @@ def load_gguf(path: Path, tokenizer_folder: Path) -> Loaded:
     """A GGUF with the transformers tokenizer in its folder."""
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder), trust_remote_code=False)
     return Loaded(GgufModel(path), tokenizer, {"name": path.name, "revision": None, "commit": None})
