@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ...registry import ModelError
 from ...registry.tensors.devices import place_name, places_of, stored_tensor
 from ..bundled import MODEL
-from . import device_map, origin
+from . import device_map, fit, origin
 from .architectures import PRUNED
 from .device_map import MaxMemory
 from .exported import classes
@@ -107,12 +106,12 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
     if source.name is None and dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model, report = _placed(source, place, device, dtype, options)
-    _check_report(source.label, report)
+    fit.check_report(source.label, report)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise ModelError(_loading_failed("tokenizer", source, place, error)) from error
-    _check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, source.label)
+    fit.check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, source.label)
     model.eval().requires_grad_(False)
     identity = {
         "name": source.label,
@@ -141,10 +140,8 @@ def _check_origin(source: ModelSource, place: str, check: bool) -> None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(place)
-    if folder.is_dir():
-        origin.check_folder(folder)
-        if check and (folder / MANIFEST).is_file():
-            check_files(folder, read_manifest(folder))
+    if check and (folder / MANIFEST).is_file():
+        check_files(folder, read_manifest(folder))
     options: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
     try:
         adapter = find_adapter_config_file(place, **options)
@@ -156,61 +153,6 @@ def _check_origin(source: ModelSource, place: str, check: bool) -> None:
     origin.check_config(config, source.label, source.attention)
     if str(config.get("model_type", "")).startswith(PRUNED):
         classes.register()
-
-
-def _check_report(label: str, report: Mapping[str, Any]) -> None:
-    """Raise :class:`ModelError` where checkpoint and configuration do not fit, by transformers' report on loading.
-
-    The report leaves out what transformers knows to be harmless, such as stored rotary frequencies.
-    """
-    mismatched = {name: (tuple(found), tuple(expected)) for name, found, expected in report["mismatched_keys"]}
-    if mismatched:
-        first = min(mismatched)
-        found, expected = mismatched[first]
-        empty = any(0 in shape for shape, _ in mismatched.values())
-        raise ModelError(
-            f"model.name: {len(mismatched)} weights of the checkpoint {label} have other shapes than its config.json "
-            f"says ({first}: found {found}, expected {expected}); "
-            + (
-                "empty ones are left by DeepSpeed ZeRO-3 if it saves without gathering: save again with "
-                "stage3_gather_16bit_weights_on_model_save, or convert with zero_to_fp32.py"
-                if empty
-                else "correct config.json, or name the checkpoint that belongs to it"
-            )
-        )
-    if report["missing_keys"]:
-        raise ModelError(
-            f"model.name: the checkpoint {label} lacks {len(report['missing_keys'])} of the model's weights "
-            f"({origin.some(report['missing_keys'])}), which would stay random; name the complete checkpoint of a "
-            "causal language model"
-        )
-    if report["unexpected_keys"]:
-        raise ModelError(
-            f"model.name: config.json of {label} has no place for {len(report['unexpected_keys'])} weights of the "
-            f"checkpoint ({origin.some(report['unexpected_keys'])}), and without them this is another model; correct "
-            "config.json (such as num_hidden_layers, attention_bias, mlp_bias), or name the checkpoint that belongs "
-            "to it"
-        )
-
-
-def _check_tokenizer(tokenizer: Any, rows: int, label: str) -> None:
-    """Raise :class:`ModelError` for special tokens that are empty, and for a BOS token beyond the embedding's ``rows``.
-
-    transformers would search for the id of an empty token for ever.
-    """
-    empty = [name for name, text in tokenizer.special_tokens_map.items() if text == ""]
-    if empty:
-        raise ModelError(
-            f"model.name: tokenizer_config.json of {label} sets {', '.join(empty)} to an empty text; write the tokens "
-            "that the model was trained with, or delete these keys"
-        )
-    bos = tokenizer.bos_token_id
-    if bos is not None and bos >= rows:
-        raise ModelError(
-            f"model.name: the tokenizer's BOS token {tokenizer.bos_token!r} has the id {bos}, but the model {label} "
-            f"embeds {rows} ids only (0 to {rows - 1}); use the tokenizer that the model was trained with, or delete "
-            "bos_token from tokenizer_config.json"
-        )
 
 
 def _placed(
@@ -368,6 +310,7 @@ def place_of(source: ModelSource) -> str:
         raise ModelError(
             f"model.name: folder {folder} has no config.json; name a folder written by save_pretrained, or a hub id"
         )
+    origin.check_folder(folder)
     return str(folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,6 @@ def check_config(config: Mapping[str, Any], label: str, attention: str | None) -
                 f"{place}: the weights are quantised ({shown(method or 'unknown method')}), and quantised layers "
                 "cannot be cut; name the model's unquantised checkpoint"
             )
-
-
-def some(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
-    found = sorted(names)
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(brief(name) for name in found[:3]) + more
 
 
 def _is_plain(kernel: Any) -> bool:
