@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -73,7 +74,9 @@ def _wrong(kinds: set[Any], value: Any) -> str | None:
         return f"should be true or false (found {value!r})"
     if isinstance(value, str) and kinds & {bool, int, float}:
         wanted = number if kinds & {int, float} else "true or false"
-        return f"should be {wanted}, not text (found {value!r:.100}); write {wanted} without quotes"
+        percent = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", value) if float in kinds else None
+        remedy = f"{float(percent[1]) / 100:g}" if percent else f"{wanted} without quotes"
+        return f"should be {wanted}, not text (found {value!r:.100}); write {remedy}"
     if isinstance(value, float) and int in kinds and float not in kinds:
         return f"should be a whole number (found {value!r})"
     return None

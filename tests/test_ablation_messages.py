@@ -114,3 +114,9 @@ def test_validate_knows_ablations_and_run_points_to_ablate(tmp_path, monkeypatch
     assert re.search(r"study\.yaml is an ablation file; use prunekit ablate study\.yaml", result.stderr)
     (tmp_path / "study.yaml").write_text(FULL + "vary: {prune.ratoi: [0.2]}")
     assert CliRunner().invoke(main.app, ["validate", "study.yaml"]).exit_code == 2
+
+
+def test_ablate_points_to_run(tmp_path):
+    (tmp_path / "pipeline.yaml").write_text("prune: {use: pp, ratio: 0.4}")
+    result = CliRunner().invoke(main.app, ["ablate", str(tmp_path / "pipeline.yaml")])
+    assert result.exit_code == 2 and "pipeline.yaml is a pipeline file; use prunekit run " in result.stderr

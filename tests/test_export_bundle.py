@@ -289,6 +289,8 @@ def test_diff_shows_what_was_kept_differently(exported, pipeline_file, command, 
     either = set(listed[0][1]["mlp"]) | set(listed[1][1]["mlp"])
     counts = f"1 mlp (192) {len(listed[0][1]['mlp'])} {len(listed[1][1]['mlp'])} {len(both)}"
     assert f"{counts} {100 * len(both) / len(either):.3g}%" in output
+    totals = [sum(len(layer["mlp"]) for layer in each) for each in listed]
+    assert output.index("all layers") < output.index(f"mlp (576) {totals[0]} {totals[1]}") < output.index(counts)
     code, output = command("diff", exported, exported)
     assert code == 0 and "100%" in output and "prune.use" not in output
 

@@ -102,3 +102,9 @@ def test_a_perplexity_that_rose_far_is_a_damaged_model(dense, pruned, rise):
 def test_other_models_are_not_called_damaged(dense, pruned):
     assert damage("perplexity", {"perplexity": dense}, {"perplexity": pruned, "loss": 99.0}) == []
     assert damage("cost", None, {"flops": 3.0}) == []
+
+
+def test_a_place_that_takes_no_folder_is_named_with_the_reason():
+    for target in ("/proc/run", "/proc/deep/run"):
+        with pytest.raises(SpecError, match=r"/proc is not a folder that can be written to \(.+\); name another place"):
+            RunFolder(Path(target)).check()

@@ -111,6 +111,8 @@ def read_study(path: str | Path | YamlFile, settings: Iterable[str] = ()) -> Sou
         except SpecError as error:
             raise SpecError(f"{place}: {error}") from None
         base = _anchored(source.base_file.data, source.base_file.folder)
+    elif base is None and "prune" in source.file.data:
+        raise SpecError(f"{source.file.path} is a pipeline file; use prunekit run {source.file.path}")
     elif base is None:
         raise SpecError(
             f"{source.file.path}: base: is required: a pipeline or a pipeline file's path, such as "

@@ -22,12 +22,14 @@ def show(a: Path, b: Path) -> None:
     """
     a, b = Path(a).expanduser(), Path(b).expanduser()
     ours, theirs = read_manifest(a), read_manifest(b)
-    names, rows = _names(a, b), kept(a, b, ours, theirs)
+    names, (totals, rows) = _names(a, b), kept(a, b, ours, theirs)
+    head = (*(f"{n} keeps" for n in names), "in both", "of those kept by either")
     printing.show_table(("", *names), settings(a, b, ours, theirs) or [("same settings", "", "")], left=3)
     printing.show_table(("measurement", *names), measurements(ours, theirs))
     if read_kept(a) is None or read_kept(b) is None:
         printing.say("units are listed where a cut is made once; the counts are those of every batch")
-    printing.show_table(("layer", *(f"{n} keeps" for n in names), "in both", "of those kept by either"), rows)
+    printing.show_table(("all layers", *head), totals)
+    printing.show_table(("layer", *head), rows)
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:
@@ -51,8 +53,14 @@ def measurements(ours: Manifest, theirs: Manifest) -> list[tuple[str, str, str]]
     return [*rows, ("units cut", share(ours.ratio.units_cut), share(theirs.ratio.units_cut))]
 
 
-def kept(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> list[tuple[str, ...]]:
-    """Rows by layer and kind: counts, and how many units both keep; the counts alone for a cut made per batch."""
+Rows = list[tuple[str, ...]]
+
+
+def kept(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> tuple[Rows, Rows]:
+    """Rows by kind over all layers, and by layer and kind: counts, and how many units both keep.
+
+    The counts alone for a cut made per batch.
+    """
     one, two = (
         {(layer.layer, kind): site for layer in manifest.layers for kind, site in layer.sites.items()}
         for manifest in (ours, theirs)
@@ -60,19 +68,22 @@ def kept(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> list[tuple[str, 
     if {key: site.units for key, site in one.items()} != {key: site.units for key, site in two.items()}:
         raise DataError(f"{a} and {b} are of models with other layers or units; compare exports of one base model")
     first, second = read_kept(a), read_kept(b)
-    rows: list[tuple[str, ...]] = []
-    in_both = in_either = 0
+    rows: Rows = []
+    sums: dict[str, list[int]] = {}
     for (layer, kind), site in one.items():
-        both = of = "-"
+        counts = [site.units, site.kept, two[layer, kind].kept]
         if first is not None and second is not None:
             mine, other = set(first[layer, kind]), set(second[layer, kind])
-            in_both += len(mine & other)
-            in_either += len(mine | other)
-            both, of = str(len(mine & other)), share(len(mine & other) / max(1, len(mine | other)))
-        rows.append((f"{layer} {kind} ({site.units})", str(site.kept), str(two[layer, kind].kept), both, of))
-    if in_either:
-        rows.append(("all", "", "", number(in_both), share(in_both / in_either)))
-    return rows
+            counts += [len(mine & other), len(mine | other)]
+        rows.append(_row(f"{layer} {kind}", *counts))
+        total = sums.setdefault(kind, [0] * len(counts))
+        sums[kind] = [sum(pair) for pair in zip(total, counts, strict=True)]
+    return [_row(kind, *counts) for kind, counts in sums.items()], rows
+
+
+def _row(title: str, units: int, ours: int, theirs: int, both: int | None = None, either: int = 0) -> tuple[str, ...]:
+    shared = ("-", "-") if both is None else (number(both), share(both / max(1, either)))
+    return f"{title} ({number(units)})", number(ours), number(theirs), *shared
 
 
 def _short(value: Any) -> str:

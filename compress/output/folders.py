@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -60,6 +61,15 @@ def make_readable(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
+def _not_writable(folder: Path) -> str | None:
+    """Why nothing can be made in a folder: root may write everywhere, but not in /proc, so it is tried."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".prunekit-", dir=folder))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 @dataclass
 class RunFolder:
     """A results folder, or one of another kind, that is filled under another name and then renamed."""
@@ -80,10 +90,11 @@ class RunFolder:
         """Raise :class:`SpecError` where the folder exists and may not be replaced, or cannot be made."""
         if not os.path.lexists(self.target):
             above = next(folder for folder in self.target.parents if folder.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK):
+            why = _not_writable(above)
+            if why:
                 raise SpecError(
-                    f"{self.what} {self.target} cannot be made: {above} is not a folder that can be written to; name "
-                    "another place with --out"
+                    f"{self.what} {self.target} cannot be made: {above} is not a folder that can be written to ({why}); "
+                    "name another place with --out"
                 )
             return
         is_folder = self.target.is_dir() and not self.target.is_symlink()

@@ -62,7 +62,10 @@ def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most:,} bytes")
-    return data.decode("utf-8")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (see byte {error.start}); save it as UTF-8") from None
 
 
 def read_json(path: str | Path) -> Any:

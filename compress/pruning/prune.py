@@ -124,6 +124,11 @@ def engine_of(
 
 def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple[str, list[Site]]:
     """Path of the decoder layers and all sites, by the architecture that serves the model's type."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model: expected a loaded model, found {model!r:.80}; load it with transformers' "
+            "AutoModelForCausalLM.from_pretrained first, or name it in a pipeline file"
+        )
     kind = getattr(getattr(model, "config", None), "model_type", None)
     known: list[tuple[Entry, Architecture]] = []
     for entry in catalog.of_role("architectures"):

@@ -56,10 +56,10 @@ def show(manifest: Manifest) -> None:
     """Print the training, the measurements and the notes of a recovery."""
     done = manifest.recovery
     assert done is not None  # Recovery has just written it
+    each = "each once" if done.epochs == 1 else f"each {done.epochs:.3g} times"
     printing.say(
         f"LoRA of rank {done.rank} on {', '.join(done.layers)} ({done.trainable_parameters:,} parameters), "
-        f"{done.steps} steps on {done.sequences} sequences of {done.text}, "
-        f"{done.epochs:.3g} times each, {done.seconds:.0f} s"
+        f"{done.steps} steps on {done.sequences} sequences of {done.text}, {each}, {done.seconds:.0f} s"
     )
     printing.say(f"training loss: {done.loss.first:.4g} in the first steps, {done.loss.last:.4g} in the last")
     printing.show_table(metric_heads(manifest), metric_rows(manifest))
