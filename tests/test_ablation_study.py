@@ -189,7 +189,7 @@ def test_all_mistakes_at_once_with_their_lines(message):
         "21 mistakes",
         "line 1: titel: unknown key (did you mean 'title'?",
         "line 3: base.calibration.sequences: should be greater than or equal to 1 (found 0)",
-        "line 6: vary.prune.use.1: flap: prune.selector.name: name the ProbeSelector",
+        "line 6: vary.prune.use.1: flap: prune.selector: this strategy has no selector",
         "go on an axis of a free name, such as method: {a:",
         "line 6: vary.prune.use.2: no Strategy is called 'ppp' (did you mean 'pp'?",
         "line 7: vary.prune.ratio.1: 40: the ratio is the share that is cut",

@@ -176,7 +176,7 @@ def test_the_default_seed_gives_the_same_written_or_left_out(catalog):
 
 def test_options_of_a_part_that_a_strategy_has_not_are_refused_as_such(catalog):
     said = message(build_strategy, catalog, "flap", dict(ratio=0.4, selector={"rows": 0.1}))
-    assert "selector: this strategy has no selector, so its options cannot be set: leave it out, or name" in said
+    assert "selector: this strategy has no selector whose options could be set: leave it out, or name" in said
     assert "should be a number, not text (found '20%'); write 0.2" in message(
         build_strategy, catalog, "flap", dict(ratio="20%")
     )

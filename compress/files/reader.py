@@ -179,7 +179,7 @@ class Reader:
             known = ", ".join(self.catalog.names(role))
             found = "" if name is None else f" (found {shown(name)})"
             none = name is None and options and role in ("probe_selectors", "history_mergers")
-            before = f"this strategy has no {place[-1]}, so its options cannot be set: leave it out, or " if none else ""
+            before = f"this strategy has no {place[-1]} whose options could be set: leave it out, or " if none else ""
             self.mistake(place if none else at_name, f"{before}name the {title}{found}; there are {known}")
             return None
         if default is not None and name == default.name:

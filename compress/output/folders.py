@@ -93,8 +93,8 @@ class RunFolder:
             why = _not_writable(above)
             if why:
                 raise SpecError(
-                    f"{self.what} {self.target} cannot be made: {above} is not a folder that can be written to ({why}); "
-                    "name another place with --out"
+                    f"{self.what} {self.target} cannot be made: {above} is not a folder that can be written to ({why})"
+                    "; name another place with --out"
                 )
             return
         is_folder = self.target.is_dir() and not self.target.is_symlink()
