@@ -70,7 +70,7 @@ def _module() -> Any:
         import ray
     except ImportError as error:
         raise SpecError(
-            f"--engine ray: Ray cannot be imported ({reason_of(error)}); install prunekit[ray], "
+            f"--engine ray: Ray cannot be imported ({reason_of(error)}); pip install ray, "
             "or leave --engine out to run the trials one by one"
         ) from None
     return ray

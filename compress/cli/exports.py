@@ -163,7 +163,7 @@ def recover(
 ) -> None:
     """Train an exported model with LoRA and write it to a new folder.
 
-    Needs prunekit[recover]. The written model is loaded, compared and measured before the folder appears.
+    Needs peft. The written model is loaded, compared and measured before the folder appears.
     """
     from ..output import printing
     from ..recovery import command

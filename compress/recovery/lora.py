@@ -53,7 +53,7 @@ class Lora:
 def check_installed() -> None:
     """Raise :class:`SpecError` if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
-        raise SpecError('recovery trains with peft, which is not installed; pip install "prunekit[recover]"')
+        raise SpecError("recovery trains with peft, which is not installed: pip install peft")
 
 
 def train(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress) -> tuple[Any, dict[str, Any]]:

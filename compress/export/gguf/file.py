@@ -189,5 +189,5 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise SpecError('profile gguf needs the gguf package: pip install "prunekit[gguf]"') from error
+        raise SpecError("profile gguf needs the gguf package: pip install gguf") from error
     return gguf
