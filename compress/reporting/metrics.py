@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from ..output.formatting import number
+from ..output.formatting import ERROR, number
 from .axes import finite, setting_text
 from .trials import CUT, PARAMETERS, Study
 
@@ -173,7 +173,13 @@ def main_metrics(study: Study) -> list[Metric]:
 def all_metrics(study: Study) -> list[Metric]:
     """Every measured value of every evaluator, under its own name."""
     names = dict.fromkeys((m.label, name) for trial in study.done for m in trial.metrics for name in m.pruned)
-    found = [Metric(label, name, f"{label}: {name}".replace("_", " ")) for label, name in names]
+    evaluators = evaluators_of(study)
+
+    def style(label: str, name: str) -> str:
+        mean = name == "mean" and evaluators[label] == "zero_shot"
+        return "accuracy" if mean or (label, name + ERROR) in names else "number"
+
+    found = [Metric(label, n, f"{label}: {n}".replace("_", " "), style=style(label, n)) for label, n in names]
     return [REMOVED, *(metric for metric in found if _measured(study, metric))]
 
 

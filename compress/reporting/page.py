@@ -11,7 +11,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ... import __version__
-from ..output.formatting import markdown_text, table
+from ..output.formatting import ERROR, markdown_text, table
+from .answers import answers
 from .axes import axis_title
 from .metrics import Metric, all_metrics
 from .protocols import Protocols, notes, summary_facts, versions
@@ -46,7 +47,7 @@ def _render(template: str, summary: Summary, plots: Sequence[Plot]) -> str:
     environment.filters |= {"links": links, "table": _markdown_table}
     study, protocols = summary.study, Protocols()
     main = _table(summary, summary.metrics, protocols)
-    every = _table(summary, all_metrics(study), protocols)
+    every = _table(summary, [m for m in all_metrics(study) if not m.name.endswith(ERROR)], protocols)
     rankings = [(metric.title, *ranking_table(summary, metric)) for metric in summary.quality]
     rows = [*main["dense"], *main["rows"]]
     return environment.from_string(_file(template)).render(
@@ -61,6 +62,7 @@ def _render(template: str, summary: Summary, plots: Sequence[Plot]) -> str:
         main=main,
         every=every,
         explanation=explanation(summary),
+        answers=answers(summary),
         rankings=[ranking for ranking in rankings if ranking[2]],
         ranking_explanation=EXPLANATION,
         published=compare_with_published(summary),

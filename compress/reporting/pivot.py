@@ -16,7 +16,7 @@ from ..files.yaml_plain import plain_data
 from ..output.formatting import number
 from .axes import axis_title, is_condition, is_repetition, key, setting_text
 from .compare import not_comparable
-from .metrics import Metric, all_metrics, evaluators_of, find, main_metrics
+from .metrics import REMOVED, Metric, all_metrics, evaluators_of, find, main_metrics
 from .statistics import FEW_SEEDS, mean_interval
 from .summary import ABOVE_DENSE
 from .trials import Study, Trial
@@ -217,7 +217,7 @@ class Cross:
     rows: list[Any]
     columns: list[Any]
     cells: dict[Place, dict[str, Any]]
-    """Value, least, largest and effect (NaN without trials); trials, planned, not_shared, and missing trials."""
+    """Value, least, largest, effect and share removed (NaN without trials); trials, planned, not_shared and missing."""
     settings: int
     """The settings of the other axes that each cell is averaged over; ``left_out`` are those that some cells lack."""
     left_out: int
@@ -290,6 +290,7 @@ def _effects(grid: Grid, question: Question, keys: pd.DataFrame) -> pd.DataFrame
     above = pd.Series([float(t.result is not None and t.result.strategy in ABOVE_DENSE) for t in trials])
     flops = find(main_metrics(grid.study), "cost.flops_ratio")
     frame["flops"] = flops.pruned(measured).fillna(above) if flops else above
+    frame["removed"] = REMOVED.pruned(measured)
     return frame
 
 
@@ -325,6 +326,7 @@ def _cross(
     cells = cells.assign(planned=planned, not_shared=found - cells["trials"]).join(counts)
     at = pd.Series(list(zip(measured["row"], measured["column"], strict=True)), measured.index, dtype=object)
     used = measured[measured["other"].isin(shared.index) & at.isin(list(shared))]
+    cells["removed"] = used.groupby(["row", "column"])["removed"].mean().reindex(places)
     others = [name for name in grid.axes if name not in axes and not (only and name == only[0])]
     over = {n: [v for v in grid.axes[n] if key(v) in set(keys.loc[used.index, n])] for n in others}
     over = {name: values for name, values in over.items() if values}

@@ -20,6 +20,7 @@ from ..output.formatting import markdown_text
 from ..output.formatting import table as markdown_table
 from .axes import axis_title, finite, setting_text
 from .command import write
+from .metrics import REMOVED, unequal
 from .pivot import ABOVE, BEST, DENSE, FEW_GROUPS, ROUNDING, TIE, Cross, Grid, Marks, Place, Question, cross, join
 from .protocols import Protocols, summary_facts
 from .style import HEAT, MUTED, WIDTH, Plot, colour_bar, drawing, finished, heat_map, ink_on
@@ -87,7 +88,9 @@ def cell_lines(table: Cross, place: Place) -> list[str]:
     parts = [f"n {cell['trials']}"] if cell["trials"] else []
     parts += [f"{cell[reason]} {reason}" for reason in table.reasons if cell[reason]]
     parts += ["shares no setting with the others"] if cell["not_shared"] and not cell["trials"] else []
-    return [*lines, ", ".join(parts)] if parts else lines
+    removed = finite(cell["removed"])
+    cut = "" if removed is None else f"{REMOVED.text(removed)} removed"
+    return [*lines, *filter(None, (", ".join(parts), cut))]
 
 
 def _symbol(table: Cross, place: Place) -> str:
@@ -96,7 +99,7 @@ def _symbol(table: Cross, place: Place) -> str:
 
 
 def notes(table: Cross) -> list[str]:
-    """Two sentences: what a cell is the mean of, and what the marks mean."""
+    """Sentences: what a cell is the mean of, what the marks mean, and whether the cells' costs are unequal."""
     marks, question = table.marks, table.question
     over = "; ".join(f"{axis_title(n)} ({', '.join(setting_text(n, v) for v in vs)})" for n, vs in table.over.items())
     cells = sum(cell["trials"] > 0 for cell in table.cells.values())
@@ -117,7 +120,24 @@ def notes(table: Cross) -> list[str]:
         parts.append(_test(marks))
     if marks.above_dense:
         parts.append(f"{ABOVE} computes no less than the dense model, not ranked")
-    return [f"{text}.", *([f"{'; '.join(parts)}."] if parts else [])]
+    return [f"{text}.", *([f"{'; '.join(parts)}."] if parts else []), *_unequal(table)]
+
+
+def _unequal(table: Cross) -> list[str]:
+    """A sentence where cells that compare removed unequal shares of the prunable parameters."""
+    question, apart = table.question, table.marks.apart
+    contests: dict[Place, list[float]] = {}
+    for (i, j), cell in table.cells.items():
+        if (removed := finite(cell["removed"])) is not None:
+            place = i if question.rows in apart else -1, j if question.columns in apart else -1
+            contests.setdefault(place, []).append(removed)
+    low, high = max(
+        ((min(each), max(each)) for each in contests.values()), key=lambda ends: ends[1] - ends[0], default=(0.0, 0.0)
+    )
+    if not unequal(low, high):
+        return []
+    ends = f"{REMOVED.text(low)} to {REMOVED.text(high)}"
+    return [f"At unequal cost: cells that are compared removed {ends} of the prunable parameters."]
 
 
 def _test(marks: Marks) -> str:
@@ -195,7 +215,7 @@ def pivot_csv(question: Question, tables: Sequence[Cross]) -> str:
     """One row for each cell of each table."""
     marks, rows = {BEST: "best", TIE: "not significantly worse"}, []
     reasons = list(dict.fromkeys(reason for table in tables for reason in table.reasons))
-    numbers = ["value", "least", "largest", "trials", "planned", "not_shared", *reasons]
+    numbers = ["value", "least", "largest", "removed", "trials", "planned", "not_shared", *reasons]
     for table in tables:
         for (i, j), cell in table.cells.items():
             rows.append({
@@ -210,7 +230,7 @@ def pivot_csv(question: Question, tables: Sequence[Cross]) -> str:
 
 
 def _heat_maps(question: Question, tables: Sequence[Cross]) -> list[Plot]:
-    """A heat map for each table; brighter is better, and all have the same scale."""
+    """A heat map for each table; darker is better, and all have the same scale."""
     effects = [e for table in tables for cell in table.cells.values() if (e := finite(cell["effect"])) is not None]
     low, high = min(effects, default=0.0), max(effects, default=1.0)
     words = [re.findall(r"[a-z0-9]+", heading(table).lower()) if table.only else [] for table in tables]

@@ -12,7 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from ...registry.roles.evaluation import STAGES
-from .axes import RATIO, STRATEGY_AXES, USE, finite, named_text, setting_text
+from ..output.formatting import share
+from .axes import RATIO, STRATEGY_AXES, USE, called, finite, named_text, setting_text
+from .front import front
 from .metrics import Metric
 from .style import (
     COLOURS,
@@ -40,6 +42,16 @@ WIDE = 2 * WIDTH + 0.4
 LOG_FROM = 20
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 COSTS = ("latency.prefill_ratio", "cost.flops_ratio")
+STAR: dict[str, Any] = {"marker": "*", "color": INK, "markersize": 10, "linestyle": "none"}
+DASHED = LINES[1]
+BAND = 0.1
+"""Height of a line for a value beyond the axis, as a share of the axis."""
+SMALLEST, STEP = 5.0, 5.0
+"""Size of the marks of the least ratio, and how much larger those of the largest are."""
+FRONT = "Pareto front, with ties"
+ON_FRONT = (
+    "None is significantly better at no more cost, and each is significantly better than what costs clearly less."
+)
 EXPENSIVE = 1.6
 """Cost relative to dense from which the axis of costs is logarithmic."""
 
@@ -54,8 +66,10 @@ LOOKS = {
 """Colour and hatch of each part, in every figure; neighbouring parts have different colours."""
 
 KINDS = {"attention": "attention", "mlp": "MLP"}
-MOST_BARS, MOST_ROWS, MOST_LINES = 30, 40, 8
-"""Maximum number of bars, of rows of a heat map, and of lines in a panel."""
+MANY_BARS, MOST_BARS, MOST_ROWS, MOST_LINES = 14, 30, 40, 8
+"""Bars from which each ratio has its own figure; maximum number of bars, of rows of a heat map, of lines in a panel."""
+CALM = 0.7
+"""Opacity of stacked bars."""
 WRITTEN = 16
 """Maximum number of layers for which a heat map's cells contain their number."""
 OVERLAPS = {"full_batch": "with full-batch probing", "between_batches": "between batches"}
@@ -65,7 +79,7 @@ def draw(summary: Summary) -> list[Plot]:
     """All plots for which there are data."""
     costs = [*filter(None, map(summary.metric, COSTS)), None]
     plots = [_quality(summary, quality, cost) for quality in summary.quality for cost in costs]
-    plots += [_time(summary), _operations(summary), _kept(summary), *(_overlap(summary, what) for what in OVERLAPS)]
+    plots += [*_time(summary), *_operations(summary), _kept(summary), *(_overlap(summary, what) for what in OVERLAPS)]
     return [plot for plot in plots if plot is not None]
 
 
@@ -74,7 +88,7 @@ def draw(summary: Summary) -> list[Plot]:
 
 @dataclass(frozen=True)
 class Series:
-    """Configurations along the ratio: colour and marker by their first setting, fill and line by the others."""
+    """Configurations along the ratio: colour by their first setting, marker and line by the others, if they vary."""
 
     name: str
     style: dict[str, Any]
@@ -92,16 +106,16 @@ def series_of(summary: Summary) -> list[Series]:
         others = ", ".join(named_text(name, c.settings.get(name)) for name in axes if name != first)
         groups.setdefault((one, others), []).append(c)
     firsts, seconds = (list(dict.fromkeys(pair[i] for pair in groups)) for i in (0, 1))
+    several = len(seconds) > 1
     series = []
     for pair, members in groups.items():
-        mark, line = firsts.index(pair[0]), seconds.index(pair[1])
-        colour = COLOURS[mark % len(COLOURS)]
+        colour, line = firsts.index(pair[0]), seconds.index(pair[1])
+        filling, shape = divmod(line if several else colour, len(MARKERS))
         style = {
-            "marker": MARKERS[mark % len(MARKERS)], "color": colour, "fillstyle": FILLS[line % len(FILLS)],
-            "markerfacecoloralt": "none", "markeredgecolor": colour, "markeredgewidth": 1.4,
-            "linestyle": LINES[line % len(LINES)],
+            "marker": MARKERS[shape], "color": COLOURS[colour % len(COLOURS)], "fillstyle": FILLS[filling % len(FILLS)],
+            "markeredgewidth": 1.4, "markersize": 6, "linestyle": LINES[line % len(LINES)],
         }  # fmt: skip
-        series.append(Series(", ".join(filter(None, pair)), style, members))
+        series.append(Series(called([*filter(None, pair)]), style, members))
     return series
 
 
@@ -138,42 +152,48 @@ def _quality(summary: Summary, quality: Metric, cost: Metric | None) -> Plot | N
     if dense is None or len(xs if cost else {*xs.values()}) < 2:
         return None
     series, start = series_of(summary), 1.0 if cost else 0.0
-    longest = max(len(name) for name in ("Pareto front", *(one.name for one in series)))
+    ratios = sorted({c.ratio for c in summary.configurations if c.number in xs and c.ratio is not None})
+    sizes = {ratio: SMALLEST + STEP * i / max(1, len(ratios) - 1) for i, ratio in enumerate(ratios)}
+    longest = max(len(name) for name in (FRONT, *(one.name for one in series)))
     columns = int(max(1, min(4, 72 / (longest + 5.5))))
     handles = [Line2D([], [], label=one.name, **one.style) for one in series]
     way = f"{'Higher' if quality.better == 'higher' else 'Lower'} is better"
-    with drawing(height=3.2 + 0.17 * math.ceil((len(series) + 1) / columns)) as figure:
+    with drawing(height=3.3 + 0.17 * math.ceil((len(series) + 5) / columns)) as figure:
         axes = figure.subplots()
+        drawn = {number: value for number, (value, _) in values.items() if number in xs}
+        beyond = [] if quality.better == "higher" else outliers(drawn, dense)
+        within = [dense, *(value for number, value in drawn.items() if number not in beyond)]
+        _quality_axis(axes, summary, quality, within)
+        if beyond:
+            _break_axis(axes, drawn, beyond, within)
         for one in series:
             shown = [c for c in one.members if c.number in xs]
-            if not shown:
-                continue
-            x, (y, sds) = [xs[c.number] for c in shown], zip(*(values[c.number] for c in shown), strict=True)
-            style = {**one.style, "elinewidth": 0.8, "capsize": 2, "zorder": 3}
-            if cost:
-                spread = [summary.cell(c, cost).sd or math.nan for c in shown]
-                axes.errorbar(x, y, yerr=sds, xerr=spread, **{**style, "linestyle": "none"})
-            else:
-                axes.plot((0, x[0]), (dense, y[0]), color=one.style["color"], linewidth=0.6, alpha=0.6)
-                axes.errorbar(x, y, yerr=sds, **style)
-        axes.plot(start, dense, "*", color=INK, markersize=10, clip_on=False, zorder=4)
-        axes.annotate(
-            "dense", (start, dense), (9, 0 if cost else -7), textcoords="offset points", va="center", fontsize=8
-        )
+            style = {**one.style, "linestyle": "none", "elinewidth": 0.8, "capsize": 2, "zorder": 3}
+            if shown and not cost:
+                path = [(0.0, dense), *((xs[c.number], drawn[c.number]) for c in shown)]
+                axes.plot(*zip(*path[:2], strict=True), color=one.style["color"], linewidth=0.6, alpha=0.6)
+                axes.plot(*zip(*path[1:], strict=True), **{**one.style, "marker": ""})
+            for c in shown:
+                across, sd = summary.cell(c, cost).sd or math.nan if cost else math.nan, values[c.number][1]
+                sd = math.nan if c.number in beyond else sd
+                size = sizes.get(c.ratio or 0.0, SMALLEST) if cost else style["markersize"]
+                point = xs[c.number], drawn[c.number]
+                axes.errorbar(*point, yerr=sd, xerr=across, **{**style, "markersize": size})
+                if c.number in beyond:
+                    text = quality.text(values[c.number][0])
+                    axes.annotate(text, point, (-9, 0), textcoords="offset points", ha="right", va="center", fontsize=7)
+        axes.plot(start, dense, clip_on=False, zorder=4, **STAR)
+        handles.append(Line2D([], [], label="dense", **STAR))
         axes.xaxis.set_major_formatter(percent)
         axes.margins(0.1)
         if cost:
-            # Missing seeds may be the bad ones: an incomplete configuration is drawn, but is not on the front.
-            able = [c for c in summary.configurations if c.number in xs
-                    and summary.cell(c, cost).complete and summary.cell(c, quality).complete]  # fmt: skip
-            points = [(1.0, dense), *((xs[c.number], values[c.number][0]) for c in able)]
-            front = pareto(points, quality.better == "higher")
-            line: dict[str, Any] = {"color": MUTED, "linewidth": 1}
-            ring: dict[str, Any] = {"marker": "o", "fillstyle": "none"}
-            stairs, ends = zip(*(points[index] for index in front), strict=True)
-            axes.step(stairs, ends, where="post", linestyle=LINES[1], zorder=1.5, **line)
-            axes.plot(stairs, ends, linestyle="none", markersize=13, zorder=1.6, **line, **ring)
-            handles.append(Line2D([], [], markersize=9, linestyle=LINES[1], label="Pareto front", **line, **ring))
+            dot: dict[str, Any] = {"marker": "o", "color": MUTED, "linestyle": "none"}
+            scale = sizes.items() if len(sizes) > 1 else ()
+            handles += [Line2D([], [], label=f"asked {share(ratio)}", markersize=size, **dot) for ratio, size in scale]
+            members, why = front(summary, quality, cost)
+            if members:
+                points = [(1.0, dense), *((xs[c.number], drawn[c.number]) for c in members)]
+                handles.append(_stairs(axes, points, quality.better == "higher"))
             if max(xs.values()) > EXPENSIVE:
                 axes.set_xscale("log")
                 axes.xaxis.set_major_locator(LogLocator(subs=(0.5, 0.7, 1, 1.5, 2, 3, 5, 7)))
@@ -182,22 +202,52 @@ def _quality(summary: Summary, quality: Metric, cost: Metric | None) -> Plot | N
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
             axes.set_xlabel(f"{cost.title}, share of dense")
-            caption = f"{way}. On the Pareto front: {'; '.join(['dense', *map(summary.name, able)][i] for i in front)}."
-            caption += " Configurations with missing seeds are not on it." * (len(able) < len(xs))
+            caption = f"{way}; larger marks are larger ratios. "
+            on = f"On the Pareto front: {', '.join(map(summary.name, members))}. {ON_FRONT}"
+            caption += on if members else f"No Pareto front: {why or 'the dense model is as good at no more cost'}."
+            missing = any(not summary.cell(c, quality).complete for c in summary.configurations if c.number in xs)
+            caption += " Configurations with missing seeds are not on it." * missing
             name, title = f"{quality.key}-{cost.key}", f"against {cost.title}"
         else:
             axes.set_xlim(left=0)
             axes.set_xticks([0, *sorted({*xs.values()})])
             axes.set_xlabel("pruning ratio asked for")
             bars = "; bars are standard deviations over seeds" if summary.repeated else ""
-            caption, name, title = (
-                f"{way}, from the dense model at 0%{bars}.",
-                f"{quality.key}-by-ratio",
-                "by pruning ratio",
-            )
-        _quality_axis(axes, summary, quality, [dense, *(values[number][0] for number in xs)])
+            name, title = f"{quality.key}-by-ratio", "by pruning ratio"
+            caption = f"{way}, from the dense model at 0%{bars}."
+        caption += " Above the dotted line values are written, not to scale." if beyond else ""
         figure.legend(handles=handles, loc="outside lower left", ncols=columns, handlelength=2, columnspacing=1)
         return finished(figure, name, f"{quality.title[:1].upper()}{quality.title[1:]} {title}", caption)
+
+
+def _stairs(axes: Axes, points: Sequence[tuple[float, float]], higher: bool) -> Line2D:
+    """Draw the front's line and a ring around each point but the first, the dense model; the legend's entry."""
+    line: dict[str, Any] = {"color": MUTED, "linewidth": 1}
+    ring: dict[str, Any] = {"marker": "o", "fillstyle": "none"}
+    best = [points[index] for index in pareto(points, higher)]
+    axes.step(*zip(*best, strict=True), where="post", linestyle=DASHED, zorder=1.5, **line)
+    axes.plot(*zip(*points[1:], strict=True), linestyle="none", markersize=15, zorder=1.6, **line, **ring)
+    return Line2D([], [], markersize=9, linestyle=DASHED, label=FRONT, **line, **ring)
+
+
+def outliers(values: Mapping[int, float], dense: float) -> list[int]:
+    """The keys of the largest values, ascending, if these are at most a quarter and take more than half of an axis."""
+    ordered = sorted(values, key=lambda number: values[number])
+    for first in range(len(ordered) - 1, len(ordered) - 1 - len(ordered) // 4, -1):
+        low, top = min(dense, values[ordered[0]]), values[ordered[first - 1]]
+        if values[ordered[first]] - low > 2 * (top - low) > 0:
+            return ordered[first:]
+    return []
+
+
+def _break_axis(axes: Axes, drawn: dict[int, float], beyond: Sequence[int], within: Sequence[float]) -> None:
+    """End the axis above the values within, and place those beyond in order above a dotted line."""
+    low, top = min(within), max(within)
+    step, end = BAND * (top - low), top + BAND * (top - low)
+    axes.set_ylim(low - step, end + step * len(beyond))
+    axes.set_yticks([tick for tick in axes.get_yticks() if low - step <= tick <= end])
+    axes.axhline(end, color=MUTED, linewidth=0.8, linestyle=":")
+    drawn.update({number: end + step * (place + 0.5) for place, number in enumerate(beyond)})
 
 
 def _quality_axis(axes: Axes, summary: Summary, quality: Metric, values: Sequence[float]) -> None:
@@ -219,7 +269,7 @@ Sides = Mapping[str, Mapping[str, Any]]
 """Amounts by part, of the ``dense`` and the ``pruned`` model."""
 
 
-def _time(summary: Summary) -> Plot | None:
+def _time(summary: Summary) -> list[Plot]:
     sides = [_details(c, "latency").get("breakdown") or {} for c in summary.configurations]
     caption = (
         "Seconds of one prefill by part, relative to dense; measured with timers, apart from the ratios in the table."
@@ -227,7 +277,7 @@ def _time(summary: Summary) -> Plot | None:
     return _stacked(summary, sides, TIME_PARTS, "Where the time goes", caption)
 
 
-def _operations(summary: Summary) -> Plot | None:
+def _operations(summary: Summary) -> list[Plot]:
     results = [next((m for m in c.first.metrics if m.evaluator == "cost"), None) for c in summary.configurations]
     sides = [{"dense": r.dense or {}, "pruned": r.pruned} if r else {} for r in results]
     caption = (
@@ -237,11 +287,22 @@ def _operations(summary: Summary) -> Plot | None:
     return _stacked(summary, sides, FLOP_PARTS, "Where the operations go", caption)
 
 
-def _stacked(summary: Summary, sides: Sequence[Sides], order: Sequence[str], title: str, caption: str) -> Plot | None:
-    """A bar for every configuration, each dense model's before its first."""
+def _stacked(summary: Summary, sides: Sequence[Sides], order: Sequence[str], title: str, caption: str) -> list[Plot]:
+    """A bar for every configuration, each dense model's before its first; of many bars a figure for each ratio."""
+    pairs = list(zip(summary.configurations, sides, strict=True))
+    ratios = list(dict.fromkeys(c.ratio for c in summary.configurations))
+    if len(pairs) + len(summary.dense) < MANY_BARS or len(ratios) < 2:
+        return _bars(summary, pairs, order, title, caption)
+    parts = [(f"{title} at {share(ratio)}", [pair for pair in pairs if pair[0].ratio == ratio]) for ratio in ratios]
+    return [plot for name, own in parts for plot in _bars(summary, own, order, name, caption)]
+
+
+def _bars(
+    summary: Summary, pairs: Sequence[tuple[Configuration, Sides]], order: Sequence[str], title: str, caption: str
+) -> list[Plot]:
     bars: dict[str, list[float]] = {}
     floors: dict[str, float | None] = {}
-    for c, each in zip(summary.configurations, sides, strict=True):
+    for c, each in pairs:
         dense, pruned = (
             [finite(each.get(side, {}).get(part)) or 0.0 for part in order] for side in ("dense", "pruned")
         )
@@ -251,7 +312,7 @@ def _stacked(summary: Summary, sides: Sequence[Sides], order: Sequence[str], tit
             bars[summary.name(c)] = [value / whole for value in pruned]
             floors[summary.name(c)] = finite(each["pruned"].get("floor_ratio"))
     if not bars:
-        return None
+        return []
     if len(bars) > MOST_BARS:
         caption += f" The first {MOST_BARS} of {len(bars)} bars."
         bars = dict(list(bars.items())[:MOST_BARS])
@@ -263,7 +324,7 @@ def _stacked(summary: Summary, sides: Sequence[Sides], order: Sequence[str], tit
             colour, hatch = LOOKS[part]
             axes.barh(
                 range(len(bars)), widths, left=starts, height=0.72, linewidth=0.6, color=COLOURS[colour],
-                edgecolor=PAPER, hatch=HATCHES[hatch], label=PART_TITLES.get(part, part.replace("_", " ")),
+                alpha=CALM, edgecolor=PAPER, hatch=HATCHES[hatch], label=PART_TITLES.get(part, part.replace("_", " ")),
             )  # fmt: skip
             starts = [start + width for start, width in zip(starts, widths, strict=True)]
         for row, floor in enumerate(map(floors.get, bars)):
@@ -277,7 +338,8 @@ def _stacked(summary: Summary, sides: Sequence[Sides], order: Sequence[str], tit
         axes.xaxis.set_major_formatter(percent)
         axes.set_xlabel("share of dense")
         figure.legend(loc="outside lower left", ncols=min(len(parts), 9), handlelength=1.6, columnspacing=1.2)
-        return finished(figure, f"where-{title.split()[2]}", title, caption, wide=True)
+        name = "-".join(["where", *(word.rstrip("%") for word in (title.split()[2], *title.split()[5:]))])
+        return [finished(figure, name, title, caption, wide=True)]
 
 
 def _details(c: Configuration, evaluator: str) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..files.dotted import resolved_settings
-from ..output.formatting import number
-from ..runs.records import RunResult
+from ..output.formatting import named_layers, number
+from ..runs.records import EvaluatorResult, RunResult
 from .axes import finite
 from .summary import Configuration, Summary
 from .trials import Study, Trial
@@ -40,12 +40,13 @@ class Protocols:
     def __init__(self) -> None:
         self._known: dict[str, Protocol] = {}
 
-    def of(self, label: str, trials: Iterable[Trial]) -> Protocol | None:
+    def of(self, label: str, trials: Sequence[Trial]) -> Protocol | None:
         """The protocol of an evaluator in these trials; None if it did not run."""
         found = [metric for trial in trials if (metric := trial.metric(label))]
         if not found:
             return None
-        facts = tuple(merged(metric.protocol for metric in found).items())
+        own = [_own(trial, metric) for trial in trials if (metric := trial.metric(label))]
+        facts = tuple(merged(own).items())
         notes = tuple(dict.fromkeys(note for metric in found for note in metric.notes))
         key = json.dumps([label, facts, notes])
         return self._known.setdefault(key, Protocol(len(self._known) + 1, label, facts, notes))
@@ -68,6 +69,13 @@ class Protocols:
             }
             for label, facts in found.items()
         }
+
+
+def _own(trial: Trial, metric: EvaluatorResult) -> dict[str, Any]:
+    """A protocol in which the protocols of the trial's other evaluators are named, not repeated."""
+    facts = metric.protocol.items()
+    others = {key: each.label for key, value in facts for each in trial.metrics if value == each.protocol}
+    return {key: f"as listed for {others[key]}" if key in others else value for key, value in facts}
 
 
 def merged(protocols: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -117,13 +125,17 @@ def summary_facts(study: Study) -> list[tuple[str, str]]:
         ),
         "Calibrated on": _distinct(f"{c.text}, {c.sequences} sequences of {c.length} tokens" for c in calibrations)
         or "nothing",
-        "Layers not pruned": _distinct(fact(skipped) or "none" for skipped in layers if isinstance(skipped, list)),
+        "Not pruned": _distinct(_layers(skipped) for skipped in layers if isinstance(skipped, list)),
         "Machine": _distinct(map(_machine, results)),
         "Trials": study.progress + (f", {seconds / 60:.1f} min" if seconds else ""),
         "Run": " to ".join(dict.fromkeys((days[0], days[-1]))),
         "Software": ", ".join(f"{n} {used[n]}" for n in ("prunekit", "torch", "transformers") if n in used),
     }
     return [(name, text) for name, text in facts.items() if text]
+
+
+def _layers(listed: list[Any]) -> str:
+    return named_layers(listed) if all(isinstance(layer, int) for layer in listed) else fact(listed)
 
 
 def versions(study: Study) -> list[tuple[str, str]]:

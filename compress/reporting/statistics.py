@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from ..output.formatting import ERROR
 from ..runs.records import EvaluatorResult
 from .axes import finite, is_repetition, key
 from .metrics import Metric
@@ -200,7 +201,9 @@ def difference(metric: Metric, best: Sample, other: Sample) -> Difference:
     tests = (_over_windows(metric, best, other), over_seeds, _over_questions(metric, best, other))
     intervals = tuple(found for found in tests if found)
     questions = any(one.unit == "question" for one in intervals)
-    error = None if questions else _standard_error(metric, best, other)
+    errors = [] if questions else [standard_error(metric, sample.trials[0]) for sample in (best, other)]
+    known = [one for one in errors if one is not None]
+    error = math.hypot(*known) if len(known) == 2 else None
     doubts = [INCLUDES_ZERO if one.text else f"only {one.over} measured" for one in intervals if one.low <= 0]
     if spread and not over_seeds and len(seeds) == 2 and min(seeds) <= 0:
         doubts.append("the two seeds disagree")
@@ -293,16 +296,12 @@ def _scores(metric: Metric, trial: Trial, mean: float) -> dict[str, list[float]]
     return dict(scores) if math.isclose(fmean(map(fmean, scores.values())), mean, abs_tol=1e-9) else {}
 
 
-def _standard_error(metric: Metric, best: Sample, other: Sample) -> float | None:
-    """Of the difference of two mean accuracies, from the tasks' standard errors, taken as independent."""
-    if metric.style != "accuracy":
-        return None
-    results = [sample.trials[0].metric(metric.label) for sample in (best, other)]
-    errors = [[finite(v) for n, v in r.pruned.items() if n.endswith("_stderr")] if r else [] for r in results]
-    known = [error for side in errors for error in side if error is not None]
-    if not all(errors) or len(known) < sum(map(len, errors)):
-        return None
-    return math.hypot(*known) / len(errors[1])
+def standard_error(metric: Metric, trial: Trial) -> float | None:
+    """Of a mean accuracy, from the tasks' standard errors, taken as independent; None if any is not known."""
+    result = trial.metric(metric.label) if metric.style == "accuracy" else None
+    errors = [finite(value) for name, value in result.pruned.items() if name.endswith(ERROR)] if result else []
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
 def not_paired(a: EvaluatorResult, b: EvaluatorResult) -> str | None:

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 INK, MUTED, RULE, PAPER = "#16191d", "#59616b", "#d8dce1", "#fdfefe"
@@ -22,11 +22,13 @@ INK, MUTED, RULE, PAPER = "#16191d", "#59616b", "#d8dce1", "#fdfefe"
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4e9b", "#8c6d46")
 """Okabe and Ito's palette without yellow and black, which have little contrast on white and black, and two more."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
-FILLS = ("full", "none", "left", "top")
+MARKERS = ("o", "s", "^")
+"""They differ clearly at the smallest size; further series have open ones."""
+FILLS = ("full", "none")
 LINES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 HATCHES = ("", "///", "xxx", "\\\\\\")
-HEAT = matplotlib.colormaps["cividis"]
+HEAT = LinearSegmentedColormap.from_list("calm", ("#eef3f7", "#8fb9d3", "#0b4f7d"))
+"""From light for small values to dark for large ones."""
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"} | {
     colour: f"--c{index}" for index, colour in enumerate(COLOURS)
@@ -115,7 +117,7 @@ def heat_map(
     columns: Sequence[str],
     rows: Sequence[str],
 ) -> QuadMesh:
-    """Draw cells of colour, bright for good ones, with the titles of columns and rows; ``ends`` are of the scale."""
+    """Draw cells of colour, dark for good ones, with the titles of columns and rows; ``ends`` are of the scale."""
     mesh = panel.pcolormesh(values, cmap=colours, vmin=ends[0], vmax=ends[1], edgecolors=PAPER, linewidth=0.8)
     panel.grid(False)
     panel.spines[:].set_visible(False)

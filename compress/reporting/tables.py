@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 
 from ..output.formatting import number
-from .axes import RATIO, axis_title, finite, setting_text
+from .axes import RATIO, USE, axis_title, finite, setting_text
 from .metrics import Metric, all_metrics, evaluators_of
 from .protocols import Protocol, Protocols
 from .ranking import marked
+from .statistics import standard_error
 from .summary import Configuration, Summary
 from .trials import RELATIVE
 
@@ -100,13 +101,21 @@ def _about(summary: Summary, c: Configuration, metric: Metric) -> str:
 
 
 def explanation(summary: Summary) -> list[str]:
-    """At most two sentences: how to read the main table's values, and its marks."""
+    """How to read the main table's values, what they do not say, and its marks."""
     evaluators, lines = evaluators_of(summary.study), []
     relative = [m.title for m in summary.metrics if m.relative or (evaluators[m.label], m.name) in RELATIVE]
     parts = [f"{', '.join(relative)}: relative to the dense model of the same run"] if relative else []
     seeds = ", ".join(map(axis_title, summary.repeated))
     parts += [f"values are mean ± standard deviation (n - 1) over {seeds}"] if seeds else []
     lines += [f"{'; '.join(parts)}."] if parts else []
+    for metric in summary.metrics:
+        errors = [standard_error(metric, c.first) for c in summary.configurations]
+        if known := [error for error in errors if error is not None]:
+            apart = ", which ± over seeds does not contain" if summary.repeated else ""
+            lines.append(f"The standard error of {metric.title} is up to {100 * max(known):.1f} points{apart}.")
+    probing = dict.fromkeys(setting_text(USE, c.strategy) for c in summary.configurations if _probes(c))
+    if probing and summary.metric("cost.parameters_ratio"):
+        lines.append(f"Parameters of {' and '.join(probing)} are those that a batch uses; all weights stay in memory.")
     if marked(summary):
         same = " and ".join(map(axis_title, [RATIO, *summary.conditions]))
         lines.append(
@@ -115,6 +124,11 @@ def explanation(summary: Summary) -> list[str]:
             "times and PRR are not, as they vary from run to run."
         )
     return lines
+
+
+def _probes(c: Configuration) -> bool:
+    """Whether it chooses for every batch: the cost evaluator counted operations of a probe."""
+    return any(found.evaluator == "cost" and (finite(found.pruned.get("probe")) or 0) > 0 for found in c.first.metrics)
 
 
 def table_csv(summary: Summary) -> str:

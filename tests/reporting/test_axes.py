@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prunekit.compress.reporting.answers import answers
 from prunekit.compress.reporting.axes import is_condition, is_method
 from prunekit.compress.reporting.ranking import conclusion, ranking_table
 from prunekit.compress.reporting.ranking import marked as best
@@ -81,6 +82,14 @@ def test_compensations_compete_and_texts_do_not(study):
     assert marked == {"PP (mean, far)", "PP (mean, near)"}
     bold = "Bold: the best mean at the same ratio and text, and all that are not significantly worse"
     assert explanation(table)[-1].startswith(bold)
+
+
+def test_each_axis_of_methods_has_an_answer_in_one_sentence(study):
+    assert answers(summarise(study(ratios=(0.2, 0.4)))) == [
+        "Compensation, against none: mean changes perplexity by -14.9% (PP) and -16.8% (FLAP).",
+        "All cells: prunekit pivot my study.sqlite --rows strategy --columns compensation --by prune.ratio.",
+    ]
+    assert answers(summarise(study(["pp"]))) == []  # nothing but compensation varies, and it is ranked
 
 
 def test_every_method_is_ranked_within_its_condition(study):

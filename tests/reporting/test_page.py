@@ -11,6 +11,7 @@ import pytest
 from prunekit.compress.reporting.page import html, links
 from prunekit.compress.reporting.plots import draw
 from prunekit.compress.reporting.summary import summarise
+from prunekit.compress.reporting.tables import explanation
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -115,7 +116,19 @@ def test_numbers_lead_to_their_protocol_without_a_script(page):
     targets = set(re.findall(r'popovertarget="([^"]+)"', page))
     assert targets and all(f'<div popover class="protocol" id="{target}"' in page for target in targets)
     assert page.count("strangers own: score") and "a plugin" in page
-    assert "<dt>Layers not pruned</dt><dd>0</dd>" in page  # what the pipeline says, not what happens to keep all units
+    assert "<dt>Not pruned</dt><dd>layer 0</dd>" in page  # what the pipeline says, not what happens to keep all units
+
+
+def test_on_a_phone_the_settings_are_in_one_cell(page):
+    assert '<th scope="row">PP<span class="folded">40%</span></th>' in page
+    assert '<th scope="col" class="setting" title="prune.use">strategy<span class="folded">ratio</span></th>' in page
+    assert "table:not(.plain) :is(td.setting, th.setting:not(:first-child)) { display: none; }" in page
+
+
+def test_what_numbers_do_not_say_is_below_the_table(make_study):
+    lines = " ".join(explanation(summarise(make_study(["pp", "flap"], seeds=(0, 1)))))
+    assert "The standard error of zero-shot is up to 1.4 points, which ± over seeds does not contain." in lines
+    assert "Parameters of PP are those that a batch uses; all weights stay in memory." in lines
 
 
 def browse(page: str, tmp_path, *options: str) -> tuple[str, str]:

@@ -78,7 +78,10 @@ def test_the_tables_are_printed_and_written(store, tmp_path):
     assert rows[0]["mark"] == "best" and float(rows[0]["least"]) <= float(rows[0]["value"]) <= float(rows[0]["largest"])
     page = (out / "pivot.md").read_text(encoding="utf-8")
     assert (
-        page.count("![") == 3 and "| **1.20" in page and "n 3, 1 failed)" in page and "## How it was measured" in page
+        page.count("![") == 3
+        and "| **1.20" in page
+        and "n 3, 1 failed, 40.0% removed)" in page
+        and "## How it was measured" in page
     )
 
 
@@ -90,7 +93,13 @@ def test_an_existing_folder_is_replaced_only_when_asked(store, tmp_path):
     assert command(source, "--out", out, "--overwrite")[0] == 0
     svg = (out / "plots" / "pivot.svg").read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', svg)
-    assert len(ids) == len(set(ids)) and ">FLAP<" in svg and "n 3, 1 failed" in svg and "ratio to dense" in svg
+    assert (
+        len(ids) == len(set(ids))
+        and ">FLAP<" in svg
+        and "n 3, 1 failed" in svg
+        and "40.0% removed" in svg
+        and "ratio to dense" in svg
+    )
 
 
 def test_several_stores_get_an_axis(store):

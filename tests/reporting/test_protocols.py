@@ -37,9 +37,16 @@ def test_values_that_differ_are_listed_and_many_are_counted(make_study):
     assert found["sites"] == "1 / 2 / 0" and found["limit"] == "6 different values" and found["batches"] == "4"
 
 
+def test_a_protocol_inside_another_is_named_not_repeated(make_study):
+    source = make_study(["pp"], [0.4])
+    (trial,) = source.trials
+    trial.metric("prr").protocol["perplexity"] = dict(trial.metric("perplexity").protocol)
+    assert dict(Protocols().of("prr", source.trials).facts)["perplexity"] == "as listed for perplexity"
+
+
 def test_the_facts_of_all_trials(make_study):
     facts = dict(summary_facts(make_study(["pp"], [0.4], seeds=(0, 1))))
     assert facts["Model"] == "bundled (LlamaForCausalLM, 5,800,000 parameters, float32)"
     assert facts["Measured on"] == ("bundled reference-evaluation, tokens 3839, windows 30, window 128, batch size 20")
-    assert facts["Layers not pruned"] == "0" and facts["Machine"] == "Some Processor, 2 threads, cpu"
+    assert facts["Not pruned"] == "layer 0" and facts["Machine"] == "Some Processor, 2 threads, cpu"
     assert facts["Trials"] == "2 of 2 trials done, 0.4 min" and facts["Run"] == "2026-01-02"
