@@ -13,12 +13,23 @@ if TYPE_CHECKING:
     from .pruning.prune import prune
     from .pruning.pruned import Pruned
     from .runs.pipeline import Pipeline
+    from .runs.text import calibration_batches
 
-__all__ = ["Exporter", "Pipeline", "PipelineSpec", "Pruned", "evaluate", "load", "prune"]
+__all__ = [
+    "Exporter",
+    "Pipeline",
+    "PipelineSpec",
+    "Pruned",
+    "calibration_batches",
+    "evaluate",
+    "load",
+    "prune",
+]
 
 _HOMES = {
     "prune": "pruning.prune",
     "Pruned": "pruning.pruned",
+    "calibration_batches": "runs.text",
     "Pipeline": "runs.pipeline",
     "PipelineSpec": "files.spec",
     "Exporter": "export.exporting",
@@ -31,4 +42,6 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that ``prunekit --help`` does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("prune", "Pruned"):
+        importlib.import_module(".export.saving", __name__)  # registers what Pruned.save calls
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

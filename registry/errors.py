@@ -23,6 +23,10 @@ class DataError(PrunekitError):
     """Calibration or evaluation text, or a batch, that is missing, empty, too short or too long."""
 
 
+class PruneWarning(UserWarning):
+    """What to know of a pruning that went well, such as a cut that rounds to nothing."""
+
+
 class StoreError(PrunekitError):
     """A results store of ablations that cannot be opened, written or resumed."""
 

@@ -190,7 +190,7 @@ def test_a_paired_evaluator_measures_dense_itself(content, plugin):
     (metric,) = record.metrics
     assert metric.dense["size"] > metric.pruned["size"]
     assert set(metric.pruned) == {"size"}
-    assert record.notes[1:] == ["pair: a note"]
+    assert record.notes[2:] == ["pair: a note"]
     assert record.calibration is None
     assert record.plugins[f"file {plugin}"] == ["evaluators/pair"]
 
@@ -204,9 +204,9 @@ def test_an_evaluators_options_need_no_hash(content, plugin):
 @pytest.mark.parametrize(
     ("options", "notes"),
     [
-        # Of 2 groups none can go at 40%, of 48 channels 19; at 50% all is as asked.
-        ({}, ["40% of the units were asked, 19.8% are cut; attention: 2 units cannot lose 40%, so none is dropped"]),
-        ({"ratio": 0.02, "skip_layers": [0]}, ["attention: 2 units cannot lose 2%, so none is dropped in 2 layers"]),
+        # Of 2 groups none can go at 40%, of 48 channels 19; at 50% all is as requested.
+        ({}, ["40% of 2 key/value groups rounds down to 0, so no heads are pruned in 3 layers", "requested 40%; "]),
+        ({"ratio": 0.02, "skip_layers": [0]}, ["3% of 2 key/value groups rounds down to 0"]),
         ({"ratio": 0.5}, []),
         ({"ratio": 0}, []),
         ({"ratio": None, "allocator": {"name": "explicit", "attention": [0] * 3, "mlp": [0] * 3}}, []),

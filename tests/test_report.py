@@ -122,7 +122,7 @@ def test_accuracies_are_in_percent_with_their_error_and_compared_in_points(recor
 def test_the_report_states_protocol_cut_and_notes(record):
     text = report.markdown(record)
     for words in (
-        "asked for 40%, removed 39% of the prunable parameters (37.5% of the units)",
+        "requested 40%; removed 39.0% of the prunable parameters (37.5% of units)",
         "| perplexity  | 40.00 | 60.00  | x 1.5  |",
         "**perplexity**: window 512, tokens 100, separator '\\n\\n'",
         "- mind this",

@@ -298,22 +298,22 @@ def test_calibration_draws_without_replacement_in_seeded_order(tokenizer):
     stream = with_bos(token_stream(documents, tokenizer), tokenizer)
     pieces = {tuple(piece.tolist()) for piece in stream[: len(stream) // 8 * 8].view(-1, 8)}
 
-    batches = calibration_batches(documents, tokenizer, sequences=10, length=8, batch_size=4, seed=3)
+    batches = calibration_batches(tokenizer, documents, sequences=10, length=8, batch_size=4, seed=3)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 8), (4, 8), (2, 8)]
     assert all(bool((batch["attention_mask"] == 1).all()) for batch in batches)
     drawn = [tuple(row.tolist()) for batch in batches for row in batch["input_ids"]]
     assert len(set(drawn)) == 10 and set(drawn) <= pieces
 
-    again = calibration_batches(documents, tokenizer, sequences=10, length=8, batch_size=4, seed=3)
-    other = calibration_batches(documents, tokenizer, sequences=10, length=8, batch_size=4, seed=4)
+    again = calibration_batches(tokenizer, documents, sequences=10, length=8, batch_size=4, seed=3)
+    other = calibration_batches(tokenizer, documents, sequences=10, length=8, batch_size=4, seed=4)
     assert fingerprint(again) == fingerprint(batches) != fingerprint(other)
 
-    everything = calibration_batches(documents, tokenizer, sequences=20, length=8, batch_size=20, seed=0)
+    everything = calibration_batches(tokenizer, documents, sequences=20, length=8, batch_size=20, seed=0)
     assert {tuple(row.tolist()) for row in everything[0]["input_ids"]} == pieces
 
 
 def test_too_little_calibration_text_says_how_much_there_is(tokenizer):
     with pytest.raises(DataError, match=r"my text gives 2 sequences of 8 tokens \(21 tokens in all\).*asks for 3"):
-        calibration_batches([words(20)], tokenizer, sequences=3, length=8, batch_size=1, seed=0, label="my text")
+        calibration_batches(tokenizer, [words(20)], sequences=3, length=8, batch_size=1, seed=0, label="my text")
     with pytest.raises(DataError, match=r"has 21 tokens, less than one sequence of 64"):
-        calibration_batches([words(20)], tokenizer, sequences=1, length=64, batch_size=1, seed=0)
+        calibration_batches(tokenizer, [words(20)], sequences=1, length=64, batch_size=1, seed=0)

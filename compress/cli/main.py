@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # prune() warns of its notes, and commands print them. (Importing the warning's class would import torch.)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"prunekit\.compress\.")
     stopping.install()
     app()
 

@@ -63,7 +63,7 @@ class Engine:
         self._cache_indices = cache_indices(model, self.layers, self.all_sites or sites)
         self.decoder = model.get_submodule(layers.rpartition(".")[0])
         """The module that owns the layers: one call of it is one batch."""
-        self.is_suspended = self._removed = False
+        self.is_suspended = self.is_removed = False
         self._undo: list[Callable[[], Any]] = []
         self._use(strategy, trace)
         try:
@@ -150,7 +150,7 @@ class Engine:
         """Remove everything from the model: afterwards it is bit-identical to before, and stays so."""
         with self._lock:  # a batch that passes in another thread ends as it began
             self.shared.running.usual = self.shared.running.applied = "dense"
-            self._removed = True
+            self.is_removed = True
             self._uninstall()
 
     @contextmanager
@@ -166,7 +166,7 @@ class Engine:
         finally:
             with self._lock:
                 self.is_suspended = False
-                if not self._removed:
+                if not self.is_removed:
                     self._install()
                 self._switch(previous)
 
@@ -257,7 +257,7 @@ class Engine:
     def _apply(self) -> None:
         """Put the modules in the mode of this thread."""
         with self._lock:
-            if not (self._removed or self.is_suspended):
+            if not (self.is_removed or self.is_suspended):
                 self._enter(self.mode)
 
     def _enter(self, mode: Mode) -> None:

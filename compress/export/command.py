@@ -13,7 +13,7 @@ from ..files.spec import PipelineSpec
 from ..files.yaml_file import read_yaml
 from ..models.exported.manifest import Manifest
 from ..output import printing
-from ..output.formatting import share
+from ..output.formatting import achieved
 from ..output.records import as_number
 from ..runs.records import Comparison, RunResult, read_results
 from .card import damages, metric_heads, metric_rows
@@ -77,13 +77,9 @@ def source_of(source: Path, settings: Sequence[str], plugins: Sequence[Path]) ->
 
 def show(manifest: Manifest) -> None:
     """Print the cut and the measurements of an export."""
-    ratio = manifest.ratio
-    printing.say(
-        f"{manifest.strategy} on {manifest.base.name} as {manifest.profile}: {share(ratio.units_cut)} "
-        f"of the units and {share(ratio.prunable_parameters_cut)} of the prunable parameters cut"
-    )
+    printing.say(f"{manifest.strategy} on {manifest.base.name} as {manifest.profile}: {achieved(manifest.ratio)}")
     if manifest.rounding:
-        printing.say(rounding_sentence(manifest.rounding, ratio.asked))
+        printing.say(rounding_sentence(manifest.rounding, manifest.ratio.asked))
     printing.show_table((*metric_heads(manifest)[:-1], "exported"), metric_rows(manifest))
     for line in freezing_costs(manifest):
         printing.say(line)

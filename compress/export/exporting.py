@@ -39,7 +39,7 @@ from ..pruning.pruned import Pruned
 from ..runs.measuring import Measuring, Unpruned
 from ..runs.pipeline import calibration_of, check_lengths, labelled, pinned
 from ..runs.plan import Say, planned, silent
-from ..runs.provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
+from ..runs.provenance import about_cut, about_model, plugins_used, versions
 from ..runs.records import RunResult
 from . import dynamic_state
 from .card import card
@@ -129,7 +129,7 @@ class Exporter:
             active = pruned.active_parameters()
             ids = some_tokens(loaded, batches)
             name = folder.target.name
-            self._notes += notes_on_cut(pruned, cut)
+            self._notes += [*pruned.notes]
             self._notes += write_model(profile, pruned, loaded.tokenizer, partial, self.shard_size, name)
             if profile.needs_one_cut:
                 write_kept(partial, pruned.sites_kept)

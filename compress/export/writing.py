@@ -55,7 +55,8 @@ def write_model(
         write_weights(folder, tensors, shard_size)
         config.save_pretrained(folder)
         _save_generation(getattr(pruned.model, "generation_config", None), folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     return ()
 
 

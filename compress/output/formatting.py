@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .reading import brief
+from .records import Ratio
 
 TIE = 0.01
 """Perplexities closer than this share are called equal, where nothing is known of their spread."""
@@ -97,6 +98,13 @@ def value_text(values: Mapping[str, Any] | None, name: str) -> str:
     """A measured value: ``80.0% ± 13.3`` for an accuracy with its standard error, else :func:`number`."""
     known = accuracy_of(values, name)
     return f"{100 * known[0]:.1f}% ± {100 * known[1]:.1f}" if known else number((values or {}).get(name))
+
+
+def achieved(ratio: Ratio) -> str:
+    """ "requested 20%; removed 15.0% of the prunable parameters (10.0% of units)"."""
+    asked = "" if ratio.asked is None else f"requested {share(ratio.asked)}; "
+    parameters, units = (f"{100 * cut:.1f}%" for cut in (ratio.prunable_parameters_cut, ratio.units_cut))
+    return f"{asked}removed {parameters} of the prunable parameters ({units} of units)"
 
 
 def extent(ends: dict[str, float]) -> str:

@@ -1,14 +1,73 @@
-"""How compensation went: a record for results, and notes on too little text and on sites that fell back."""
+"""How pruning went, in sentences: how much was cut, and how compensation went."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ...registry import Compensator, NoCompensation, Site
+from ...registry import Compensator, NoCompensation, Site, SiteKind, Strategy
 from ..engine.compensation import SiteCompensation
-from ..output.formatting import extent
+from ..output.formatting import achieved, extent, share
+from ..output.records import Ratio
+
+FAR = 0.02
+"""Difference of the requested and the achieved cut from which it is worth a note."""
+
+Counts = Mapping[tuple[int, SiteKind], int]
+"""Kept units by layer and kind; sites of skipped layers are not among them."""
+
+
+def ratio_of(sites: Sequence[Site], counts: Counts, asked: float | None) -> Ratio:
+    """The cut as requested and as achieved, over all sites of the model, those of skipped layers too."""
+    kept = {site: counts.get((site.layer, site.kind), site.units) for site in sites}
+    lost = sum((site.units - kept[site]) * site.unit_parameters for site in sites)
+    return Ratio(
+        asked=asked,
+        units_cut=round(sum(1 - kept[site] / site.units for site in sites) / len(sites), 6),
+        prunable_parameters_cut=round(lost / sum(site.units * site.unit_parameters for site in sites), 6),
+    )
+
+
+def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, ratio: Ratio) -> list[str]:
+    """Notes on sites where the requested cut rounds to nothing, and on a cut far from what was requested."""
+    if not ratio.asked:
+        return []
+    layers, inside = len({site.layer for site in sites}), len({layer for layer, _ in counts})
+    cut = strategy.site_ratio(ratio.asked, layers, layers - inside)
+    # Where scores distribute the ratio, a site that keeps everything is their decision, not a rounding.
+    whole = [] if strategy.allocator.needs_scores else [s for s in sites if counts.get((s.layer, s.kind)) == s.units]
+    alike = Counter((site.kind, site.units, _is_grouped(site)) for site in whole)
+    notes = [_rounding(*site, number, cut, cut / ratio.asked) for site, number in alike.items()]
+    if min(abs(found - ratio.asked) for found in (ratio.units_cut, ratio.prunable_parameters_cut)) > FAR:
+        notes.append(achieved(ratio))
+    return notes
+
+
+def _is_grouped(site: Site) -> bool:
+    """Whether a unit is a key/value group with several query heads."""
+    return site.kind == "attention" and len({rows.per_unit for p in site.producers for rows in p.segments}) > 1
+
+
+def _rounding(kind: SiteKind, units: int, grouped: bool, layers: int, cut: float, harder: float) -> str:
+    """The note on ``layers`` sites of ``units`` that lose none; ``harder`` is the cut of one site by that of all."""
+    many = "MLP channels" if kind == "mlp" else "key/value groups" if grouped else "attention heads"
+    where = f"{layers} layer{'s' if layers > 1 else ''}"
+    if math.floor(cut * units + 1e-9):
+        return (
+            f"all {units} {many} are kept in {where}: the allocator rounds kept numbers up; use a smaller multiple, or "
+            "a larger ratio"
+        )
+    least = math.ceil(100 / units / harder - 1e-9) / 100
+    remedy = f"a ratio of at least {least:g}" if least < 1 else "fewer skipped layers"
+    heads = "attention_unit: query_head, or " if grouped else ""
+    return (
+        f"{share(cut)} of {units} {many} rounds down to 0, so no {'channels' if kind == 'mlp' else 'heads'} are pruned "
+        f"in {where}; use {heads}{remedy}"
+    )
+
 
 ENOUGH = 2
 """Tokens for each channel; with fewer, least squares has gained little over the mean alone (docs/compensation.md)."""

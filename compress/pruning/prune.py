@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ...registry import (
     Catalog,
     DataError,
     ModelError,
+    PruneWarning,
     Site,
     SiteScores,
     SpecError,
@@ -66,6 +68,8 @@ def prune(
     is none, or an object that several prunings of one model share.
     ``runtime`` is a :class:`~prunekit.compress.Runtime`, or a mapping of its options: how to compute, not what.
 
+    What is worth knowing of the cut is in :attr:`Pruned.notes`, and warned of (:class:`PruneWarning`).
+
     Raises :class:`SpecError` (options that cannot work), :class:`ModelError` (a model that no adapter knows),
     :class:`DataError` (calibration missing or unusable), :class:`NonFiniteError` (NaN or infinity met); the model
     is then as it was.
@@ -103,7 +107,10 @@ def prune(
                 for cut in engine.cuts:
                     cut.history.store(chosen.history)
             engine.start()
-            return Pruned(engine, catalog)
+        pruned = Pruned(engine, catalog)
+        for note in pruned.notes:
+            warnings.warn(note, PruneWarning, stacklevel=2)
+        return pruned
     except BaseException:
         engine.remove()
         raise

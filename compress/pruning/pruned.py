@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,8 +15,10 @@ from ...registry import Catalog, Site, SiteKind, SiteScores, SpecError, Stage, S
 from ..calibration.passes import Progress, no_progress
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
+from ..output.formatting import achieved
+from ..output.records import Ratio
 from .freezing import Freeze, frozen_units
-from .notes import about_compensation, notes_on
+from .notes import about_compensation, notes_on, notes_on_cut, ratio_of
 
 
 class Pruned:
@@ -23,10 +27,23 @@ class Pruned:
     A context manager: leaving it calls :meth:`remove`.
     """
 
+    _saver: ClassVar[Callable[[Pruned, str | os.PathLike[str], str, Any], Path] | None] = None
+    """What :meth:`save` calls. Exports stand above this room, and set it."""
+
     def __init__(self, engine: Engine, catalog: Catalog):
         self._engine = engine
         self._calibrated = engine.histories() if engine.hooks.learner is not None else None
         self.catalog = catalog
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_engine"):
+            return "<Pruned: removed and forgotten>"
+        layers = len({site.layer for site in self.sites})
+        state = " (removed)" if self._engine.is_removed else ""
+        return (
+            f"<Pruned {type(self.model).__name__} by {self.strategy.name}{state}: {achieved(self.ratio)}; "
+            f"{layers} of {len(self._engine.layers)} layers>"
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -85,9 +102,19 @@ class Pruned:
         return {(cut.site.layer, cut.site.kind): cut.count for cut in self._engine.cuts}
 
     @property
+    def ratio(self) -> Ratio:
+        """The share to cut as requested, and as achieved of units and of prunable parameters."""
+        return ratio_of(self.all_sites, self.counts, self.strategy.ratio)
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        """What to know of this pruning, in sentences: a covariance of too few tokens, sites that fell back."""
-        return notes_on([cut.compensation for cut in self._engine.cuts])
+        """What to know of this pruning, in sentences.
+
+        A cut that is far from what was requested, or that rounds to nothing at some sites; a covariance of too few
+        tokens, and sites that fell back to the mean.
+        """
+        on_cut = notes_on_cut(self.strategy, self.all_sites, self.counts, self.ratio)
+        return *on_cut, *notes_on([cut.compensation for cut in self._engine.cuts])
 
     def about_compensation(self) -> dict[str, Any] | None:
         """The compensator with its options, tokens of its covariances, labels of sites that fell back; None: none."""
@@ -136,6 +163,19 @@ class Pruned:
             self._engine.freeze([units.clone() for units in kept])
         self._calibrated = None
         return self.kept()
+
+    def save(self, folder: str | os.PathLike[str], *, profile: str = "hf-hetero", tokenizer: Any = None) -> Path:
+        """Write the smaller model to a new folder, which transformers loads, and return the folder's path.
+
+        The cut must be made once: :meth:`freeze` a strategy that decides per batch. ``profile`` is ``hf-hetero``
+        (every layer its own shape), ``hf-uniform`` (a stock class, equal shapes) or ``padded`` (original shapes, zeros
+        for dropped units); ``tokenizer`` is saved with it. Raises :class:`SpecError` for a cut that the profile cannot
+        hold and for a folder that exists; there is no folder then.
+        """
+        saver = type(self)._saver
+        if saver is None:
+            raise SpecError("pruned.save: import prune from prunekit.compress, which exports belong to")
+        return saver(self, folder, profile, tokenizer)
 
     @property
     def is_dense(self) -> bool:

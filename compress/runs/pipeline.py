@@ -25,7 +25,7 @@ from .documents import read_documents
 from .measuring import Known, Measuring, Unpruned
 from .plan import Say, planned, silent
 from .preflight import check_calibration, check_rows
-from .provenance import about_cut, about_model, notes_on_cut, plugins_used, versions
+from .provenance import about_cut, about_model, plugins_used, versions
 from .records import FORMAT, EvaluatorResult, RunResult, Seconds, damages
 from .results import Results
 from .text import calibration_batches
@@ -120,7 +120,7 @@ class Pipeline:
                 metrics.append(_evaluate(label, evaluator, measuring))
                 take_trace(label)
             cut = about_cut(pruned)
-            notes = notes_on_cut(pruned, cut)
+            notes = [*pruned.notes]
         ended = time.perf_counter()
         if calibration is not None and stored is not None:
             calibration = calibration.model_copy(update={"statistics": stored.used})
@@ -184,8 +184,8 @@ def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, Cali
     check_calibration(calibration.length, context_length(loaded.model))
     documents = read_documents(calibration.source, loaded.tokenizer)
     batches = calibration_batches(
-        documents,
         loaded.tokenizer,
+        documents,
         sequences=calibration.sequences,
         length=calibration.length,
         batch_size=calibration.batch_size,

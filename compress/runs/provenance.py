@@ -12,12 +12,8 @@ from ...registry.sites import SiteKind
 from ...registry.tensors.devices import device_of, places_of
 from ..files.spec import PipelineSpec
 from ..models.loading import Loaded, fingerprint
-from ..output.formatting import share
-from ..output.records import CompensationFacts, Cut, Kept, LayerCut, ModelFacts, Ratio
+from ..output.records import CompensationFacts, Cut, Kept, LayerCut, ModelFacts
 from ..pruning.pruned import Pruned
-
-FAR = 0.02
-"""Difference of the ratios asked for and achieved from which it is worth a note."""
 
 
 def about_model(loaded: Loaded) -> ModelFacts:
@@ -45,39 +41,16 @@ def _device_map(model: Any) -> str | None:
 def about_cut(pruned: Pruned) -> Cut:
     """Kept units of every layer, skipped ones included, the ratio asked for and achieved, and the compensation."""
     layers: dict[int, dict[SiteKind, Kept]] = {}
-    shares, lost, whole = [], 0, 0
     for site in pruned.all_sites:
         kept = pruned.counts.get((site.layer, site.kind), site.units)
         layers.setdefault(site.layer, {})[site.kind] = Kept(kept=kept, units=site.units)
-        shares.append(1 - kept / site.units)
-        lost += (site.units - kept) * site.unit_parameters
-        whole += site.units * site.unit_parameters
     compensation = pruned.about_compensation()
     return Cut(
-        ratio=Ratio(
-            asked=pruned.strategy.ratio,
-            units_cut=round(sum(shares) / len(shares), 6),
-            prunable_parameters_cut=round(lost / whole, 6),
-        ),
+        ratio=pruned.ratio,
         compensation=None if compensation is None else CompensationFacts(**compensation),
         attention_unit=pruned.strategy.attention_unit,
         layers=[LayerCut(layer=index, **layers[index]) for index in sorted(layers)],
     )
-
-
-def notes_on_cut(pruned: Pruned, cut: Cut) -> list[str]:
-    """The pruning's own notes, after one where the cut is far from the ratio asked for or rounds to nothing."""
-    asked, allocator = pruned.strategy.ratio, pruned.strategy.allocator
-    if not asked:
-        return [*pruned.notes]
-    achieved = cut.ratio.units_cut
-    said = [f"{share(asked)} of the units were asked, {share(achieved)} are cut"] if abs(achieved - asked) > FAR else []
-    # Where the scores distribute the ratio, a site that keeps everything is their decision, not a rounding.
-    whole = [] if allocator.needs_scores else [s for s in pruned.sites if pruned.counts[s.layer, s.kind] == s.units]
-    for kind, units in dict.fromkeys((site.kind, site.units) for site in whole):
-        layers = sum((site.kind, site.units) == (kind, units) for site in whole)
-        said.append(f"{kind}: {units} units cannot lose {share(asked)}, so none is dropped in {layers} layers")
-    return [*(["; ".join(said)] if said else []), *pruned.notes]
 
 
 def plugins_used(spec: PipelineSpec) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..output.formatting import accuracy_of, extent, fact, names_of, sentence, share, table, value_text
+from ..output.formatting import accuracy_of, achieved, extent, fact, names_of, sentence, table, value_text
 from ..output.records import CompensationFacts, Value
 from .records import NOT_PRUNED, RunResult
 
@@ -42,12 +42,7 @@ def headline(result: RunResult) -> str:
     """One line: what was pruned by which strategy, and how much."""
     if result.strategy == NOT_PRUNED:
         return f"{result.model.name}, not pruned"
-    ratio = result.ratio
-    asked = "" if ratio.asked is None else f"asked for {share(ratio.asked)}, "
-    return (
-        f"{result.strategy} on {result.model.name}: {asked}removed {share(ratio.prunable_parameters_cut)} of the "
-        f"prunable parameters ({share(ratio.units_cut)} of the units)"
-    )
+    return f"{result.strategy} on {result.model.name}: {achieved(result.ratio)}"
 
 
 def markdown(result: RunResult) -> str:

@@ -13,20 +13,21 @@ from ...registry.tensors.windows import cut_windows, digest, token_stream, with_
 
 
 def calibration_batches(
-    documents: Sequence[str],
     tokenizer: Any,
-    sequences: int,
-    length: int,
-    batch_size: int,
-    seed: int,
+    texts: str | Sequence[str],
+    sequences: int = 32,
+    length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
     label: str = "the calibration text",
 ) -> list[dict[str, Tensor]]:
     """Batches of ``input_ids`` and ``attention_mask`` (b, length), int64: sequences drawn without replacement.
 
-    The documents are joined to one stream of tokens (one BOS first, where the tokenizer has one) and
+    The texts are joined to one stream of tokens (one BOS first, where the tokenizer has one) and
     cut in sequences without overlap; ``sequences`` of them are drawn, in an order shuffled by ``seed``.
     The last batch may be smaller. Raises :class:`DataError` where the text has too few.
     """
+    documents = [texts] if isinstance(texts, str) else texts
     stream = with_bos(token_stream(documents, tokenizer), tokenizer)
     pieces = [window.ids for window in cut_windows(stream, length, tail="drop")]
     if len(pieces) < sequences:

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     model.eval().requires_grad_(False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.model)
     documents = [chosen.calibration.read_text(encoding="utf-8")]
-    calibration = calibration_batches(documents, tokenizer, chosen.sequences, chosen.length, 8, 0)
+    calibration = calibration_batches(tokenizer, documents, chosen.sequences, chosen.length, 8, 0)
     stream = token_stream([path.read_text(encoding="utf-8") for path in chosen.text], tokenizer)
     size = chosen.rows * chosen.length
     count = min(len(stream) // size, chosen.batches or len(stream))

@@ -122,7 +122,7 @@ def swap_share(sizes: Sizes, ratio: float) -> dict[str, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     rows, length = sizes.swap_rows, sizes.swap_length
     documents = [TEXTS["docstrings-calibration"].read_text(encoding="utf-8")]
-    calibration = calibration_batches(documents, tokenizer, SEQUENCES, length, rows, 0)
+    calibration = calibration_batches(tokenizer, documents, SEQUENCES, length, rows, 0)
     stream = token_stream([TEXTS["reference-evaluation"].read_text(encoding="utf-8")], tokenizer)
     windows = [window.ids for window in cut_windows(stream, length, tail="drop")]
     starts = range(0, len(windows) - rows + 1, rows)
