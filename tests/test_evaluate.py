@@ -108,3 +108,5 @@ def test_mistakes_are_named(loaded):
         evaluate(loaded, window=1024)
     result = CliRunner().invoke(main.app, ["evaluate", "--set", "evaluate.0.windw=3"])
     assert result.exit_code == 2 and "--set evaluate.0.windw: unknown key" in result.stderr
+    result = CliRunner().invoke(main.app, ["evaluate", "nowhere.yaml"])
+    assert result.exit_code == 2 and "there is no pipeline file nowhere.yaml" in result.stderr

@@ -115,3 +115,15 @@ def test_an_evaluator_asked_for_by_another_fits_the_history(monkeypatch):
     }
     found = Pipeline(spec).measure().record.metric("prr")
     assert found.protocol["latency"]["length"] == 32
+
+
+def test_an_export_looks_at_what_it_runs(write, tmp_path):
+    path = write(
+        "model: {device: gpu}\n"
+        "prune: {use: pp, ratio: 0.4}\n"
+        "calibration: {length: 128}\n"
+        "evaluate: [{name: perplexity, window: 256}, {name: cost, length: 256}]\n"
+    )
+    arguments = ["export", str(path), "--profile", "dynamic", "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(main.app, arguments).stderr
+    assert "2 mistakes" in said and "line 1: model.device" in said and "line 4: evaluate.0.window" in said

@@ -9,12 +9,14 @@ from typing import Any
 from rich.filesize import decimal
 
 from ...registry import SpecError
+from ..files.reader import Mistake
 from ..files.spec import PipelineSpec
 from ..files.yaml_file import read_yaml
 from ..models.exported.manifest import Manifest
 from ..output import printing
 from ..output.formatting import achieved
 from ..output.records import as_number
+from ..runs.preflight import mistakes
 from ..runs.records import Comparison, RunResult, read_results
 from .card import damages, metric_heads, metric_rows
 from .constraint import sentence as rounding_sentence
@@ -68,11 +70,20 @@ def source_of(source: Path, settings: Sequence[str], plugins: Sequence[Path]) ->
         if isinstance(run, Comparison):
             raise SpecError(f"{results} holds {len(run.runs)} runs; name one of the pipeline files in {source}")
         # Measurements with other settings are not those of this export.
-        return PipelineSpec.load(resolved, settings, plugins), None if settings else run
+        return PipelineSpec.load(resolved, settings, plugins, _mistakes), None if settings else run
     file = read_yaml(source)
     if file.is_study:
         raise SpecError(f"{source} is an ablation file, of many models; name a pipeline file or a results folder")
-    return PipelineSpec.load(file, settings, plugins), None
+    return PipelineSpec.load(file, settings, plugins, _mistakes), None
+
+
+def _mistakes(spec: PipelineSpec) -> list[Mistake]:
+    """Those of the pipeline, without those of evaluators that an export does not run."""
+    return [
+        found
+        for found in mistakes(spec)
+        if not (found.place[:1] == ("evaluate",) and spec.evaluate[int(found.place[1])].paired)
+    ]
 
 
 def show(manifest: Manifest) -> None:

@@ -181,7 +181,7 @@ def _read(
 ) -> PipelineSpec:
     """The pipeline of what is measured: that of a dynamic export, else one that cuts nothing."""
     path = Path(source or "").expanduser()
-    if source is not None and path.is_file() and path.suffix in (".yaml", ".yml"):
+    if source is not None and path.suffix in (".yaml", ".yml"):
         file = read_yaml(path)
         if file.is_study:
             raise SpecError(f"{path} is an ablation file; use prunekit ablate {path}")
