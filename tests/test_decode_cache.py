@@ -73,6 +73,14 @@ def test_an_emptied_cache_decides_anew(pp, kind):
     assert torch.equal(step(model, used, prompts[0][:, :1]), step(model, new, prompts[0][:, :1]))
 
 
+def test_a_cache_keeps_its_decision_in_another_wrapper(pp):
+    model, _, prompts = pp
+    own, plain = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for ids in (prompts[0], prompts[1][:, :1]):
+        wrapped = Both(own, DynamicCache(config=model.config))
+        assert torch.equal(step(model, wrapped, ids), step(model, plain, ids))
+
+
 def test_a_cache_is_cropped_to_its_prompt_and_no_further(pp):
     model, oracle, prompts = pp
     cache, plain = DynamicCache(config=model.config), DynamicCache(config=model.config)
@@ -158,6 +166,7 @@ def test_a_cache_has_one_mark_while_it_holds_what_was_pruned(make_model, batches
         cache.reset()
         with prune(model, strategy, calibration=batches, **OPTIONS) as pruned:
             step(model, cache, ids[:, :8])
+            step(model, cache, ids[:, 8:9])
             marks.append([name for name in vars(cache) if name.startswith("prunekit")])
     assert marks == [[MARK]] * 3
     cache.reset()
