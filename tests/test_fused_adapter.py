@@ -9,9 +9,10 @@ import torch
 import transformers
 from prunekit.compress import prune
 from prunekit.compress.models.architectures import Llama
-from prunekit.registry import Catalog, DataError
+from prunekit.registry import Catalog, DataError, ModelError
 from prunekit.registry.checks import check_sites, sites
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from tests.test_generation import greedy, zeroed_copy
 from tests.test_plugin_docs import EXAMPLES
@@ -113,6 +114,53 @@ def test_the_check_finds_wrong_places(make_model, change, words):
     with pytest.raises(AssertionError) as caught:
         check_sites(Wrong(), model)
     assert words in str(caught.value)
+
+
+class Adding(LlamaMLP):
+    """An MLP that wants the residual stream, too."""
+
+    def forward(self, x, residual):
+        return super().forward(x)
+
+
+def test_the_check_finds_an_mlp_that_needs_more(make_model):
+    model = make_model("llama-gqa")
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Adding
+        layer.mlp.register_forward_pre_hook(lambda mlp, args: (*args, args[0]))
+    with pytest.raises(AssertionError, match=r"layer 0 mlp: model.layers.0.mlp cannot run as in a probe: .*'residual'"):
+        check_sites(Llama(), model)
+
+
+class Apart(LlamaAttention):
+    """Takes cosines and sines as arguments of their own, and returns states alone."""
+
+    def forward(self, hidden_states, cosines, sines, position_embeddings=None, **others):
+        return super().forward(hidden_states, (cosines, sines), **others)[0]
+
+
+def rename(layer, args, kwargs):
+    """Give a layer's attention cosines and sines apart."""
+    cosines, sines = kwargs.pop("position_embeddings")
+    return args, {**kwargs, "cosines": cosines, "sines": sines}
+
+
+def test_arguments_by_other_names_are_per_token_or_refused(make_model, batches):
+    """Also a bias of every pair of positions, of which a probe cannot take a part."""
+    found, ids = [], batches[0]["input_ids"]
+    for apart in (False, True):
+        model = make_model("llama-gqa")
+        for layer in model.model.layers if apart else ():
+            layer.self_attn.__class__ = Apart
+            layer.register_forward_pre_hook(rename, with_kwargs=True)
+            layer.self_attn.register_forward_hook(lambda attention, args, out: (out, None))
+        with prune(model, "pp", ratio=0.4, calibration=batches, trace=True) as pruned:
+            found.append((model(ids, use_cache=False).logits, [record["kept"] for record in pruned.trace]))
+            bias = partial(model.model.layers[1].register_forward_pre_hook, with_kwargs=True)
+            bias(lambda layer, args, kwargs: (args, {**kwargs, "bias": torch.zeros(1, 8, 24, 24)}))
+            with pytest.raises(ModelError, match=r"called with bias \(1, 8, 24, 24\), which depends on the 24"):
+                model(ids, use_cache=False)
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
 
 def test_a_cache_without_a_class_is_refused(make_model, batches):

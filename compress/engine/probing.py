@@ -17,6 +17,8 @@ from .batch import PROBED, Batch, ProbeProducts, ProbeRun
 from .runtime import Stages
 from .site_cut import SiteCut
 
+MASK = "attention_mask"
+
 
 @dataclass(eq=False)
 class SiteInput:
@@ -126,7 +128,8 @@ def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor
             states = binding.entry.forward(chosen)
         else:
             arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, mask_positions)
-            states = binding.entry.forward(chosen, **arguments)[0]
+            made = binding.entry.forward(chosen, **arguments)
+            states = made[0] if isinstance(made, tuple) else made
     finally:
         probe.is_running = False
     binding.check_read(probe.read)
@@ -137,20 +140,27 @@ def _chosen_arguments(
     arguments: dict[str, Any], hidden: Tensor, rows: Tensor, positions: Tensor, mask_positions: Tensor
 ) -> dict[str, Any]:
     """The attention's keyword arguments, those per token cut to the probe's tokens, the cache left out."""
-    batch = hidden.shape[0]
+    batch, length = hidden.shape[:2]
+
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):  # cosines and sines
+            return tuple(part(name, each) for each in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() in (2, 3) and value.shape[0] in (1, batch) and value.shape[1] == length:
+            return pick_tokens(value, rows, positions, batch)
+        if value.dim() > 2 and length in value.shape[1:] and length > 1:
+            raise ModelError(
+                f"the attention is called with {name} {tuple(value.shape)}, which depends on the {length} positions of "
+                "the batch, and a probe knows only how to take a part of attention_mask and of (B, T, ...); use a "
+                "strategy without a probe (wanda_sp, flap)"
+            )
+        return value
+
     chosen = without_caches(arguments)
-    if chosen.get("position_embeddings") is not None:
-        cos, sin = chosen["position_embeddings"]
-        chosen["position_embeddings"] = (
-            pick_tokens(cos, rows, positions, batch),
-            pick_tokens(sin, rows, positions, batch),
-        )
-    if chosen.get("position_ids") is not None:
-        chosen["position_ids"] = pick_tokens(chosen["position_ids"], rows, positions, batch)
-    attention_mask = chosen.get("attention_mask")
-    if attention_mask is not None:
-        chosen["attention_mask"] = _chosen_mask(attention_mask, batch, rows, mask_positions)
-    return chosen
+    mask = chosen.pop(MASK, None)
+    masked = {MASK: mask if mask is None else _chosen_mask(mask, batch, rows, mask_positions)}
+    return {name: part(name, value) for name, value in chosen.items()} | (masked if MASK in arguments else {})
 
 
 def _chosen_mask(attention_mask: Tensor, batch: int, rows: Tensor, mask_positions: Tensor) -> Tensor:

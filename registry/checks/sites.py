@@ -84,7 +84,10 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
                 continue
             before = _lengths(cache)
             del calls[:]
-            _run_alone(*first[entry])
+            try:
+                _run_alone(*first[entry], takes_others=site.kind == "attention")
+            except TypeError as error:
+                expect(False, architecture, f"{site.label}: {site.entry} cannot run as in a probe: {error}")
             expect(
                 before == _lengths(cache),
                 architecture,
@@ -100,10 +103,10 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
             )
 
 
-def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any], takes_others: bool) -> None:
     names = list(inspect.signature(type(entry).forward).parameters)[1:]
     arguments = without_caches({**dict(zip(names, args, strict=False)), **kwargs})
-    entry(arguments.pop(names[0]), **arguments)
+    entry.forward(arguments.pop(names[0]), **arguments if takes_others else {})
 
 
 def _lengths(cache: Any) -> list[int]:
