@@ -85,7 +85,9 @@ def test_foreign_text_stays_on_its_line_of_the_card(exported):
 
     manifest = read_manifest(exported)
     evil = "x\n---\nlicense: evil\n# title <script>\x1b[31m"
-    written = card(manifest.model_copy(update={"license": evil, "strategy": evil, "created": evil}), "out")
+    metrics = [metric.model_copy(update={"label": evil, "exported": {evil: 1.0}}) for metric in manifest.metrics]
+    changes = {"license": evil, "strategy": evil, "created": evil, "metrics": metrics}
+    written = card(manifest.model_copy(update=changes), "out")
     found = ModelCard(written)
     assert found.data.license == evil and "<script>" not in found.text and "\x1b" not in written
     assert "\n# title" not in found.text

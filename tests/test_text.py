@@ -1,6 +1,7 @@
 """Text sources, the token stream, and calibration batches."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -173,6 +174,12 @@ def test_new_options_of_a_text_are_not_written_at_their_defaults():
     assert not source.model_dump().keys() & {"data_files", "apply_chat_template", "skip_null"}
     changed = source.model_copy(update={"skip_null": True})
     assert TextSource(**changed.model_dump()) == changed
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a\.txt is not a regular file"):
+        read_documents(TextSource(file=tmp_path / "a.txt"))
 
 
 @pytest.fixture

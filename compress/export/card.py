@@ -60,7 +60,7 @@ def card(manifest: Manifest, name: str) -> str:
         base="prunekit's bundled model" if base.name == "bundled" else Path(base.name).name,
         revision=base.commit or base.revision,
         runs=", ".join(f"{tool} ({state})" for tool, state in states if state != "no"),
-        results=_Block("\n".join(table(metric_heads(manifest), rows))),
+        results=_Block("\n".join(table(metric_heads(manifest), [[*map(_one_line, row)] for row in rows]))),
         damages=damages(manifest),
         layers=_Block("\n".join(_layers(manifest))),
         rounding=rounding and rounding_sentence(rounding, manifest.ratio.asked),

@@ -56,7 +56,8 @@ def _file(path: Path, source: TextSource) -> Iterator[Row]:
         yield from _saved(path, source)
         return
     if not path.is_file():
-        what = "is a folder, but not one of save_to_disk" if path.is_dir() else "does not exist"
+        other = "is not a regular file" if path.exists() else "does not exist"
+        what = "is a folder, but not one of save_to_disk" if path.is_dir() else other
         raise DataError(f"{place} {what}; name a file ({FORMATS})")
     kind = format_of(path)
     if kind is None:
