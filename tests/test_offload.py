@@ -186,6 +186,19 @@ def test_the_same_weights_are_exported(folder, limits, profile, tmp_path):
     assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
 
 
+def test_tied_weights_of_an_offloaded_model_are_written_once(make_model):
+    """Offloaded, the two are no longer one parameter."""
+    from accelerate import cpu_offload
+    from prunekit.compress.export.weights import dense_tensors
+
+    tied, own = (make_model("llama-gqa", tie_word_embeddings=True) for _ in range(2))
+    own.lm_head.weight = torch.nn.Parameter(own.lm_head.weight + 1, requires_grad=False)
+    for model in (tied, own):
+        cpu_offload(model)
+        assert {"lm_head.weight", "model.embed_tokens.weight"} <= dict(model.named_parameters()).keys()
+    assert "lm_head.weight" not in dense_tensors(tied) and "lm_head.weight" in dense_tensors(own)
+
+
 def test_other_offloading_of_accelerate_works_too(make_model, batches):
     from accelerate import cpu_offload
 
