@@ -8,13 +8,14 @@ ARGS ?=
 WORKERS ?= auto
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 4
 
-.PHONY: help demo test test-fast check lint format types test-kernels test-gguf clean
+.PHONY: help demo test test-fast check attack lint format types test-kernels test-gguf clean
 
 help:
 	@echo "make demo   prune the bundled model with every strategy and print the table (4 minutes)"
 	@echo "make test   run all tests (7 minutes on two cores)"
 	@echo "make test-fast  run the tests that are not marked slow (5 minutes on two cores)"
 	@echo "make check  run the linter and the smoke tests (under a minute)"
+	@echo "make attack  crash commands, fill disks, damage files, and count what goes wrong (up to 30 minutes)"
 	@echo "make lint   check style, format and types; make format repairs the first two"
 	@echo "make test-kernels  install Triton (1 GB) and test the kernels for CUDA devices in its interpreter"
 	@echo "make test-gguf  build llama.cpp (some minutes) and test that it serves exported models"
@@ -33,6 +34,9 @@ test-fast: $(VENV)/.test-ready
 check: $(VENV)/.dev-ready
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --check --quiet .
 	@$(PYTEST) -m smoke $(ARGS)
+
+attack: $(VENV)/.test-ready
+	@$(VENV)/bin/python -m tools.attack $(ARGS)
 
 lint: $(VENV)/.dev-ready types
 	@$(VENV)/bin/ruff check .

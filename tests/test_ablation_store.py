@@ -385,7 +385,7 @@ def test_a_store_that_is_deleted_while_it_is_written(path, study):
         assert "moved or deleted during the run" in refusal(store.record, planned[1].key, outcome())
 
 
-# A model folder that is trained on meanwhile
+# A model folder that is trained in between
 
 
 LOCAL = "base: {model: {name: model}, prune: {use: magnitude}}\nvary: {prune.ratio: [0.2, 0.4]}\n"
