@@ -62,6 +62,23 @@ def test_every_kind_of_cache_keeps_the_decision_of_its_prompt(pp, kind):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_sliding_window_shorter_than_the_prompt(make_model, batches, kind):
+    """The oldest positions have left the cache, and the decision stays; cropping needs transformers' own recording."""
+    model, ids = make_model("mistral", sliding_window=8), batches[0]["input_ids"][:2, :14]
+    clean = copy.deepcopy(model)
+    with prune(model, "pp", calibration=batches, merger="probe_only", trace=True, **OPTIONS) as pruned:
+        found, cache = [], KINDS[kind](model.config)
+        found.append([step(model, cache, part) for part in ids.split((12, 1, 1), dim=1)])
+        oracle, plain = zeroed_copy(clean, pruned, pruned.trace), KINDS[kind](model.config)
+        found.append([step(oracle, plain, part) for part in ids.split((12, 1, 1), dim=1)])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        assert len(pruned.trace) == 6
+        cache.reset()
+        assert torch.equal(step(model, cache, ids), step(model, KINDS[kind](model.config), ids))
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static", "wrapper"])
 def test_an_emptied_cache_decides_anew(pp, kind):
     model, _, prompts = pp
