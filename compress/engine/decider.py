@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ...registry import DataError, SiteScores, SpecError, Strategy
+from ...registry import DataError, SiteScores, Strategy
 from .batch import SCORES, Decision, not_finite
 from .probing import Probe, SiteInput, pick_tokens
 from .runtime import Stages
+from .shapes import checked
 from .site_cut import SiteCut, SiteState
 
 
@@ -65,6 +66,8 @@ class Decider:
         with self.stages.score:
             history = state.history.at(positions.reshape(-1)) if merger.uses_history else None
             merged = merger.merge(probe.statistic, history, cut.binding.site)
+            shape = (positions.numel(), cut.binding.site.channels)
+            checked(merged, shape, "merge", "history merger", merger, cut.binding.site)
             if given.valid is not None and positions.dim() == 2:
                 # Where every row has positions of its own, padding among them does not count.
                 merged = merged.masked_fill(~pick_tokens(given.valid, probe.rows, positions).reshape(-1, 1), 0)
@@ -78,19 +81,9 @@ class Decider:
         """Scores of the channels (C,) and of the units (U,); statistic (C,) or None."""
         scorer, site = self.strategy.scorer, state.binding.site
         channels = scorer.score(state.prepared(scorer), statistic)
-        if channels.shape != (state.history.channels,):
-            raise _wrong_shape(scorer.name, site.label, "score", channels, site.channels)
+        checked(channels, (site.channels,), "score", "scorer", scorer, site)
         units = scorer.unit_scores(channels, site.unit_size)
-        if units.shape != (site.units,):
-            raise _wrong_shape(scorer.name, site.label, "unit_scores", units, site.units)
-        return channels, units
-
-
-def _wrong_shape(scorer: str, label: str, method: str, scores: Tensor, expected: int) -> SpecError:
-    return SpecError(
-        f"{label}: {method} of scorer {scorer} returned shape {tuple(scores.shape)}, expected ({expected},); fix the "
-        "plugin"
-    )
+        return channels, checked(units, (site.units,), "unit_scores", "scorer", scorer, site)
 
 
 def keep_highest(scores: Tensor, count: int) -> Tensor:

@@ -215,6 +215,7 @@ class Engine:
         self._switch("prune")
         for cut in self._cut_per_batch():
             cut.state.prepared(self.strategy.scorer)
+        self.hooks.weights.changed()  # from now on
 
     @contextmanager
     def mode_of(self, mode: Mode) -> Iterator[None]:

@@ -53,7 +53,7 @@ class Hooks:
         self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
         self._cached = CacheDecisions(decider.strategy, cuts)
         self._side = SideStreams(shared.runtime.overlap)
-        self._weights = WeightsWatch(cuts)
+        self.weights = WeightsWatch(cuts)
 
     def calibrate_with(self, observe: Observe | None) -> Observe | None:
         """Set the function that gets every consumer's input in calibration; returns the previous one."""
@@ -328,7 +328,7 @@ class Hooks:
 
     def check_weights(self) -> None:
         """Forget what was made of weights that have changed since. A decode step uses what its prompt used."""
-        if not torch.compiler.is_compiling() and self._weights.changed():
+        if not torch.compiler.is_compiling() and self.weights.changed():
             self.forget_weights()
 
     def forget_weights(self) -> None:

@@ -17,6 +17,7 @@ from ...registry import HistoryMerger, Statistic, Strategy
 from .batch import LEARNT, Batch
 from .probing import Prober
 from .runtime import Stages
+from .shapes import checked
 from .site_cut import OpenCut, SiteCut, SiteState
 
 
@@ -64,6 +65,7 @@ class Learner:
             updated = self.merger.update(known, observed)
             if updated is None:
                 return None
+            checked(updated, known.shape, "update", "history merger", self.merger, cut.binding.site)
             if counted is not None:
                 # A position where every row is padding keeps its history.
                 updated = torch.where((counts > 0)[:, None], updated, known)

@@ -15,6 +15,7 @@ from ...registry import ModelError, ProbeSelector, Strategy, position_sums
 from ...registry.tensors.caches import without_caches
 from .batch import PROBED, Batch, ProbeProducts, ProbeRun
 from .runtime import Stages
+from .shapes import checked
 from .site_cut import SiteCut
 
 MASK = "attention_mask"
@@ -77,6 +78,9 @@ class Prober:
             states = given.residual if self.selector.looks_at == "residual" else given.normed(cut)
             counted = None if valid is None else strategy.counted(valid)
             rows, positions = self.selector.select(states, counted, batch.generator or self.generator)
+            checked(rows, (len(rows),), "select (rows)", "probe selector", self.selector, cut.binding.site)
+            shape = (len(rows), positions.shape[-1])[2 - positions.dim() :]
+            checked(positions, shape, "select (positions)", "probe selector", self.selector, cut.binding.site)
         probe = Probe(rows, positions)
         if self._statistic is not None or self._uses_mean:
             with self.stages.probe:

@@ -20,6 +20,7 @@ from .compensation import SiteCompensation
 from .gathering import Gatherer, selects
 from .kv_index import KV_INDEX
 from .runtime import Runtime, Stages
+from .shapes import checked
 from .weights import differentiates, made_of, weights_version
 
 Weights = tuple[Tensor, "Tensor | None"]
@@ -215,9 +216,16 @@ class OpenCut:
                 weight = shared.gatherer.copy(weight, linear, place, self.once)
             if isinstance(bias, Selection):
                 bias = bias.copied()
+            rows = len(self.rows[linear]) if shared.applier.resizes else linear.out_features
+            self._check(weight, (rows, linear.in_features), f"producer (weight of {producer.path})")
+            if linear.bias is not None:
+                self._check(bias, (rows,), f"producer (bias of {producer.path})")
         if self.keeps:
             self._store(linear, "producer", (weight, bias))
         return weight, bias
+
+    def _check(self, made: Any, shape: tuple[int, ...], method: str) -> None:
+        checked(made, shape, method, "mask applier", self.shared.applier, self.state.binding.site)
 
     def consumer(self) -> Weights:
         """Weight (O, c) and bias (O,) of the consumer, compensation included."""
@@ -252,6 +260,8 @@ class OpenCut:
             if isinstance(weight, Selection):
                 place = None if self.stays else (site.kind, site.consumer)
                 weight = shared.gatherer.copy(weight, linear, place, self.once or folded)
+            columns = len(self.columns) if shared.applier.resizes else linear.in_features
+            self._check(weight, (linear.out_features, columns), f"consumer (weight of {site.consumer})")
         if not len(self.kept):
             return torch.zeros_like(weight)
         if not has_slope:

@@ -136,6 +136,12 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
             f"model: expected a loaded model, found {model!r:.80}; load it with transformers' "
             "AutoModelForCausalLM.from_pretrained first, or name it in a pipeline file"
         )
+    inner = model._modules.get("module")
+    if inner is not None and len(model._modules) == 1:
+        raise ModelError(
+            f"model: a {type(model).__name__} is a wrapper; prune the model inside it, model.module, a "
+            f"{type(inner).__name__}, before it is wrapped"
+        )
     kind = getattr(getattr(model, "config", None), "model_type", None)
     known: list[tuple[Entry, Architecture]] = []
     for entry in catalog.of_role("architectures"):
@@ -260,6 +266,11 @@ def _allocate(engine: Engine, ratio: float | None) -> None:
     else:
         scores = [SiteScores(cut.site) for cut in engine.cuts]
     counts = allocator.allocate(scores, ratio or 0.0) if scores else []
+    if len(counts) != len(engine.cuts):
+        raise SpecError(
+            f"allocator {allocator.name} returned {len(counts)} counts for {len(engine.cuts)} sites; it must return "
+            "one for each site; fix the plugin"
+        )
     for cut, count in zip(engine.cuts, counts, strict=True):
         if not 0 <= count <= cut.site.units:
             raise SpecError(
