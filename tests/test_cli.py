@@ -82,7 +82,7 @@ def test_run_writes_where_it_is_told_and_says_so(command, quick, tmp_path):
     result = command("run", quick, "--out", "out/it", "--set", "prune.ratio=0.2", "--set", "output.trace=true")
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "out" / "it") in result.stdout
-    assert "perplexity" in result.stdout and "requested 20%; removed 20%" in result.stdout
+    assert "perplexity" in result.stdout and "requested 20%; removed 20.0%" in result.stdout
     assert json.loads((tmp_path / "out" / "it" / "results.json").read_text())["ratio"]["asked"] == 0.2
     assert (tmp_path / "out" / "it" / "decisions.jsonl").is_file()
     refused(command("run", quick, "--out", "out/it"), "exists", "--out", "--overwrite")
