@@ -32,6 +32,6 @@ Where units are decided once, cuts stay open, and a site takes only steps 8, 9 a
 steps 3 to 5 too. Around this: :mod:`.engine` installs all of it on a model and removes it; :mod:`.ahead` decides for a
 site while the one before it runs; :mod:`.checkpointing` repeats decisions in a backward pass; :mod:`.compiling`
 compiles the decoder; :mod:`.kv_index` is attention for unevenly cut query heads; :mod:`.generation` refuses ways to
-generate that cannot be right; :mod:`.rotary` puts rotary frequencies back; :mod:`.runtime` holds the options of all this,
-and announces the steps of a decision.
+generate that cannot be right; :mod:`.rotary` puts rotary frequencies back; :mod:`.runtime` holds the options of all
+this, and announces the steps of a decision.
 """
