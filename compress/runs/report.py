@@ -49,7 +49,7 @@ def markdown(result: RunResult) -> str:
     """report.md."""
     model, calibration = result.model, result.calibration
     lines = [
-        f"# {result.strategy}",
+        f"# {'Not pruned' if result.strategy == NOT_PRUNED else result.strategy}",
         "",
         headline(result) + ".",
         "",
