@@ -145,7 +145,8 @@ def rename(layer, args, kwargs):
     return args, {**kwargs, "cosines": cosines, "sines": sines}
 
 
-def test_arguments_by_other_names_are_per_token_or_refused(make_model, batches):
+@pytest.mark.parametrize("selector", ["residual_norm", "spread"])
+def test_arguments_by_other_names_are_per_token_or_refused(make_model, batches, selector):
     """Also a bias of every pair of positions, of which a probe cannot take a part."""
     found, ids = [], batches[0]["input_ids"]
     for apart in (False, True):
@@ -154,7 +155,7 @@ def test_arguments_by_other_names_are_per_token_or_refused(make_model, batches):
             layer.self_attn.__class__ = Apart
             layer.register_forward_pre_hook(rename, with_kwargs=True)
             layer.self_attn.register_forward_hook(lambda attention, args, out: (out, None))
-        with prune(model, "pp", ratio=0.4, calibration=batches, trace=True) as pruned:
+        with prune(model, "pp", ratio=0.4, calibration=batches, trace=True, selector=selector) as pruned:
             found.append((model(ids, use_cache=False).logits, [record["kept"] for record in pruned.trace]))
             bias = partial(model.model.layers[1].register_forward_pre_hook, with_kwargs=True)
             bias(lambda layer, args, kwargs: (args, {**kwargs, "bias": torch.zeros(1, 8, 24, 24)}))
