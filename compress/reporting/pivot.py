@@ -207,6 +207,11 @@ class Marks:
     within: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
 
+    @property
+    def bold(self) -> tuple[Place, ...]:
+        """The best cells with all that tie; none where nothing could be tested."""
+        return (*self.best, *self.ties) if self.tested else ()
+
 
 @dataclass(frozen=True)
 class Cross:

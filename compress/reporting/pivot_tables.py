@@ -183,7 +183,7 @@ def _show(table: Cross) -> None:
         rows.append([name])
         for place in places:
             first, *others = cell_lines(table, place)
-            text = Text(first, style="bold" if place in table.marks.best else "")
+            text = Text(first, style="bold" if place in table.marks.bold else "")
             rows[-1].append(text.append("".join(f"\n{line}" for line in others), style="not bold dim"))
     printing.say(f"\n{heading(table)}")
     printing.show_wide_table(table.head, rows, 1, "--out DIR writes them all")
@@ -201,7 +201,7 @@ def _markdown(grid: Grid, question: Question, tables: Sequence[Cross], plots: Se
             rows.append([text(name)])
             for place in places:
                 first, *others = cell_lines(table, place)
-                value = f"**{first}**" if place in table.marks.best else first
+                value = f"**{first}**" if place in table.marks.bold else first
                 rows[-1].append(f"{value} ({', '.join(others)})" if others else value)
         head = markdown_table([*map(text, table.head)], rows)
         lines += [f"## {text(heading(table))}", "", *head, "", *map(text, notes(table)), ""]
@@ -253,7 +253,7 @@ def _heat_map(table: Cross, name: str, ends: tuple[float, float]) -> Plot:
             ink = ink_on(colours(Normalize(*ends)(cell["effect"]))) if cell["trials"] else MUTED
             value, *others = cell_lines(table, (i, j))
             below = "\n".join(line for text in others for line in textwrap.wrap(text, SMALL))
-            weight = "bold" if (i, j) in table.marks.best else "normal"
+            weight = "bold" if (i, j) in table.marks.bold else "normal"
             at: dict[str, Any] = {"ha": "center", "color": ink}
             panel.text(j + 0.5, i + (0.3 if below else 0.5), value, va="center", fontsize=8, weight=weight, **at)
             panel.text(j + 0.5, i + 0.5, below, va="top", fontsize=5.5, linespacing=1.1, **at)
