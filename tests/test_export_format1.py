@@ -84,7 +84,7 @@ def test_a_damaged_manifest_is_refused_in_one_sentence(folder):
     del data["recovery"]["rank"]
     (folder / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(
-        DataError, match=r"is damaged \(recovery is not what an export writes\); export the model again$"
+        DataError, match=r"is damaged \(recovery\.rank is not what an export writes\); export the model again$"
     ):
         load(folder)
 

@@ -112,9 +112,12 @@ def _read_like(original: Any, data: Any) -> Any:
     """``data`` as an object like ``original``, every component by its own class."""
     if isinstance(original, Component):
         options = type(original).model_fields
-        lost = sorted(set(options) - set(data)) if isinstance(data, dict) else list(options)
+        written = data if isinstance(data, dict) else {}
+        # An option that is newer than stored results may be left out where it has its default.
+        lost = [key for key in options if key not in written and getattr(original, key) != options[key].default]
         expect(not lost, original, f"does not write its options {', '.join(lost)}")
-        return type(original).model_validate({key: _read_like(getattr(original, key), data[key]) for key in options})
+        read = {key: _read_like(getattr(original, key), written[key]) for key in options if key in written}
+        return type(original).model_validate(read)
     if isinstance(original, tuple) and any(isinstance(part, Component) for part in original):
         return tuple(_read_like(part, item) for part, item in zip(original, data, strict=True))
     return data
