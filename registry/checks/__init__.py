@@ -114,7 +114,8 @@ def _read_like(original: Any, data: Any) -> Any:
         options = type(original).model_fields
         written = data if isinstance(data, dict) else {}
         # An option that is newer than stored results may be left out where it has its default.
-        lost = [key for key in options if key not in written and getattr(original, key) != options[key].default]
+        absent = [key for key in options if key not in written]
+        lost = [key for key in absent if not written or getattr(original, key) != options[key].default]
         expect(not lost, original, f"does not write its options {', '.join(lost)}")
         read = {key: _read_like(getattr(original, key), written[key]) for key in options if key in written}
         return type(original).model_validate(read)
