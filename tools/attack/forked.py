@@ -106,7 +106,7 @@ def _become(arguments: Sequence[object], folder: Path, said: int, before: Callab
     try:
         os.dup2(said, 1)
         os.dup2(said, 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115 (the child ends with them)
         os.chdir(folder)
         sys.argv = ["prunekit", *map(str, arguments)]
         random.seed()

@@ -7,6 +7,7 @@ import json
 import random
 import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def altered_store(path: Path, draw: random.Random) -> None:
         return
     connection = sqlite3.connect(path)
     if kind < 0.7:
-        connection.executescript(draw.choice(QUERIES).format(column=draw.choice(COLUMNS)))
+        with suppress(sqlite3.IntegrityError):
+            connection.executescript(draw.choice(QUERIES).format(column=draw.choice(COLUMNS)))
     else:
         column = draw.choice(("settings", "data", "pipeline"))
         for key, text in connection.execute(f"SELECT key, {column} FROM trials WHERE {column} IS NOT NULL").fetchall():
