@@ -171,6 +171,14 @@ def test_the_sentences_say_who_wins(pp, flap, bound, present, absent):
     assert "0.80 of dense's time" in text
 
 
+@pytest.mark.parametrize(("flops", "said"), [(0.709, False), (0.66, True)])
+def test_the_demos_sentences_name_unequal_costs(flops, said):
+    made = rows(50, 60, 49)
+    made[2].flops = flops
+    words = ", at unequal cost (PP 70% of dense's FLOPs, FLAP 66%); "
+    assert (words in sentences(made, (0.4,))[0]) == said
+
+
 def test_the_demos_table_fits_its_head():
     cells = table_rows(rows(50, 60, 49))
     assert all(len(line) == len(HEAD) for line in cells)

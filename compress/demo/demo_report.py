@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..output.formatting import TIE, TITLES, number, share
+from ..reporting.metrics import unequal
 
 HEAD = ("cut", "strategy", "other text", "same kind", "accuracy", "FLOPs", "parameters", "time per batch")
 
@@ -87,6 +88,8 @@ def _compared(block: dict[str, Row], situation: str) -> str:
     pp, static = getattr(block["pp"], situation), _best_static(block, situation)
     best, bound = getattr(static, situation), getattr(block["full_batch_probing"], situation)
     gap, room = _gap(pp, best), -_gap(bound, pp)
+    flops = block["pp"].flops, static.flops
+    cost = f", at unequal cost (PP {share(flops[0])} of dense's FLOPs, {static.title} {share(flops[1])})"
     if abs(gap) <= TIE:
         verdict = f"ties with the best static strategy, {static.title} ({number(best)})"
     else:
@@ -98,7 +101,7 @@ def _compared(block: dict[str, Row], situation: str) -> str:
         left = f"probing the full batch would lose {_percent(room)}: the score, not the probe, is the limit"
     else:
         left = "probing the full batch would gain next to nothing"
-    return f"PP ({number(pp)}) {verdict}; {left}"
+    return f"PP ({number(pp)}) {verdict}{cost if unequal(*flops) else ''}; {left}"
 
 
 def _gap(value: float, other: float) -> float:
