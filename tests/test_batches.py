@@ -6,12 +6,14 @@ import signal
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from prunekit.compress import prune
 from prunekit.registry import ModelError
 from prunekit.strategies.application import Slice
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 FROZEN = {"merger": {"momentum": 1.0}}
@@ -364,6 +366,30 @@ def test_a_recomputation_without_the_pruning_of_its_forward_pass_is_refused(
         with pruned.suspended() if ends == "suspended" else nullcontext():
             with pytest.raises(ModelError, match=r"run the backward pass before remove\(\)"):
                 loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_of_the_whole_model_is_refused_where_it_would_decide_anew(make_model, batches, reentrant):
+    """A checkpoint of one's own around the model, which calls the decoder again in the backward pass."""
+    model, ids, found = make_model("llama-gqa").requires_grad_(True), batches[0]["input_ids"], []
+
+    def again():
+        states = model.get_input_embeddings()(ids)
+        run = partial(model, use_cache=False)
+        return checkpoint(lambda inputs: run(inputs_embeds=inputs).logits, states, use_reentrant=reentrant).sum()
+
+    with prune(model, "pp", ratio=0.4, calibration=batches) as pruned:
+        loss, learnt = again(), tables(pruned)
+        with pytest.raises(ModelError, match=r"use model.gradient_checkpointing_enable\(\)"):
+            loss.backward()
+        assert all(torch.equal(a, b) for a, b in zip(learnt, tables(pruned), strict=True))
+        model(ids, use_cache=False).logits.sum().backward()  # without a checkpoint, all is as before
+    with prune(model, "wanda_sp", ratio=0.4, calibration=batches):
+        for loss in (again(), model(ids, use_cache=False).logits.sum()):
+            model.zero_grad()
+            loss.backward()
+            found.append(model.model.layers[0].mlp.down_proj.weight.grad.clone())
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from ...registry import ModelError
 from .batch import Batch, Running
 
 FUNCTION = "_gradient_checkpointing_func"
@@ -52,3 +54,13 @@ def restore_checkpoint(layer: nn.Module) -> None:
     function = vars(layer).get(FUNCTION)
     if isinstance(function, Checkpoint):
         vars(layer)[FUNCTION] = function.function
+
+
+def check_not_again() -> None:
+    """Raise :class:`ModelError` for a batch that begins in a backward pass: it would decide anew, and learn twice."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise ModelError(
+            "the backward pass runs the whole pruned model again (torch.utils.checkpoint around it), and this pruning "
+            "would choose other units than in the forward pass; use model.gradient_checkpointing_enable(), which "
+            "repeats the choice, or choose the units once for all texts with pruned.freeze()"
+        )

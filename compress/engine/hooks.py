@@ -19,7 +19,7 @@ from ...registry import DataError, ModelError
 from ...registry.tensors.caches import cache_among, is_other_cache
 from .ahead import SideStreams, following_sites
 from .batch import Batch, Decision, Mode, Observe, Running, named, split, valid_tokens, worth_reusing
-from .checkpointing import use_checkpoint
+from .checkpointing import check_not_again, use_checkpoint
 from .copying import Hook, Unpickled
 from .decider import Decider
 from .decode_cache import CacheDecisions
@@ -76,6 +76,8 @@ class Hooks:
             observe = self._calibration
         elif mode == "prune" and self.learner is not None:
             observe = self.learn
+        if mode == "prune" and self.depends_on_batch:
+            check_not_again()
         tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         rows, length = tokens.shape[:2]
         counts = mode == "calibrate" or (mode == "prune" and self.prober is not None)
