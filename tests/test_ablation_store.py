@@ -406,6 +406,7 @@ def test_trials_of_other_weights_are_other_trials(path, study, model):
         store.record(first.trials[0].key, outcome())
     times = (model / "model.safetensors").stat()
     (model / "README.md").write_text("says nothing of numbers")
+    (model / "optimizer.pt").write_bytes(b"is loaded by a trainer alone")
     with Store.create_or_resume(path, study(LOCAL)) as store:
         assert [trial.status for trial in store.trials] == ["done", "waiting"]
     (model / "model.safetensors").write_bytes(b"weights 2")  # of the same size

@@ -88,5 +88,8 @@ def test_errors_of_the_system_are_explained():
     assert "memory ran out" in explained(MemoryError())
     assert "memory ran out" in explained(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 12 bytes"))
     assert explained(OSError(28, "No space left on device", "/elsewhere/x")).startswith("/elsewhere/x: No space left")
+    assert explained(RuntimeError("Symlink loop from '/a/loop'")).endswith(
+        "the link leads to itself; name a file or folder"
+    )
     assert explained(RuntimeError("shapes differ")) is None
     assert explained(KeyError("x")) is None

@@ -22,6 +22,9 @@ from ..runs.records import RunResult
 
 BEFORE_SHA256 = ", sha256 "
 
+OF_TRAINING = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin")
+"""Files of a checkpoint that nothing here loads."""
+
 LONG = 2.0
 """Seconds of reading weights that are worth a line."""
 
@@ -129,7 +132,8 @@ def weights(folder: Path) -> str:
     They are read again only when size or time has changed; what takes long says so.
     """
     began = time.monotonic()
-    files = sorted(path for path in folder.glob("*") if path.suffix in READ and path.is_file())
+    read = (path for path in folder.glob("*") if path.suffix in READ and path.name not in OF_TRAINING)
+    files = sorted(path for path in read if path.is_file())
     found = hashlib.sha256("".join(f"{path.name} {content(path)}\n" for path in files).encode()).hexdigest()
     seconds = time.monotonic() - began
     if seconds > LONG:

@@ -11,7 +11,7 @@ MEMORY = ("DefaultCPUAllocator", "allocate memory", "not enough memory", "out of
 
 
 def explained(failure: BaseException) -> str | None:
-    """A sentence with the remedy for memory that ran out and for files of the system; ``None`` for other errors."""
+    """A sentence with the remedy for memory that ran out, and for files and links; ``None`` for other errors."""
     message = str(failure).strip()
     is_memory = isinstance(failure, MemoryError) or getattr(failure, "errno", None) == errno.ENOMEM
     if is_memory or (isinstance(failure, (RuntimeError, ImportError)) and any(part in message for part in MEMORY)):
@@ -20,6 +20,8 @@ def explained(failure: BaseException) -> str | None:
             f"memory ran out ({first}); lower the batch sizes of calibration and evaluators, close other programs, or "
             "use a machine with more memory"
         )
+    if isinstance(failure, RuntimeError) and message.startswith("Symlink loop"):  # Python's pathlib before 3.13
+        return f"{message}: the link leads to itself; name a file or folder"
     if isinstance(failure, OSError) and failure.errno is not None:
         where = f"{failure.filename}: " if failure.filename else ""
         return f"{where}{failure.strerror}; see to that, and run the same command again"
