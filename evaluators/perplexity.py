@@ -87,7 +87,7 @@ class Perplexity(Evaluator):
         """Number and length of the windows, and the option for fewer; raises as :meth:`evaluate` for the text."""
         window = self._window(subject.model)
         windows = self._read(subject, window)[0]
-        count = f"{len(windows):,} windows of {window} tokens"
+        count = f"{len(windows):,} window{'s' * (len(windows) != 1)} of {window} tokens"
         return count if self.limit else f"all {count}, fewer with limit"
 
     def evaluate(self, subject: Subject) -> Measurement:

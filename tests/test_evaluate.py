@@ -53,7 +53,7 @@ def test_a_model_by_name_has_the_dense_values_of_a_run(run, results, tmp_path):
     assert values["cost"]["flops"] == results["cost.flops"]["dense"]
     assert data["strategy"] == "none" and "bundled, not pruned" in output
     assert (tmp_path / "out" / "report.md").read_text().startswith("# Not pruned\n\nbundled, not pruned.")
-    assert "to do: perplexity: 3 windows of 64 tokens; once" in output
+    assert "to do: perplexity: 3 windows of 64 tokens; the model as it is" in output
     again = Pipeline(PipelineSpec.load(tmp_path / "out" / "resolved.yaml")).measure().metrics
     assert again["perplexity.perplexity"]["pruned"] == values["perplexity"]["perplexity"]
     for command in ("report", "compare"):

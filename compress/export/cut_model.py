@@ -109,7 +109,9 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
             continue
         opened = cut.open_cut
         if opened is None:
-            raise SpecError("the model runs unpruned here; read its weights outside of dense() and suspended()")
+            raise SpecError(
+                "the model runs unpruned here; read its weights before remove(), and outside of dense() and suspended()"
+            )
         for linear, producer in cut.binding.producers:
             rows = length(len(opened.rows[linear]), linear.out_features)
             shapes = {"weight": (rows, linear.in_features), "bias": (rows,)}

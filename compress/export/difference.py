@@ -87,5 +87,7 @@ def _row(title: str, units: int, ours: int, theirs: int, both: int | None = None
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     text = "-" if value is None else str(value)
     return text[:12] if len(text) == 64 else text

@@ -120,7 +120,7 @@ def run(
         else:
             loaded = load(spec.model)
         check_lengths(spec, loaded)
-        for line in planned(None, labelled(spec.evaluate), Unpruned(loaded), "once"):
+        for line in planned(None, labelled(spec.evaluate), Unpruned(loaded), "the model as it is"):
             say(line)
         measuring = None
         if pruned is not None:

@@ -141,7 +141,7 @@ class Verification:
             return Check(label, "not checked", "of a GGUF only perplexity is measured")
         try:
             evaluator = recorded(metric, self.plugins, self.trust_remote_code)
-            for line in planned(None, [(label, evaluator)], Unpruned(loaded), "once"):
+            for line in planned(None, [(label, evaluator)], Unpruned(loaded), "the exported model"):
                 self.say(line)
             found = measure(evaluator, loaded, seed, "again", pruned, self.progress).values
         except NonFiniteError as error:

@@ -127,11 +127,10 @@ def _table(head: Sequence[str], rows: Iterable[Row], left: int, title: str | Non
 
 
 class _Pace(ProgressColumn):
-    """Rate and time left of a bar that :meth:`Bars.track` moves."""
+    """Rate and time left of a bar that :meth:`Bars.track` moves, as they were after its last step."""
 
     def render(self, task: Task) -> Text:
-        shown = task.fields.get("paced") and task.total is not None
-        return Text(pace(task.completed, task.total or 0, task.elapsed or 0) if shown else "")
+        return Text(task.fields.get("pace", ""))
 
 
 class Bars:
@@ -161,12 +160,13 @@ class Bars:
         """``items``, with a bar of ``total`` steps while they are used, its rate and the time left."""
         if not self.shown:
             self.say(label if total <= 1 else f"{label}, {total:,} steps")
-        task = self._progress.add_task(escape(label), total=total, paced=True)
+        task = self._progress.add_task(escape(label), total=total)
+        began = time.monotonic()
         try:
-            for item in self.minutes(items, label, total):
+            for done, item in enumerate(self.minutes(items, label, total), start=1):
                 stopping.check()
                 yield item
-                self._progress.advance(task)
+                self._progress.update(task, completed=done, pace=pace(done, total, time.monotonic() - began))
         finally:
             self._progress.remove_task(task)
 

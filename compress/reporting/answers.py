@@ -32,7 +32,8 @@ def answers(summary: Summary) -> list[str]:
     if others or RATIO in summary.axes:
         rows, columns = strategy, others[0] if others else RATIO
         by = f" --by {RATIO}" * (others != [] and RATIO in summary.axes)
-        found.append(f"All cells: prunekit pivot {summary.study.source.name} --rows {rows} --columns {columns}{by}.")
+        source = summary.study.source.name
+        found.append(f"As a cross table: prunekit pivot {source} --rows {rows} --columns {columns}{by}.")
     return found
 
 

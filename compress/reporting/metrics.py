@@ -90,7 +90,7 @@ LOWER, HIGHER = "lower", "higher"
 REMOVED = Metric(
     CUT, PARAMETERS, "removed", "share of the prunable parameters that was removed", style="share", exact=True
 )
-"""The achieved cut, which differs from the ratio asked for where units cannot be divided."""
+"""The achieved cut, which differs from the requested ratio where units cannot be divided."""
 
 FLOPS = Metric(
     "cost", "flops_ratio", "FLOPs",

@@ -103,7 +103,8 @@ def notes(table: Cross) -> list[str]:
     marks, question = table.marks, table.question
     over = "; ".join(f"{axis_title(n)} ({', '.join(setting_text(n, v) for v in vs)})" for n, vs in table.over.items())
     cells = sum(cell["trials"] > 0 for cell in table.cells.values())
-    text = f"Averaged over {over or 'nothing'}: {table.settings} settings in each cell, "
+    averaged = f"Averaged over {over}" if over else "Nothing is averaged"
+    text = f"{averaged}: {table.settings} setting{'s' * (table.settings != 1)} in each cell, "
     text += f"{len(table.trials):,} trials in {cells} cells"
     if table.left_out:
         every = table.left_out + table.settings

@@ -189,7 +189,9 @@ def _quality(summary: Summary, quality: Metric, cost: Metric | None) -> Plot | N
         if cost:
             dot: dict[str, Any] = {"marker": "o", "color": MUTED, "linestyle": "none"}
             scale = sizes.items() if len(sizes) > 1 else ()
-            handles += [Line2D([], [], label=f"asked {share(ratio)}", markersize=size, **dot) for ratio, size in scale]
+            handles += [
+                Line2D([], [], label=f"requested {share(ratio)}", markersize=size, **dot) for ratio, size in scale
+            ]
             members, why = front(summary, quality, cost)
             if members:
                 points = [(1.0, dense), *((xs[c.number], drawn[c.number]) for c in members)]
@@ -211,7 +213,7 @@ def _quality(summary: Summary, quality: Metric, cost: Metric | None) -> Plot | N
         else:
             axes.set_xlim(left=0)
             axes.set_xticks([0, *sorted({*xs.values()})])
-            axes.set_xlabel("pruning ratio asked for")
+            axes.set_xlabel("requested pruning ratio")
             bars = "; bars are standard deviations over seeds" if summary.repeated else ""
             name, title = f"{quality.key}-by-ratio", "by pruning ratio"
             caption = f"{way}, from the dense model at 0%{bars}."

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files.dotted import resolved_settings
 from ..output.formatting import named_layers, number
+from ..output.pace import duration
 from ..runs.records import EvaluatorResult, RunResult
 from .axes import finite
 from .summary import Configuration, Summary
@@ -127,7 +128,7 @@ def summary_facts(study: Study) -> list[tuple[str, str]]:
         or "nothing",
         "Not pruned": _distinct(_layers(skipped) for skipped in layers if isinstance(skipped, list)),
         "Machine": _distinct(map(_machine, results)),
-        "Trials": study.progress + (f", {seconds / 60:.1f} min" if seconds else ""),
+        "Trials": study.progress + (f", {duration(seconds)}" if seconds else ""),
         "Run": " to ".join(dict.fromkeys((days[0], days[-1]))),
         "Software": ", ".join(f"{n} {used[n]}" for n in ("prunekit", "torch", "transformers") if n in used),
     }

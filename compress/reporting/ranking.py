@@ -139,7 +139,7 @@ def conclusion(summary: Summary) -> list[str]:
         return [f"No trial has a finite {first.title}."]
     top = max(block.best.ratio or 0.0 for block in blocks)
     clauses = [clause for block in _at(summary, blocks, top) for clause in _clauses(summary, block, True)]
-    clauses[0] = f"at an asked ratio of {share(top)}, {clauses[0]}" if top else clauses[0]
+    clauses[0] = f"at a requested ratio of {share(top)}, {clauses[0]}" if top else clauses[0]
     more = [block for metric in others for block in _at(summary, rankings(summary, metric), top)]
     clauses += [clause for block in more for clause in _clauses(summary, block, False)]
     return [f"{clause[:1].upper()}{clause[1:]}." for clause in clauses]

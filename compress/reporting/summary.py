@@ -74,7 +74,7 @@ class Configuration:
 
     @property
     def ratio(self) -> float | None:
-        """The ratio asked for, else the share of units cut."""
+        """The requested ratio, else the share of units cut."""
         ratio = self.first.result.ratio if self.first.result else None
         return None if ratio is None else ratio.units_cut if ratio.asked is None else ratio.asked
 

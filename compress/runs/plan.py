@@ -24,7 +24,8 @@ def planned(
     """
     lines = []
     if calibration is not None:
-        lines.append(f"calibration: {calibration.sequences} sequences of {calibration.length} tokens")
+        count = calibration.sequences
+        lines.append(f"calibration: {count} sequence{'s' * (count != 1)} of {calibration.length} tokens")
     for label, evaluator in evaluators:
         lines.append(": ".join(part for part in (label, evaluator.plan(subject)) if part) + f"; {models}")
     return [f"to do: {line}" for line in lines]

@@ -87,7 +87,7 @@ def test_compensations_compete_and_texts_do_not(study):
 def test_each_axis_of_methods_has_an_answer_in_one_sentence(study):
     assert answers(summarise(study(ratios=(0.2, 0.4)))) == [
         "Compensation, against none: mean changes perplexity by -14.9% (PP) and -16.8% (FLAP).",
-        "All cells: prunekit pivot my study.sqlite --rows strategy --columns compensation --by prune.ratio.",
+        "As a cross table: prunekit pivot my study.sqlite --rows strategy --columns compensation --by prune.ratio.",
     ]
     assert answers(summarise(study(["pp"]))) == []  # nothing but compensation varies, and it is ranked
 
@@ -102,7 +102,7 @@ def test_every_method_is_ranked_within_its_condition(study):
         for name in ("PP (mean)", "FLAP (mean)", "PP (none)", "FLAP (none)")
     ]
     said = conclusion(table)
-    start = "At an asked ratio of 40%, where text = far, PP (mean; 33.60) has the lowest perplexity (dense 24.00), "
+    start = "At a requested ratio of 40%, where text = far, PP (mean; 33.60) has the lowest perplexity (dense 24.00), "
     assert said[0].startswith(start)
     assert any(one.startswith("Where text = near, PP (mean; 28.80) has the lowest perplexity") for one in said)
 
@@ -123,4 +123,4 @@ def test_calibrations_compete_where_nothing_else_does(study):
     )
     table = summarise(replace(source, trials=trials, axes={"text": ["far", "near"]}))
     assert table.conditions == [] and [len(block) for block in table.blocks()] == [2]
-    assert conclusion(table)[0].startswith("At an asked ratio of 40%, near (33.60) has the lowest perplexity")
+    assert conclusion(table)[0].startswith("At a requested ratio of 40%, near (33.60) has the lowest perplexity")

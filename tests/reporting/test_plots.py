@@ -121,7 +121,7 @@ def test_a_few_values_far_above_are_written_beyond_the_axis(make_study):
 
 def test_the_ratio_is_encoded_in_the_size(plots):
     svg = plots["perplexity-perplexity-cost-flops_ratio"].svg
-    assert ">asked 20%<" in svg and ">asked 40%<" in svg
+    assert ">requested 20%<" in svg and ">requested 40%<" in svg
 
 
 def test_many_bars_are_divided_by_ratio(make_study):

@@ -49,4 +49,4 @@ def test_the_facts_of_all_trials(make_study):
     assert facts["Model"] == "bundled (LlamaForCausalLM, 5,800,000 parameters, float32)"
     assert facts["Measured on"] == ("bundled reference-evaluation, tokens 3839, windows 30, window 128, batch size 20")
     assert facts["Not pruned"] == "layer 0" and facts["Machine"] == "Some Processor, 2 threads, cpu"
-    assert facts["Trials"] == "2 of 2 trials done, 0.4 min" and facts["Run"] == "2026-01-02"
+    assert facts["Trials"] == "2 of 2 trials done, 25 s" and facts["Run"] == "2026-01-02"

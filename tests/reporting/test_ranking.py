@@ -61,12 +61,12 @@ def close(make_study, run_result):
 )
 def test_the_conclusion_names_the_best_or_the_ties(close, pp, flap, words):
     text = said(close(pp, flap))
-    assert text.startswith("At an asked ratio of 40%, ") and words in text
+    assert text.startswith("At a requested ratio of 40%, ") and words in text
 
 
 def test_the_conclusion_is_about_the_highest_ratio(make_study):
     text = said(make_study(["pp", "flap"], [0.2, 0.4, 0.3]))
-    assert text.startswith("At an asked ratio of 40%, PP (33.60) has the lowest perplexity")
+    assert text.startswith("At a requested ratio of 40%, PP (33.60) has the lowest perplexity")
 
 
 def test_the_last_sentence_is_about_the_other_measures(make_study):
@@ -161,7 +161,7 @@ def test_a_seed_without_a_finite_value_counts_as_missing(make_study):
 def test_where_nothing_is_complete_nothing_is_called_best(make_study):
     source = unfinished(make_study(["pp", "flap"], [0.4], seeds=(0, 1, 2)), 3, 5, 6)
     assert said(source) == (
-        "At an asked ratio of 40%, no configuration has a perplexity for all its seeds, so none is called best."
+        "At a requested ratio of 40%, no configuration has a perplexity for all its seeds, so none is called best."
     )
     assert [row["conclusion"] for row in table_of(source)] == ["incomplete, none is called best"] * 2
 
@@ -170,7 +170,7 @@ def test_strategies_that_were_never_finished_are_named(make_study):
     source = make_study(["pp", "flap", "wanda_sp", "full_batch_probing"], [0.2, 0.4])
     waiting = unfinished(source, 4, 6, 8, status="waiting")
     text = said(waiting)
-    assert text.startswith("At an asked ratio of 40%, PP changes perplexity from 24.00 to 33.60; ")
+    assert text.startswith("At a requested ratio of 40%, PP changes perplexity from 24.00 to 33.60; ")
     assert text.endswith("; not ranked: FLAP (not measured) and Wanda-sp (not measured).")
     rows = table_of(waiting)
     assert [row["configuration"] for row in rows if row["conclusion"] == "not measured"] == ["FLAP", "Wanda-sp"]
@@ -189,7 +189,9 @@ def test_dense_models_that_differ_are_each_in_their_clause(make_study, run_data,
             result = RunResult.model_validate({**run_data(strategy), "metrics": [outcome]})
             trials.append(Trial(len(trials) + 1, settings, "done", result))
     first, _, second, _ = conclusion(summarise(replace(make_study(["pp"]), trials=tuple(trials), axes={})))
-    start = "At an asked ratio of 40%, where perplexity window = 32, PP (60.00) has the lowest perplexity (dense 50.00)"
+    start = (
+        "At a requested ratio of 40%, where perplexity window = 32, PP (60.00) has the lowest perplexity (dense 50.00)"
+    )
     assert first.startswith(start)
     assert "window = 64, PP (44.40)" in second and "(dense 37.00)" in second
 

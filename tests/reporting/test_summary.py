@@ -110,7 +110,7 @@ def test_values_that_are_no_numbers_are_shown_and_never_best(make_study):
     table = summarise(source)
     column = table.metric("perplexity.perplexity")
     assert table.cell(by_name(table)["PP"], column).text == "inf"
-    assert conclusion(table)[0].startswith("At an asked ratio of 40%, FLAP changes perplexity from 24.00 to 36.00")
+    assert conclusion(table)[0].startswith("At a requested ratio of 40%, FLAP changes perplexity from 24.00 to 36.00")
 
 
 # Published values
