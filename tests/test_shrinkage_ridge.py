@@ -69,7 +69,9 @@ def test_a_run_takes_the_ridge_of_its_tokens_and_says_so(make_model, batches, us
             here = [cut.compensation for cut in pruned._engine.cuts]
             assert all(c.diagnostics["ridge"] for c in here) and len({c.diagnostics["ridge"] for c in here}) > 1
             ridge = pruned.about_compensation()["ridge"]
-            assert "a ridge of " in pruned.notes[-1] and f" to {ridge['largest']:.3g} times the mean" in pruned.notes[-1]
+            assert (
+                "a ridge of " in pruned.notes[-1] and f" to {ridge['largest']:.3g} times the mean" in pruned.notes[-1]
+            )
             assert pruned.strategy.compensate.ridge is None
             ridges.append([c.diagnostics["ridge"] for c in here])
     assert all(few > more for few, more in zip(*ridges, strict=True)), "more text wants smaller ridges"
