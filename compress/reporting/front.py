@@ -16,8 +16,8 @@ FRONT_QUESTIONS = 100
 def front(summary: Summary, quality: Metric, cost: Metric) -> tuple[list[Configuration], str]:
     """The configurations on the front, by rising cost; or none, and why there is no front.
 
-    On it is what no other is significantly better than at no more cost, and what is significantly better than
-    everything that costs clearly less. Configurations that lack planned seeds are not on it.
+    On it is what no other is significantly better than, unless that costs clearly more, and what is significantly
+    better than everything that costs clearly less. Configurations that lack planned seeds are not on it.
     """
     if why := _no_front(summary, quality):
         return [], why
@@ -42,7 +42,7 @@ def front(summary: Summary, quality: Metric, cost: Metric) -> tuple[list[Configu
         dense = summary.dense_cell(c.reference, quality).mean
         if dense is not None and paid(c) >= 1 and harm(c) >= quality.sign * dense:
             return False
-        rival = min((other for other in whole if paid(other) <= paid(c)), key=harm)
+        rival = min((other for other in whole if not cheaper(c, other)), key=harm)
         below = min((other for other in whole if cheaper(other, c)), key=harm, default=None)
         return not better(rival, c) and (below is None or better(c, below))
 
