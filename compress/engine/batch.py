@@ -280,7 +280,8 @@ def valid_tokens(attention_mask: Any, batch: int, length: int) -> Tensor | None:
     if attention_mask is None:
         return None
     is_tensor = isinstance(attention_mask, Tensor)
-    if not is_tensor or attention_mask.dim() not in (2, 4) or attention_mask.shape[-1] < length:
+    fits = is_tensor and attention_mask.dim() in (2, 4) and len(attention_mask) in (1, batch)
+    if not fits or attention_mask.shape[-1] < length:
         found = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
         raise DataError(
             f"attention_mask: expected a tensor (B, {length}), or (B, 1, {length}, keys), found {found}; only these "
