@@ -50,7 +50,8 @@ SMALLEST, STEP = 5.0, 5.0
 """Size of the marks of the least ratio, and how much larger those of the largest are."""
 FRONT = "Pareto front, with ties"
 ON_FRONT = (
-    "None is significantly better at no more cost, and each is significantly better than what costs clearly less."
+    "What is significantly better than one of them costs clearly more; each is significantly better than what costs "
+    "clearly less."
 )
 EXPENSIVE = 1.6
 """Cost relative to dense from which the axis of costs is logarithmic."""

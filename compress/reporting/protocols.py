@@ -124,7 +124,9 @@ def summary_facts(study: Study) -> list[tuple[str, str]]:
             )
             for p in texts
         ),
-        "Calibrated on": _distinct(f"{c.text}, {c.sequences} sequences of {c.length} tokens" for c in calibrations)
+        "Calibrated on": _distinct(
+            f"{c.text}, {c.sequences} sequence{'s' * (c.sequences != 1)} of {c.length} tokens" for c in calibrations
+        )
         or "nothing",
         "Not pruned": _distinct(_layers(skipped) for skipped in layers if isinstance(skipped, list)),
         "Machine": _distinct(map(_machine, results)),
