@@ -68,7 +68,10 @@ class WeightsWatch:
 
 
 def contents(tensor: Tensor) -> list[Tensor]:
-    """Sums over the bytes of a tensor, int64: different after any element has changed, or elements changed places."""
+    """Sums over the bytes of a tensor, int64: different after an element has changed, or elements changed places.
+
+    They are the same where all that changed is the order of rows that are a multiple of :data:`WIDTH` rows apart.
+    """
     flat = (tensor if tensor.dim() < 2 or tensor.is_contiguous() else tensor.t()).reshape(-1)
     per = 8 // flat.element_size()
     if flat.storage_offset() % per:
