@@ -105,16 +105,6 @@ class ZeroShot(Evaluator):
     def _as_tuple(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
 
-    @field_validator("batch_size", mode="before")
-    @classmethod
-    def _check_number(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("auto"):
-            raise ValueError(
-                f"give a number (found {value!r}): lm-eval would choose by the free memory, but the answers of a "
-                "strategy that probes depend on the batch, and lm-eval's trial batches would change the histories"
-            )
-        return value
-
     @field_validator("task_folder")
     @classmethod
     def _has_tasks(cls, folders: tuple[Path, ...]) -> tuple[Path, ...]:

@@ -198,7 +198,7 @@ def test_what_cannot_work(subject, few_tasks, options, message):
 
 def test_options_that_are_refused(tmp_path):
     for options, message in [
-        ({"batch_size": "auto"}, "give a number .found 'auto'.*depend on the batch"),
+        ({"batch_size": "auto"}, "batch_size: should be a whole number, not text .found 'auto'"),
         ({"task_folder": tmp_path / "none"}, "there is no folder"),
         ({"task_folder": (tmp_path,)}, "holds no lm-eval task file"),
         ({"tasks": ()}, "at least 1"),
