@@ -56,9 +56,11 @@ def check_rows(spec: PipelineSpec, index: int, context: int | None) -> None:
     if row is None or positions is None or row <= positions:
         return
     place = f"evaluate.{index}" + (f".{evaluator.row_option}" if evaluator.row_option else "")
+    written = getattr(evaluator, evaluator.row_option) if evaluator.row_option else row
+    found = "" if written in (None, row) else f" (found {written})"
     lower = f"lower {place} to {positions}, or raise" if evaluator.row_option else "leave it out, or raise"
     raise DataError(
-        f"{place}: {evaluator.name} runs batches of {row} tokens, but {spec.prune.name} keeps a history of "
+        f"{place}: {evaluator.name} runs rows of {row} tokens{found}, but {spec.prune.name} keeps a history of "
         f"calibration.length = {positions} positions; {lower} calibration.length to {row}"
     )
 
