@@ -70,8 +70,11 @@ def test_rows_that_are_longer_than_the_history_are_refused(evaluator):
     data = {"prune": PP, "calibration": {"length": 128}, "evaluate": [evaluator]}
     (found,) = mistakes(PipelineSpec.of(data))
     assert found.place[:2] == ("evaluate", 0) and found.place[2] in evaluator
-    assert "batches of 129 tokens, but pp keeps a history of calibration.length = 128 positions" in found.message
+    assert "rows of 129 tokens, but pp keeps a history of calibration.length = 128 positions" in found.message
     assert not mistakes(PipelineSpec.of({**data, "prune": {"use": "flap", "ratio": 0.4}}))
+    far = {"name": "cost", "length": 100_000}
+    (found,) = mistakes(PipelineSpec.of({**data, "evaluate": [far]}))
+    assert "rows of 512 tokens (found 100000), but pp" in found.message  # the bundled model's context
 
 
 def test_rows_that_are_left_out_fit_the_history():

@@ -301,7 +301,10 @@ def test_options_are_checked(make_model, batches):
     for runtime, said in (
         ({"colum_major": False}, r"runtime.colum_major: unknown key \(did you mean 'column_major'\?\)"),
         ({"compile": "fast"}, r"runtime.compile: should be 'default'.* \(found 'fast'\)"),
-        ({"shared_buffers": "perhaps"}, r"runtime.shared_buffers: should be true or false, not text \(found 'perhaps'\)"),
+        (
+            {"shared_buffers": "perhaps"},
+            r"runtime.shared_buffers: should be true or false, not text \(found 'perhaps'\)",
+        ),
         (3, r"runtime: expected a mapping of column_major, .* \(found 3\)"),
     ):
         with pytest.raises(SpecError, match=said):
