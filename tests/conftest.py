@@ -12,6 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+
+def pytest_configure(config):
+    # The tiny models have so few units that nearly every cut is noted; test_notes.py looks at these warnings.
+    config.addinivalue_line("filterwarnings", "ignore::prunekit.registry.errors.PruneWarning")
+
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 

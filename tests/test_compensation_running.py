@@ -191,8 +191,8 @@ def test_nothing_is_left_also_after_an_exception(make_model, batches, family, st
 
     options = dict(ratio=0.4, calibration=batches, compensate=compensate, **options)
     with prune(model, strategy, **options) as pruned:
-        assert list(model.state_dict()) == list(values)
         expected = logits(model, ids)
+        assert list(model.state_dict()) == list(values)  # leaves weights stored by rows: other rounding until dense()
         with pruned.dense():
             assert torch.equal(logits(model, ids), dense)
         for index in (0, -1):
