@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -45,13 +46,27 @@ def peak_bytes(model: Any, prepare: Callable[[], State], run: Callable[[State], 
     """
     meter(model)
     devices = accelerators(model)
-    return _peak_on_cuda(devices, prepare, run) if devices else _peak_on_cpu(prepare, run)
+    with _without_collections():
+        return _peak_on_cuda(devices, prepare, run) if devices else _peak_on_cpu(prepare, run)
 
 
 def weight_bytes(model: Any) -> int:
     """Bytes of the model's parameters and buffers, shared ones once; those offloaded to disk have none."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_meta)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """A context in which the garbage collector frees nothing: what was left from before would lower the peak."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _peak_on_cuda(devices: tuple[torch.device, ...], prepare: Callable[[], State], run: Callable[[State], Any]) -> int:

@@ -1,6 +1,8 @@
 """Memory: bytes that can be computed are exact, peaks rise by what is allocated, stderr stays clean."""
 
+import gc
 import os
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +142,24 @@ CPU = SimpleNamespace(parameters=lambda: iter(()), buffers=lambda: iter(()))
 
 def block(size):
     return torch.empty(size, dtype=torch.uint8)
+
+
+def test_the_garbage_collector_frees_nothing_while_a_peak_is_measured():
+    class Cycle:
+        pass
+
+    garbage = Cycle()
+    garbage.itself, garbage.memory = garbage, block(50_000)
+    left = weakref.ref(garbage)
+    gc.collect()  # now it is old, and a collection in the middle of a pass would find it
+    del garbage
+
+    def run(_):
+        assert left() is None and not gc.isenabled()
+        return block(1_000)
+
+    assert peak_bytes(CPU, lambda: None, run) == 1_000
+    assert gc.isenabled()
 
 
 def test_a_peak_counts_what_is_there_at_once():
