@@ -47,7 +47,7 @@ def files_of_the_package() -> list[Path]:
     """Every file of the four floors, and those of the package itself."""
     below = [path for floor in FLOORS for path in (ROOT / floor).rglob("*")]
     files = [path for path in below if path.is_file() and "__pycache__" not in path.parts]
-    return [ROOT / "__init__.py", *ROOT.glob("py.typed"), *files]
+    return [*ROOT.glob("__*__.py"), *ROOT.glob("py.typed"), *files]
 
 
 def test_every_package_of_the_tree_is_listed():
@@ -140,7 +140,7 @@ def test_the_bundled_model_and_text_are_in_it(wheel):
 def test_entry_points_and_licences(wheel):
     (points,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     lines = wheel.read(points).decode().splitlines()
-    assert "prunekit = prunekit.compress.cli.main:main" in lines
+    assert "prunekit = prunekit.__main__:main" in lines
     for point in distribution("prunekit").entry_points:
         assert f"{point.name} = {point.value}" in lines
     licences = [name.rsplit("/", 1)[1] for name in wheel.namelist() if ".dist-info/licenses/" in name]
