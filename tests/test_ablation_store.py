@@ -210,6 +210,7 @@ def test_a_store_of_another_version(half, study):
         ("status", "finished", "status: should be 'waiting', 'done' or 'failed'"),
         ("seconds", "long", "seconds: should be a valid number"),
         ("settings", "1", "settings: should be a valid dictionary"),
+        ("settings", json.dumps({"prune.use": "x" * 20_000}), "its settings have 20,017 characters"),
         ("pipeline", "{}", "its pipeline is not the one that was planned"),
         ("key", "abc", "its pipeline is not the one that was planned"),
     ],

@@ -62,6 +62,9 @@ COLUMNS = ("number", "key", "settings", "status", "data", "resolved", "error", "
 SEALED = ("key", "settings", "pipeline", "status", "data", "resolved", "error", "seconds")
 """What a trial's checksum is of."""
 
+LONGEST_SETTINGS = 10_000
+"""Characters of a trial's settings. They name it in tables and plots, which take minutes for a name of megabytes."""
+
 KNOWN = {"study": {"name", "value"}, "trials": {*COLUMNS, "finished", "checksum"}}
 """Columns by table."""
 
@@ -255,6 +258,9 @@ def _stored(row: Row) -> tuple[Row, StoredTrial | None, str | None]:
     try:
         plan = {"number": row["number"] or 0, "key": row["key"]}  # no number: of an earlier version of the file
         plan |= {name: parse_json(_text(row[name])) for name in ("settings", "pipeline")}
+        if len(row["settings"]) > LONGEST_SETTINGS:
+            plan = None
+            raise ValueError(f"its settings have {len(row['settings']):,} characters")
         if key_of(plan["pipeline"]) != row["key"]:
             plan = None
             raise ValueError("its pipeline is not the one that was planned")

@@ -34,6 +34,7 @@ from .style import (
     heat_map,
     ink_on,
     percent,
+    shortened,
 )
 from .summary import Configuration, Summary
 
@@ -334,7 +335,7 @@ def _bars(
             if floor is not None:
                 axes.plot((floor, floor), (row - 0.46, row + 0.46), color=INK, linewidth=2, solid_capstyle="butt")
         axes.axvline(1, color=INK, linewidth=0.7, linestyle=":")
-        axes.set_yticks(range(len(bars)), list(bars))
+        axes.set_yticks(range(len(bars)), [*map(shortened, bars)])
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from prunekit.compress.reporting.front import front
 from prunekit.compress.reporting.plots import FLOP_PARTS, LOOKS, TIME_PARTS, draw, outliers, pareto, series_of
-from prunekit.compress.reporting.style import HATCHES, MARKERS, VARIABLES, percent
+from prunekit.compress.reporting.style import HATCHES, HEAT, MARKERS, VARIABLES, drawing, finished, heat_map, percent
 from prunekit.compress.reporting.summary import summarise
 from prunekit.compress.runs.records import RunResult
 
@@ -129,6 +129,16 @@ def test_many_bars_are_divided_by_ratio(make_study):
     source = make_study([f"own_{i}" for i in range(8)], [0.2, 0.4], only=["cost"], harm=1.0)
     names = {plot.name for plot in draw(summarise(source))}
     assert {"where-operations-20", "where-operations-40"} <= names and "where-operations" not in names
+
+
+def test_long_texts_are_shortened():
+    with drawing(30, height=20) as figure:
+        panel = figure.subplots()
+        panel.plot([1, 2], label="begin " + "x" * 100_000 + " end")
+        heat_map(panel, [[0.5]], HEAT, (0, 1), ["y" * 100_000], ["y" * 100_000])
+        figure.legend()
+        svg = finished(figure, "long", "title", "caption").svg
+    assert "begin xx" in svg and "xx end" in svg and "x" * 120 not in svg and "y" * 120 not in svg
 
 
 def test_ticks_say_the_decimals_that_they_have():
