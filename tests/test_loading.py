@@ -157,7 +157,9 @@ def test_stored_rotary_frequencies_are_harmless(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    load(ModelSource(name=str(folder), device="cpu"))
+    loaded = load(ModelSource(name=str(folder), device="cpu"))
+    frequencies = loaded.model.model.rotary_emb.inv_freq
+    assert len(frequencies.unique()) == len(frequencies) > 1  # not the stored ones
 
 
 @pytest.mark.parametrize("with_model", [True, False])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...registry import ModelError
-from ..output.reading import brief, shown
+from ..output.reading import brief, read_json, shown
 
 READ = (".safetensors", ".gguf", ".bin", ".pt", ".py", ".json", ".jinja", ".model", ".txt", ".yaml")
 """Endings of files that a loader or an export reads."""
@@ -114,8 +113,8 @@ def _entries(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 def _check_index(path: Path, folder: Path) -> None:
     try:
-        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        files = set(read_json(path)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # transformers names what is wrong with the index that it uses
     for name in files:
         inside = isinstance(name, str) and ".." not in Path(name).parts and not Path(name).is_absolute()
@@ -128,7 +127,7 @@ def _check_index(path: Path, folder: Path) -> None:
 
 def _base_of(path: Path) -> str | None:
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        base = read_json(path).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
         return None
     return brief(base) if isinstance(base, str) else None

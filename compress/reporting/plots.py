@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 
 from ...registry.roles.evaluation import STAGES
 from ..output.formatting import share
+from ..output.reading import brief
 from .axes import RATIO, STRATEGY_AXES, USE, called, finite, named_text, setting_text
 from .front import front
 from .metrics import Metric
@@ -34,7 +35,6 @@ from .style import (
     heat_map,
     ink_on,
     percent,
-    shortened,
 )
 from .summary import Configuration, Summary
 
@@ -335,7 +335,7 @@ def _bars(
             if floor is not None:
                 axes.plot((floor, floor), (row - 0.46, row + 0.46), color=INK, linewidth=2, solid_capstyle="butt")
         axes.axvline(1, color=INK, linewidth=0.7, linestyle=":")
-        axes.set_yticks(range(len(bars)), [*map(shortened, bars)])
+        axes.set_yticks(range(len(bars)), [*map(brief, bars)])
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -18,6 +18,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from ..output.reading import brief
+
 INK, MUTED, RULE, PAPER = "#16191d", "#59616b", "#d8dce1", "#fdfefe"
 """Text, secondary text, grid lines and background; the page replaces each of them by its value."""
 
@@ -52,10 +54,6 @@ STYLE: Any = {
 
 WIDTH = 5.2
 """Inches: two figures side by side on a desktop's page, one across a phone's."""
-
-
-LONGEST = 120
-"""Characters of a text in a plot. A name of a hundred thousand would take minutes to draw."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +95,12 @@ def drawing(width: float = WIDTH, *, height: float) -> Iterator[Figure]:
 def finished(figure: Figure, name: str, title: str, caption: str, wide: bool = False) -> Plot:
     """The figure's files; call it within :func:`drawing`."""
     for text in figure.findobj(Text):
-        text.set_text(shortened(text.get_text()))
+        text.set_text(brief(text.get_text()))  # a name of a hundred thousand characters would take minutes to draw
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg")
     figure.savefig(png, format="png", dpi=200)
     file_name = "".join(c if c.isalnum() or c == "-" else "_" for c in name.replace(".", "-"))
     return Plot(file_name, title, caption, svg.getvalue(), png.getvalue(), wide)
-
-
-def shortened(text: str) -> str:
-    """A text as a plot shows it: at most :data:`LONGEST` characters. Titles of ticks need it before they are set."""
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 21]}\N{HORIZONTAL ELLIPSIS}{text[-20:]}"
 
 
 def percent(value: float, _place: float = 0) -> str:
@@ -134,8 +127,8 @@ def heat_map(
     panel.grid(False)
     panel.spines[:].set_visible(False)
     panel.tick_params(length=0)
-    panel.set_xticks([i + 0.5 for i in range(len(columns))], [*map(shortened, columns)])
-    panel.set_yticks([i + 0.5 for i in range(len(rows))], [*map(shortened, rows)])
+    panel.set_xticks([i + 0.5 for i in range(len(columns))], [*map(brief, columns)])
+    panel.set_yticks([i + 0.5 for i in range(len(rows))], [*map(brief, rows)])
     return mesh
 
 
