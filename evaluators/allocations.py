@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..registry import SpecError
@@ -90,15 +91,37 @@ def _peak_on_cpu(prepare: Callable[[], State], run: Callable[[State], Any]) -> i
         del state
     level = peak = 0
     begun = False
-    # The profiler's table adds up the events within an operator; the raw events show the peaks.
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == MARK:
+    allocated: dict[int, int] = {}
+    # The profiler's table adds up the events within an operator; the events themselves show the peaks.
+    for event in sorted(_events(profiler), key=lambda event: event.start_time_ns):
+        if event.tag == _EventType.Allocation:
+            level += _change(allocated, event.extra_fields.ptr, event.extra_fields.alloc_size)
+        elif event.name == MARK:
             begun = True
-        elif event.name() == "[memory]":
-            level += event.nbytes()
         if begun:
             peak = max(peak, level)
     return peak
+
+
+def _events(profiler: Any) -> Iterator[Any]:
+    """All events of a profile: operators and allocations, children after their parents."""
+    waiting = list(reversed(profiler.profiler.kineto_results.experimental_event_tree()))
+    while waiting:
+        event = waiting.pop()
+        yield event
+        waiting.extend(reversed(event.children))
+
+
+def _change(allocated: dict[int, int], address: int, size: int) -> int:
+    """Bytes by which one allocation (size > 0) or release (size < 0) moves the level; keeps ``allocated`` up to date.
+
+    A release counts only if its allocation was seen. For a block that is older than the profile, the profiler reports
+    the size of whatever an earlier profile saw at that address.
+    """
+    if size > 0:
+        allocated[address] = size
+        return size
+    return -allocated.pop(address, 0)
 
 
 @contextmanager

@@ -144,6 +144,22 @@ def block(size):
     return torch.empty(size, dtype=torch.uint8)
 
 
+def test_a_release_of_a_block_that_is_older_than_the_measurement_does_not_count():
+    """The profiler gives it the size of a block that an earlier profile saw at the same address."""
+    size, first = 40_000, []
+    peak_bytes(CPU, lambda: None, lambda _: first.extend(block(size) for _ in range(50)))
+    known = {each.data_ptr() for each in first}
+    first.clear()  # while nothing is measured, so that the profiler goes on knowing the sizes
+    older = [each for each in [block(size) for _ in range(100)] if each.data_ptr() in known]
+    assert older
+
+    def run(_):
+        older.clear()
+        return block(5_000)
+
+    assert peak_bytes(CPU, lambda: None, run) == 5_000
+
+
 def test_the_garbage_collector_frees_nothing_while_a_peak_is_measured():
     class Cycle:
         pass
