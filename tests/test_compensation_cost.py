@@ -156,6 +156,16 @@ def test_the_usual_cuts_solution_is_only_folded(measure):
     assert attributed(measure("pp", {"name": "least_squares", "per_batch": "pivot"})) > attributed(found)
 
 
+def test_a_check_is_the_probes_tokens_through_the_whole_consumer(measure):
+    """Two tokens of each of four rows; the mean's output is known. PP: half the positions of one row."""
+    found = measure("wanda_sp", {"name": "least_squares", "check": True})
+    assert attributed(found) == a_batch(found, lambda c, k: 2 * HIDDEN * c * 8 + 2 * HIDDEN * k)
+    found = measure("pp", {"name": "least_squares", "check": True, "per_batch": "usual"})
+    assert attributed(found) == a_batch(
+        found, lambda c, k: 2 * HIDDEN * (c - k) * k + 2 * HIDDEN * c * 12 + 2 * HIDDEN * k
+    )
+
+
 def test_correcting_a_pivot_takes_a_system_of_the_channels_that_differ():
     """12 channels; usual are 0 to 7, kept are 2 to 9: 4 channels differ."""
     compensator, base = LeastSquares(), torch.arange(8)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 PROBING = {"name": "least_squares", "probe": 0.5}
+CHECKED = {"name": "least_squares", "check": True}
 ALL_SEEN = {"probe": 1.0, "selector": "whole_batch"}
 
 
@@ -127,6 +128,8 @@ CACHED = [
     ("flap", PROBING, {}),
     ("pp", PROBING, {"merger": {"momentum": 1.0}}),
     ("pp", "low_rank_least_squares", {"merger": {"momentum": 1.0}}),
+    ("wanda_sp", CHECKED | {"probe": 0.5}, {}),
+    ("pp", CHECKED, {"merger": {"momentum": 1.0}}),
 ]
 
 

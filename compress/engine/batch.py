@@ -35,6 +35,8 @@ class Decision(NamedTuple):
     positions: Tensor
     probe_mean: Tensor | None = None
     """(C,) float32: the channels' mean in the probe, where compensation uses it."""
+    share: Tensor | None = None
+    """() float32: the share of the slope that fits the probe best, where compensation checks it."""
 
 
 @dataclass(eq=False)

@@ -27,6 +27,9 @@ from ...registry.tensors.devices import unautocast
 
 Solved = TypeVar("Solved")
 
+NO_PROBE = {"probe": 0.0, "check": False}
+"""The options with which a compensator reads no probe."""
+
 
 @dataclass(eq=False)
 class SiteCompensation:
@@ -125,26 +128,59 @@ class SiteCompensation:
             else:
                 self.fixed = self._slope_of(prepared, kept, complement(kept, self.site.channels))
 
-    def weight(self, whole: Tensor, cut: Tensor, kept: Tensor) -> Tensor:
-        """The consumer's weight with the slope folded in: ``W_kept + W_cut @ slope``, in the dtype of W.
+    def folded(self, whole: Tensor, kept: Tensor) -> Tensor | None:
+        """What the slope adds to the kept columns: ``W_cut @ slope`` (O, k) float32; None: nothing.
 
-        whole (O, C); cut is the weight cut to kept (k,): (O, k), or (O, C) where dropped columns are only zeroed.
+        whole (O, C) is the consumer's weight; kept (k,).
         """
         dropped = complement(kept, self.site.channels)
         with torch.no_grad():
             slope = self._slope(kept, dropped)
         if not slope:
-            return cut
+            return None
         added = whole.index_select(1, dropped).float()
         for factor in slope:
             added = added @ factor
+        return added
+
+    def weight(self, cut: Tensor, kept: Tensor, added: Tensor | None, share: Tensor | None = None) -> Tensor:
+        """The consumer's weight with a share of the slope: ``W_kept + share * W_cut @ slope``, in the dtype of W.
+
+        cut is the weight cut to kept (k,): (O, k), or (O, C) where dropped columns are only zeroed. added (O, k) is of
+        :meth:`folded`. share is a number, (); None: 1.
+        """
+        if added is None:
+            return cut
+        if share is not None:
+            added = added * share
         if cut.shape[1] != len(kept):
             return cut.float().index_add(1, kept, added).to(cut.dtype)
         return (cut.float() + added).to(cut.dtype)
 
+    def share_of_slope(
+        self, whole: Tensor, kept: Tensor, added: Tensor, states: Tensor, real: Tensor | None, mean: Tensor
+    ) -> Tensor:
+        """The share of the slope, 0 to 1, with the least squared error of the output on a probe's tokens; () float32.
+
+        With the compensated mean (C,) subtracted from the tokens it is ``<y, p> / <p, p>``: y is what the dropped
+        channels contribute to the output, and p what the slope predicts of it. It is 0 where nothing is predicted.
+        whole (O, C), kept (k,), added (O, k) of :meth:`folded`; states (b, t, C), of which ``real`` (b, t) count.
+        """
+        dropped = complement(kept, self.site.channels)
+        tokens = states.float() - mean
+        if real is not None:
+            tokens = tokens.masked_fill(~real[..., None], 0)
+        lost = tokens[..., dropped] @ whole.index_select(1, dropped).float().T
+        predicted = tokens[..., kept] @ added.T
+        share = (lost * predicted).sum() / predicted.square().sum()
+        return share.nan_to_num(0, 0, 0).clamp(0, 1)
+
     def check_folded(self, whole: Tensor, kept: Tensor) -> None:
         """Raise :class:`NonFiniteError` where the weight (O, C) with the slope of kept (k,) overflows its dtype."""
-        if self.has_slope and not bool(torch.isfinite(self.weight(whole, whole[:, kept], kept)).all()):
+        if not self.has_slope:
+            return
+        weight = self.weight(whole[:, kept], kept, self.folded(whole, kept))
+        if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(
                 f"{self.site.label}: the weight of {self.site.consumer} overflows {str(whole.dtype)[6:]} with what "
                 f"compensator {self.compensator.name} folds into it; load the model in bfloat16 or float32, or raise "
@@ -199,15 +235,16 @@ class SiteCompensation:
 
 
 def without_probe(compensator: Compensator) -> Compensator:
-    """The same compensator with its option ``probe`` at 0, for cuts that are made once and exported.
+    """The same compensator with its option ``probe`` at 0 and ``check`` false, for cuts made once and exported.
 
     Raises :class:`SpecError` for one that uses a probe and has no such option.
     """
     if not compensator.uses_probe:
         return compensator
-    if "probe" not in type(compensator).model_fields:
+    options = {name: off for name, off in NO_PROBE.items() if name in type(compensator).model_fields}
+    if "probe" not in options:
         raise SpecError(
             f"compensator {compensator.name} reads a probe of every batch, and a model that is cut once has none; use "
             "compensate: mean, or export the strategy as it is (--profile dynamic)"
         )
-    return compensator.model_copy(update={"probe": 0.0})
+    return compensator.model_copy(update=options)

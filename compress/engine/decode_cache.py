@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ...registry import DataError, ModelError, Site, Strategy
 from .site_cut import SiteCut
 
-Kept = tuple[Tensor, "Tensor | None"]
-"""Kept units (k,), and the mean (C,) of the probe where compensation uses one."""
+Kept = tuple[Tensor, "Tensor | None", "Tensor | None"]
+"""Kept units (k,); where compensation uses a probe, its mean (C,) and the share () of the slope that fits it best."""
 
 MARK = "prunekit"
 """Attribute of a cache: the pruning that filled it, and by layer the prompt's length and the decisions."""
@@ -70,11 +70,11 @@ class CacheDecisions:
         known = self._layer(_own(cache), layer)
         return None if known is None else known.get(site.kind)
 
-    def remember(self, cache: Any, layer: int, site: Site, kept: Tensor, probe_mean: Tensor | None) -> None:
+    def remember(self, cache: Any, layer: int, site: Site, decided: Kept) -> None:
         """Keep a decision for the steps to come."""
         known = self._layer(_own(cache), layer)
         assert known is not None  # the layer has begun
-        known[site.kind] = kept, probe_mean
+        known[site.kind] = decided
 
     def _begin(self, cache: Any, layer: int, tokens: int, pruning: bool) -> None:
         """A prompt begins in an empty cache: what was decided for an earlier one is gone."""

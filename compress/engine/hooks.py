@@ -170,10 +170,10 @@ class Hooks:
                     decision = at_site.decision = hooks.decide(cut, given, prober)
                 else:
                     hooks._side.join()
-                cut.open(decision.kept, decision.probe_mean, cut.state.fixed is not None or batch.cache is not None)
+                decided = decision.kept, decision.probe_mean, decision.share
+                cut.open(*decided, stays=hooks.stays(cut, batch))
                 if batch.cache is not None:
-                    kept, probe_mean = decision.kept, decision.probe_mean
-                    hooks._cached.remember(batch.cache, batch.layer, cut.binding.site, kept, probe_mean)
+                    hooks._cached.remember(batch.cache, batch.layer, cut.binding.site, decided)
                 if hooks.trace is not None and not batch.passed:
                     hooks.record(cut, decision, batch)
             following = hooks._following[cut.number]
@@ -195,9 +195,18 @@ class Hooks:
     def decide(self, cut: SiteCut, given: SiteInput, prober: Prober) -> Decision:
         """Probe and decide; a site whose units are decided once is probed for compensation alone."""
         probe, fixed = prober.probe(cut, given), cut.state.fixed
-        if fixed is not None:
-            return Decision(fixed, probe.rows, probe.positions, probe.mean)
-        return self.decider.decide(cut, given, probe)
+        if fixed is None:
+            decision = self.decider.decide(cut, given, probe)
+        else:
+            decision = Decision(fixed, probe.rows, probe.positions, probe.mean)
+        if probe.states is None:
+            return decision
+        opened_next = cut.cut_to(decision.kept, self.stays(cut, given.batch))
+        return decision._replace(share=opened_next.share_of_slope(probe.states, probe.real, probe.mean))
+
+    def stays(self, cut: SiteCut, batch: Batch) -> bool:
+        """Whether a cut of this batch serves several passes."""
+        return cut.state.fixed is not None or batch.cache is not None
 
     def decide_ahead(
         self,
@@ -221,7 +230,7 @@ class Hooks:
             if self._side.used and following.fixed is None and not self.shared.runtime.fused_gather:
                 following.copy_ahead(decision.kept, batch.cache is not None)
         if self._side.used:
-            self._side.share(decision.kept, decision.probe_mean)
+            self._side.share(decision.kept, decision.probe_mean, decision.share)
 
     def learn(self, cut: SiteCut, x: Tensor) -> None:
         """Compute a site's updated history from its consumer's input, (B, T, c) or (B * T, c), for :func:`commit`."""
@@ -326,6 +335,7 @@ class Hooks:
         number = None if batch is None else self._batches
         where = {"batch": number, "layer": cut.site.layer, "kind": cut.site.kind}
         seen = {name: getattr(decision, name).tolist() for name in ("kept", "rows", "positions")}
+        seen |= {} if decision.share is None else {"share": decision.share.item()}
         (self.trace if batch is None else batch.records).append(where | seen)
 
     def check_weights(self) -> None:

@@ -54,6 +54,10 @@ class Probe:
     """(t, C), or (b * t, C), float32: where the merger uses it."""
     mean: Tensor | None = None
     """(C,) float32: the channels' mean, where compensation uses it."""
+    states: Tensor | None = None
+    """(b, t, C): what enters the consumer, where compensation checks its slope."""
+    real: Tensor | None = None
+    """(b, t) bool: the real tokens among them; None where all are."""
 
 
 class Prober:
@@ -95,6 +99,8 @@ class Prober:
                 if self._uses_mean:
                     probe.mean = mean_of(x, real)
                     batch.checks.add(probe.mean, PROBED, cut.site)
+                if strategy.compensate.checks_slope:
+                    probe.states, probe.real = x, real
         return probe
 
 

@@ -175,6 +175,8 @@ class OpenCut:
         """Whether the units were decided once."""
         self.probe_mean: Tensor | None = None
         """(C,) float32: the channels' mean in a probe of this batch, where compensation uses it."""
+        self.share: Tensor | None = None
+        """() float32: the share of the slope that fits this probe best, where compensation checks it."""
         self.units = kept if len(kept) else kept.new_zeros(1)
         """Where no unit is kept, unit 0 in its place with a consumer weight of zero: no attention takes zero heads."""
         site = state.binding.site
@@ -195,10 +197,32 @@ class OpenCut:
         """Copy weights anew when they are used next."""
         self._copies = {}
 
-    def use_mean(self, probe_mean: Tensor | None) -> None:
-        """Compensate for the mean in this batch's probe (C,); None: the calibrated one."""
-        self.probe_mean = probe_mean
-        self._copies = {key: made for key, made in self._copies.items() if key[1] != "bias"}
+    def use_probe(self, mean: Tensor | None, share: Tensor | None) -> None:
+        """Compensate with the mean in this batch's probe (C,) and this share () of the slope.
+
+        None: the calibrated mean, and the whole slope.
+        """
+        if mean is self.probe_mean and share is self.share:
+            return
+        outdated = {"bias"} if share is self.share else {"bias", "weight"}
+        self.probe_mean, self.share = mean, share
+        self._copies = {key: made for key, made in self._copies.items() if key[1] not in outdated}
+
+    @torch.no_grad()
+    def share_of_slope(self, states: Tensor, real: Tensor | None, probe_mean: Tensor | None) -> Tensor | None:
+        """The share of the slope () that fits a probe best; None where the site has no slope.
+
+        states (b, t, C): what enters the consumer; real (b, t) bool, or None where all are; probe_mean (C,).
+        """
+        linear, compensation = self.state.binding.consumer, self.state.compensation
+        if not (compensation.has_slope and len(self.kept)):
+            return None
+        with self.shared.stages.compensate, weights_present(linear), unautocast(linear.weight):
+            whole, added = linear.weight, self._added(linear)
+            if added is None:
+                return None
+            mean = self._mean(probe_mean)
+            return compensation.share_of_slope(whole, self.columns, added, states, real, mean)
 
     def keep_copies(self) -> None:
         """Keep copies from now on until the site is left."""
@@ -252,9 +276,31 @@ class OpenCut:
                     yield tensor
 
     def _consumer_weight(self, linear: nn.Linear) -> Tensor:
+        compensation, plain = self.state.compensation, self._recall(linear, "plain")
+        has_slope = compensation.wanted and compensation.has_slope and len(self.kept) > 0
+        if plain is None:
+            plain = self._plain_weight(linear)
+            if self.once and has_slope and compensation.compensator.checks_slope:
+                self._store(linear, "plain", plain)  # every batch adds its own share of the slope to it
+        if not has_slope:
+            return plain
+        with self.shared.stages.compensate, unautocast(plain):
+            return compensation.weight(plain, self.columns, self._added(linear), self.share)
+
+    def _added(self, linear: nn.Linear) -> Tensor | None:
+        """What the slope adds to the kept columns, (O, k) float32; None: nothing."""
+        added, compensation = self._recall(linear, "added"), self.state.compensation
+        if added is None:
+            added = compensation.folded(linear.weight, self.columns)
+            if compensation.compensator.checks_slope:  # read twice: to find the share, and to add it
+                self._store(linear, "added", added)
+        return added
+
+    def _plain_weight(self, linear: nn.Linear) -> Tensor:
+        """The kept columns of the weight (O, c), without compensation."""
         shared, compensation, site = self.shared, self.state.compensation, self.state.binding.site
-        has_slope = compensation.wanted and compensation.has_slope
-        folded = self.stays and has_slope  # the plain copy is not needed after folding
+        # Where a slope is added, the copy's layout is that of a weight which is kept.
+        folded = self.stays and compensation.wanted and compensation.has_slope
         with shared.stages.gather:
             weight = shared.applier.consumer(linear.weight, self.columns)
             if isinstance(weight, Selection):
@@ -262,27 +308,27 @@ class OpenCut:
                 weight = shared.gatherer.copy(weight, linear, place, self.once or folded)
             columns = len(self.columns) if shared.applier.resizes else linear.in_features
             self._check(weight, (linear.out_features, columns), f"consumer (weight of {site.consumer})")
-        if not len(self.kept):
-            return torch.zeros_like(weight)
-        if not has_slope:
-            return weight
-        with shared.stages.compensate, unautocast(weight):
-            return compensation.weight(linear.weight, weight, self.columns)
+        return weight if len(self.kept) else torch.zeros_like(weight)
 
     def _mean_keeping_bias(self, linear: nn.Linear, weight: Tensor) -> Tensor:
         """The consumer's bias with which its mean output is what it was before the cut, (O,)."""
         state = self.state
-        compensator, calibrated = state.compensation.compensator, state.history.mean
-        assert calibrated is not None  # calibration keeps it wherever anything is compensated
         with self.shared.stages.compensate, unautocast(weight):
-            # Sequential calibration has no probe: it runs on the batches whose mean is the calibrated one.
-            unprobed = compensator.uses_probe and self.probe_mean is None
-            mean = calibrated if unprobed else compensator.mean(calibrated, self.probe_mean)
-            if compensator.uses_probe or differentiates(linear) or torch.compiler.is_compiling():
+            mean = self._mean(self.probe_mean)
+            of_batch = state.compensation.compensator.uses_probe and mean is not state.history.mean
+            if of_batch or differentiates(linear) or torch.compiler.is_compiling():
                 whole = linear.weight.float() @ mean
             else:
                 whole = state.mean_output(mean)
             return state.compensation.bias(linear, weight, self.columns, mean, whole)
+
+    def _mean(self, probe_mean: Tensor | None) -> Tensor:
+        """The mean to compensate with, (C,); probe_mean (C,) is that of a probe, where one is used."""
+        compensator, calibrated = self.state.compensation.compensator, self.state.history.mean
+        assert calibrated is not None  # calibration keeps it wherever anything is compensated
+        # Sequential calibration has no probe: it runs on the batches whose mean is the calibrated one.
+        unprobed = compensator.uses_probe and probe_mean is None
+        return calibrated if unprobed else compensator.mean(calibrated, probe_mean)
 
     def _recall(self, linear: nn.Linear, what: str) -> Any:
         """The copy that was made before, if the weights have not changed since; None: there is none."""
@@ -348,10 +394,13 @@ class SiteCut:
 
     # Opening and closing.
 
-    def open(self, kept: Tensor, probe_mean: Tensor | None = None, stays: bool = False) -> None:
+    def open(
+        self, kept: Tensor, probe_mean: Tensor | None = None, share: Tensor | None = None, stays: bool = False
+    ) -> None:
         """Compute with ``kept`` (k,) int64 from now on; if the last cut had the same tensor, its copies are reused.
 
-        ``stays``: whether the cut serves several passes.
+        probe_mean (C,) and the share () of the slope are those of a probe. ``stays``: whether the cut serves several
+        passes.
         """
         open_cut = self.open_cut
         if open_cut is None or open_cut.kept is not kept:
@@ -365,8 +414,7 @@ class SiteCut:
                     setattr(module, name, len(open_cut.units) * per_unit)
                 if binding.site.query_heads_per_kv:
                     setattr(binding.entry, KV_INDEX, open_cut.units // binding.site.query_heads_per_kv)
-        if open_cut.probe_mean is not probe_mean:
-            open_cut.use_mean(probe_mean)
+        open_cut.use_probe(probe_mean, share)
 
     def cut_to(self, kept: Tensor, stays: bool) -> OpenCut:
         """The cut to ``kept`` (k,) that is to be opened next."""
@@ -392,7 +440,7 @@ class SiteCut:
         if before is None:
             self.suspend()
         else:
-            self.open(before.kept, before.probe_mean, before.stays)
+            self.open(before.kept, before.probe_mean, before.share, before.stays)
 
     def close(self) -> None:
         """Compute with all units, leave nothing of the cut on the model, and free its memory."""

@@ -149,7 +149,8 @@ class Pruned:
 
         ``how``: ``mean-score``, the units with the highest score on average over the ``calibration`` batches;
         ``last``, what the last of them kept; ``calibration``, what the calibrated history alone would keep. A mean
-        that compensation took from a probe becomes the calibrated mean. Strategies that decide once keep their units.
+        that compensation took from a probe becomes the calibrated mean, and a slope that a probe checked is used whole.
+        Strategies that decide once keep their units.
         Raises :class:`SpecError` and :class:`DataError`; nothing has changed then.
         """
         if self.is_dense or self._engine.is_suspended:

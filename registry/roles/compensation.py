@@ -58,11 +58,17 @@ class Compensator(Component):
 
     @property
     def uses_probe(self) -> bool:
-        """Whether :meth:`mean` reads a probe of every batch.
+        """Whether a probe of every batch is read: by :meth:`mean`, or to check the slope.
 
         A component that does has two options: ``selector``, the probe where the strategy has none, and ``probe``, a
-        share; at 0 no probe is used, which is how cuts are frozen.
+        share of the mean. One that checks slopes has the option ``check`` too. With ``probe`` at 0 and ``check`` false
+        no probe is used, which is how cuts are frozen.
         """
+        return False
+
+    @property
+    def checks_slope(self) -> bool:
+        """Whether only a share of the slope is used: the one, 0 to 1, that fits the probe of the batch best."""
         return False
 
     def mean(self, calibrated: Tensor, probe: Tensor | None) -> Tensor:

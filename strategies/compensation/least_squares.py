@@ -33,6 +33,10 @@ class Regression(ProbedMean):
         description="added to every variance, as a share of the channels' mean variance; null: at every site as much "
         "as its number of calibration tokens requires (oracle approximating shrinkage)",
     )
+    check: bool = Field(
+        default=False,
+        description="use only a share of the slope: the one, 0 to 1, that fits a probe of the batch best",
+    )
     singular: Literal["error", "mean"] = Field(
         default="error", description="a covariance that cannot be solved: an error, or the mean alone at that site"
     )
@@ -42,6 +46,14 @@ class Regression(ProbedMean):
         allow_inf_nan=False,
         description="memory that covariances and solving may take; null: most of what is free",
     )
+
+    @property
+    def uses_probe(self) -> bool:
+        return self.check or super().uses_probe
+
+    @property
+    def checks_slope(self) -> bool:
+        return self.check
 
     def prepare(self, covariance: SiteCovariance) -> Prepared | None:
         matrix, ridge = covariance.matrix, self.ridge

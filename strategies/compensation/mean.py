@@ -31,7 +31,7 @@ class ProbedMean(Compensator):
         return self.probe > 0
 
     def mean(self, calibrated: Tensor, probe: Tensor | None) -> Tensor:
-        return calibrated if probe is None else calibrated.lerp(probe, self.probe)
+        return calibrated if probe is None or not self.probe else calibrated.lerp(probe, self.probe)
 
 
 class ProbeMean(ProbedMean):
