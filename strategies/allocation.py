@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from ..registry import SiteKind, SiteScores, SparsityAllocator, SpecError, hookimpl
+
+EXACT = 1e-9
+"""Shares this close to a whole number of units are whole: 0.3 * 10 is not below 3."""
 
 
 def kept_width(units: int, dropped: int, multiple: int) -> int:
@@ -17,22 +21,81 @@ def kept_width(units: int, dropped: int, multiple: int) -> int:
 
 
 class Uniform(SparsityAllocator):
-    """The same share of units from every site, rounded down to whole units."""
+    """The same share of units from every site; with the largest remainders the model loses the ratio, within one unit.
 
+    Every site drops the whole units of its share. Then sites drop one more until the sites of a kind (attention, MLP)
+    together have lost the ratio: those with the largest remainders, and of equal ones those whose next unit has the
+    smallest share of the site's scores. Where there are no scores before the cut (``sequential``, or no calibration),
+    they are spread evenly over depth. Every site keeps a unit.
+    """
+
+    uses_scores: ClassVar[bool] = True
     name: Literal["uniform"] = "uniform"
+    rounding: Literal["largest_remainder", "down"] = Field(
+        default="largest_remainder",
+        description="largest_remainder meets the ratio over all sites of a kind; down drops only the whole units of "
+        "each site's share, so that sites with few units lose less",
+    )
     mlp_multiple: int = Field(
         default=1,
         ge=1,
-        description="round the kept MLP width up to a multiple of this; 64 is fast on GPUs",
+        description="kept MLP widths are multiples of this, rounding: down rounds them up; 64 is fast on GPUs",
     )
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
-        counts = []
-        for scores in sites:
-            units = scores.site.units
-            dropped = math.floor(ratio * units + 1e-9)
-            counts.append(kept_width(units, dropped, self.mlp_multiple if scores.site.kind == "mlp" else 1))
+        counts = [scores.site.units for scores in sites]
+        for kind, multiple in (("attention", 1), ("mlp", self.mlp_multiple)):
+            places = [place for place, scores in enumerate(sites) if scores.site.kind == kind]
+            most = [_rounded_up(sites[place].site.units, ratio, multiple) for place in places]
+            if self.rounding == "largest_remainder":
+                most = _apportioned([sites[place] for place in places], most, ratio, multiple)
+            for place, count in zip(places, most, strict=True):
+                counts[place] = count
         return counts
+
+
+def _rounded_up(units: int, ratio: float, multiple: int) -> int:
+    """Kept units where only the whole units of the share are dropped."""
+    return kept_width(units, math.floor(ratio * units + EXACT), multiple)
+
+
+def _apportioned(sites: Sequence[SiteScores], most: Sequence[int], ratio: float, multiple: int) -> list[int]:
+    """Kept units, lowered from ``most`` at the sites with the largest remainders until all sites lose the ratio."""
+    counts = list(most)
+    exact = [scores.site.units * (1 - ratio) for scores in sites]
+    lower = [max(multiple, (count - 1) // multiple * multiple) for count in most]
+    steps = [count - least for count, least in zip(most, lower, strict=True)]
+    left = sum(most) - sum(exact)
+
+    def remainder(place: int) -> tuple[float, int]:
+        return round((most[place] - exact[place]) / steps[place], 9), steps[place]
+
+    open_places = [place for place, step in enumerate(steps) if step > 0 and most[place] > exact[place] + EXACT]
+    for (_, step), group in groupby(sorted(open_places, key=remainder, reverse=True), remainder):
+        alike = sorted(group)
+        number = max(0, min(len(alike), math.floor(left / step + 0.5 + EXACT)))
+        left -= number * step
+        if all(len(sites[place].units) for place in alike):
+            alike.sort(key=lambda place: _share_of_next(sites[place], most[place], lower[place]))
+            chosen = alike[:number]
+        else:
+            chosen = [alike[position] for position in evenly_spread(number, len(alike))]
+        for place in chosen:
+            counts[place] = lower[place]
+    return counts
+
+
+def _share_of_next(scores: SiteScores, kept: int, lower: int) -> float:
+    """The share of a site's total score that goes if it keeps ``lower`` instead of ``kept`` units."""
+    units = scores.units.double().clamp(min=0).sort(descending=True).values
+    total = float(units.sum())
+    return float(units[lower:kept].sum()) / total if total else 0.0
+
+
+def evenly_spread(number: int, places: int) -> list[int]:
+    """``number`` of ``places`` positions at equal distances, as a line is drawn on a grid (Bresenham), ascending."""
+    steps = [(2 * place * number + places) // (2 * places) for place in range(places + 1)]
+    return [place for place in range(places) if steps[place + 1] > steps[place]]
 
 
 class Explicit(SparsityAllocator):
@@ -61,7 +124,7 @@ class Explicit(SparsityAllocator):
                     f"allocator explicit: {site.kind} lists {len(ratios)} layers, "
                     f"but the model has a layer {site.layer}"
                 )
-            counts.append(site.units - math.floor(ratios[site.layer] * site.units + 1e-9))
+            counts.append(site.units - math.floor(ratios[site.layer] * site.units + EXACT))
         self._check_places({(scores.site.layer, scores.site.kind) for scores in sites})
         return counts
 

@@ -99,7 +99,7 @@ def test_continuous_batching_where_the_cache_keeps_its_size(make_model, batches,
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
-        ("wanda_sp", "cut layer 0 attention to 3 of 4; use generate.., or export with profile hf-uniform"),
+        ("wanda_sp", "cut layer 0 attention to 2 of 4; use generate.., or export with profile hf-uniform"),
         ("pp", "pp would choose the same units for all requests; use generate"),
     ],
 )

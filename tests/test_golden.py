@@ -33,13 +33,14 @@ DECIDED_BY_ONE_ULP = {
     ("opt-hd32", "flap_baseline@0.4"): (5, "attention"),
 }
 TIED_HEADS = 4
+DOWN = {"name": "uniform", "rounding": "down"}
 FLAP_RUNS = {
     "flap_WIFV_AL-AM": ("flap_reference", {}),
-    "flap_WIFV_UL-UM": ("flap_reference", {"allocator": "uniform"}),
+    "flap_WIFV_UL-UM": ("flap_reference", {"allocator": DOWN}),
     "flap_WIFN_AL-AM": ("flap_reference", {"scorer": "wifn"}),
     "flap_IFV_AL-AM": ("flap_reference", {"scorer": {"weighted": False}}),
-    "wanda_sp": ("wanda_sp", {"sequential": True}),
-    "mag_sp": ("magnitude", {}),
+    "wanda_sp": ("wanda_sp", {"sequential": True, "allocator": DOWN}),
+    "mag_sp": ("magnitude", {"allocator": DOWN}),
 }
 
 

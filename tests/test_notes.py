@@ -11,9 +11,10 @@ from prunekit.registry import DataError, PruneWarning, SpecError
 from prunekit.strategies.allocation import Uniform
 from transformers import AutoModelForCausalLM
 
+DOWN = Uniform(rounding="down")
 GROUPS = (
-    "20% of 2 key/value groups rounds down to 0, so no heads are pruned in 3 layers; use attention_unit: query_head, "
-    "or a ratio of at least 0.5"
+    "20% of 2 key/value groups rounds to none, so all are kept in 3 layers; use attention_unit: query_head or a ratio "
+    "of at least 0.5"
 )
 
 
@@ -24,7 +25,7 @@ def few_groups(make_model):
 
 def test_a_ratio_that_rounds_to_nothing_is_noted_with_the_remedy(few_groups, batches):
     with pytest.warns(PruneWarning) as found:
-        pruned = prune(few_groups, "wanda_sp", ratio=0.2, calibration=batches)
+        pruned = prune(few_groups, "wanda_sp", ratio=0.2, calibration=batches, allocator=DOWN)
     cut = achieved(pruned.ratio)
     assert pruned.notes == (GROUPS, cut) == tuple(str(warning.message) for warning in found)
     assert all(warning.filename == __file__ for warning in found)
@@ -37,29 +38,41 @@ def test_a_ratio_that_rounds_to_nothing_is_noted_with_the_remedy(few_groups, bat
 
 
 @pytest.mark.parametrize(
-    ("options", "starts"),
+    ("options", "expected"),
     [
         ({"ratio": 0.5}, []),
-        ({"ratio": 0.2, "attention_unit": "query_head"}, []),
-        ({"ratio": 0.2, "skip_layers": [1]}, ["30% of 2 key/value groups rounds down to 0, so no heads are pruned in 2 "
-                                              "layers; use attention_unit: query_head, or a ratio of at least 0.34"]),
-        ({"ratio": 0.5, "allocator": Uniform(mlp_multiple=192)}, ["all 192 MLP channels are kept in 3 layers: the "]),
+        ({"ratio": 0.2}, []),
+        ({"ratio": 0.2, "allocator": DOWN, "attention_unit": "query_head"}, []),
+        ({"ratio": 0.2, "allocator": DOWN, "skip_layers": [1]}, [
+            "30% of 2 key/value groups rounds to none, so all are kept in 2 layers; use attention_unit: query_head or "
+            "a ratio of at least 0.34"
+        ]),
+        ({"ratio": 0.05}, [
+            "5% of 2 key/value groups rounds to none, so all are kept in 3 layers; use attention_unit: query_head or "
+            "a ratio of at least 0.09"
+        ]),
+        ({"ratio": 0.5, "allocator": Uniform(mlp_multiple=192)}, [
+            "50% of 192 MLP channels rounds to none, so all are kept in 3 layers; use a smaller multiple"
+        ]),
     ],
 )  # fmt: skip
-def test_the_remedy_removes_the_note(few_groups, options, starts):
+def test_the_remedy_removes_the_note(few_groups, options, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PruneWarning)
         with prune(few_groups, "magnitude", **options) as pruned:
             notes = [note for note in pruned.notes if not note.startswith("requested")]
-    assert len(notes) == len(starts) and all(map(str.startswith, notes, starts))
+    assert notes == expected
 
 
 def test_the_least_ratio_is_the_least(few_groups):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PruneWarning)
-        for ratio, heads in ((0.33, 2), (0.34, 1)):
-            with prune(few_groups, "magnitude", ratio=ratio, skip_layers=[1]) as pruned:
-                assert pruned.counts[0, "attention"] == heads
+        for allocator, least in ((DOWN, 0.34), (Uniform(), 0.09)):
+            for ratio, whole in ((least - 0.01, True), (least, False)):
+                options = {"skip_layers": [1]} if allocator is DOWN else {}
+                with prune(few_groups, "magnitude", ratio=ratio, allocator=allocator, **options) as pruned:
+                    heads = [count for (_, kind), count in pruned.counts.items() if kind == "attention"]
+                    assert all(count == 2 for count in heads) == whole
 
 
 def test_ratios_that_count_parameters_are_not_noted(few_groups, batches):
@@ -80,7 +93,7 @@ def test_the_achieved_cut_is_one_sentence():
 @pytest.mark.parametrize("tokenizer", [False, True])
 def test_save_writes_the_pruned_model(make_model, batches, make_tokenizer, tmp_path, profile, tokenizer):
     model, ids = make_model("llama-gqa"), batches[0]["input_ids"]
-    options = {"compensate": "none"} if profile == "hf-uniform" else {}
+    options = {"compensate": "none", "allocator": DOWN} if profile == "hf-uniform" else {}
     with prune(model, "wanda_sp", ratio=0.4, calibration=batches, **options) as pruned, torch.no_grad():
         model(ids)
         model.lm_head.weight.data.mul_(0.5)

@@ -108,11 +108,11 @@ def test_the_results_folder(content, tmp_path):
     assert cost["pruned"]["parameters"] < cost["dense"]["parameters"]
     assert results.metrics["cost.parameters"]["dense"] == data["model"]["parameters"]
     assert data["ratio"]["asked"] == 0.4
-    # Of 2 groups none can go at 40%, of 48 channels 19.
-    assert data["layers"] == [
-        {"layer": i, "attention": {"kept": 2, "units": 2}, "mlp": {"kept": 29, "units": 48}} for i in range(3)
-    ]
-    assert data["ratio"]["units_cut"] == pytest.approx(19 / 48 / 2, abs=1e-6)
+    # 40% of 6 groups is 2, of 144 channels 58.
+    kept = {kind: [layer[kind]["kept"] for layer in data["layers"]] for kind in ("attention", "mlp")}
+    assert sorted(kept["attention"]) == [1, 1, 2] and sorted(kept["mlp"]) == [28, 29, 29]
+    assert {layer["attention"]["units"] for layer in data["layers"]} == {2}
+    assert data["ratio"]["units_cut"] == pytest.approx((2 / 6 + 58 / 144) / 2, abs=1e-6)
     assert len(data["model"]["fingerprint"]) == len(data["calibration"]["fingerprint"]) == 64
     assert {"python", "torch", "transformers", "prunekit"} <= set(data["versions"])
     assert any("strategies/pp" in names for names in data["plugins"].values())
@@ -120,7 +120,8 @@ def test_the_results_folder(content, tmp_path):
 
 
 def test_every_decision_is_a_line(content, tmp_path):
-    results = Pipeline(content(output={"trace": True})).run(tmp_path / "run")
+    down = {"rounding": "down"}
+    results = Pipeline(content(output={"trace": True}, allocator=down)).run(tmp_path / "run")
     records = [json.loads(line) for line in (results.folder / "decisions.jsonl").read_text().splitlines()]
     assert len(records) == 2 * 3  # batches, layers; attention keeps everything here
     assert {(record["evaluator"], record["kind"]) for record in records} == {("perplexity", "mlp")}
@@ -185,12 +186,12 @@ def test_dense_values_are_shared_where_runs_share_a_model(content, loaded, monke
 
 
 def test_a_paired_evaluator_measures_dense_itself(content, plugin):
-    spec = PipelineSpec.of(content(evaluate=["pair"], use="magnitude"), plugins=[plugin])
+    spec = PipelineSpec.of(content(evaluate=["pair"], use="magnitude", ratio=0.5), plugins=[plugin])
     record = Pipeline(spec).measure().record
     (metric,) = record.metrics
     assert metric.dense["size"] > metric.pruned["size"]
     assert set(metric.pruned) == {"size"}
-    assert record.notes[2:] == ["pair: a note"]
+    assert record.notes == ["pair: a note"]
     assert record.calibration is None
     assert record.plugins[f"file {plugin}"] == ["evaluators/pair"]
 
@@ -204,9 +205,13 @@ def test_an_evaluators_options_need_no_hash(content, plugin):
 @pytest.mark.parametrize(
     ("options", "notes"),
     [
-        # Of 2 groups none can go at 40%, of 48 channels 19; at 50% all is as requested.
-        ({}, ["40% of 2 key/value groups rounds down to 0, so no heads are pruned in 3 layers", "requested 40%; "]),
-        ({"ratio": 0.02, "skip_layers": [0]}, ["3% of 2 key/value groups rounds down to 0"]),
+        # Rounded down, of 2 groups none can go at 40%, of 48 channels 19; at 50% all is as requested.
+        (
+            {"allocator": {"rounding": "down"}},
+            ["40% of 2 key/value groups rounds to none, so all are kept in 3 layers", "requested 40%; "],
+        ),
+        ({"ratio": 0.02, "skip_layers": [0]}, ["3% of 2 key/value groups rounds to none"]),
+        ({}, ["requested 40%; removed 37.5% of the prunable parameters (36.8% of units)"]),
         ({"ratio": 0.5}, []),
         ({"ratio": 0}, []),
         ({"ratio": None, "allocator": {"name": "explicit", "attention": [0] * 3, "mlp": [0] * 3}}, []),

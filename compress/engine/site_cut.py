@@ -114,6 +114,11 @@ class SiteState:
         self._prepared = self._mean_output = None
 
     @property
+    def has_scores(self) -> bool:
+        """Whether there are scores before any batch: of the weights alone, or of a calibrated history."""
+        return self.statistic is None or self.history.positions > 0
+
+    @property
     def bytes(self) -> int:
         """Bytes of the site's statistics, those of its compensation included."""
         return self.history.bytes + self.compensation.bytes

@@ -118,8 +118,8 @@ def _uniform_layer(layers: Sequence[LayerShape]) -> LayerShape:
         if (layer.heads, layer.kv_heads, layer.width) != (first.heads, first.kv_heads, first.width):
             raise SpecError(
                 f"profile hf-uniform: layer {index} keeps {_shape(layer)}, layer 0 {_shape(first)}; a stock class has "
-                "one shape for all layers. Nearest: --profile hf-hetero, or prune all layers alike "
-                "(--set prune.skip_layers=[])"
+                "one shape for all layers. Nearest: --profile hf-hetero, or prune all layers alike: no skip_layers, "
+                "and allocator: {name: uniform, rounding: down}"
             )
     biases = any(layer.attention_bias for layer in layers), any(layer.mlp_bias for layer in layers)
     return LayerShape(first.heads, first.kv_heads, first.width, *biases)

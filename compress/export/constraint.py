@@ -59,6 +59,10 @@ class RoundedCounts(SparsityAllocator):
         return self.allocator.needs_scores
 
     @property
+    def uses_scores(self) -> bool:  # type: ignore[override]
+        return self.allocator.uses_scores
+
+    @property
     def takes_ratio(self) -> bool:  # type: ignore[override]
         return self.allocator.takes_ratio
 

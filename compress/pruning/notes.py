@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ...registry import Compensator, NoCompensation, Site, SiteKind, Strategy
+from ...registry import Compensator, NoCompensation, Site, SiteKind, SiteScores, SpecError, Strategy
 from ..engine.compensation import SiteCompensation
 from ..output.formatting import achieved, extent, share
 from ..output.records import Ratio
@@ -32,18 +30,28 @@ def ratio_of(sites: Sequence[Site], counts: Counts, asked: float | None) -> Rati
 
 
 def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, ratio: Ratio) -> list[str]:
-    """Notes on sites where the requested cut rounds to nothing, and on a cut far from what was requested."""
+    """Notes on sites of a kind that all keep everything, and on a cut far from what was requested."""
     if not ratio.asked:
         return []
-    layers, inside = len({site.layer for site in sites}), len({layer for layer, _ in counts})
-    cut = strategy.site_ratio(ratio.asked, layers, layers - inside)
+    layers, inside = len({site.layer for site in sites}), [s for s in sites if (s.layer, s.kind) in counts]
+    cut = strategy.site_ratio(ratio.asked, layers, layers - len({site.layer for site in inside}))
+    notes = []
     # Where scores distribute the ratio, a site that keeps everything is their decision, not a rounding.
-    whole = [] if strategy.allocator.needs_scores else [s for s in sites if counts.get((s.layer, s.kind)) == s.units]
-    alike = Counter((site.kind, site.units, _is_grouped(site)) for site in whole)
-    notes = [_rounding(*site, number, cut, cut / ratio.asked) for site, number in alike.items()]
+    for alike in [] if strategy.allocator.needs_scores else _alike(inside):
+        if all(counts[site.layer, site.kind] == site.units for site in alike):
+            least = _least(strategy, sites, inside, alike)
+            notes.append(_rounding(alike[0], len(alike), cut, least))
     if min(abs(found - ratio.asked) for found in (ratio.units_cut, ratio.prunable_parameters_cut)) > FAR:
         notes.append(achieved(ratio))
     return notes
+
+
+def _alike(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites of the same kind and the same units, in groups."""
+    groups: dict[tuple[SiteKind, int, bool], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.kind, site.units, _is_grouped(site)), []).append(site)
+    return list(groups.values())
 
 
 def _is_grouped(site: Site) -> bool:
@@ -51,21 +59,34 @@ def _is_grouped(site: Site) -> bool:
     return site.kind == "attention" and len({rows.per_unit for p in site.producers for rows in p.segments}) > 1
 
 
-def _rounding(kind: SiteKind, units: int, grouped: bool, layers: int, cut: float, harder: float) -> str:
-    """The note on ``layers`` sites of ``units`` that lose none; ``harder`` is the cut of one site by that of all."""
-    many = "MLP channels" if kind == "mlp" else "key/value groups" if grouped else "attention heads"
-    where = f"{layers} layer{'s' if layers > 1 else ''}"
-    if math.floor(cut * units + 1e-9):
-        return (
-            f"all {units} {many} are kept in {where}: the allocator rounds kept numbers up; use a smaller multiple, or "
-            "a larger ratio"
-        )
-    least = math.ceil(100 / units / harder - 1e-9) / 100
-    remedy = f"a ratio of at least {least:g}" if least < 1 else "fewer skipped layers"
-    heads = "attention_unit: query_head, or " if grouped else ""
+def _least(strategy: Strategy, sites: Sequence[Site], inside: Sequence[Site], alike: Sequence[Site]) -> float | None:
+    """The smallest ratio, in whole percent, at which the allocator cuts any unit of the sites ``alike``; None: none."""
+    layers = len({site.layer for site in sites})
+    skipped = layers - len({site.layer for site in inside})
+    scores = [SiteScores(site) for site in inside]
+    for percent in range(1, 100):
+        ratio = strategy.site_ratio(percent / 100, layers, skipped)
+        if ratio >= 1:
+            return None
+        try:
+            kept = strategy.allocator.allocate(scores, ratio)
+        except SpecError:  # an allocator may refuse large ratios
+            return None
+        if any(count < site.units for site, count in zip(inside, kept, strict=True) if site in alike):
+            return percent / 100
+    return None
+
+
+def _rounding(site: Site, layers: int, cut: float, least: float | None) -> str:
+    """The note on ``layers`` sites like ``site`` that lose nothing; ``least`` is the smallest ratio that cuts any."""
+    many = "MLP channels" if site.kind == "mlp" else "key/value groups" if _is_grouped(site) else "attention heads"
+    heads = "attention_unit: query_head" if _is_grouped(site) else ""
+    larger = "" if least is None else f"a ratio of at least {least:g}"
+    remedies = [heads, "a smaller multiple" if cut * site.units >= 1 else "", larger]
+    use = " or ".join(filter(None, remedies))
     return (
-        f"{share(cut)} of {units} {many} rounds down to 0, so no {'channels' if kind == 'mlp' else 'heads'} are pruned "
-        f"in {where}; use {heads}{remedy}"
+        f"{share(cut)} of {site.units} {many} rounds to none, so all are kept in {layers} layer{'s' * (layers > 1)}"
+        f"{'; use ' if use else ''}{use}"
     )
 
 

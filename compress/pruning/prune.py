@@ -261,7 +261,7 @@ def _decide(
 
 def _allocate(engine: Engine, ratio: float | None) -> None:
     allocator = engine.strategy.allocator
-    if allocator.needs_scores:
+    if allocator.needs_scores or (allocator.uses_scores and all(cut.state.has_scores for cut in engine.cuts)):
         scores = [engine.decider.scores(cut) for cut in engine.cuts]
     else:
         scores = [SiteScores(cut.site) for cut in engine.cuts]

@@ -91,7 +91,7 @@ class Pruned:
 
     def calibrated_scores(self, cut: SiteCut) -> SiteScores | None:
         """A site's scores by calibration alone, on the CPU; None where nothing but a batch gives any."""
-        if cut.state.statistic is not None and not cut.history.positions:
+        if not cut.state.has_scores:
             return None
         with torch.inference_mode(False), torch.no_grad():
             return self._engine.decider.scores(cut)

@@ -218,8 +218,14 @@ def check_allocation(allocator: SparsityAllocator) -> None:
     An allocator may raise :class:`SpecError` for a ratio above one half.
     """
     sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
-    scores = [_site_scores(site, seed, allocator) for seed, site in enumerate(sites)]
-    total = math.inf
+    if allocator.needs_scores or allocator.uses_scores:
+        _check_counts(allocator, [_calibrated(site, seed) for seed, site in enumerate(sites)])
+    if not allocator.needs_scores:
+        _check_counts(allocator, [SiteScores(site) for site in sites])
+
+
+def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> None:
+    sites, total = [each.site for each in scores], math.inf
     for ratio in (0.0, 0.1, 0.2, 0.4, 0.5, 0.9, 0.99) if allocator.takes_ratio else (0.0,):
         try:
             counts = allocator.allocate(scores, ratio)
@@ -236,9 +242,7 @@ def check_allocation(allocator: SparsityAllocator) -> None:
         total = sum(counts)
 
 
-def _site_scores(site: Site, seed: int, allocator: SparsityAllocator) -> SiteScores:
-    if not allocator.needs_scores:
-        return SiteScores(site)
+def _calibrated(site: Site, seed: int) -> SiteScores:
     channels = draw(site.channels, seed=seed).square()
     return SiteScores(site, channels, channels.view(site.units, -1).sum(1))
 

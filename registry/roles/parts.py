@@ -136,15 +136,18 @@ class SiteScores:
 
     site: Site
     channels: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(C,) float32; empty where the allocator needs no scores."""
+    """(C,) float32; empty where the allocator asks for no scores, or none are known."""
     units: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(U,) float32; empty where the allocator needs no scores."""
+    """(U,) float32; empty where ``channels`` is."""
 
 
 class SparsityAllocator(Component):
     """Decides how many units every site keeps."""
 
     needs_scores: ClassVar[bool] = False
+    """Whether it cannot work without the calibrated scores of all sites."""
+    uses_scores: ClassVar[bool] = False
+    """Whether it gets the scores where they are known before the cut, and none (length 0) where they are not."""
     takes_ratio: ClassVar[bool] = True
 
     @abstractmethod

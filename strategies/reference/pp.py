@@ -43,7 +43,7 @@ class PPRepository(Strategy):
         default="two_decimals",
         description="two_decimals rounds the harder ratio of the layers that are not skipped; off leaves the ratio",
     )
-    allocator: SparsityAllocator = Uniform(mlp_multiple=64)
+    allocator: SparsityAllocator = Uniform(rounding="down", mlp_multiple=64)
     applier: MaskApplier = Slice()
 
     def site_ratio(self, ratio: float, layers: int, skipped: int) -> float:
