@@ -172,7 +172,7 @@ def test_all_mistakes_at_once_with_their_lines(write, tmp_path):
         ("prune: {use: pp, name: pp, ratio: 0.4}", ["prune.name: unknown key"]),
         ("prune: {use: pp, ratio: 0.4}\nevaluate: cost", ["evaluate: expected a list", "'cost'"]),
         ("prune: {use: pp, ratio: 0.4}\nevaluate: [{window: 3}]", ["evaluate.0.name: name the Evaluator"]),
-        ("prune: {use: pp, ratio: 0.4}\nmodel: x", ["model: expected a mapping", "'x'"]),
+        ("prune: {use: pp, ratio: 0.4}\nmodel: 5", ["model: expected a mapping", "5"]),
         ("prune: {use: pp, ratio: 0.4}\nplugins: x.py", ["plugins: expected a list", "'x.py'"]),
         (
             "prune: {use: pp, ratio: 0.4}\ncalibration: {bundled: reference-calibration, file: x.txt}",

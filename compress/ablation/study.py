@@ -155,16 +155,23 @@ def _apply(source: Source, setting: str) -> None:
             del axes[axis]
 
 
+def _folder(name: str, folder: Path) -> str:
+    """A model's folder below ``folder`` as an absolute path; another name as it is."""
+    return str(absolute(name, folder)) if (folder / name).is_dir() else name
+
+
 def _anchored(value: Any, folder: Path, key: Any = None) -> Any:
     """A base file's data with absolute paths: they start at that file's folder, not at the study's."""
     if isinstance(value, dict):
         found = {inner: _anchored(item, folder, inner) for inner, item in value.items()}
-        name = found.get("name")
-        if key == "model" and isinstance(name, str) and (folder / name).is_dir():
-            found["name"] = str(absolute(name, folder))
+        if key == "model":
+            places = {name: found.get(name) for name in ("name", "tokenizer")}
+            found |= {name: _folder(place, folder) for name, place in places.items() if isinstance(place, str)}
         return found
     if isinstance(value, list):
         return [_anchored(item, folder, key) for item in value]
+    if key == "model" and isinstance(value, str):
+        return _folder(value, folder)
     return str(absolute(value, folder)) if key in ("file", "plugins") and isinstance(value, str) else value
 
 

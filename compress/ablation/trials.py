@@ -92,16 +92,30 @@ def identity(spec: PipelineSpec, folder: Path) -> dict[str, Any]:
     """
     data = spec.model_dump(mode="python", serialize_as_any=True)
     data.pop("output")
-    name = data["model"]["name"]
-    if name is not None and Path(name).is_absolute():
-        data["model"]["name"] = f"{_relative(Path(name), folder)}{BEFORE_SHA256}{weights(Path(name))}"
+    folders = ("tokenizer",) if spec.model.gguf else ("name", "tokenizer")
+    data["model"] |= {key: _model_folder(data["model"][key], folder) for key in folders}
+    if spec.model.gguf is not None:
+        place = Path(str(spec.model.name)).expanduser()
+        if (place / spec.model.gguf).is_file():
+            data["model"]["name"] = _relative(place, folder)
+            data["model"]["gguf"] += f"{BEFORE_SHA256}{content(place / spec.model.gguf)}"
+    for key in ("gguf", "tokenizer"):  # keys that version 0.1 did not have
+        if data["model"][key] is None:
+            del data["model"][key]
     return plain(_without_paths(data, folder))
+
+
+def _model_folder(name: str | None, folder: Path) -> str | None:
+    """A local model's folder without its place but with its content; another name as it is."""
+    if name is None or not Path(name).is_absolute():
+        return name
+    return f"{_relative(Path(name), folder)}{BEFORE_SHA256}{weights(Path(name))}"
 
 
 def earlier_identity(planned: Planned) -> dict[str, Any] | None:
     """What :func:`identity` was when only names and sizes of a model folder's files counted; ``None`` elsewhere."""
     name, model = planned.spec.model.name, planned.pipeline["model"]
-    if name is None or not Path(name).is_absolute():
+    if name is None or not Path(name).is_absolute() or planned.spec.model.gguf is not None:
         return None
     named = model["name"].rpartition(BEFORE_SHA256)[0]
     return {**planned.pipeline, "model": {**model, "name": f"{named}{BEFORE_SHA256}{_outline(Path(name))}"}}

@@ -33,6 +33,9 @@ def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
         definitions[names[ROLES[role]]] = {"title": ROLES[role].__name__, "anyOf": choices}
     whole = definitions.pop(names[PipelineSpec])
     whole["required"] = ["prune"]
+    model = whole["properties"]["model"]  # a bare name too
+    about = {key: model.pop(key) for key in ("default", "description") if key in model}
+    whole["properties"]["model"] = {**about, "anyOf": [model, {"type": "string"}]}
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "prunekit pipeline file"}
     return {**whole, **title, "$defs": definitions}
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..models.exported.manifest import Manifest
+from ..models.gguf_file import ENDING
+from ..models.named import MODELS
 from ..output.formatting import names_of, number, sentence, share, table, value_text
 from ..runs.records import damage
 from .constraint import sentence as rounding_sentence
@@ -82,8 +84,15 @@ def _one_line(value: Any) -> Any:
 
 
 def hub_id(name: str) -> str | None:
-    """The hub id of a model that was loaded as ``name``: an id, or a folder of the hub's cache; otherwise None."""
+    """The hub id of a model that was loaded as ``name``: an id, or a folder of the hub's cache; otherwise None.
+
+    A GGUF on the hub is one of ``OWNER/NAME/FILE``.
+    """
+    if name in MODELS:
+        return MODELS[name].hub
     path = Path(name)
+    if path.suffix == ENDING:
+        return hub_id(str(path.parent))
     if path.is_absolute():
         cached = path.parent.parent.name if path.parent.name == "snapshots" else ""
         return cached.removeprefix("models--").replace("--", "/") if cached.startswith("models--") else None

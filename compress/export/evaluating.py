@@ -193,6 +193,8 @@ def _read(
         data["prune"] = {"use": prune.pop("name"), **prune}
         file = YamlFile(Path("evaluate"), "", data, {})
     else:
-        model = {} if source in (None, "bundled") else {"name": source}
+        model = {} if source is None else {"name": source}
+        if path.suffix == ".gguf" and path.is_file():
+            model = {"name": str(path.parent), "gguf": path.name}
         file = YamlFile(Path("evaluate"), "", {"model": model, "prune": dict(UNPRUNED)}, {})
     return PipelineSpec.load(file, settings, plugins, mistakes)

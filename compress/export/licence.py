@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..bundled import MODEL
 from ..models.loading import ModelSource
+from ..models.named import MODELS
 from ..models.origin import is_own
 
 UNKNOWN = "unknown"
@@ -21,6 +22,8 @@ def licence_of(source: ModelSource) -> str:
     """
     if source.name is None:
         return "mit"
+    if source.name in MODELS:
+        return MODELS[source.name].licence
     from huggingface_hub import ModelCard
 
     folder = Path(source.name).expanduser()

@@ -89,8 +89,8 @@ def load(
 
 def source_of(folder: Path, like: ModelSource) -> ModelSource:
     """An exported folder as a model source, placed on devices as ``like``; no code from the folder runs."""
-    changes = {"name": str(folder.resolve()), "revision": None, "dtype": "auto", "trust_remote_code": False}
-    return like.model_copy(update=changes)
+    changes = {"name": str(folder.resolve()), "dtype": "auto", "trust_remote_code": False}
+    return like.model_copy(update=changes | dict.fromkeys(("gguf", "tokenizer", "revision")))
 
 
 def recipe_of(folder: Path, plugins: Sequence[str | Path] = ()) -> PipelineSpec:

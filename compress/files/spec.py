@@ -73,7 +73,9 @@ class PipelineSpec(BaseModel):
     plugins: tuple[Path, ...] = Field(
         default=(), description="Python files with plugins, relative to the pipeline file"
     )
-    model: ModelSource = Field(default_factory=ModelSource, description="the model; the bundled one by default")
+    model: ModelSource = Field(
+        default_factory=ModelSource, description="the model, or its name alone; the bundled one by default"
+    )
     calibration: Calibration = Field(default_factory=Calibration, description="the text to calibrate on")
     prune: Strategy = Field(description="the strategy and the ratio, such as {use: pp, ratio: 0.4}")
     evaluate: tuple[Evaluator, ...] = Field(
@@ -183,7 +185,7 @@ class PipelineSpec(BaseModel):
         return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
 
 
-NAMES_OF_FOLDERS = {(ModelSource, "name"), (ModelSource, "offload_folder"), (Output, "dir")}
+NAMES_OF_FOLDERS = {(ModelSource, key) for key in ("name", "gguf", "tokenizer", "offload_folder")} | {(Output, "dir")}
 """Texts that may be paths."""
 
 
@@ -199,8 +201,11 @@ class SpecReader(Reader):
             raw = {key: value for key, value in raw.items() if not self._refused(cls, key, value, place)}
         if isinstance(raw, Mapping) and issubclass(cls, TextSource):
             raw = self._text(dict(raw), place)
-        if isinstance(raw, Mapping) and cls is ModelSource and (self.folder / str(raw.get("name"))).is_dir():
-            raw = {**raw, "name": str(absolute(raw["name"], self.folder))}
+        if cls is ModelSource and isinstance(raw, str):
+            raw = {"name": raw}
+        if isinstance(raw, Mapping) and cls is ModelSource:
+            folders = [key for key in ("name", "tokenizer") if (self.folder / str(raw.get(key))).is_dir()]
+            raw = {**raw, **{key: str(absolute(raw[key], self.folder)) for key in folders}}
         return super().model(cls, raw, place, base)
 
     def _refused(self, cls: type[BaseModel], key: Any, value: Any, place: Place) -> bool:

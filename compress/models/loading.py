@@ -1,21 +1,22 @@
-"""Loads a causal language model and its tokenizer from the package, a folder or the Hugging Face hub."""
+"""Loads a causal language model and its tokenizer from the package, a folder, a GGUF or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import hashlib
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 from torch import Tensor, nn
 
 from ...registry import ModelError
 from ...registry.tensors.devices import place_name, places_of, stored_tensor
 from ..bundled import MODEL
-from . import device_map, fit, origin
+from . import device_map, fit, gguf_file, named, origin
 from .architectures import PRUNED
 from .device_map import MaxMemory
 from .exported import classes
@@ -27,10 +28,21 @@ class ModelSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str | None = Field(default=None, description="hub id or local folder; null: the bundled model")
+    name: str | None = Field(
+        default=None,
+        description=f"hub id, local folder or {' or '.join(named.MODELS)} (prunekit fetch); null or bundled: the "
+        "bundled model",
+    )
+    gguf: str | None = Field(
+        default=None, description="a GGUF file in the folder or on the hub, which transformers dequantises"
+    )
+    tokenizer: str | None = Field(
+        default=None, description="hub id or local folder of another tokenizer; null: the model's own"
+    )
     revision: str | None = Field(default=None, description="the hub model's revision")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: the checkpoint's own (the bundled model on a CPU: float32)"
+        default="auto",
+        description="auto: the checkpoint's own (of a GGUF, and of the bundled model on a CPU: float32)",
     )
     device: str = Field(
         default="auto",
@@ -52,6 +64,20 @@ class ModelSource(BaseModel):
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
+    @field_validator("name")
+    @classmethod
+    def _bundled(cls, name: str | None) -> str | None:
+        return None if name == "bundled" else name
+
+    @model_validator(mode="after")
+    def _gguf_is_somewhere(self) -> ModelSource:
+        if self.gguf is not None and (self.name is None or self.name in named.MODELS):
+            raise ValueError(
+                f"gguf is a file of a folder or of the hub, but name is {self.label} (found {self.gguf}); set name to "
+                "the folder that holds the file, or to its hub id"
+            )
+        return self
+
     @model_validator(mode="after")
     def _spreads_only_by_itself(self) -> ModelSource:
         for key in ("max_memory", "offload_folder"):
@@ -72,14 +98,20 @@ class ModelSource(BaseModel):
     @property
     def label(self) -> str:
         """The model's name in reports."""
-        return self.name or "bundled"
+        return "/".join(part for part in (self.name or "bundled", self.gguf) if part)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the name is a hub id."""
+        return self.name is not None and self.name not in named.MODELS and not Path(self.name).expanduser().exists()
 
 
 @dataclass
 class Loaded:
     """A model in evaluation mode without gradients, its tokenizer and their origin.
 
-    ``identity``: name, requested revision, commit found on the hub, whether the model's own code was run.
+    ``identity``: name, requested revision, commit found on the hub, whether the model's own code was run; ``weights``
+    and ``tokenizer`` where these are not the checkpoint's own.
     """
 
     model: Any
@@ -94,40 +126,85 @@ def load(source: ModelSource, check: bool = True) -> Loaded:
     model's folder are not read, and its configuration cannot ask for other code than transformers' own. With ``check``,
     an exported folder is compared with its manifest first; :class:`DataError` names damaged files.
     """
-    import transformers
-
     device = usable_device(source.device)
     place = place_of(source)
-    _check_origin(source, place, check)
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.revision is not None:
         options["revision"] = source.revision
+    if source.gguf is not None and not Path(place).is_file():
+        place = _downloaded(place, source)
+    file = _gguf(place)
+    if file is None:
+        _check_origin(source, place, check)
+    elif source.name in named.MODELS:
+        named.MODELS[source.name].check(file)
     dtype: str = source.dtype
-    if source.name is None and dtype == "auto" and device.type == "cpu":
+    if dtype == "auto" and (file is not None or (source.name is None and device.type == "cpu")):
         dtype = "float32"
     model, report = _placed(source, place, device, dtype, options)
     fit.check_report(source.label, report)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-    except Exception as error:
-        raise ModelError(_loading_failed("tokenizer", source, place, error)) from error
+    if file is not None:
+        gguf_file.check_tensors(model, file)
+        gguf_file.make_plain(model)
+    tokenizer = _tokenizer(source, place, options)
     fit.check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, source.label)
     model.eval().requires_grad_(False)
     identity = {
         "name": source.label,
         "revision": source.revision,
-        "commit": _commit(place, source.revision),
+        "commit": _commit(source),
         "trust_remote_code": source.trust_remote_code,
     }
+    weights = gguf_file.facts_of(file).weights if file is not None else _weights_of_base(Path(place))
+    identity |= {} if weights is None else {"weights": weights}
+    identity |= {} if source.tokenizer is None else {"tokenizer": source.tokenizer}
     return Loaded(model, tokenizer, identity)
 
 
-def _commit(place: str, revision: str | None) -> str | None:
-    """The commit of a model of the hub, by the cache that it was loaded from; None for a folder."""
+def _gguf(place: str) -> Path | None:
+    """The GGUF file that a model's place is; None for a folder and for a hub id."""
+    return Path(place) if Path(place).is_file() else None
+
+
+def _downloaded(hub_id: str, source: ModelSource) -> str:
+    """The GGUF of a hub model in the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(hub_id, str(source.gguf), revision=source.revision)
+    except Exception as error:
+        raise ModelError(_loading_failed("GGUF", source, hub_id, error)) from error
+
+
+def _tokenizer(source: ModelSource, place: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    if source.tokenizer is not None:
+        place, options = source.tokenizer, {"trust_remote_code": source.trust_remote_code}
+    elif (file := _gguf(place)) is not None:
+        return gguf_file.tokenizer_of(file)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:
+        raise ModelError(_loading_failed("tokenizer", source, place, error)) from error
+
+
+def _weights_of_base(folder: Path) -> str | None:
+    """How the weights were stored from which an exported folder was made, if that changed them."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    return getattr(read_manifest(folder).base, "weights", None)
+
+
+def _commit(source: ModelSource) -> str | None:
+    """The commit of a model of the hub, by the cache that it was loaded from; None for a local model."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = None if Path(place).is_dir() else try_to_load_from_cache(place, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    file = source.gguf or "config.json"
+    if source.name is None or not source.is_on_hub:
+        return None
+    found = try_to_load_from_cache(source.name, file, revision=source.revision)
+    return Path(found).parents[len(Path(file).parts) - 1].name if isinstance(found, str) else None
 
 
 def _check_origin(source: ModelSource, place: str, check: bool) -> None:
@@ -165,6 +242,10 @@ def _placed(
     if source.attention is not None:
         # Without the configuration's object, an _attn_implementation in config.json would win over the user's choice.
         chosen = {"config": _config(source, place, options), "attn_implementation": source.attention}
+    file = _gguf(place)
+    if file is not None:
+        chosen["config"] = gguf_file.config_of(file)
+        options = gguf_file.loading_options()
     spread: dict[str, Any] = {}
     folder = None
     if source.device == "auto":
@@ -173,9 +254,9 @@ def _placed(
         folder = device_map.new_folder(source.offload_folder)
         spread = {"device_map": "auto", "max_memory": budgets, "offload_folder": folder}
     try:
-        with device_map.quiet_loading():
+        with device_map.quiet_loading(), nullcontext(place) if file is None else gguf_file.alone(file) as where:
             found: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                place,
+                where,
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are reported, and refused by name
@@ -214,6 +295,9 @@ def _placed(
 def _config(source: ModelSource, place: str, options: dict[str, Any]) -> Any:
     import transformers
 
+    file = _gguf(place)
+    if file is not None:
+        return gguf_file.config_of(file)
     try:
         return transformers.AutoConfig.from_pretrained(place, **options)
     except Exception as error:
@@ -284,7 +368,14 @@ def usable_device(name: str) -> torch.device:
 
 
 def place_of(source: ModelSource) -> str:
-    """The folder or hub id for transformers, checked first because transformers' own messages are unclear."""
+    """The folder, GGUF file or hub id of a model, checked first because transformers' own messages are unclear."""
+    if source.tokenizer is not None and _looks_like_path(source.tokenizer):
+        folder = Path(source.tokenizer).expanduser()
+        if not folder.is_dir():
+            raise ModelError(f"model.tokenizer: folder {source.tokenizer} does not exist; name one, or a hub id")
+        origin.check_folder(folder)
+    if source.name in named.MODELS:
+        return str(named.MODELS[source.name].here())
     if source.name is None:
         folder = MODEL
     else:
@@ -299,7 +390,13 @@ def place_of(source: ModelSource) -> str:
     if not folder.is_dir():
         if source.name is None:
             raise ModelError(f"the bundled model is missing from {folder}; install prunekit again, or set model.name")
-        raise ModelError(f"model.name: {source.name} is a file; name the folder that holds it and config.json")
+        if folder.suffix == gguf_file.ENDING:
+            remedy = f"write model: {{name: {folder.parent}, gguf: {folder.name}}}"
+        else:
+            remedy = "name the folder that holds it and config.json"
+        raise ModelError(f"model.name: {source.name} is a file; {remedy}")
+    if source.gguf is not None:
+        return str(gguf_file.find(folder, source.gguf))
     if not (folder / "config.json").is_file():
         if (folder / MANIFEST).is_file():
             raise ModelError(
@@ -307,8 +404,14 @@ def place_of(source: ModelSource) -> str:
                 "name the model that was pruned, or export with --profile hf-hetero"
             )
         origin.refuse_adapter(folder)
+        files = sorted(path.name for path in folder.glob(f"*{gguf_file.ENDING}"))
         raise ModelError(
-            f"model.name: folder {folder} has no config.json; name a folder written by save_pretrained, or a hub id"
+            f"model.name: folder {folder} has no config.json; "
+            + (
+                f"set model.gguf: {files[0]} to read the GGUF in it"
+                if files
+                else "name a folder written by save_pretrained, or a hub id"
+            )
         )
     origin.check_folder(folder)
     return str(folder)

@@ -50,6 +50,15 @@ class ModelFacts(Record):
     device_map: str | None = None
     """Where the model's parts lie, for a model on several devices."""
     attention: str | None = None
+    weights: str | None = None
+    """How the weights were stored, where this is not as they were run: ``dequantised from GGUF Q4_1``."""
+    tokenizer: str | None = None
+    """Where the tokenizer is from, if not from the model."""
+
+    @property
+    def form(self) -> str:
+        """The dtype, and how the weights were stored where that changed them."""
+        return self.dtype + (f", weights {self.weights}" if self.weights else "")
 
 
 class CalibrationFacts(Record):

@@ -115,7 +115,7 @@ def summary_facts(study: Study) -> list[tuple[str, str]]:
     days = sorted(result.started[:10] for result in results)
     facts = {
         "Model": _distinct(
-            f"{m.name} ({m.architecture}, {number(m.parameters)} parameters, {m.dtype})"
+            f"{m.name} ({m.architecture}, {number(m.parameters)} parameters, {m.form})"
             for m in (result.model for result in results)
         ),
         "Measured on": _distinct(

@@ -14,6 +14,7 @@ from ..calibration.statistics_file import check_place
 from ..files.reader import Mistake, Place
 from ..files.spec import PipelineSpec
 from ..files.yaml_file import parse_place
+from ..models import gguf_file
 from ..models.loading import ModelSource, place_of, usable_device
 from ..pruning.prune import sites_within
 
@@ -78,8 +79,8 @@ def unseen(specs: Iterable[PipelineSpec]) -> str:
     """A sentence on what these checks leave to the run."""
     hub: dict[str, None] = {}
     for spec in specs:
-        if spec.model.name is not None and not Path(spec.model.name).expanduser().is_dir():
-            hub[f"model {spec.model.name}"] = None
+        if spec.model.is_on_hub:
+            hub[f"model {spec.model.label}"] = None
         texts = [spec.calibration.source] if spec.prune.needs_calibration else []
         texts += [text for each in spec.evaluate for _, text in each if isinstance(text, TextSource)]
         hub |= dict.fromkeys(f"dataset {text.dataset}" for text in texts if text.dataset)
@@ -123,6 +124,8 @@ def _outline(source: ModelSource) -> Any:
 
     try:
         place = place_of(source)
+        if Path(place).is_file():
+            return SimpleNamespace(config=gguf_file.config_of(Path(place)))
         if not Path(place).is_dir() or source.trust_remote_code:
             return None
         return SimpleNamespace(config=transformers.AutoConfig.from_pretrained(place, trust_remote_code=False))

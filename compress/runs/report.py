@@ -58,7 +58,7 @@ def markdown(result: RunResult) -> str:
         "## How it was measured",
         "",
         *(f"- **{metric.label}**: {sentence(metric.protocol)}" for metric in result.metrics),
-        f"- **model**: {model.name}, {model.parameters:,} parameters, {model.dtype} on {model.device}, "
+        f"- **model**: {model.name}, {model.parameters:,} parameters, {model.form} on {model.device}, "
         f"{model.attention} attention, fingerprint {fact(model.fingerprint)}",
         f"- **calibration**: {sentence(calibration.as_json()) if calibration else 'none needed'}",
         *_compensation(result.compensation),
