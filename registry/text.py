@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 FORMATS = ".txt, .jsonl, .json, .csv and .tsv, each also as .gz, .parquet, and folders of datasets' save_to_disk"
 """What can be read."""
 
-LATER = {"data_files": None, "apply_chat_template": False, "skip_null": False}
+LATER = {"data_files": None, "apply_chat_template": False, "skip_null": False, "mixture": None}
 """Options that are newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
 
 
@@ -35,6 +35,9 @@ class TextSource(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    places: ClassVar[tuple[str, ...]] = ("bundled", "file", "dataset")
+    """The options that say where the text is; exactly one is given."""
 
     bundled: str | None = Field(default=None, description="a bundled text, such as reference-calibration")
     file: Path | None = Field(
@@ -64,14 +67,15 @@ class TextSource(BaseModel):
 
     @model_validator(mode="after")
     def _one_place(self) -> TextSource:
-        given = [key for key in ("bundled", "file", "dataset") if getattr(self, key) is not None]
+        given = [key for key in self.places if getattr(self, key) is not None]
         if len(given) != 1:
-            raise ValueError(f"name one of bundled, file or dataset (found {' and '.join(given) if given else 'none'})")
+            known = f"{', '.join(self.places[:-1])} or {self.places[-1]}"
+            raise ValueError(f"name one of {known} (found {' and '.join(given) if given else 'none'})")
         if self.data_files is not None and self.dataset is None:
             raise ValueError("data_files are files of a hub dataset; name one with dataset, or leave data_files out")
         return self
 
-    @field_validator("field", "data_files")
+    @field_validator("field", "data_files", "mixture", check_fields=False)
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value == ():

@@ -2,14 +2,19 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from prunekit.compress.files.spec import Calibration
+from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.documents import read_documents
+from prunekit.compress.runs.pipeline import calibration_of
 from prunekit.compress.runs.text import calibration_batches, fingerprint
 from prunekit.registry import DataError, TextSource
 from prunekit.registry.tensors.tokens import check_token_ids, context_of
 from prunekit.registry.tensors.windows import cut_windows, digest, token_stream, with_bos
+from transformers import PretrainedConfig
 
 WORDS = [f"w{i}" for i in range(90)]
 
@@ -172,6 +177,7 @@ def test_new_options_of_a_text_are_not_written_at_their_defaults():
     """The keys of stored trials are made of what is written."""
     source = TextSource(bundled="reference-calibration")
     assert not source.model_dump().keys() & {"data_files", "apply_chat_template", "skip_null"}
+    assert "mixture" not in Calibration(bundled="reference-calibration").model_dump()
     changed = source.model_copy(update={"skip_null": True})
     assert TextSource(**changed.model_dump()) == changed
 
@@ -317,6 +323,46 @@ def test_calibration_draws_without_replacement_in_seeded_order(tokenizer):
 
     everything = calibration_batches(tokenizer, documents, sequences=20, length=8, batch_size=20, seed=0)
     assert {tuple(row.tolist()) for row in everything[0]["input_ids"]} == pieces
+
+
+def test_every_text_of_a_mixture_gives_its_share(tokenizer, tmp_path):
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text(words(400))
+    second.write_text(words(300)[::-1])
+    calibration = Calibration(
+        mixture=(TextSource(file=first), TextSource(file=second)), sequences=5, length=8, batch_size=4
+    )
+    batches, facts = calibration_of(calibration, Loaded(SimpleNamespace(config=PretrainedConfig()), tokenizer, {}))
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 1] and facts.text == "first.txt + second.txt"
+    rows = torch.cat([batch["input_ids"] for batch in batches])
+    for text, count, part in ((first, 3, rows[:3]), (second, 2, rows[3:])):
+        alone = calibration_batches(tokenizer, [text.read_text()], sequences=count, length=8)
+        assert torch.equal(alone[0]["input_ids"], part)
+
+
+def test_too_little_text_in_a_mixture_says_how_much_there_is(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(words(100))
+    source = TextSource(file=tmp_path / "a.txt")
+    wanted = Calibration(mixture=(source, source), sequences=40, length=8)
+    with pytest.raises(DataError, match=r"a.txt gives 1\d seq.* asks for 20 of it, one of 2 texts; .* to 2\d or less"):
+        calibration_of(wanted, Loaded(SimpleNamespace(config=PretrainedConfig()), tokenizer, {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"mixture": ()}, "name at least one"),
+        (
+            {"mixture": ({"bundled": "a"},), "bundled": "b"},
+            "one of bundled, file, dataset or mixture .found bundled and",
+        ),
+        ({"mixture": ({"bundled": "a"}, {"bundled": "b"}), "sequences": 1}, "cannot be shared by the 2 texts"),
+        ({"mixture": ({"bundled": "a", "file": "b"},)}, "name one of bundled, file or dataset"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Calibration(**options)
 
 
 def test_too_little_calibration_text_says_how_much_there_is(tokenizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -25,8 +25,15 @@ DEFAULT_EVALUATORS = ("perplexity", "cost")
 class Calibration(TextSource):
     """The text that static decisions and PP's history are calibrated on; the bundled text by default."""
 
+    places: ClassVar[tuple[str, ...]] = (*TextSource.places, "mixture")
+
     bundled: str | None = Field(
-        default=None, description="a bundled text; reference-calibration where neither file nor dataset is given"
+        default=None, description="a bundled text; reference-calibration where no other text is given"
+    )
+    mixture: tuple[TextSource, ...] | None = Field(
+        default=None,
+        description="several texts, such as [{bundled: reference-calibration}, {file: mine.txt}], each with an equal "
+        "share of the sequences",
     )
     sequences: int = Field(default=32, ge=1, description="number of sequences; text that holds fewer is refused")
     length: int = Field(
@@ -45,14 +52,28 @@ class Calibration(TextSource):
     @model_validator(mode="before")
     @classmethod
     def _bundled_by_default(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and not any(data.get(key) for key in ("bundled", "file", "dataset")):
+        if isinstance(data, Mapping) and not any(data.get(key) is not None for key in cls.places):
             return {**data, "bundled": "reference-calibration"}
         return data
 
+    @model_validator(mode="after")
+    def _a_sequence_of_each(self) -> Calibration:
+        if self.sequences < len(self.mixture or ()):
+            raise ValueError(
+                f"sequences: {self.sequences} cannot be shared by the {len(self.mixture or ())} texts of mixture; "
+                f"set it to {len(self.mixture or ())} or more"
+            )
+        return self
+
     @property
-    def source(self) -> TextSource:
-        """The text alone, without how it is cut up."""
-        return TextSource(**{key: getattr(self, key) for key in TextSource.model_fields})
+    def sources(self) -> tuple[TextSource, ...]:
+        """The texts alone, without how they are cut up."""
+        return self.mixture or (TextSource(**{key: getattr(self, key) for key in TextSource.model_fields}),)
+
+    @property
+    def label(self) -> str:
+        """The name of the text, or of all texts of the mixture, in reports."""
+        return " + ".join(source.label for source in self.sources)
 
 
 class Output(BaseModel):

@@ -28,8 +28,8 @@ from .preflight import check_calibration, check_rows
 from .provenance import about_cut, about_model, plugins_used, versions
 from .records import FORMAT, EvaluatorResult, RunResult, Seconds, damages
 from .results import Results
-from .text import calibration_batches
 from .text import fingerprint as text_fingerprint
+from .text import in_batches, sequences_of
 
 
 class Pipeline:
@@ -182,16 +182,21 @@ def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> Evaluat
 def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, CalibrationFacts]:
     """Calibration batches and their description; raises :class:`DataError` where they exceed the model's context."""
     check_calibration(calibration.length, context_length(loaded.model))
-    documents = read_documents(calibration.source, loaded.tokenizer)
-    batches = calibration_batches(
-        loaded.tokenizer,
-        documents,
-        sequences=calibration.sequences,
-        length=calibration.length,
-        batch_size=calibration.batch_size,
-        seed=calibration.seed,
-        label=calibration.label,
-    )
+    tokenizer, sources = loaded.tokenizer, calibration.sources
+    shares = [len(range(first, calibration.sequences, len(sources))) for first in range(len(sources))]
+    parts = [
+        sequences_of(
+            tokenizer,
+            read_documents(source, tokenizer),
+            share,
+            calibration.length,
+            seed=calibration.seed,
+            label=source.label,
+            texts=len(sources),
+        )
+        for source, share in zip(sources, shares, strict=True)
+    ]
+    batches = in_batches(torch.cat(parts), calibration.batch_size)
     return batches, CalibrationFacts(
         text=calibration.label,
         sequences=calibration.sequences,
