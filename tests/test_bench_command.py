@@ -34,6 +34,9 @@ def test_without_a_question_a_preset_is_measured_as_usual():
     usual = command.settings_of("cpu-small", dtype=None, batch=None, ratio=None, **asked)
     assert [Case(s.dtype, s.batch, s.length, s.ratio) for s in usual] == list(PRESETS["cpu-small"].cases)
     assert {s.dtype for s in usual} == {"float32", "bfloat16"} and {s.batch for s in usual} == {20, 4}
+    smol = command.settings_of("smollm2-135m", dtype=None, batch=None, ratio=None, **asked)
+    assert {(s.batch, s.length) for s in smol} == {(20, 512), (4, 128)} and {s.ratio for s in smol} == {0.4, 0.2}
+    assert {s.dtype for s in smol} == {"float32", "bfloat16"} and len(smol) == 8
     (one,) = command.settings_of("cpu-small", dtype=None, batch=None, ratio="0.3", **asked)
     assert (one.dtype, one.batch, one.length, one.ratio) == ("float32", 20, 256, 0.3)
 
@@ -43,7 +46,7 @@ def test_presets_are_the_models_shapes(name):
     preset = PRESETS[name]
     config = preset.config(1, 8)
     shape = {"llama-2-7b": (4096, 32, 32), "llama-3-8b": (4096, 32, 8), "opt-13b": (5120, 40, 40)}
-    shape["cpu-small"] = (1024, 16, 16)
+    shape |= {"smollm2-135m": (576, 9, 3), "cpu-small": (1024, 16, 16)}
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     assert (config.hidden_size, config.num_attention_heads, kv_heads) == shape[name]
     with torch.device("meta"):
@@ -51,8 +54,9 @@ def test_presets_are_the_models_shapes(name):
 
         whole = transformers.AutoModelForCausalLM.from_config(preset.config(preset.layers, 8))
     total = sum(parameter.numel() for parameter in whole.get_decoder().parameters()) / 1e9
-    billions = {"llama-2-7b": 6.5, "llama-3-8b": 7.0, "opt-13b": 12.6, "cpu-small": 0.026}
+    billions = {"llama-2-7b": 6.5, "llama-3-8b": 7.0, "opt-13b": 12.6, "smollm2-135m": 0.1345, "cpu-small": 0.026}
     assert total == pytest.approx(billions[name], rel=0.02)
+    assert whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
 
 
 # The command

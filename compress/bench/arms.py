@@ -13,7 +13,7 @@ from torch import nn
 from ...registry import Catalog
 from ..pruning.prune import find_sites, prune
 from ..pruning.pruned import Pruned
-from .presets import VOCABULARY, Preset
+from .presets import Preset
 from .public_code import FullWeightPPsp, IndexedSlice
 from .slicing import sharing_copy, sliced
 
@@ -147,8 +147,8 @@ def _prune(name: str, model: Any, setting: Setting, catalog: Catalog) -> Pruned:
     if name == "pp-reference":
         options |= {"scorer": FullWeightPPsp(dtype=setting.dtype), "applier": IndexedSlice()}
     generator = torch.Generator().manual_seed(setting.seed)
-    rows = min(setting.batch, 4)
-    text = [torch.randint(VOCABULARY, (rows, setting.length), generator=generator) for _ in range(CALIBRATION)]
+    shape, vocabulary = (min(setting.batch, 4), setting.length), setting.shape.vocabulary
+    text = [torch.randint(vocabulary, shape, generator=generator) for _ in range(CALIBRATION)]
     runtime = dict(variant.runtime)
     layers = model.config.num_hidden_layers
     cut = max(1, layers - len(setting.skipped_layers))
@@ -159,7 +159,7 @@ def _prune(name: str, model: Any, setting: Setting, catalog: Catalog) -> Pruned:
 def batch_of(setting: Setting, number: int) -> torch.Tensor:
     """The random token ids (B, T) of one round, the same for all arms."""
     generator = torch.Generator().manual_seed(setting.seed * 100_003 + number)
-    ids = torch.randint(VOCABULARY, (setting.batch, setting.length), generator=generator)
+    ids = torch.randint(setting.shape.vocabulary, (setting.batch, setting.length), generator=generator)
     return ids.to(setting.device)
 
 

@@ -31,13 +31,16 @@ class Preset:
     """Layers that the PP paper does not prune; with fewer layers than ``layers`` all are pruned."""
     cases: tuple[Case, ...] = (Case(),)
     """All are measured by default; an option that is not given has the value of the first case."""
+    vocabulary: int = 512
+    """Tokens that can be embedded; small where it makes no difference, because no logits are computed."""
 
     def config(self, layers: int, length: int) -> Any:
-        """The configuration of a model of ``layers`` layers, with a small vocabulary because no logits are computed."""
+        """The configuration of a model of ``layers`` layers; its output embeddings, never used, take no memory."""
         import transformers
 
         shared: dict[str, Any] = dict(
-            vocab_size=VOCABULARY,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=True,
             num_hidden_layers=layers,
             num_attention_heads=self.heads,
             max_position_embeddings=max(length, 2048),
@@ -56,8 +59,6 @@ class Preset:
         return f"hidden {self.hidden}, {heads}, MLP {self.intermediate}"
 
 
-VOCABULARY = 512
-
 PAPER = (0, 1, 2)
 
 SMALL = (
@@ -68,9 +69,17 @@ SMALL = (
     Case("bfloat16", batch=4, length=128),
 )
 
+SMOL = tuple(
+    Case(dtype, *shape, ratio)
+    for shape in ((20, 512), (4, 128))
+    for ratio in (0.4, 0.2)
+    for dtype in ("float32", "bfloat16")
+)
+
 PRESETS = {
     "llama-2-7b": Preset("llama", 4096, 11008, 32, 32, 32, PAPER),
     "llama-3-8b": Preset("llama", 4096, 14336, 32, 8, 32, PAPER),
     "opt-13b": Preset("opt", 5120, 20480, 40, 40, 40, PAPER),
+    "smollm2-135m": Preset("llama", 576, 1536, 9, 3, 30, PAPER, SMOL, 49152),
     "cpu-small": Preset("llama", 1024, 2816, 16, 16, 2, cases=SMALL),
 }

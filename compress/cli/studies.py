@@ -93,7 +93,7 @@ def compare(
 
 def bench(
     preset: Annotated[
-        str, typer.Option(metavar="NAME", help="llama-2-7b, llama-3-8b, opt-13b or cpu-small.")
+        str, typer.Option(metavar="NAME", help="llama-2-7b, llama-3-8b, opt-13b, smollm2-135m or cpu-small.")
     ] = "cpu-small",
     arms: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="What is timed; default: dense, ideal and three of PP.")
