@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.compress.engine import weights
 from prunekit.compress.engine.weights import contents
 from prunekit.registry import complement
 
@@ -87,7 +88,8 @@ def test_decode_steps_use_the_weights_of_their_prompt_until_refresh(make_model, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_contents_of_a_tensor_change_with_every_element(dtype):
+def test_contents_of_a_tensor_change_with_every_element(dtype, monkeypatch):
+    monkeypatch.setattr(weights, "WIDTH", 101)
     for shape in ((7,), (3, 5), (61, 67), (67, 31)):
         tensor = torch.randn(shape, dtype=dtype)
 

@@ -57,21 +57,19 @@ class ProbeProducts:
 
     def linear(self, producer: nn.Module, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
         """The producer's kept rows of the whole batch: weight (r, D), bias (r,), kept (r,) -> (B, T, r)."""
-        tokens, others, states = self.split
-        out = self.hidden.new_empty(*self.hidden.shape[:2], len(kept))
-        flat = out.view(-1, len(kept))
-        flat.index_copy_(0, tokens, self.outputs[producer].view(len(tokens), -1).index_select(1, kept))
-        flat.index_copy_(0, others, functional.linear(states, weight, bias))
-        return out
+        order, others = self.split
+        probed = self.outputs[producer].flatten(0, -2).index_select(1, kept)
+        made = torch.cat([probed, functional.linear(others, weight, bias)]).index_select(0, order)
+        return made.view(*self.hidden.shape[:2], len(kept))
 
     @cached_property
-    def split(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the probe's tokens are in the batch, (b * t,) int64, where the others are, (o,), and their states
-        (o, D)."""
+    def split(self) -> tuple[Tensor, Tensor]:
+        """The place of every token of the batch among those of the probe followed by the others, (B * T,) int64, and
+        the others' states (o, D)."""
         tokens = (self.rows[:, None] * self.hidden.shape[1] + self.positions).view(-1)
-        flat = self.hidden.view(-1, self.hidden.shape[-1])
-        others = complement(tokens, len(flat))
-        return tokens, others, flat.index_select(0, others)
+        states = self.hidden.view(-1, self.hidden.shape[-1])
+        others = complement(tokens, len(states))
+        return torch.cat([tokens, others]).argsort(), states.index_select(0, others)
 
 
 @dataclass(eq=False)

@@ -115,7 +115,8 @@ class ChannelHistory:
 
     def write(self, columns: Tensor, values: Tensor) -> None:
         """Write values (R, c) where :meth:`of_columns` read them."""
-        self.table[: len(values)].index_copy_(1, columns, self.storage.encode(values))
+        values = self.storage.encode(values)  # index_copy_ does the same, and takes twice the time
+        self.table[: len(values)].scatter_(1, columns.expand(len(values), -1), values)
 
 
 class Statistic(Component):
