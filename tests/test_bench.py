@@ -175,6 +175,7 @@ def test_everything_is_measured(measured):
     )
     for key in ("threads", "dtype", "shape", "processor", "torch", "rounds", "tokens", "clock", "kept"):
         assert measured.protocol[key], key
+    assert measured.protocol["kept"] == {"attention": "2 of 4", "mlp": "192 of 384"}
 
 
 def test_tables_say_it(measured):

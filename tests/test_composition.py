@@ -1,7 +1,12 @@
 """Calibration and compositions: what is computed once, what is remembered, and that any part can be swapped."""
 
+from collections import Counter
+from contextlib import nullcontext
+
 import pytest
+import torch
 from prunekit.compress import prune
+from prunekit.compress.calibration import passes
 
 
 def test_the_weights_part_of_a_score_is_computed_once(make_model, batches):
@@ -39,6 +44,22 @@ def test_sequential_calibration_sees_the_layers_already_cut(make_model, batches)
             kept[sequential] = {(r["layer"], r["kind"]): r["kept"] for r in pruned.trace}
     assert kept[True][0, "mlp"] == kept[False][0, "mlp"], "nothing is cut before the first layer"
     assert kept[True][2, "mlp"] != kept[False][2, "mlp"]
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_sequential_calibration_computes_every_layer_twice(make_model, batches, monkeypatch, family):
+    """Once as it is calibrated and once cut; the statistics are those of passes through all layers."""
+    model, calls, counts, tables = make_model(family), Counter(), [], []
+    for number, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
+    for resumed in (passes._resumed, lambda *_: nullcontext()):
+        monkeypatch.setattr(passes, "_resumed", resumed)
+        calls.clear()
+        with prune(model, "wanda_sp", ratio=0.5, calibration=batches, sequential=True) as pruned:
+            tables.append([history.table for history in pruned._engine.histories()])
+        counts.append([calls[number] // len(batches) for number in range(3)])
+    assert counts == [[2, 2, 1], [3, 2, 1]]
+    assert all(torch.equal(one, other) for one, other in zip(*tables, strict=True))
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def build(setting: Setting, names: Sequence[str]) -> list[Arm]:
 def _prune(name: str, model: Any, setting: Setting, catalog: Catalog) -> Pruned:
     variant = VARIANTS[name]
     options: dict[str, Any] = {
-        "allocator": {"rounding": "down", "mlp_multiple": 64},
+        "allocator": {"mlp_multiple": 64},
         "skip_layers": setting.skipped_layers,
         **setting.options,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -138,12 +138,13 @@ def _same_as_pp(arms: Sequence[Arm]) -> list[str]:
 
 
 def _kept(arms: Sequence[Arm]) -> dict[str, str]:
-    """Kept units of the first cut layer by kind, such as ``10 of 16``."""
+    """Kept units of all cut layers together, by kind, such as ``9 of 15``."""
     pruned = next((arm.pruned for arm in arms if arm.pruned is not None), None)
-    if pruned is None:
-        return {}
-    first = {site.kind: site for site in reversed(pruned.sites)}
-    return {kind: f"{pruned.counts[site.layer, kind]} of {site.units}" for kind, site in sorted(first.items())}
+    kept, units = Counter[str](), Counter[str]()
+    for site in pruned.sites if pruned is not None else ():
+        kept[site.kind] += pruned.counts[site.layer, site.kind]
+        units[site.kind] += site.units
+    return {kind: f"{kept[kind]} of {units[kind]}" for kind in sorted(units)}
 
 
 def _protocol(setting: Setting, arms: Sequence[Arm], clock: Clock, rounds: int, warmup: int) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def markdown(measured: Sequence[Measured], command: str) -> str:
 def show(found: Measured) -> None:
     """Print one setting's tables."""
     about = found.protocol
-    kept = f"; kept {_text(about['kept'])}" if about["kept"] else ""
+    kept = f"; kept {_text(about['kept'])} in all cut layers" if about["kept"] else ""
     layers, threads, rounds = (_count(about[f"{what}s"], what) for what in ("layer", "thread", "round"))
     machine = about.get("accelerator") or f"{threads} of {about['processor']}"
     printing.say(

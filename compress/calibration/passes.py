@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...registry import DataError, NonFiniteError
 from ...registry.errors import FINITE_REMEDY
@@ -124,22 +124,61 @@ def calibrate_sequentially(
 ) -> None:
     """Calibrate layer after layer, each on the outputs of the layers that ``decide_layer`` has already cut.
 
-    The pass of a layer stops at its end, so the whole costs about half as many passes as there are layers.
+    Every batch passes each layer twice: as it is calibrated, and cut. Between layers one hidden state (B, T, D) of
+    every batch is kept.
     """
     layers = sorted({cut.site.layer for cut in engine.cuts})
-
-    def passes() -> Iterator[tuple[int, Batch]]:
-        return ((layer, batch) for layer in layers for batch in batches)
-
-    number = 0
+    outputs: list[Any] = [None] * len(batches)
+    """By batch: what the layer before ``reached`` returned."""
+    reached = 0
+    passes = ((layer, number) for layer in layers for number in range(len(batches)))
     with engine.mode_of("calibrate"):
-        for layer, batch in progress(passes(), "calibrating", len(layers) * len(batches)):
-            with engine.calibrating(learn, [cut for cut in engine.cuts if cut.site.layer == layer]):
-                _forward_to(engine, batch, layer)
-            number += 1
-            if number % len(batches) == 0:
+        for layer, number in progress(passes, "calibrating", len(layers) * len(batches)):
+            cuts = [cut for cut in engine.cuts if cut.site.layer == layer]
+            with engine.calibrating(learn, cuts), _resumed(engine, reached, outputs[number]):
+                before = [] if layer == 0 else [engine.layers[layer - 1].register_forward_hook(_keep(outputs, number))]
+                try:
+                    _forward_to(engine, batches[number], layer)
+                finally:
+                    for handle in before:
+                        handle.remove()
+            if number == len(batches) - 1:
+                reached = layer
                 _check_finite(engine)
                 decide_layer(layer)
+
+
+def _keep(outputs: list[Any], number: int) -> Callable:
+    def hook(layer: nn.Module, args: tuple, output: Any) -> None:
+        outputs[number] = output
+
+    return hook
+
+
+class _Passed(nn.Module):
+    """Stands for a layer that a batch has passed: returns what the last such layer returned."""
+
+    def __init__(self, layer: nn.Module, output: Any):
+        super().__init__()
+        vars(self).update(layer=layer, output=output)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["layer"], name)
+
+
+@contextmanager
+def _resumed(engine: Engine, reached: int, output: Any) -> Iterator[None]:
+    """Within it a pass computes the layers from ``reached`` on, and the one before it has returned ``output``."""
+    for number, layer in enumerate(engine.layers[:reached]):
+        engine.stack[number] = _Passed(layer, output)
+    try:
+        yield
+    finally:
+        for number, layer in enumerate(engine.layers[:reached]):
+            engine.stack[number] = layer
 
 
 def _forward_to(engine: Engine, batch: Batch, layer: int) -> None:
