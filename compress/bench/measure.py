@@ -140,8 +140,10 @@ def _same_as_pp(arms: Sequence[Arm]) -> list[str]:
 def _kept(arms: Sequence[Arm]) -> dict[str, str]:
     """Kept units of all cut layers together, by kind, such as ``9 of 15``."""
     pruned = next((arm.pruned for arm in arms if arm.pruned is not None), None)
+    if pruned is None:
+        return {}
     kept, units = Counter[str](), Counter[str]()
-    for site in pruned.sites if pruned is not None else ():
+    for site in pruned.sites:
         kept[site.kind] += pruned.counts[site.layer, site.kind]
         units[site.kind] += site.units
     return {kind: f"{kept[kind]} of {units[kind]}" for kind in sorted(units)}

@@ -58,9 +58,10 @@ class Engine:
         for number, site in enumerate(sites):
             binding = SiteBinding.of(site, model)
             self.cuts.append(SiteCut(number, binding, SiteState(binding, strategy), self.shared))
-        self.stack: Any = model.get_submodule(layers)
+        found: Any = model.get_submodule(layers)
+        self.stack = found
         """The model's own list of its layers."""
-        self.layers: list[nn.Module] = list(self.stack)
+        self.layers: list[nn.Module] = list(found)
         self._cache_indices = cache_indices(model, self.layers, self.all_sites or sites)
         self.decoder = model.get_submodule(layers.rpartition(".")[0])
         """The module that owns the layers: one call of it is one batch."""
