@@ -18,6 +18,7 @@ from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stag
 from .roles.hookspecs import ROLES, hookimpl
 from .roles.parts import (
     Architecture,
+    Evaluate,
     HistoryMerger,
     MaskApplier,
     ProbeSelector,
@@ -46,6 +47,7 @@ __all__ = [
     "Component",
     "DataError",
     "Entry",
+    "Evaluate",
     "Evaluator",
     "Fluctuation",
     "HistoryMerger",

@@ -144,15 +144,9 @@ def test_a_near_name_and_the_names_there_are_make_one_sentence(load):
 # Sequential calibration
 
 
-@pytest.mark.parametrize("allocator", ["global_adaptive", "flap_reference", "pp_reference_flap"])
-def test_sequential_calibration_with_scores_of_all_layers_is_refused_before_anything_is_loaded(load, allocator):
-    said = refused(load, f"use: wanda_sp, sequential: true, allocator: {allocator}")
-    assert said.endswith(
-        f"line 1: prune: sequential calibration cuts layer after layer, but allocator {allocator} needs the scores of "
-        "all layers at once; use allocator uniform or explicit"
-    )
-    assert load("use: flap, sequential: true, allocator: uniform").prune.sequential
-    assert load(f"use: magnitude, sequential: true, allocator: {allocator}").prune.sequential  # reads no text
+@pytest.mark.parametrize("allocator", ["global_adaptive", "sensitivity"])
+def test_sequential_calibration_takes_allocators_that_compare_layers(load, allocator):
+    assert load(f"use: wanda_sp, sequential: true, allocator: {allocator}").prune.sequential
 
 
 # Notes on the ridge

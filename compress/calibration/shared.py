@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -18,12 +21,14 @@ Place = tuple[str, "tuple[type[Statistic], str] | None"]
 
 Histories = dict[Place, ChannelHistory]
 
+Known = TypeVar("Known")
+
 
 class SharedStatistics:
     """What one loaded model has shown on the calibration texts used last, so that no text is read twice.
 
-    What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the
-    text and the statistic. At most ``texts`` are remembered, the oldest going first;
+    What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the text and the
+    statistic, and the losses that allocators have measured. At most ``texts`` are remembered, the oldest going first;
     a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up to
     ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB. Never shared: statistics of
     sequential calibration, which depend on what was cut before.
@@ -33,6 +38,7 @@ class SharedStatistics:
         self.texts = texts
         self._of: OrderedDict[str, Histories] = OrderedDict()
         self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
+        self._losses: OrderedDict[str, dict[str, float]] = OrderedDict()
         self._covariance_bytes = covariance_bytes
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
@@ -53,12 +59,21 @@ class SharedStatistics:
 
         They are many times larger than the other statistics, so each text's are kept up to ``covariance_bytes`` only.
         """
+        return self._of_text(self._moments, batches, SomeMoments(self._covariance_bytes))
+
+    @contextmanager
+    def losses(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
+        """The losses that allocators have measured on this text; new ones are added to them."""
+        yield self._of_text(self._losses, batches, {})
+
+    def _of_text(self, known: OrderedDict[str, Known], batches: list[Batch], empty: Known) -> Known:
+        """What is known of a text, which becomes the one used last; the texts used longest ago are forgotten."""
         key = fingerprint(batches)
-        known = self._moments.setdefault(key, SomeMoments(self._covariance_bytes))
-        self._moments.move_to_end(key)
-        while len(self._moments) > self.texts:
-            self._moments.popitem(last=False)
-        return known
+        found = known.setdefault(key, empty)
+        known.move_to_end(key)
+        while len(known) > self.texts:
+            known.popitem(last=False)
+        return found
 
 
 def wanted(cut: SiteCut, history: ChannelHistory) -> ChannelHistory:

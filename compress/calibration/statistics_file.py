@@ -1,7 +1,8 @@
 """Calibration statistics in a file: gathered once, read by every later run on the same model and text.
 
 A safetensors file: for every site and statistic the table (T, C), the rows (T,) and the mean (C,) in float32, and in
-its metadata what they were gathered from. Covariances are not in it: they are many times larger.
+its metadata what they were gathered from, and the losses that allocators have measured. Covariances are not in it: they
+are many times larger.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ from .shared import fingerprint as text_fingerprint
 FORMAT = "prunekit statistics 1"
 
 PARTS = ("table", "rows", "mean")
+
+LOSSES = "losses"
+"""Key of the measured losses in the metadata."""
 
 MODULES = {Statistic.__module__: "prunekit.registry.statistics"}
 """By module: its name in files, where it has moved since version 0.1."""
@@ -60,10 +64,11 @@ class StatisticsFile:
     path: Path
     used: str | None = field(default=None, init=False)
     """"read" or "written" once a strategy has been calibrated; None before."""
+    _origin: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
         """Give every site its history."""
-        origin = origin_of(engine.model, batches)
+        origin = self._origin = origin_of(engine.model, batches)
         known = self._read(origin, engine.cuts) if self.path.exists() else {}
         if all(cut in known for cut in engine.cuts):
             for cut, history in known.items():
@@ -72,7 +77,7 @@ class StatisticsFile:
         else:
             check_place(self.path)
             calibrate(engine, batches, progress, every_mean=True)
-            with filelock.FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            with self._locked():
                 self._write(origin, engine.cuts)
             self.used = "written"
         for cut in engine.cuts:
@@ -81,6 +86,30 @@ class StatisticsFile:
     def moments(self, batches: list[Batch]) -> SomeMoments:
         """None are kept."""
         return SomeMoments(0)
+
+    @contextmanager
+    def losses(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
+        """The losses in the file, which :meth:`calibrate` has read or written; new ones are written, after an error
+        too."""
+        with opened(self.path) as (_, metadata):
+            known = self._losses(metadata)
+        before = len(known)
+        try:
+            yield known
+        finally:
+            if len(known) > before:
+                with self._locked():
+                    self._write(self._origin, [], known)
+
+    def _losses(self, metadata: dict[str, str]) -> dict[str, float]:
+        try:
+            known = json.loads(metadata.get(LOSSES, "{}"))
+            return {str(key): float(loss) for key, loss in known.items()}
+        except (ValueError, TypeError, AttributeError):
+            raise self._damaged(LOSSES, "not a mapping of numbers") from None
+
+    def _locked(self) -> filelock.BaseFileLock:
+        return filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
     def _read(self, origin: dict[str, str], cuts: list[SiteCut]) -> dict[SiteCut, ChannelHistory]:
         """Histories of those sites that the file has, checked."""
@@ -121,8 +150,8 @@ class StatisticsFile:
     def _damaged(self, what: str, how: str) -> DataError:
         return DataError(f"{self.path}: {what} is damaged: {how}; delete the file to gather it anew")
 
-    def _write(self, origin: dict[str, str], cuts: list[SiteCut]) -> None:
-        """Add these sites' statistics to what the file has, through a temporary file."""
+    def _write(self, origin: dict[str, str], cuts: list[SiteCut], losses: Mapping[str, float] | None = None) -> None:
+        """Add these sites' statistics, and these losses, to what the file has, through a temporary file."""
         tensors: dict[str, Tensor] = {}
         metadata: dict[str, str] = {}
         if self.path.exists():
@@ -137,6 +166,8 @@ class StatisticsFile:
                 if getattr(history, name) is not None and (name == "mean" or history.positions):
                     tensors[f"{place}.{name}"] = getattr(history, name).cpu().contiguous()
             metadata[f"{place}.tokens"] = repr(history.tokens)
+        if losses:
+            metadata[LOSSES] = json.dumps({**self._losses(metadata), **losses})
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, {**metadata, **origin, "format": FORMAT})

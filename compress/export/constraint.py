@@ -31,10 +31,16 @@ class Constraint:
     def on(self, strategy: Strategy) -> Strategy:
         """The strategy with an allocator whose counts meet the constraint.
 
-        Raises :class:`SpecError` for equal counts with skipped layers.
+        Raises :class:`SpecError` for equal counts with skipped layers, and for an allocator that measures.
         """
         if not self.binds:
             return strategy
+        if strategy.allocator.measures:
+            raise SpecError(
+                f"allocator {strategy.allocator.name} measures the model with the counts that it chooses, so they "
+                "cannot be changed afterwards; use --profile hf-hetero, whose layers may differ, and its mlp_multiple "
+                "instead of --multiple, or another allocator"
+            )
         if self.equal and strategy.skip_layers:
             layers = ", ".join(map(str, strategy.skip_layers))
             raise SpecError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...registry import (
     Architecture,
     AttentionUnit,
     Catalog,
+    ChannelHistory,
     DataError,
     ModelError,
     PruneWarning,
@@ -25,6 +27,7 @@ from ...registry import (
 from ...registry.catalog import Entry
 from ...registry.tensors.tokens import check_token_ids
 from ..calibration.covariance import check_layers, finalize, gather_covariances
+from ..calibration.losses import CutLosses, check_output_layer
 from ..calibration.passes import (
     Progress,
     calibrate,
@@ -91,6 +94,7 @@ def prune(
         )
     engine, ratio = engine_of(model, chosen, catalog, [] if trace else None, how)
     try:
+        check_output_layer(model, chosen)
         batches = None
         if chosen.needs_calibration:
             if calibration is None:
@@ -226,31 +230,16 @@ def _decide(
 ) -> None:
     """Calibrate, set every site's count, and let strategies that decide once decide."""
     strategy = engine.strategy
-    if strategy.sequential and batches is not None:
-        _allocate(engine, ratio)
-        cuts = engine.cuts
-
-        def learn(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
-            learn_statistics(cut.state, x, valid)
-            if strategy.compensate.needs_covariance and not cut.whole:
-                cut.compensation.learn(x, valid)
-
-        def decide_layer(layer: int) -> None:
-            for cut in cuts:
-                if cut.site.layer == layer:
-                    _fix(engine, cut)
-                    if cut.compensation.moments is not None:
-                        finalize(engine, cut)
-
-        if strategy.compensate.needs_covariance:
-            check_layers(engine.cuts)
-        calibrate_sequentially(engine, batches, learn, decide_layer, progress)
-        return
-    if batches is not None and statistics is not None:
+    sequential = strategy.sequential and batches is not None
+    dense = not sequential or strategy.allocator.needs_scores
+    if dense and batches is not None and statistics is not None:
         statistics.calibrate(engine, batches, progress)
-    elif batches is not None:
+    elif dense and batches is not None:
         calibrate(engine, batches, progress)
-    _allocate(engine, ratio)
+    _allocate(engine, ratio, batches, progress, statistics)
+    if sequential and batches is not None:
+        _decide_by_layer(engine, batches, progress)
+        return
     if not strategy.dynamic:
         for cut in engine.cuts:
             _fix(engine, cut)
@@ -259,13 +248,50 @@ def _decide(
         gather_covariances(engine, batches, progress, known)
 
 
-def _allocate(engine: Engine, ratio: float | None) -> None:
-    allocator = engine.strategy.allocator
+def _decide_by_layer(engine: Engine, batches: list, progress: Progress) -> None:
+    """Calibrate, cut and compensate layer after layer, with the counts that sites have."""
+    compensate, cuts = engine.strategy.compensate, engine.cuts
+    for cut in cuts:  # statistics of the dense model have served the allocator
+        cut.state.replace_history(ChannelHistory(cut.site.channels, cut.history.device))
+
+    def learn(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
+        learn_statistics(cut.state, x, valid)
+        if compensate.needs_covariance and not cut.whole:
+            cut.compensation.learn(x, valid)
+
+    def decide_layer(layer: int) -> None:
+        for cut in cuts:
+            if cut.site.layer == layer:
+                _fix(engine, cut)
+                if cut.compensation.moments is not None:
+                    finalize(engine, cut)
+
+    if compensate.needs_covariance:
+        check_layers(cuts)
+    calibrate_sequentially(engine, batches, learn, decide_layer, progress)
+
+
+def _allocate(
+    engine: Engine,
+    ratio: float | None,
+    batches: list | None,
+    progress: Progress,
+    statistics: SharedStatistics | StatisticsFile | None,
+) -> None:
+    """Set every site's count."""
+    allocator: Any = engine.strategy.allocator
     if allocator.needs_scores or (allocator.uses_scores and all(cut.state.has_scores for cut in engine.cuts)):
         scores = [engine.decider.scores(cut) for cut in engine.cuts]
     else:
         scores = [SiteScores(cut.site) for cut in engine.cuts]
-    counts = allocator.allocate(scores, ratio or 0.0) if scores else []
+    if not scores:
+        counts = []
+    elif allocator.measures and batches is not None:
+        known: AbstractContextManager[dict[str, float]] = nullcontext({})
+        with known if statistics is None else statistics.losses(engine, batches) as losses:
+            counts = allocator.allocate(scores, ratio or 0.0, CutLosses(engine, batches, losses, progress))
+    else:
+        counts = allocator.allocate(scores, ratio or 0.0)
     if len(counts) != len(engine.cuts):
         raise SpecError(
             f"allocator {allocator.name} returned {len(counts)} counts for {len(engine.cuts)} sites; it must return "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -215,8 +216,13 @@ def _copied(part: Tensor | Selection | None) -> Tensor | None:
 def check_allocation(allocator: SparsityAllocator) -> None:
     """Counts are whole numbers of the site's units; ratio 0 keeps all, and a larger ratio never keeps more.
 
-    An allocator may raise :class:`SpecError` for a ratio above one half.
+    An allocator may raise :class:`SpecError` for a ratio above one half. One that measures gets made-up losses.
     """
+    expect(
+        allocator.needs_scores or not allocator.measures,
+        allocator,
+        "measures, so its needs_scores must be true: units are cut by their scores",
+    )
     sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
     if allocator.needs_scores or allocator.uses_scores:
         _check_counts(allocator, [_calibrated(site, seed) for seed, site in enumerate(sites)])
@@ -225,10 +231,12 @@ def check_allocation(allocator: SparsityAllocator) -> None:
 
 
 def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> None:
-    sites, total = [each.site for each in scores], math.inf
+    sites, most = [each.site for each in scores], math.inf
+    allocate: Any = allocator.allocate
+    extra = [partial(_made_up_losses, sites)] if allocator.measures else []
     for ratio in (0.0, 0.1, 0.2, 0.4, 0.5, 0.9, 0.99) if allocator.takes_ratio else (0.0,):
         try:
-            counts = allocator.allocate(scores, ratio)
+            counts = allocate(scores, ratio, *extra)
         except SpecError:
             expect(ratio > 0.5, allocator, f"refuses ratio {ratio}")
             continue
@@ -238,8 +246,17 @@ def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> Non
             expect(fits, allocator, f"keeps {count!r} of {site.units} units at ratio {ratio}")
         if ratio == 0 and allocator.takes_ratio:
             expect(counts == [site.units for site in sites], allocator, f"keeps {counts} where nothing is to be cut")
-        expect(sum(counts) <= total, allocator, f"keeps more at ratio {ratio} than at a smaller one")
-        total = sum(counts)
+        kept = sum(count * site.unit_parameters for site, count in zip(sites, counts, strict=True))
+        expect(kept <= most, allocator, f"keeps more parameters at ratio {ratio} than at a smaller one")
+        most = kept
+
+
+def _made_up_losses(sites: Sequence[Site], candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+    """Losses of cuts that hurt most in the first layer, and more than in proportion."""
+    return [
+        2 + sum((1 - count / site.units) ** 2 / (1 + site.layer) for site, count in zip(sites, counts, strict=True))
+        for counts in candidates
+    ]
 
 
 def _calibrated(site: Site, seed: int) -> SiteScores:

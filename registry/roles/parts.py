@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -141,6 +141,19 @@ class SiteScores:
     """(U,) float32; empty where ``channels`` is."""
 
 
+class Evaluate(Protocol):
+    """What an allocator that measures gets: the loss of the model with some of its units cut."""
+
+    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+        """The loss of every candidate, in nats per predicted token, on about ``tokens`` of the calibration text.
+
+        A candidate is a kept count for every site, in the order of the allocator's ``sites``. Every site keeps the
+        units with the highest calibrated scores; nothing is compensated. The loss is infinite where the cut model
+        gives no finite one. A loss is measured once, also if it is asked for again by another pruning of a study.
+        """
+        ...
+
+
 class SparsityAllocator(Component):
     """Decides how many units every site keeps."""
 
@@ -149,6 +162,9 @@ class SparsityAllocator(Component):
     uses_scores: ClassVar[bool] = False
     """Whether it gets the scores where they are known before the cut, and none (length 0) where they are not."""
     takes_ratio: ClassVar[bool] = True
+    measures: ClassVar[bool] = False
+    """Whether it measures the model. Then ``needs_scores`` is true, too, and it is called
+    ``allocate(sites, ratio, evaluate)`` with an :class:`Evaluate`; declare ``evaluate: Evaluate | None = None``."""
 
     @abstractmethod
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:

@@ -90,10 +90,10 @@ class Strategy(Component):
                 "sequential calibration is for strategies that decide once (no merger): set selector and merger to "
                 "null, or sequential to false"
             )
-        if self.sequential and self.needs_calibration and self.allocator.needs_scores:
+        if self.allocator.measures and not self.allocator.needs_scores:
             raise ValueError(
-                f"sequential calibration cuts layer after layer, but allocator {self.allocator.name} needs the "
-                "scores of all layers at once; use allocator uniform or explicit"
+                f"allocator {self.allocator.name} measures cuts by scores, so its needs_scores must be true, too; fix "
+                "the plugin"
             )
         return self
 
@@ -157,7 +157,7 @@ class Strategy(Component):
     @property
     def decides_by_activations(self) -> bool:
         """Whether the choice of units depends on calibration batches."""
-        if self.allocator.needs_scores and self.scorer.statistic is not None:
+        if self.allocator.measures or (self.allocator.needs_scores and self.scorer.statistic is not None):
             return True
         if self.merger is not None:
             return self.merger.uses_history

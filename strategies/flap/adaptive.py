@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -10,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...registry import SiteScores, SparsityAllocator, SpecError
+from ...registry import SiteScores, SparsityAllocator
+from ..budget import parameters_to_cut
 
 
 def standardised(scores: SiteScores, group: int | None = None) -> Tensor:
@@ -56,16 +56,10 @@ class GlobalAdaptive(SparsityAllocator):
             costs.append(torch.full_like(z, float(scores.site.unit_parameters)))
             owners.append(torch.full((len(z),), index))
         z, cost, owner = torch.cat(values), torch.cat(costs), torch.cat(owners)
-        total, free = float(cost.sum()), z.isfinite()
-        reachable = float(cost[free].sum()) / total
-        if ratio > reachable * (1 + 1e-9):
-            most = math.floor(reachable * 1e4) / 1e4
-            raise SpecError(
-                f"allocator global_adaptive: a ratio of {ratio:.4g} of these layers' parameters is out of reach: "
-                f"every site keeps minimum_units: {self.minimum_units}, so {most:.4g} can be cut; "
-                "lower the ratio or minimum_units"
-            )
+        free, places = z.isfinite(), [scores.site for scores in sites]
+        most = [max(0, site.units - self.minimum_units) for site in places]
+        budget = parameters_to_cut(self.name, places, most, ratio, self.minimum_units)
         order = z.argsort(stable=True)
-        cut = order[_affordable(cost[order], free[order], ratio * total * (1 + 1e-9))]
+        cut = order[_affordable(cost[order], free[order], budget)]
         dropped = torch.bincount(owner[cut], minlength=len(sites))
         return [scores.site.units - int(count) for scores, count in zip(sites, dropped, strict=True)]

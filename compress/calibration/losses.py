@@ -1,0 +1,212 @@
+"""The loss of the dense model with units cut at some sites, for allocators that measure.
+
+A unit is cut by zeroes in the input of its consumer, so that no weight changes and every architecture works. The layers
+before the first cut site return what they returned in the dense pass: their work is not repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...registry import DataError, ModelError, NonFiniteError, SpecError, Strategy, complement
+from ...registry.errors import FINITE_REMEDY
+from ...registry.tensors.devices import device_of
+from ..engine.decider import keep_highest
+from ..engine.engine import Engine
+from ..engine.site_cut import SiteCut
+from .passes import Batch, Progress
+
+LONGEST = 256
+"""Most positions of a row that is measured."""
+
+LOGITS = 2**27
+"""Most bytes of the logits of one pass, in float32."""
+
+IGNORED = -100
+"""The target of a position that is not predicted."""
+
+Dropped = dict[SiteCut, Tensor]
+"""Channels (C,) bool that are zero, by site."""
+
+
+def check_output_layer(model: Any, strategy: Strategy) -> None:
+    """Raise :class:`ModelError` where an allocator measures the loss of a model that predicts no tokens."""
+    find = getattr(model, "get_output_embeddings", None)
+    if strategy.allocator.measures and (find is None or find() is None):
+        raise ModelError(
+            f"allocator {strategy.allocator.name} measures the loss of the next token, and this {type(model).__name__} "
+            "has no output layer; load it with AutoModelForCausalLM, or use another allocator, such as uniform"
+        )
+
+
+class CutLosses:
+    """Measures candidates of an allocator: an :class:`~prunekit.registry.Evaluate`.
+
+    ``known`` has the losses measured so far on this text, and gets the new ones. The model is as before after every
+    call, also after one that fails. Raises :class:`SpecError` for counts that no site can keep, :class:`DataError` for
+    a text without a token to predict, :class:`NonFiniteError` where the loss of the dense model is not finite.
+    """
+
+    def __init__(self, engine: Engine, batches: Sequence[Batch], known: MutableMapping[str, float], progress: Progress):
+        self._engine, self._batches, self._known, self._progress = engine, batches, known, progress
+
+    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+        keys = [self._key(counts, tokens) for counts in candidates]
+        missing = {key: counts for key, counts in zip(keys, candidates, strict=True) if key not in self._known}
+        if missing:
+            with self._engine.mode_of("dense"), self._uncompiled():
+                parts = [DenseRows(self._engine, rows) for rows in measured_rows(self._engine, self._batches, tokens)]
+                if not all(math.isfinite(part.loss) for part in parts):
+                    raise NonFiniteError(
+                        "the loss of the unpruned model on the calibration text is NaN or infinite, so no cut can be "
+                        f"compared; nothing was pruned. {FINITE_REMEDY}"
+                    )
+                for key in self._progress(missing, "measuring cuts", len(missing)):
+                    dropped = self._dropped(missing[key])
+                    total = math.fsum(part.loss_without(dropped) for part in parts)
+                    loss = total / sum(part.predicted for part in parts)
+                    self._known[key] = loss if math.isfinite(loss) else math.inf
+        return [self._known[key] for key in keys]
+
+    def _uncompiled(self) -> AbstractContextManager:
+        """Compiled code would be compiled anew for every candidate."""
+        compiles = self._engine.shared.runtime.compile is not None
+        return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+
+    def _key(self, counts: Sequence[int], tokens: int) -> str:
+        """What a loss depends on, apart from model and text: the scorer, the tokens, and the sites that are cut."""
+        cuts, strategy = self._engine.cuts, self._engine.strategy
+        whole = len(counts) == len(cuts)
+        if not whole or not all(0 <= count <= cut.site.units for cut, count in zip(cuts, counts, strict=True)):
+            raise SpecError(
+                f"allocator {strategy.allocator.name} asks for the loss of {list(counts)!r:.200}; a candidate is a "
+                f"kept count for each of {len(cuts)} sites, between 0 and all of its units; fix the plugin"
+            )
+        kind, options = strategy.scorer.identity
+        cut_here = [
+            f"{cut.site.consumer}={count}/{cut.site.units}"
+            for cut, count in zip(cuts, counts, strict=True)
+            if count < cut.site.units
+        ]
+        return " ".join([f"{kind.__module__}.{kind.__qualname__}", options, str(tokens), *cut_here])
+
+    def _dropped(self, counts: Sequence[int]) -> Dropped:
+        dropped: Dropped = {}
+        for cut, count in zip(self._engine.cuts, counts, strict=True):
+            if count < cut.site.units:
+                scores = self._scores[cut]
+                columns = cut.site.columns(complement(keep_highest(scores, count), cut.site.units))
+                dropped[cut] = torch.zeros(cut.site.channels, dtype=torch.bool).index_fill_(0, columns, True)
+        return dropped
+
+    @cached_property
+    def _scores(self) -> dict[SiteCut, Tensor]:
+        return {cut: self._engine.decider.scores(cut).units for cut in self._engine.cuts}
+
+
+class DenseRows:
+    """Rows that were passed through the dense model, whose layers' outputs are kept."""
+
+    def __init__(self, engine: Engine, rows: Batch):
+        self._engine, self._rows = engine, rows
+        ids = rows["input_ids"]
+        targets = ids if "attention_mask" not in rows else ids.masked_fill(rows["attention_mask"] == 0, IGNORED)
+        self._targets = targets[:, 1:]
+        self.predicted = int((self._targets != IGNORED).sum())
+        """Number of predicted tokens."""
+        self._outputs: list[Any] = []
+        """What every layer returned."""
+        with ExitStack() as stack:
+            for layer in engine.layers:
+                stack.callback(layer.register_forward_hook(self._keep).remove)
+            self.loss = self._loss()
+            """Sum over the predicted tokens, in nats."""
+
+    def _keep(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        self._outputs.append(output)
+
+    def loss_without(self, dropped: Dropped) -> float:
+        """The loss, summed over the predicted tokens, with zeroes in the channels ``dropped``."""
+        if not dropped:
+            return self.loss
+        first = min(cut.site.layer for cut in dropped)
+        with ExitStack() as stack:
+            for layer, output in zip(self._engine.layers[:first], self._outputs, strict=False):
+                stack.enter_context(_returning(layer, output))
+            for cut, channels in dropped.items():
+                hook = partial(_zero, channels.to(device_of(cut.binding.consumer)))
+                stack.callback(cut.binding.consumer.register_forward_pre_hook(hook).remove)
+            return self._loss()
+
+    def _loss(self) -> float:
+        device = device_of(self._engine.embeddings)
+        model: Callable[..., Any] = self._engine.model
+        logits = model(**{key: value.to(device) for key, value in self._rows.items()}, use_cache=False).logits
+        targets = self._targets.to(logits.device).reshape(-1)
+        logits = logits[:, :-1].reshape(len(targets), -1).float()
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
+
+
+def _zero(channels: Tensor, consumer: nn.Module, args: tuple) -> tuple:
+    return args[0].masked_fill(channels.to(args[0].device), 0), *args[1:]
+
+
+@contextmanager
+def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
+    """Within it the layer computes nothing and returns ``output``."""
+    own = vars(layer).get("forward")
+    vars(layer)["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(layer)["forward"]
+        else:
+            vars(layer)["forward"] = own
+
+
+def measured_rows(engine: Engine, batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """About ``tokens`` of the calibration text, at least one row: the beginnings of rows, spread evenly over it.
+
+    Without their padding; rows of different lengths are padded at the end.
+    """
+    rows = [row for batch in batches for row in _real(batch) if len(row) > 1]
+    if not rows:
+        raise DataError(
+            f"allocator {engine.strategy.allocator.name} measures the loss of the next token, and no row of the "
+            "calibration text has two tokens; calibrate with longer sequences"
+        )
+    mean = sum(map(len, rows)) / len(rows)
+    chosen = [rows[place] for place in spread(len(rows), round(tokens / mean))]
+    at_once = max(1, LOGITS // (4 * engine.embeddings.num_embeddings * max(map(len, chosen))))
+    return [_padded(chosen[start : start + at_once]) for start in range(0, len(chosen), at_once)]
+
+
+def _real(batch: Batch) -> list[Tensor]:
+    """The first real tokens of every row."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return [ids[real.bool()][:LONGEST] for ids, real in zip(batch["input_ids"], mask, strict=True)]
+
+
+def _padded(rows: Sequence[Tensor]) -> Batch:
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    return {"input_ids": ids} if bool(mask.all()) else {"input_ids": ids, "attention_mask": mask}
+
+
+def spread(total: int, number: int) -> list[int]:
+    """``number`` of ``total`` places, one in each of ``number`` equal parts, and in each part one place later.
+
+    So texts that follow each other, and texts that take turns, are all met.
+    """
+    number = min(max(number, 1), total)
+    return [part * total // number + part % (total // number) for part in range(number)]

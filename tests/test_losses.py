@@ -1,0 +1,201 @@
+"""The losses that an allocator measures: those of the cut model, without repeated work, and the model whole afterwards."""
+
+import itertools
+from typing import ClassVar, Literal
+
+import accelerate
+import pytest
+import torch
+from prunekit.compress import prune
+from prunekit.compress.calibration.losses import spread
+from prunekit.compress.calibration.shared import SharedStatistics
+from prunekit.registry import DataError, ModelError, NonFiniteError, SparsityAllocator, SpecError
+from torch.nn import functional
+
+ALL = 10_000
+"""More tokens than the text has: every row is measured."""
+
+
+class Asking(SparsityAllocator):
+    """Asks for the losses of its candidates, and keeps the counts of the last one."""
+
+    name: Literal["asking"] = "asking"
+    needs_scores: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
+    candidates: tuple[tuple[int, ...], ...]
+    tokens: int = ALL
+    found: ClassVar[list[float]] = []
+
+    def allocate(self, sites, ratio, evaluate=None):
+        self.found[:] = evaluate(self.candidates, self.tokens)
+        return list(self.candidates[-1])
+
+
+def measured(model, batches, *candidates, use="wanda_sp", tokens=ALL, **options):
+    """The losses of candidates; the model is pruned to the last one and restored."""
+    allocator = Asking(candidates=candidates, tokens=tokens)
+    with prune(model, use, ratio=0.1, calibration=batches, allocator=allocator, **options):
+        return list(Asking.found)
+
+
+@torch.no_grad()
+def loss_of(model, batches):
+    """Nats per predicted token of batches without padding."""
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    logits = model(ids, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)).item()
+
+
+def is_whole(model, before):
+    """Whether nothing of a measurement is left."""
+    clean = not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+    return clean and all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "unit", "counts"),
+    [
+        ("llama-gqa", "kv_group", [(1, 192, 4, 192, 4, 192), (4, 192, 4, 192, 2, 30), (3, 0, 0, 100, 2, 31)]),
+        ("llama-gqa", "query_head", [(8, 192, 3, 50, 8, 192), (8, 192, 8, 192, 5, 192)]),
+        ("opt", "kv_group", [(8, 192, 3, 192, 8, 50), (8, 1, 8, 192, 8, 192), (7, 100, 8, 192, 0, 192)]),
+    ],
+    ids=["groups", "query heads", "opt"],
+)
+def test_a_loss_is_that_of_the_model_cut_to_these_counts(make_model, batches, family, unit, counts):
+    model = make_model(family)
+    dense = loss_of(model, batches)
+    losses = measured(model, batches, *counts, attention_unit=unit)
+    for candidate, loss in zip(counts, losses, strict=True):
+        allocator = Asking(candidates=(candidate,))
+        options = dict(ratio=0.1, calibration=batches, allocator=allocator, applier="zero", attention_unit=unit)
+        with prune(model, "wanda_sp", **options):
+            assert loss == pytest.approx(loss_of(model, batches), abs=1e-5)
+        assert abs(loss - dense) > 1e-3  # the cut is felt
+    assert measured(model, batches, (model.config.num_attention_heads, 192) * 3, attention_unit="query_head") == (
+        pytest.approx([dense], abs=1e-5)
+    )
+
+
+def test_layers_before_the_first_cut_run_once(make_model, batches):
+    model, runs = make_model("llama-gqa"), []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: runs.append(number))
+    whole, last, middle = (4, 192, 4, 192, 4, 192), (4, 192, 4, 192, 4, 20), (4, 192, 1, 192, 4, 192)
+    measured(model, batches, whole)
+    dense = len(runs)
+    runs.clear()
+    measured(model, batches, whole, last, middle, whole)
+    assert runs[dense:] == [] if len(runs) == dense else sorted(runs[dense:]) == [1, 2, 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(make_model, batches, side):
+    model, candidates = make_model("opt"), [(8, 192, 8, 20, 8, 192), (2, 192, 8, 192, 8, 192)]
+    ids = torch.cat([batch["input_ids"] for batch in batches[:2]])
+    rows = [row[:length] for row, length in zip(ids, (24, 9, 17, 24, 2, 24, 24, 13), strict=True)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7, padding_side=side)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+    found = measured(model, [{"input_ids": padded, "attention_mask": mask}], *candidates, use="magnitude")
+    alone = [measured(model, [row[None]], *candidates, use="magnitude") for row in rows]
+    weights = [len(row) - 1 for row in rows]
+    expected = [sum(w * each[n] for w, each in zip(weights, alone, strict=True)) / sum(weights) for n in (0, 1)]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_are_spread_over_the_text():
+    assert spread(64, 4) == [0, 17, 34, 51]  # one of each of four texts, one after another or in turns
+    assert spread(3, 10) == spread(3, 3) == [0, 1, 2] and spread(5, 0) == [0]
+    for total, number in itertools.product(range(1, 30), range(1, 30)):
+        places = spread(total, number)
+        assert places == sorted(set(places)) and len(places) == min(total, number) and places[-1] < total
+
+
+def test_a_number_of_tokens_measures_some_rows(make_model, batches):
+    model = make_model("llama-gqa")
+    cut = (4, 192, 4, 192, 4, 20)
+    (some,) = measured(model, batches, cut, use="magnitude", tokens=48)
+    rows = torch.cat([batch["input_ids"] for batch in batches])[spread(16, 2)]
+    assert [some] == measured(model, [rows], cut, use="magnitude")
+    assert [some] != measured(model, batches, cut, use="magnitude")
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_an_interrupted_measurement_leaves_the_model_whole(make_model, batches, after):
+    model, steps = make_model("llama-gqa"), []
+    before = [parameter.clone() for parameter in model.parameters()]
+
+    class Stopping(torch.nn.Module):
+        def __call__(self, *_):
+            steps.append(1)
+            if len(steps) > after:
+                raise KeyboardInterrupt
+
+    handle = model.lm_head.register_forward_hook(Stopping())
+    with pytest.raises(KeyboardInterrupt):
+        measured(model, batches, *((4, 192, 4, 192, 4, width) for width in (20, 40, 60)))
+    handle.remove()
+    assert len(steps) == after + 1 and is_whole(model, before)
+
+
+def test_a_loss_is_measured_once_for_a_text_and_a_scorer(make_model, batches):
+    model, passes = make_model("llama-gqa"), []
+    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    shared, cut, other = SharedStatistics(), (4, 192, 4, 192, 4, 20), (4, 20, 4, 192, 4, 192)
+
+    def run(*candidates, calibration=batches, **options):
+        passes.clear()
+        return measured(model, calibration, *candidates, statistics=shared, **options), len(passes)
+
+    alone = measured(model, batches, cut, other)
+    assert run(cut, other) == (alone, 3)  # and the dense pass
+    assert run(other, cut) == (alone[::-1], 0)
+    assert run(other[2:], skip_layers=(0,))[1] == 2
+    assert run(cut[2:], skip_layers=(0,), compensate="mean") == (alone[:1], 0)
+    assert run(cut, use="pp")[1] == 2  # another scorer
+    assert run(cut, tokens=48)[1] == 2
+    assert run(cut, calibration=batches[:2])[1] == 2
+    assert run(cut)[1] == 0
+
+
+def test_losses_are_kept_in_a_statistics_file(make_model, batches, tmp_path):
+    model, path = make_model("llama-gqa"), tmp_path / "statistics.safetensors"
+    cuts, steps = [(4, 192, 4, 192, 4, width) for width in (20, 40, 60)], []
+    handle = model.lm_head.register_forward_hook(lambda *_: steps.append(1) or (1 / (3 - len(steps)) and None))
+    with pytest.raises(ZeroDivisionError):  # after the dense pass and one candidate
+        measured(model, batches, *cuts, statistics=path)
+    handle.remove()
+    model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    steps.clear()
+    found = measured(model, batches, *cuts, statistics=path)
+    assert len(steps) == 3 and found == measured(model, batches, *cuts)
+    steps.clear()
+    assert measured(model, batches, *cuts, statistics=path) == found and not steps
+
+
+def test_an_offloaded_model_has_the_same_losses(make_model, batches):
+    candidates = [(4, 192, 1, 192, 4, 192), (4, 192, 4, 192, 4, 20)]
+    model = make_model("llama-gqa")
+    expected = measured(model, batches, *candidates)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    assert measured(model, batches, *candidates) == expected
+    after = [vars(module).get("forward") for module in model.modules()]
+    assert sum(map(bool, forwards)) > 10 and list(map(bool, after)) == list(map(bool, forwards))
+
+
+def test_what_cannot_be_measured_is_refused(make_model, batches):
+    from transformers import LlamaForSequenceClassification
+
+    model = make_model("llama-gqa")
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(SpecError, match="asking asks for the loss of .*5, 192.* a kept count for each of 6 sites"):
+        measured(model, batches, (5, 192, 4, 192, 4, 192))
+    with pytest.raises(DataError, match="no row of the calibration text has two tokens"):
+        measured(model, [batches[0]["input_ids"][:, :1]], (4, 192, 4, 192, 4, 20))
+    assert is_whole(model, before)
+    with pytest.raises(ModelError, match="asking measures the loss .* LlamaForSequenceClassification has no output"):
+        measured(LlamaForSequenceClassification(model.config), batches, (4, 192, 4, 192, 4, 20))
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(NonFiniteError, match="the loss of the unpruned model on the calibration text is NaN"):
+        measured(model, batches, (4, 192, 4, 192, 4, 20))
