@@ -247,7 +247,7 @@ def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> Non
         if ratio == 0 and allocator.takes_ratio:
             expect(counts == [site.units for site in sites], allocator, f"keeps {counts} where nothing is to be cut")
         kept = sum(count * site.unit_parameters for site, count in zip(sites, counts, strict=True))
-        expect(kept <= most, allocator, f"keeps more parameters at ratio {ratio} than at a smaller one")
+        expect(kept <= most, allocator, f"keeps more at ratio {ratio} than at a smaller one")
         most = kept
 
 
