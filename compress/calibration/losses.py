@@ -1,14 +1,14 @@
 """The loss of the dense model with units cut at some sites, for allocators that measure.
 
 A unit is cut by zeroes in the input of its consumer, so that no weight changes and every architecture works. The layers
-before the first cut site return what they returned in the dense pass: their work is not repeated.
+before the first cut site are not computed again: a pass resumes with what the last of them returned in the dense pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...registry.tensors.devices import device_of
 from ..engine.decider import keep_highest
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
-from .passes import Batch, Progress
+from .passes import Batch, Progress, resumed
 
 LONGEST = 256
 """Most positions of a row that is measured."""
@@ -138,9 +138,7 @@ class DenseRows:
         if not dropped:
             return self.loss
         first = min(cut.site.layer for cut in dropped)
-        with ExitStack() as stack:
-            for layer, output in zip(self._engine.layers[:first], self._outputs, strict=False):
-                stack.enter_context(_returning(layer, output))
+        with resumed(self._engine, first, self._outputs[first - 1]), ExitStack() as stack:
             for cut, channels in dropped.items():
                 hook = partial(_zero, channels.to(device_of(cut.binding.consumer)))
                 stack.callback(cut.binding.consumer.register_forward_pre_hook(hook).remove)
@@ -157,20 +155,6 @@ class DenseRows:
 
 def _zero(channels: Tensor, consumer: nn.Module, args: tuple) -> tuple:
     return args[0].masked_fill(channels.to(args[0].device), 0), *args[1:]
-
-
-@contextmanager
-def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
-    """Within it the layer computes nothing and returns ``output``."""
-    own = vars(layer).get("forward")
-    vars(layer)["forward"] = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(layer)["forward"]
-        else:
-            vars(layer)["forward"] = own
 
 
 def measured_rows(engine: Engine, batches: Sequence[Batch], tokens: int) -> list[Batch]:

@@ -135,7 +135,7 @@ def calibrate_sequentially(
     with engine.mode_of("calibrate"):
         for layer, number in progress(passes, "calibrating", len(layers) * len(batches)):
             cuts = [cut for cut in engine.cuts if cut.site.layer == layer]
-            with engine.calibrating(learn, cuts), _resumed(engine, reached, outputs[number]):
+            with engine.calibrating(learn, cuts), resumed(engine, reached, outputs[number]):
                 before = [] if layer == 0 else [engine.layers[layer - 1].register_forward_hook(_keep(outputs, number))]
                 try:
                     _forward_to(engine, batches[number], layer)
@@ -170,7 +170,7 @@ class _Passed(nn.Module):
 
 
 @contextmanager
-def _resumed(engine: Engine, reached: int, output: Any) -> Iterator[None]:
+def resumed(engine: Engine, reached: int, output: Any) -> Iterator[None]:
     """Within it a pass computes the layers from ``reached`` on, and the one before it has returned ``output``."""
     for number, layer in enumerate(engine.layers[:reached]):
         engine.stack[number] = _Passed(layer, output)
