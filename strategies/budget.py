@@ -1,4 +1,4 @@
-"""The number of parameters that an allocator must cut, where its ratio is a share of parameters."""
+"""What allocators share whose ratio is a share of the parameters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 
 from ..registry import Site, SpecError
+
+WORST = 1e6
+"""Nats per token that stand for an infinite loss."""
 
 EXACT = 1 + 1e-9
 """A budget this close to whole units pays for them."""

@@ -10,13 +10,10 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from ..registry import Evaluate, Site, SiteScores, SparsityAllocator, SpecError, hookimpl
-from .budget import EXACT, parameters_to_cut
+from .budget import EXACT, WORST, parameters_to_cut
 
 GRID = 4096
 """Steps into which dynamic programming divides the parameters to cut."""
-
-WORST = 1e6
-"""Nats per token that stand for an infinite loss."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,15 @@ BUILT_IN = {
     "probe_selectors": {"residual_norm", "hidden_norm", "random", "spread", "whole_batch"},
     "history_mergers": {"importance_scaled", "fixed_ratio", "probe_only", "history_only"},
     "mask_appliers": {"slice", "zero"},
-    "allocators": {"uniform", "explicit", "global_adaptive", "sensitivity", "flap_reference", "pp_reference_flap"},
+    "allocators": {
+        "uniform",
+        "explicit",
+        "global_adaptive",
+        "sensitivity",
+        "greedy",
+        "flap_reference",
+        "pp_reference_flap",
+    },
     "compensators": {"none", "mean", "probe_mean", "least_squares", "low_rank_least_squares"},
     "architectures": {"llama", "opt"},
     "evaluators": {

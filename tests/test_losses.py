@@ -88,6 +88,24 @@ def test_layers_before_the_first_cut_run_once(make_model, batches):
     assert runs[len(dense) :] == [*dense, 2, 1, 2]
 
 
+def test_layers_before_the_change_of_one_site_run_once(make_model, batches):
+    """Whatever was cut before: the last candidate, and the one that it was measured from, are kept."""
+    model, runs = make_model("llama-gqa"), []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: runs.append(number))
+    base, first, second, both = (
+        (2, 192, 4, 99, 4, 192),
+        (2, 192, 4, 99, 4, 20),
+        (2, 192, 4, 99, 1, 192),
+        (2, 9, 4, 99, 1, 192),
+    )
+    losses = measured(model, batches, base, first, second, both)
+    assert runs[-8:] == [0, 1, 2, 2, 2, 0, 1, 2]
+    assert losses == pytest.approx(
+        [measured(model, batches, each)[0] for each in (base, first, second, both)], abs=1e-5
+    )
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_count(make_model, batches, side):
     model, candidates = make_model("opt"), [(8, 192, 8, 20, 8, 192), (2, 192, 8, 192, 8, 192)]

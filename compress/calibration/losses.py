@@ -1,14 +1,16 @@
 """The loss of the dense model with units cut at some sites, for allocators that measure.
 
 A unit is cut by zeroes in the input of its consumer, so that no weight changes and every architecture works. The layers
-before the first cut site are not computed again: a pass resumes with what the last of them returned in the dense pass.
+before the first change of a count are not computed again: a pass resumes with what they returned for an earlier
+candidate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -57,24 +59,37 @@ class CutLosses:
 
     def __init__(self, engine: Engine, batches: Sequence[Batch], known: MutableMapping[str, float], progress: Progress):
         self._engine, self._batches, self._known, self._progress = engine, batches, known, progress
+        self._rows: dict[int, list[MeasuredRows]] = {}
+        """The rows of the number of tokens that was asked for last."""
 
     def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
         keys = [self._key(counts, tokens) for counts in candidates]
         missing = {key: counts for key, counts in zip(keys, candidates, strict=True) if key not in self._known}
         if missing:
             with self._engine.mode_of("dense"), self._uncompiled():
-                parts = [DenseRows(self._engine, rows) for rows in measured_rows(self._engine, self._batches, tokens)]
-                if not all(math.isfinite(part.loss) for part in parts):
+                parts = self._parts(tokens)
+                if not all(math.isfinite(part.dense_loss) for part in parts):
                     raise NonFiniteError(
                         "the loss of the unpruned model on the calibration text is NaN or infinite, so no cut can be "
                         f"compared; nothing was pruned. {FINITE_REMEDY}"
                     )
-                for key in self._progress(missing, "measuring cuts", len(missing)):
+                several = len(missing) > 1
+                for key in self.progress(missing, "measuring cuts", len(missing)) if several else missing:
                     dropped = self._dropped(missing[key])
-                    total = math.fsum(part.loss_without(dropped) for part in parts)
+                    total = math.fsum(part.loss(missing[key], dropped) for part in parts)
                     loss = total / sum(part.predicted for part in parts)
                     self._known[key] = loss if math.isfinite(loss) else math.inf
         return [self._known[key] for key in keys]
+
+    def progress(self, items: Iterable, label: str, total: int) -> Iterable:
+        """``items``, whose progress is shown."""
+        return self._progress(items, label, total)
+
+    def _parts(self, tokens: int) -> list[MeasuredRows]:
+        if tokens not in self._rows:
+            rows = measured_rows(self._engine, self._batches, tokens)
+            self._rows = {tokens: [MeasuredRows(self._engine, each) for each in rows]}
+        return self._rows[tokens]
 
     def _uncompiled(self) -> AbstractContextManager:
         """Compiled code would be compiled anew for every candidate."""
@@ -112,8 +127,24 @@ class CutLosses:
         return {cut: self._engine.decider.scores(cut).units for cut in self._engine.cuts}
 
 
-class DenseRows:
-    """Rows that were passed through the dense model, whose layers' outputs are kept."""
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """A candidate that rows were passed through."""
+
+    counts: tuple[int, ...]
+    outputs: list[Any]
+    """What every layer returned."""
+    loss: float
+    """Sum over the predicted tokens, in nats."""
+
+
+class MeasuredRows:
+    """Rows of text, with what every layer returned for the last candidate and for the one that it was measured from.
+
+    A candidate is measured from the one of the two with which it has more of the first layers in common. So an
+    allocator that changes one site at a time repeats no layer before that site. Memory: two outputs (B, T, D) of every
+    layer.
+    """
 
     def __init__(self, engine: Engine, rows: Batch):
         self._engine, self._rows = engine, rows
@@ -122,27 +153,44 @@ class DenseRows:
         self._targets = targets[:, 1:]
         self.predicted = int((self._targets != IGNORED).sum())
         """Number of predicted tokens."""
-        self._outputs: list[Any] = []
-        """What every layer returned."""
-        with ExitStack() as stack:
-            for layer in engine.layers:
-                stack.callback(layer.register_forward_hook(self._keep).remove)
-            self.loss = self._loss()
-            """Sum over the predicted tokens, in nats."""
+        dense = self._pass(tuple(cut.site.units for cut in engine.cuts), {}, [])
+        self.dense_loss = dense.loss
+        """Sum over the predicted tokens, in nats."""
+        self._passed = [dense]
 
-    def _keep(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        self._outputs.append(output)
-
-    def loss_without(self, dropped: Dropped) -> float:
+    def loss(self, counts: Sequence[int], dropped: Dropped) -> float:
         """The loss, summed over the predicted tokens, with zeroes in the channels ``dropped``."""
-        if not dropped:
-            return self.loss
-        first = min(cut.site.layer for cut in dropped)
-        with resumed(self._engine, first, self._outputs[first - 1]), ExitStack() as stack:
+        parent = max(self._passed, key=lambda passed: self._agreement(passed, counts))
+        first, different = self._agreement(parent, counts)
+        if not different:
+            return parent.loss
+        found = self._pass(tuple(counts), dropped, parent.outputs[:first])
+        self._passed = [parent, found]
+        return found.loss
+
+    def _agreement(self, passed: Passed, counts: Sequence[int]) -> tuple[int, int]:
+        """The first layer where counts differ, and minus the number of sites where they do: the more, the better."""
+        pairs = zip(self._engine.cuts, passed.counts, counts, strict=True)
+        different = [cut.site.layer for cut, count, wanted in pairs if count != wanted]
+        return min(different, default=len(self._engine.layers)), -len(different)
+
+    def _pass(self, counts: tuple[int, ...], dropped: Dropped, known: list[Any]) -> Passed:
+        """Pass the rows through the layers after those whose outputs are ``known``."""
+        first = len(known)
+        outputs = list(known)
+
+        def keep(layer: nn.Module, args: tuple, output: Any) -> None:
+            outputs.append(output)
+
+        with ExitStack() as stack:
+            if known:
+                stack.enter_context(resumed(self._engine, first, known[-1]))
+            for layer in self._engine.layers[first:]:
+                stack.callback(layer.register_forward_hook(keep).remove)
             for cut, channels in dropped.items():
                 hook = partial(_zero, channels.to(device_of(cut.binding.consumer)))
                 stack.callback(cut.binding.consumer.register_forward_pre_hook(hook).remove)
-            return self._loss()
+            return Passed(counts, outputs, self._loss())
 
     def _loss(self) -> float:
         device = device_of(self._engine.embeddings)

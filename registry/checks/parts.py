@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -233,7 +232,7 @@ def check_allocation(allocator: SparsityAllocator) -> None:
 def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> None:
     sites, most = [each.site for each in scores], math.inf
     allocate: Any = allocator.allocate
-    extra = [partial(_made_up_losses, sites)] if allocator.measures else []
+    extra = [_MadeUpLosses(sites)] if allocator.measures else []
     for ratio in (0.0, 0.1, 0.2, 0.4, 0.5, 0.9, 0.99) if allocator.takes_ratio else (0.0,):
         try:
             counts = allocate(scores, ratio, *extra)
@@ -251,12 +250,22 @@ def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> Non
         most = kept
 
 
-def _made_up_losses(sites: Sequence[Site], candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+class _MadeUpLosses:
     """Losses of cuts that hurt most in the first layer, and more than in proportion."""
-    return [
-        2 + sum((1 - count / site.units) ** 2 / (1 + site.layer) for site, count in zip(sites, counts, strict=True))
-        for counts in candidates
-    ]
+
+    def __init__(self, sites: Sequence[Site]):
+        self._sites = sites
+
+    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+        return [2 + sum(map(self._share, self._sites, counts)) for counts in candidates]
+
+    @staticmethod
+    def _share(site: Site, count: int) -> float:
+        return (1 - count / site.units) ** 2 / (1 + site.layer)
+
+    @staticmethod
+    def progress(items: Iterable, label: str, total: int) -> Iterable:
+        return items
 
 
 def _calibrated(site: Site, seed: int) -> SiteScores:

@@ -7,7 +7,7 @@ O consumer outputs; b, t: the probe's rows and positions; k: kept units.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -151,6 +151,10 @@ class Evaluate(Protocol):
         units with the highest calibrated scores; nothing is compensated. The loss is infinite where the cut model
         gives no finite one. A loss is measured once, also if it is asked for again by another pruning of a study.
         """
+        ...
+
+    def progress(self, items: Iterable, label: str, total: int) -> Iterable:
+        """``items``, whose progress is shown; for allocators that ask for one candidate after another."""
         ...
 
 

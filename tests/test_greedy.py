@@ -1,0 +1,139 @@
+"""The allocator that cuts step by step: what it finds, and what it measures for it."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from prunekit.compress import prune
+from prunekit.compress.calibration.shared import SharedStatistics
+from prunekit.registry import SiteScores, SpecError
+from prunekit.registry.checks.parts import some_site
+from prunekit.strategies.greedy import Greedy
+from prunekit.strategies.sensitivity import Sensitivity
+
+HEAD, CHANNEL = 160, 40
+"""Parameters of a head and of a channel."""
+
+
+class Losses:
+    """A made-up loss of the shares that are cut; remembers what was asked."""
+
+    def __init__(self, sites, of):
+        self.units, self.of, self.asked = [scores.site.units for scores in sites], of, []
+
+    def __call__(self, candidates, tokens):
+        self.asked += [tuple(counts) for counts in candidates]
+        return [float(self.of(1 - np.array(counts) / self.units)) for counts in candidates]
+
+    @staticmethod
+    def progress(items, label, total):
+        return items
+
+
+def places(layers, heads=6, channels=24, head=HEAD, channel=CHANNEL):
+    sites = []
+    for layer, (kind, units, parameters) in itertools.product(
+        range(layers), (("attention", heads, head), ("mlp", channels, channel))
+    ):
+        sites.append(SiteScores(replace(some_site(kind, layer), units=units, unit_parameters=parameters)))
+    return sites
+
+
+def freed(sites, counts):
+    return sum((s.site.units - count) * s.site.unit_parameters for s, count in zip(sites, counts, strict=True))
+
+
+def eager(sites, of, steps):
+    """The steps of one unit each that a greedy search makes which measures every site at every step."""
+    counts = [scores.site.units for scores in sites]
+    units = np.array(counts)
+    for _ in range(steps):
+        rises = {}
+        for place, scores in enumerate(sites):
+            if counts[place] > 1:
+                fewer = [*counts[:place], counts[place] - 1, *counts[place + 1 :]]
+                rises[place] = (of(1 - fewer / units) - of(1 - counts / units)) / scores.site.unit_parameters
+        counts[min(rises, key=rises.__getitem__)] -= 1
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lazy_steps_are_those_of_a_search_that_measures_everything(seed):
+    sites = places(3, channels=6, channel=HEAD)
+    weights = np.random.default_rng(seed).exponential(size=len(sites))
+    of = lambda shares: 3 + np.exp(shares**1.5 @ weights)  # noqa: E731  cuts make each other worse
+    losses = Losses(sites, of)
+    counts = Greedy(step=0.01).allocate(sites, 0.5, losses)
+    assert counts == eager(sites, of, 18)
+    assert len(set(losses.asked)) < 18 * 6 / 2
+
+
+def test_cuts_that_act_on_each_other_are_seen():
+    """Either of two sites does the work of both; the others lose a little with every unit."""
+    sites = places(2, channels=6, channel=HEAD)
+    of = lambda shares: 9 * shares[0] * shares[2] + 0.2 * (shares[1] + shares[3])  # noqa: E731
+    ratio = 10 / 24
+    whole, alone = Greedy().allocate(sites, ratio, Losses(sites, of)), Sensitivity()
+    assert min(whole[0], whole[2]) == 1 and max(whole[0], whole[2]) == 6
+    assert alone.allocate(sites, ratio, Losses(sites, of))[0::2] == [1, 1]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.001, 0.2, 0.4, 0.77, 0.85])
+@pytest.mark.parametrize("sizes", [(30, 3, 1536, 294912, 1728), (4, 6, 24, 160, 40), (2, 12, 100, 701, 89)])
+def test_the_budget_is_met_within_the_cheapest_unit(ratio, sizes):
+    sites = places(*sizes)
+    weights = np.random.default_rng(0).normal(1, 1, len(sites))  # some cuts lower the loss
+    losses = Losses(sites, lambda shares: 3 + shares**2 @ weights)
+    counts = Greedy().allocate(sites, ratio, losses)
+    whole = sum(scores.site.units * scores.site.unit_parameters for scores in sites)
+    assert ratio * whole - sizes[-1] < freed(sites, counts) <= ratio * whole * (1 + 1e-6)
+    assert min(counts) >= 1 and (ratio or not losses.asked)
+
+
+def test_kept_widths_are_multiples_and_what_cannot_be_reached_is_refused():
+    sites = places(3)
+    losses = Losses(sites, lambda shares: (shares**2).sum())
+    counts = Greedy(mlp_multiple=8).allocate(sites, 0.5, losses)
+    assert all(count % 8 == 0 for count in counts[1::2]) and min(counts) > 0
+    with pytest.raises(SpecError, match=r"greedy: a ratio of 0\.97 .* minimum_units: 1, so 0\.8958 can be cut"):
+        Greedy().allocate(sites, 0.97, losses)
+    assert sum(Greedy(minimum_units=0).allocate(sites, 0.99, losses)) < 4
+    with pytest.raises(SpecError, match="greedy measures the model"):
+        Greedy().allocate(sites, 0.5)
+
+
+def test_an_infinite_loss_is_the_last_choice():
+    sites = places(2)
+    losses = Losses(sites, lambda shares: np.inf if shares[0] else 3.0)
+    assert Greedy().allocate(sites, 0.5, losses)[0] == 6
+
+
+def test_a_larger_ratio_measures_only_what_is_new(make_model, batches):
+    model, statistics, passes = make_model("llama-gqa"), SharedStatistics(), []
+    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    counts = []
+    for ratio in (0.2, 0.4, 0.4):
+        options = dict(calibration=batches, allocator={"name": "greedy", "step": 0.25}, statistics=statistics)
+        with prune(model, "wanda_sp", ratio=ratio, **options) as pruned:
+            counts.append((pruned.counts, len(passes)))
+            assert pruned.ratio.prunable_parameters_cut == pytest.approx(ratio, abs=0.002)
+    (small, first), (large, second), (again, third) = counts
+    assert large == again and third == second and second < 2.5 * first and large != small
+
+
+@pytest.mark.parametrize(
+    ("use", "options"),
+    [("magnitude", {}), ("pp", {}), ("wanda_sp", {"sequential": True, "compensate": "least_squares"})],
+    ids=["static", "per batch", "layer by layer"],
+)
+def test_a_site_without_effect_is_cut_first(make_model, batches, use, options):
+    model = make_model("llama-gqa")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    prompts = torch.cat([batch["input_ids"] for batch in batches])[:, :4]
+    batches = [model.generate(prompts, max_new_tokens=20, do_sample=False)]  # a text that this model knows
+    ratio = 191 * 3 * 128 / (3 * (192 * 3 * 128 + 4 * 96 * 128))  # nearly all of one MLP
+    with prune(model, use, ratio=ratio, calibration=batches, allocator="greedy", **options) as pruned:
+        assert pruned.counts[1, "mlp"] < 60
