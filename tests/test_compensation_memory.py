@@ -70,15 +70,15 @@ def test_several_passes_give_what_one_gives(make_model, batches, use, compensate
 
 def test_groups_fill_the_room_that_there_is(make_model, batches):
     cuts = cuts_of(make_model, batches, compensate=least_squares())
-    work = {c.site.kind: working(c.site.channels, c.site.channels - len(c.site.columns(c.fixed))) for c in cuts}
+    work = max(working(c.site.channels, c.site.channels - len(c.site.columns(c.fixed))) for c in cuts)
 
     def sizes(budget):
         for cut in cuts:
             cut.compensation.compensator = LeastSquares(memory_gib=budget / GIB)
         return [len(group) for group in grouped(cuts, per_batch=False)]
 
-    assert sizes(3 * (ATTENTION + MLP) + max(work.values()) + 1) == [6]
-    assert sizes(3 * (ATTENTION + MLP) + max(work.values()) - 9) == [5, 1]
+    assert sizes(3 * (ATTENTION + MLP) + work + 1) == [6]
+    assert sizes(3 * (ATTENTION + MLP) + work - 9) == [5, 1]
 
 
 def test_the_largest_work_of_a_group_counts_wherever_it_stands(make_model, batches):

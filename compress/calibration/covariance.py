@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import get_max_memory
 
-from ...registry import ChannelMoments, ModelError
+from ...registry import ChannelMoments, DataError, ModelError
 from ...registry.tensors.devices import device_of, weights_present
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
@@ -26,6 +26,8 @@ def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress,
     Raises :class:`ModelError` before anything is gathered where a site does not fit in memory.
     """
     cuts = [cut for cut in engine.cuts if not cut.whole]
+    if engine.strategy.compensate.covariance_parts > 1:
+        known = SomeMoments(0)
     for cut in cuts:
         if cut.site.consumer in known:
             cut.compensation.take(known[cut.site.consumer].clone())
@@ -35,9 +37,21 @@ def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress,
         label = "covariances" if len(groups) == 1 else f"covariances, part {number} of {len(groups)}"
         calibrate_sites(engine, batches, progress, group, lambda cut, x, valid: cut.compensation.learn(x, valid), label)
         for cut in group:
-            if cut.compensation.moments is not None:
-                known[cut.site.consumer] = cut.compensation.moments
+            if isinstance(moments := cut.compensation.moments, ChannelMoments):
+                known[cut.site.consumer] = moments
             finalize(engine, cut)
+
+
+def share_out(engine: Engine, batches: list[Batch]) -> None:
+    """Tell every site how many rows the text has; raises :class:`DataError` where its parts would be empty."""
+    rows, parts = sum(len(batch["input_ids"]) for batch in batches), engine.strategy.compensate.covariance_parts
+    if rows < parts:
+        raise DataError(
+            f"compensator {engine.strategy.compensate.name}: a calibration text of {rows} rows cannot be divided into "
+            f"{parts} parts; give more sequences, or hold fewer parts out (held_out)"
+        )
+    for cut in engine.cuts:
+        cut.compensation.expect(rows)
 
 
 def finalize(engine: Engine, cut: SiteCut) -> None:
@@ -47,10 +61,10 @@ def finalize(engine: Engine, cut: SiteCut) -> None:
         kept = cut.site.columns(cut.fixed)
     elif cut.history.positions:
         calibrated = cut.site.columns(engine.decider.calibrated_units(cut))
-    cut.compensation.finalize(kept, calibrated)
     consumer = cut.binding.consumer
-    if kept is not None and consumer.weight.dtype == torch.float16:
-        with weights_present(consumer):
+    with weights_present(consumer):
+        cut.compensation.finalize(kept, calibrated, consumer.weight)
+        if kept is not None and consumer.weight.dtype == torch.float16:
             cut.compensation.check_folded(consumer.weight, kept)
 
 
@@ -94,7 +108,7 @@ def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None
         working, made, limit = compensator.memory_plan(channels, dropped, per_batch)
         if device not in rooms:
             rooms[device] = _Room(_free(device) if limit is None else limit)
-        room, covariance = rooms[device], ChannelMoments.bytes_of(channels)
+        room, covariance = rooms[device], compensator.covariance_parts * ChannelMoments.bytes_of(channels)
         size = max(covariance, made)
         if size + working + room.made + room.staying > room.budget:
             raise ModelError(_too_large(cut, size, working, room, None if limit is not None else device))

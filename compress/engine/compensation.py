@@ -24,6 +24,7 @@ from ...registry import (
 )
 from ...registry.errors import FINITE_REMEDY, LinAlgError
 from ...registry.tensors.devices import unautocast
+from ...registry.tensors.moments import PartedMoments, merged
 
 Solved = TypeVar("Solved")
 
@@ -37,7 +38,7 @@ class SiteCompensation:
 
     site: Site
     compensator: Compensator
-    moments: ChannelMoments | None = None
+    moments: ChannelMoments | PartedMoments | None = None
     """While calibration computes the covariance."""
     prepared: Prepared | None = None
     """What slopes are computed from, where cuts are made per batch."""
@@ -45,6 +46,8 @@ class SiteCompensation:
     """The slope of a cut made once."""
     fell_back: bool = False
     """Whether the covariance could not be solved, so that the mean alone is compensated."""
+    rows: int = 0
+    """Rows of the calibration text."""
     tokens: int | None = None
     """Tokens that the covariance was computed from."""
     diagnostics: dict[str, float] = field(default_factory=dict)
@@ -66,14 +69,17 @@ class SiteCompensation:
         """Memory of the moments, the prepared part and the slope."""
         prepared = (self.prepared,) if isinstance(self.prepared, Tensor) else self.prepared
         tensors = [*(self.fixed or ()), *(prepared or ())]
-        if self.moments is not None:
-            tensors.append(self.moments.products)
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        held = 0 if self.moments is None else self.moments.bytes
+        return held + sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
     def use(self, compensator: Compensator) -> None:
         """Compensate with this component from now on, with the results of the same calibration."""
         self.compensator = compensator
         self.wanted = not isinstance(compensator, NoCompensation)
+
+    def expect(self, rows: int) -> None:
+        """The calibration text has so many rows."""
+        self.rows = rows
 
     def take(self, moments: ChannelMoments) -> None:
         """Use moments of this site that were computed before."""
@@ -94,23 +100,29 @@ class SiteCompensation:
     def learn(self, x: Tensor, valid: Tensor | None) -> None:
         """Add a calibration batch x (B, T, C) to the moments."""
         if self.moments is None:
-            self.moments = ChannelMoments(self.site.channels, x.device)
+            parts = [ChannelMoments(self.site.channels, x.device) for _ in range(self.compensator.covariance_parts)]
+            self.moments = parts[0] if len(parts) == 1 else PartedMoments(parts, self.rows)
         with unautocast(x):
             self.moments.observe(x, valid)
 
-    def finalize(self, kept: Tensor | None, calibrated: Tensor | None) -> None:
+    def finalize(self, kept: Tensor | None, calibrated: Tensor | None, weight: Tensor) -> None:
         """Compute from the moments what cuts need, and drop the covariance.
 
         ``kept`` (k,) are the channels of a cut made once, else None; ``calibrated`` (k,) those that calibration
-        alone keeps.
+        alone keeps; weight (O, C) is the consumer's.
         Raises :class:`NonFiniteError` and :class:`SingularError`, naming the site.
         """
         moments, self.moments = self.moments, None
         if moments is None:
             return
+        parts: list[ChannelMoments] = []
+        if isinstance(moments, PartedMoments):
+            parts = [part for part in moments.parts if part.tokens]  # a part may be padding alone
+            moments = merged(parts)
         self.tokens = moments.tokens
+        usual = calibrated if kept is None else kept
         covariance = SiteCovariance(
-            moments.take_covariance(), moments.tokens, calibrated if kept is None else kept, once=kept is not None
+            moments.take_covariance(), moments.tokens, usual, kept is not None, parts, weight.detach()
         )
         if kept is not None and not len(kept):
             self.fixed = ()

@@ -26,7 +26,7 @@ from ...registry import (
 )
 from ...registry.catalog import Entry
 from ...registry.tensors.tokens import check_token_ids
-from ..calibration.covariance import check_layers, finalize, gather_covariances
+from ..calibration.covariance import check_layers, finalize, gather_covariances, share_out
 from ..calibration.losses import CutLosses, check_output_layer
 from ..calibration.passes import (
     Progress,
@@ -105,6 +105,7 @@ def prune(
             for number, batch in enumerate(batches):
                 vocabulary = engine.embeddings.num_embeddings
                 check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
+            share_out(engine, batches)
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             _decide(engine, ratio, batches, progress, statistics)
             if chosen.dynamic:

@@ -5,12 +5,14 @@ Letters: C channels entering the consumer, O its outputs; k kept and d dropped c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from ..component import Component
+from ..tensors.moments import ChannelMoments
 
 Slope = tuple[Tensor, ...]
 """Matrices whose product (d, k) predicts the dropped channels from the kept ones; an empty tuple: no prediction."""
@@ -30,6 +32,10 @@ class SiteCovariance:
     """Channels (k,) int64 ascending that calibration alone keeps; None where there are no calibrated scores."""
     once: bool
     """Whether the cut is made once: exactly ``kept`` stays. Otherwise every batch keeps as many, but its own."""
+    parts: Sequence[ChannelMoments] = ()
+    """Moments of consecutive parts of the text, none of them empty, where ``covariance_parts`` asks for them."""
+    weight: Tensor | None = None
+    """(O, C): the consumer's weight, given with the parts."""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """Numbers that a compensator adds for results; ``ridge``, a share of the mean variance, is also in the notes."""
 
@@ -55,6 +61,11 @@ class Compensator(Component):
 
     needs_covariance: ClassVar[bool] = False
     """Whether calibration computes the channels' covariance, C x C numbers per site, for :meth:`prepare`."""
+
+    @property
+    def covariance_parts(self) -> int:
+        """Parts of the calibration text whose covariances :meth:`prepare` gets too, to try slopes on; 1: none."""
+        return 1
 
     @property
     def uses_probe(self) -> bool:

@@ -1,7 +1,11 @@
-"""Mean and covariance of the input of a site's consumer, which calibration computes for compensation."""
+"""Mean and covariance of the input of a site's consumer, which calibration computes for compensation.
+
+Letters: B rows, T positions, C channels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -38,9 +42,18 @@ class ChannelMoments:
         if not self.tokens:
             self.mean = torch.zeros(self.channels, dtype=torch.float32, device=self.device)
             self.products = torch.zeros(self.channels, self.channels, dtype=torch.float32, device=self.device)
-        count, own = len(chunk), chunk.mean(0)
+        own = chunk.mean(0)
         centred = chunk - own
         self.products.addmm_(centred.T, centred)
+        self._move(len(chunk), own)
+
+    def add(self, other: ChannelMoments) -> None:
+        """Add the tokens of other moments; both have some."""
+        self.products += other.products
+        self._move(other.tokens, other.mean)
+
+    def _move(self, count: int, own: Tensor) -> None:
+        """Move the mean to that with ``count`` more tokens of mean ``own`` (C,), whose own products are added."""
         step, total = own - self.mean, self.tokens + count
         self.products.addr_(step, step, alpha=self.tokens * count / total)
         self.mean += step * (count / total)
@@ -55,7 +68,42 @@ class ChannelMoments:
         products, self.products = self.products, torch.empty(0)
         return products.div_(self.tokens)
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the products."""
+        return self.products.numel() * self.products.element_size()
+
     @staticmethod
     def bytes_of(channels: int) -> int:
         """Memory of one site's covariance."""
         return 4 * channels * channels
+
+
+@dataclass
+class PartedMoments:
+    """Moments of consecutive parts of the calibration text, each with the same number of its ``rows``."""
+
+    parts: list[ChannelMoments]
+    rows: int
+    seen: int = 0
+
+    def observe(self, x: Tensor, valid: Tensor | None) -> None:
+        """Add the next rows x (B, T, C) to their parts; valid (B, T) bool, or None where all tokens are real."""
+        ends = [number * self.rows // len(self.parts) - self.seen for number in range(len(self.parts) + 1)]
+        for part, start, end in zip(self.parts, ends, ends[1:], strict=False):
+            rows = slice(max(start, 0), max(end, 0))
+            part.observe(x[rows], None if valid is None else valid[rows])
+        self.seen += len(x)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the products."""
+        return sum(part.bytes for part in self.parts)
+
+
+def merged(parts: Sequence[ChannelMoments]) -> ChannelMoments:
+    """The moments of the tokens of several parts together, each with some."""
+    together = parts[0].clone()
+    for part in parts[1:]:
+        together.add(part)
+    return together

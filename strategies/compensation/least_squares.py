@@ -6,11 +6,12 @@ from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ...registry import MemoryPlan, Prepared, SiteCovariance, Slope, SpecError
 from ...registry.errors import LinAlgError
+from .held_out import RIDGES, best_held_out, working_bytes
 from .mean import ProbedMean
 from .pivot import pivot, regression_on
 
@@ -37,6 +38,13 @@ class Regression(ProbedMean):
         default=False,
         description="use only a share of the slope: the one, 0 to 1, that fits a probe of the batch best",
     )
+    held_out: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="divide the calibration text into so many parts, and use the ridge (where it is null) and the "
+        "share of the slope that predict every part best from all others; 0: do not",
+    )
     singular: Literal["error", "mean"] = Field(
         default="error", description="a covariance that cannot be solved: an error, or the mean alone at that site"
     )
@@ -55,23 +63,51 @@ class Regression(ProbedMean):
     def checks_slope(self) -> bool:
         return self.check
 
+    @property
+    def covariance_parts(self) -> int:
+        return max(self.held_out, 1)
+
+    @field_validator("held_out")
+    @classmethod
+    def _one_of_several(cls, parts: int) -> int:
+        if parts == 1:
+            raise ValueError("one part is predicted from the others, so there must be at least 2; 0 holds none out")
+        return parts
+
     def prepare(self, covariance: SiteCovariance) -> Prepared | None:
-        matrix, ridge = covariance.matrix, self.ridge
+        matrix, ridge, share = covariance.matrix, self.ridge, None
         try:
             if not bool(matrix.diagonal().isfinite().all()):
                 raise LinAlgError("it is not finite")
-            if ridge is None:
+            if self.held_out:
+                ridge, share = self._best_held_out(covariance)
+                covariance.diagnostics["share"] = share
+            elif ridge is None:
                 ridge = shrinkage_ridge(matrix, covariance.tokens / DEPENDENCE)
             covariance.diagnostics["ridge"] = ridge
-            return self._prepared(covariance, ridge * matrix.diagonal().mean())
+            prepared = self._prepared(covariance, ridge * matrix.diagonal().mean())
+            return prepared if share is None else (*in_tuple(prepared), torch.tensor(share, device=matrix.device))
         except LinAlgError:
             if self.singular == "error":
                 raise
             return None
 
+    def _best_held_out(self, covariance: SiteCovariance) -> tuple[float, float]:
+        """The ridge and the share of the slope that predict held-out parts best, for the calibrated cut."""
+        kept, weight = covariance.kept, covariance.weight
+        if kept is None or weight is None:
+            raise SpecError(f"compensator {self.name}: held_out needs calibrated scores; set it to 0")
+        if len(covariance.parts) < 2:
+            raise LinAlgError("all of its real tokens are in one part")
+        return best_held_out(covariance.parts, weight, kept, RIDGES if self.ridge is None else [self.ridge])
+
     def slope(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
         try:
-            return self._regression(prepared, kept, dropped)
+            if not self.held_out:
+                return self._regression(prepared, kept, dropped)
+            *rest, share = in_tuple(prepared)
+            first, *others = self._regression(rest[0] if len(rest) == 1 else tuple(rest), kept, dropped)
+            return share * first, *others
         except LinAlgError:
             if self.singular == "error":
                 raise
@@ -80,6 +116,8 @@ class Regression(ProbedMean):
     def memory_plan(self, channels: int, dropped: int, per_batch: bool) -> MemoryPlan:
         limit = None if self.memory_gib is None else int(self.memory_gib * GIB)
         working = self._working_bytes(channels, dropped, per_batch)
+        if self.held_out:  # the covariance of all parts, and what one part is tried with
+            working = 4 * channels * channels + max(working, working_bytes(channels, dropped))
         return super().memory_plan(channels, dropped, per_batch)._replace(working=working, limit=limit)
 
     @abstractmethod
@@ -93,6 +131,11 @@ class Regression(ProbedMean):
     @abstractmethod
     def _working_bytes(self, channels: int, dropped: int, per_batch: bool) -> int:
         """Bytes that solving one site takes in addition to its covariance."""
+
+
+def in_tuple(prepared: Prepared) -> tuple[Tensor, ...]:
+    """The tensors of a prepared part."""
+    return (prepared,) if isinstance(prepared, Tensor) else prepared
 
 
 def shrinkage_ridge(covariance: Tensor, samples: float) -> float:
