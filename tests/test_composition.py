@@ -52,8 +52,8 @@ def test_sequential_calibration_computes_every_layer_twice(make_model, batches, 
     model, calls, counts, tables = make_model(family), Counter(), [], []
     for number, layer in enumerate(model.get_decoder().layers):
         layer.register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
-    for resumed in (passes._resumed, lambda *_: nullcontext()):
-        monkeypatch.setattr(passes, "_resumed", resumed)
+    for resumed in (passes.resumed, lambda *_: nullcontext()):
+        monkeypatch.setattr(passes, "resumed", resumed)
         calls.clear()
         with prune(model, "wanda_sp", ratio=0.5, calibration=batches, sequential=True) as pruned:
             tables.append([history.table for history in pruned._engine.histories()])
