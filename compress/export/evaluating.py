@@ -16,7 +16,7 @@ from ..files.reader import with_rows
 from ..files.spec import PipelineSpec, SpecReader
 from ..files.yaml_file import YamlFile, read_yaml
 from ..models.exported.manifest import MANIFEST, Manifest, read_manifest
-from ..models.loading import Loaded, load
+from ..models.loading import Loaded, load, source_data
 from ..output.folders import RunFolder
 from ..output.records import Ratio
 from ..pruning.pruned import Pruned
@@ -193,8 +193,6 @@ def _read(
         data["prune"] = {"use": prune.pop("name"), **prune}
         file = YamlFile(Path("evaluate"), "", data, {})
     else:
-        model = {} if source is None else {"name": source}
-        if path.suffix == ".gguf" and path.is_file():
-            model = {"name": str(path.parent), "gguf": path.name}
+        model = {} if source is None else source_data(source)
         file = YamlFile(Path("evaluate"), "", {"model": model, "prune": dict(UNPRUNED)}, {})
     return PipelineSpec.load(file, settings, plugins, mistakes)

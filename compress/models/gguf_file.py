@@ -6,10 +6,11 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,11 @@ def _damaged(path: Path, error: Exception) -> ModelError:
 
 @contextmanager
 def alone(path: Path) -> Iterator[str]:
-    """A temporary folder with nothing but ``path``, as :data:`NAME`: transformers reads other files next to a GGUF."""
-    with tempfile.TemporaryDirectory(prefix="prunekit-gguf-") as folder:
+    """A temporary folder with nothing but ``path``, as :data:`NAME`: transformers reads other files next to a GGUF.
+
+    Within it transformers' bar for dequantised tensors, which has no switch, is not drawn.
+    """
+    with tempfile.TemporaryDirectory(prefix="prunekit-gguf-") as folder, redirect_stderr(StringIO()):
         os.symlink(path.resolve(), Path(folder) / NAME)
         yield folder
 

@@ -106,6 +106,13 @@ class ModelSource(BaseModel):
         return self.name is not None and self.name not in named.MODELS and not Path(self.name).expanduser().exists()
 
 
+def source_data(place: str) -> dict[str, str]:
+    """The section ``model`` of a pipeline file for a name, a hub id, a folder or a GGUF file."""
+    path = Path(place).expanduser()
+    is_gguf = path.suffix == gguf_file.ENDING and path.is_file()
+    return {"name": str(path.parent), "gguf": path.name} if is_gguf else {"name": place}
+
+
 @dataclass
 class Loaded:
     """A model in evaluation mode without gradients, its tokenizer and their origin.
