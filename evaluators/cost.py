@@ -68,6 +68,7 @@ class Cost(OneBatch):
                 "over_floor": total / floor if floor else None,
             }
             parts, dense_parts = by_part(pruned), by_part(dense)
+            values["decoder_flops_ratio"] = (total - parts[HEAD]) / (dense_total - dense_parts[HEAD])
             for prefix, counted in (("", parts), ("dense_", dense_parts)):
                 values |= {f"{prefix}{part}": amount / tokens for part, amount in counted.items()}
             added = parts[PROBE] + parts[COMPENSATION] + parts[OTHER] - dense_parts[OTHER]
@@ -133,13 +134,13 @@ def sliced_operations(
         units = kept.get((site.layer, site.kind))
         cut = 0 if units is None else site.units - len(units)
         if cut:
-            total -= 2 * tokens * cut * _weights_of_unit(model, site)
+            total -= 2 * tokens * cut * weights_of_unit(model, site)
             if site.kind == "attention":
                 total -= dense.get((SCORES, site.layer), 0) * cut // site.units
     return total
 
 
-def _weights_of_unit(model: Any, site: Site) -> int:
+def weights_of_unit(model: Any, site: Site) -> int:
     """Number of linear weights of one unit, without biases."""
     rows = (
         (sum(segment.per_unit for segment in producer.segments), model.get_submodule(producer.path).in_features)

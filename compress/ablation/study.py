@@ -15,6 +15,7 @@ from ...registry import Catalog, SpecError, near
 from ..files.reader import Mistake, Mistakes, Place
 from ..files.spec import DEFAULT_EVALUATORS, PipelineSpec, SpecReader, absolute
 from ..files.yaml_file import YamlFile, apply_settings, parse_place, read_yaml, set_at, yaml_value
+from ..output.records import What
 from ..runs.provenance import versions
 from .grid import Draft, Report, axes_of, field_names, grid, listed, read_axes
 from .mistakes import explain_mistakes
@@ -33,6 +34,10 @@ class StudyFile(BaseModel):
     base: str | dict[str, Any] = Field(description="a pipeline, or the path of a pipeline file")
     vary: dict[Any, Any] = Field(
         default_factory=dict, description="axes: a field and its values, or a free name and labelled settings"
+    )
+    match: What | None = Field(
+        default=None,
+        description="parameters or flops: the match of every trial's pipeline, so that rows compare at equal cost",
     )
     exclude: tuple[dict[Any, Any], ...] = Field(
         default=(), description="grid points to leave out, by their axis values"
@@ -227,7 +232,10 @@ class Study:
                 instead = "change its axis instead, with --set vary.AXIS=[...]"
                 reader.mistake(("base", *place), f"every trial sets {name}; {instead}")
         flawed = any(mistake.place[:1] in (("vary",), ("exclude",), ("trials",)) for mistake in reader.mistakes)
-        specs = _validated(source, drafts, files, reader, broken)
+        match = None if file is None else file.match
+        if match is not None and source.base.get("match") is not None:
+            reader.mistake(("match",), "base has a match, too; keep one of them")
+        specs = _validated(source, {"match": match, **source.base}, drafts, files, reader, broken)
         trials = _planned(drafts, specs, source.file.folder, None if flawed else reader.mistake)
         check_published(published, drafts, specs, ignored, reader.mistake)
         reader.mistakes.sort(key=lambda mistake: source.order(mistake.place))
@@ -272,13 +280,18 @@ def _broken_axes(mistakes: Iterable[Mistake], known: frozenset[str]) -> set[str]
 
 
 def _validated(
-    source: Source, drafts: list[Draft], files: list[Path], reader: SpecReader, broken: Collection[str]
+    source: Source,
+    base: dict[str, Any],
+    drafts: list[Draft],
+    files: list[Path],
+    reader: SpecReader,
+    broken: Collection[str],
 ) -> dict[int, PipelineSpec]:
     """The pipelines of all trials by their place; a mistake that trials share is reported once."""
     specs: dict[int, PipelineSpec] = {}
     found: dict[int, Sequence[Mistake]] = {}
     for index, draft in enumerate(drafts):
-        data = deepcopy(source.base)
+        data = deepcopy(base)
         data.pop("output", None)
         data["plugins"] = files
         wrong: list[Mistake] = []

@@ -34,8 +34,8 @@ from ..models.loading import Loaded, fingerprint, load
 from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Cut
 from ..pruning.freezing import MEANINGS, Freeze
-from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
+from ..runs.matching import prune_as_asked
 from ..runs.measuring import Measuring, Unpruned
 from ..runs.pipeline import calibration_of, check_lengths, labelled, pinned
 from ..runs.plan import Say, planned, silent
@@ -110,12 +110,13 @@ class Exporter:
             for line in planned(calibration, repeated(spec.evaluate), Unpruned(loaded), models):
                 self.say(line)
         base = about_model(loaded)
-        pruned = prune(
-            loaded.model,
+        pruned = prune_as_asked(
+            spec,
+            loaded,
             strategy,
+            self.progress,
             calibration=batches if calibrates else None,
             catalog=spec.catalog,
-            progress=self.progress,
             statistics=statistics,
             runtime=self._runtime,
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, near
 from ...registry.text import is_saved_dataset
@@ -15,6 +15,7 @@ from ..bundled import TEXTS
 from ..engine.runtime import Runtime
 from ..models.loading import ModelSource
 from ..output.reading import path_problem, shown
+from ..output.records import What
 from .reader import Mistake, Model, Place, Reader, seed_parts, with_rows, with_seed
 from .yaml_file import YamlFile, apply_settings, read_yaml
 from .yaml_plain import Dumper
@@ -106,6 +107,11 @@ class PipelineSpec(BaseModel):
     runtime: Runtime = Field(default_factory=Runtime, description="how a pruned model computes, not what")
     output: Output = Field(default_factory=Output, description="the results folder")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of parts that name none; 0: their own defaults")
+    match: What | None = Field(
+        default=None,
+        description="parameters or flops: raise or lower the strategy's ratio until its decoder costs 1 - ratio of the "
+        "dense decoder's, within 0.5%",
+    )
 
     _catalog: Catalog | None = PrivateAttr(None)
 
@@ -115,6 +121,24 @@ class PipelineSpec(BaseModel):
         if not evaluate:
             raise ValueError("name at least one evaluator (found []); prunekit list evaluators names them")
         return evaluate
+
+    @field_validator("match")
+    @classmethod
+    def _can_be_matched(cls, match: What | None, info: ValidationInfo) -> What | None:
+        strategy = info.data.get("prune")
+        if match is None or not isinstance(strategy, Strategy):
+            return match
+        if not strategy.allocator.takes_ratio:
+            raise ValueError(
+                f"{match} cannot be matched: allocator {strategy.allocator.name} takes no ratio that could be raised "
+                "or lowered; use another allocator, or leave match out"
+            )
+        if match == "flops" and not strategy.applier.resizes:
+            raise ValueError(
+                f"flops cannot be matched: applier {strategy.applier.name} computes all units at any ratio; use "
+                "applier slice, or match: parameters"
+            )
+        return match
 
     @property
     def catalog(self) -> Catalog:

@@ -101,10 +101,15 @@ def value_text(values: Mapping[str, Any] | None, name: str) -> str:
 
 
 def achieved(ratio: Ratio) -> str:
-    """ "requested 20%; removed 15.0% of the prunable parameters (10.0% of units)"."""
+    """ "requested 20%; removed 15.0% of the prunable parameters (10.0% of units)", and the matched cost."""
     asked = "" if ratio.asked is None else f"requested {share(ratio.asked)}; "
     parameters, units = (f"{100 * cut:.1f}%" for cut in (ratio.prunable_parameters_cut, ratio.units_cut))
-    return f"{asked}removed {parameters} of the prunable parameters ({units} of units)"
+    text = f"{asked}removed {parameters} of the prunable parameters ({units} of units)"
+    found = ratio.matched
+    if found is None:
+        return text
+    what = "parameters" if found.what == "parameters" else "FLOPs"
+    return f"{text}; matched: {100 * found.cost:.1f}% of the dense decoder's {what} at a ratio of {found.ratio:.4g}"
 
 
 def extent(ends: dict[str, float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -75,6 +75,25 @@ class CalibrationFacts(Record):
     """``read`` or ``written``, where a statistics file is named."""
 
 
+What = Literal["parameters", "flops"]
+"""What a decoder's cost is counted in."""
+
+
+class MatchFacts(Record):
+    """The ratio that a strategy was given so that its decoder costs what was asked, and what it costs."""
+
+    what: What
+    ratio: float
+    """The strategy's own."""
+    cost: float
+    """Share of the dense decoder's."""
+    added: float = 0.0
+    """The part of ``cost`` that a probe and compensation per batch take."""
+    length: int | None = None
+    """Positions of the prefill whose operations were counted."""
+    batch_size: int | None = None
+
+
 class Ratio(Record):
     """The share of the units to cut, as asked for and as achieved."""
 
@@ -83,6 +102,16 @@ class Ratio(Record):
     """Mean over all sites."""
     prunable_parameters_cut: float
     """Of the parameters of all sites."""
+    decoder_parameters_cut: float | None = None
+    """Of the parameters of the linear layers of all decoder layers; None in older files."""
+    matched: MatchFacts | None = None
+    """Where the decoder's cost was to be matched."""
+
+    @property
+    def parameters_cut(self) -> float:
+        """The share of the decoder's parameters, in older files of those of all sites."""
+        known = self.decoder_parameters_cut
+        return self.prunable_parameters_cut if known is None else known
 
 
 class CompensationFacts(Record):

@@ -9,7 +9,7 @@ from typing import Any
 from ...registry import Compensator, NoCompensation, Site, SiteKind, SiteScores, SpecError, Strategy
 from ..engine.compensation import SiteCompensation
 from ..output.formatting import achieved, extent, share
-from ..output.records import Ratio
+from ..output.records import MatchFacts, Ratio
 
 FAR = 0.02
 """Difference of the requested and the achieved cut from which it is worth a note."""
@@ -18,14 +18,21 @@ Counts = Mapping[tuple[int, SiteKind], int]
 """Kept units by layer and kind; sites of skipped layers are not among them."""
 
 
-def ratio_of(sites: Sequence[Site], counts: Counts, asked: float | None) -> Ratio:
-    """The cut as requested and as achieved, over all sites of the model, those of skipped layers too."""
+def ratio_of(
+    sites: Sequence[Site], counts: Counts, asked: float | None, decoder: float, matched: MatchFacts | None
+) -> Ratio:
+    """The cut as requested and as achieved, over all sites of the model, those of skipped layers too.
+
+    ``decoder`` is the share of the decoder's parameters that is cut.
+    """
     kept = {site: counts.get((site.layer, site.kind), site.units) for site in sites}
     lost = sum((site.units - kept[site]) * site.unit_parameters for site in sites)
     return Ratio(
         asked=asked,
         units_cut=round(sum(1 - kept[site] / site.units for site in sites) / len(sites), 6),
         prunable_parameters_cut=round(lost / sum(site.units * site.unit_parameters for site in sites), 6),
+        decoder_parameters_cut=round(decoder, 6),
+        **({} if matched is None else {"matched": matched}),
     )
 
 
@@ -41,7 +48,8 @@ def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, rati
         if all(counts[site.layer, site.kind] == site.units for site in alike):
             least = _least(strategy, sites, inside, alike)
             notes.append(_rounding(alike[0], len(alike), cut, least))
-    if min(abs(found - ratio.asked) for found in (ratio.units_cut, ratio.prunable_parameters_cut)) > FAR:
+    far = min(abs(found - ratio.asked) for found in (ratio.units_cut, ratio.prunable_parameters_cut)) > FAR
+    if far and not ratio.matched:  # a matched cost takes what share of the units it takes
         notes.append(achieved(ratio))
     return notes
 

@@ -46,6 +46,8 @@ from ..engine.runtime import Runtime
 from ..engine.site_cut import SiteCut
 from ..files.reader import build_runtime, build_strategy
 from ..models.architectures import PRUNED
+from ..output.records import MatchFacts
+from .matching import Counts, DecoderCost, Match, is_near, nearest, unmatched
 from .pruned import Pruned
 
 
@@ -59,6 +61,7 @@ def prune(
     progress: Progress = no_progress,
     statistics: SharedStatistics | StatisticsFile | str | Path | None = None,
     runtime: Runtime | Mapping[str, Any] | None = None,
+    match: Match | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune a loaded causal language model in place; undo with :meth:`Pruned.remove` or ``with``.
@@ -70,6 +73,8 @@ def prune(
     ``statistics`` already holds of them for this very text is not gathered again: a file, which is written where there
     is none, or an object that several prunings of one model share.
     ``runtime`` is a :class:`~prunekit.compress.Runtime`, or a mapping of its options: how to compute, not what.
+    With ``match`` the strategy gets the ratio at which the decoder costs ``1 - ratio`` of the dense one; a cost that no
+    ratio has within half a percent is refused (:class:`SpecError`).
 
     What is worth knowing of the cut is in :attr:`Pruned.notes`, and warned of (:class:`PruneWarning`).
 
@@ -107,12 +112,12 @@ def prune(
                 check_token_ids(batch["input_ids"], vocabulary, f"calibration batch {number}")
             share_out(engine, batches)
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-            _decide(engine, ratio, batches, progress, statistics)
+            found = _decide(engine, ratio, batches, progress, statistics, match)
             if chosen.dynamic:
                 for cut in engine.cuts:
                     cut.history.store(chosen.history)
             engine.start()
-        pruned = Pruned(engine, catalog)
+        pruned = Pruned(engine, catalog, found)
         for note in pruned.notes:
             warnings.warn(note, PruneWarning, stacklevel=2)
         return pruned
@@ -228,7 +233,8 @@ def _decide(
     batches: list | None,
     progress: Progress,
     statistics: SharedStatistics | StatisticsFile | None,
-) -> None:
+    match: Match | None,
+) -> MatchFacts | None:
     """Calibrate, set every site's count, and let strategies that decide once decide."""
     strategy = engine.strategy
     sequential = strategy.sequential and batches is not None
@@ -237,16 +243,17 @@ def _decide(
         statistics.calibrate(engine, batches, progress)
     elif dense and batches is not None:
         calibrate(engine, batches, progress)
-    _allocate(engine, ratio, batches, progress, statistics)
+    found = _allocate(engine, ratio, batches, progress, statistics, match)
     if sequential and batches is not None:
         _decide_by_layer(engine, batches, progress)
-        return
+        return found
     if not strategy.dynamic:
         for cut in engine.cuts:
             _fix(engine, cut)
     if batches is not None and strategy.compensate.needs_covariance:
         known = SomeMoments(0) if statistics is None else statistics.moments(batches)
         gather_covariances(engine, batches, progress, known)
+    return found
 
 
 def _decide_by_layer(engine: Engine, batches: list, progress: Progress) -> None:
@@ -278,33 +285,64 @@ def _allocate(
     batches: list | None,
     progress: Progress,
     statistics: SharedStatistics | StatisticsFile | None,
-) -> None:
-    """Set every site's count."""
-    allocator: Any = engine.strategy.allocator
-    if allocator.needs_scores or (allocator.uses_scores and all(cut.state.has_scores for cut in engine.cuts)):
-        scores = [engine.decider.scores(cut) for cut in engine.cuts]
-    else:
-        scores = [SiteScores(cut.site) for cut in engine.cuts]
-    if not scores:
-        counts = []
-    elif allocator.measures and batches is not None:
-        known: AbstractContextManager[dict[str, float]] = nullcontext({})
-        with known if statistics is None else statistics.losses(engine, batches) as losses:
-            counts = allocator.allocate(scores, ratio or 0.0, CutLosses(engine, batches, losses, progress))
-    else:
-        counts = allocator.allocate(scores, ratio or 0.0)
-    if len(counts) != len(engine.cuts):
+    match: Match | None,
+) -> MatchFacts | None:
+    """Set every site's count: for ``ratio``, or for the one whose decoder costs what ``match`` asks, which is returned.
+
+    Raises :class:`SpecError` where no ratio has that cost.
+    """
+    strategy, cuts = engine.strategy, engine.cuts
+    allocator: Any = strategy.allocator
+    scores = [SiteScores(cut.site) for cut in cuts]
+    if allocator.needs_scores or (allocator.uses_scores and all(cut.state.has_scores for cut in cuts)):
+        scores = [engine.decider.scores(cut) for cut in cuts]
+    measured: list[CutLosses] = []
+
+    def counts_at(ratio: float) -> Counts:
+        own = strategy.model_copy(update={"ratio": ratio})
+        share = sites_within(own, list(engine.all_sites), len(engine.layers))[1]
+        return _counts(allocator, scores, share, measured)
+
+    known: AbstractContextManager[dict[str, float]] = nullcontext({})
+    measures = bool(scores) and allocator.measures and batches is not None
+    if measures and statistics is not None and batches is not None:
+        known = statistics.losses(engine, batches)
+    with known as losses:
+        if measures and batches is not None:
+            measured.append(CutLosses(engine, batches, losses, progress))
+        if match is None:
+            found, counts = None, _counts(allocator, scores, ratio, measured)
+        else:
+            asked = strategy.ratio or 0.0
+            found = nearest(
+                match, DecoderCost.of(engine.model, engine.layers, engine.all_sites, match), counts_at, asked
+            )
+            if not is_near(found, asked):
+                raise unmatched(strategy.name, found, asked)
+            counts = counts_at(found.ratio)
+    for cut in cuts:
+        cut.state.keep(counts[cut.site.layer, cut.site.kind])
+    return found
+
+
+def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, measured: Sequence[CutLosses]) -> Counts:
+    """The allocator's counts by layer and kind; raises :class:`SpecError` where they are not those of the sites.
+
+    ``measured``: the losses of cuts, for an allocator that measures them; else nothing.
+    """
+    counts = allocator.allocate(scores, ratio or 0.0, *measured) if scores else []
+    if len(counts) != len(scores):
         raise SpecError(
-            f"allocator {allocator.name} returned {len(counts)} counts for {len(engine.cuts)} sites; it must return "
+            f"allocator {allocator.name} returned {len(counts)} counts for {len(scores)} sites; it must return "
             "one for each site; fix the plugin"
         )
-    for cut, count in zip(engine.cuts, counts, strict=True):
-        if not 0 <= count <= cut.site.units:
+    for each, count in zip(scores, counts, strict=True):
+        if not 0 <= count <= each.site.units:
             raise SpecError(
-                f"allocator {allocator.name} keeps {count} of {cut.site.units} units at {cut.site.label}; "
+                f"allocator {allocator.name} keeps {count} of {each.site.units} units at {each.site.label}; "
                 "it must keep between 0 and all"
             )
-        cut.state.keep(int(count))
+    return {(each.site.layer, each.site.kind): int(count) for each, count in zip(scores, counts, strict=True)}
 
 
 def _fix(engine: Engine, cut: SiteCut) -> None:

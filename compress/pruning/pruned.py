@@ -16,8 +16,9 @@ from ..calibration.passes import Progress, no_progress
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from ..output.formatting import achieved
-from ..output.records import Ratio
+from ..output.records import MatchFacts, Ratio
 from .freezing import Freeze, frozen_units
+from .matching import DecoderCost, Match
 from .notes import about_compensation, notes_on, notes_on_cut, ratio_of
 
 
@@ -30,8 +31,11 @@ class Pruned:
     _saver: ClassVar[Callable[[Pruned, str | os.PathLike[str], str, Any], Path] | None] = None
     """What :meth:`save` calls. Exports stand above this room, and set it."""
 
-    def __init__(self, engine: Engine, catalog: Catalog):
+    def __init__(self, engine: Engine, catalog: Catalog, matched: MatchFacts | None = None):
         self._engine = engine
+        self.matched = matched
+        """The ratio that was used instead of the strategy's, where the decoder's cost was to be matched."""
+        self._cost = self.decoder_cost(Match("parameters"))
         self._calibrated = engine.histories() if engine.hooks.learner is not None else None
         self.catalog = catalog
 
@@ -101,10 +105,14 @@ class Pruned:
         """Kept units by layer and kind, constant over batches."""
         return {(cut.site.layer, cut.site.kind): cut.count for cut in self._engine.cuts}
 
+    def decoder_cost(self, match: Match) -> DecoderCost:
+        """What the dense decoder costs as ``match`` counts it, and its units."""
+        return DecoderCost.of(self.model, self._engine.layers, self.all_sites, match)
+
     @property
     def ratio(self) -> Ratio:
         """The share to cut as requested, and as achieved of units and of prunable parameters."""
-        return ratio_of(self.all_sites, self.counts, self.strategy.ratio)
+        return ratio_of(self.all_sites, self.counts, self.strategy.ratio, self._cost.lost(self.counts), self.matched)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from ..output.formatting import accuracy_of, names_of, number, value_text
 from ..runs.records import RESULTS, Comparison, EvaluatorResult, RunResult, damages, read_results
 from ..runs.report import headline
 from .axes import finite
-from .metrics import COSTS, FLOPS, REMOVED, Metric, unequal
+from .metrics import COSTS, DECODER_FLOPS, FLOPS, REMOVED, Metric, unequal
 from .protocols import fact
 from .statistics import FEW_WINDOWS, not_paired, paired_bootstrap, windows_of
 
@@ -188,9 +188,10 @@ def intervals(a: RunResult, b: RunResult, samples: int, seed: int) -> list[str]:
 
 
 def unequal_costs(a: RunResult, b: RunResult) -> str:
-    """``, at unequal cost (A removed 15.0% of the prunable parameters, B 20.0%)``; empty if the costs are equal."""
+    """``, at unequal cost (A removed 15.0% of the decoder's parameters, B 20.0%)``; empty if the costs are equal."""
     found = []
-    for metric in (REMOVED, FLOPS):
+    decoder = all(_share(result, DECODER_FLOPS) is not None for result in (a, b))
+    for metric in (REMOVED, DECODER_FLOPS if decoder else FLOPS):
         first, second = (_share(result, metric) for result in (a, b))
         if unequal(first, second):
             found.append(f"A {COSTS[metric.key].format(metric.text(first))}, B {metric.text(second)}")
@@ -199,7 +200,7 @@ def unequal_costs(a: RunResult, b: RunResult) -> str:
 
 def _share(result: RunResult, metric: Metric) -> float | None:
     cost = next((found.pruned for found in result.metrics if found.evaluator == metric.label), {})
-    return finite(result.ratio.prunable_parameters_cut if metric is REMOVED else cost.get(metric.name))
+    return finite(result.ratio.parameters_cut if metric is REMOVED else cost.get(metric.name))
 
 
 def _interval(a: EvaluatorResult, b: EvaluatorResult, samples: int, seed: int, costs: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -88,7 +88,7 @@ class Metric:
 LOWER, HIGHER = "lower", "higher"
 
 REMOVED = Metric(
-    CUT, PARAMETERS, "removed", "share of the prunable parameters that was removed", style="share", exact=True
+    CUT, PARAMETERS, "removed", "share of the decoder's parameters that was removed", style="share", exact=True
 )
 """The achieved cut, which differs from the requested ratio where units cannot be divided."""
 
@@ -98,12 +98,30 @@ FLOPS = Metric(
     exact=True,
 )  # fmt: skip
 
+DECODER_FLOPS = Metric(
+    "cost", "decoder_flops_ratio", "decoder FLOPs",
+    "as FLOPs, without the output layer, which no strategy cuts", LOWER, "share", exact=True,
+)  # fmt: skip
+
 COSTS = {
-    REMOVED.key: "removed {} of the prunable parameters",
+    REMOVED.key: "removed {} of the decoder's parameters",
+    DECODER_FLOPS.key: "used {} of the dense decoder's FLOPs",
     FLOPS.key: "used {} of dense's FLOPs",
     "latency.prefill_ratio": "took {}x dense's prefill time here",
 }
 """How a sentence states what a configuration costs."""
+
+
+def costs(metric: Callable[[str], Metric | None]) -> dict[str, Metric]:
+    """Those of :data:`COSTS` that were measured, as ``metric`` finds them by name.
+
+    Operations of the whole model are left out where those of the decoder are known.
+    """
+    found = {name: known for name in COSTS if (known := metric(name))}
+    if DECODER_FLOPS.key in found:
+        found.pop(FLOPS.key, None)
+    return found
+
 
 UNEQUAL = 0.01
 """Two costs are unequal if they differ by more than one percentage point: of parameters removed, or of FLOPs."""
@@ -125,6 +143,7 @@ KNOWN: dict[str, tuple[Metric, ...]] = {
     ),
     "cost": (
         FLOPS,
+        DECODER_FLOPS,
         Metric("", "parameters_ratio", "parameters", "parameters that one batch uses, relative to dense", LOWER,
                "share", rank=1, exact=True),
     ),

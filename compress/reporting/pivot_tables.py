@@ -125,7 +125,7 @@ def notes(table: Cross) -> list[str]:
 
 
 def _unequal(table: Cross) -> list[str]:
-    """A sentence where cells that compare removed unequal shares of the prunable parameters."""
+    """A sentence where cells that compare removed unequal shares of the decoder's parameters."""
     question, apart = table.question, table.marks.apart
     contests: dict[Place, list[float]] = {}
     for (i, j), cell in table.cells.items():
@@ -138,7 +138,7 @@ def _unequal(table: Cross) -> list[str]:
     if not unequal(low, high):
         return []
     ends = f"{REMOVED.text(low)} to {REMOVED.text(high)}"
-    return [f"At unequal cost: cells that are compared removed {ends} of the prunable parameters."]
+    return [f"At unequal cost: cells that are compared removed {ends} of the decoder's parameters."]
 
 
 def _test(marks: Marks) -> str:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ..output.formatting import share
 from .axes import RATIO, USE, called, equation, key, named_text
-from .metrics import COSTS, Metric, unequal
+from .metrics import COSTS, Metric, costs, unequal
 from .statistics import INCLUDES_ZERO, Difference, difference
 from .summary import ABOVE_DENSE, Configuration, Summary
 
@@ -88,7 +88,7 @@ def _compared(summary: Summary, metric: Metric, best: Configuration, other: Conf
 
 def unequal_costs(summary: Summary, best: Configuration, others: Sequence[Configuration]) -> list[Metric]:
     """The shares of cost in which any of the others differs from the best by more than :data:`UNEQUAL`."""
-    shares = [metric for name in COSTS if (metric := summary.metric(name)) and metric.exact]
+    shares = [metric for metric in costs(summary.metric).values() if metric.exact]
     return [m for m in shares if any(unequal(summary.mean(best, m), summary.mean(c, m)) for c in others)]
 
 
@@ -109,11 +109,11 @@ def marked(summary: Summary) -> frozenset[tuple[int, str]]:
 
 def ranking_table(summary: Summary, metric: Metric) -> tuple[list[str], list[list[str]]]:
     """Titles and rows of the rankings of all blocks in which anything competes."""
-    costs = [cost for name in COSTS if (cost := summary.metric(name))]
+    paid = list(costs(summary.metric).values())
     where = [name for name in summary.shown_axes if name == RATIO or name in summary.conditions]
     own = [name for name in summary.shown_axes if name not in where]
     head = ["at", "configuration", metric.title, "behind the best", "95% interval", "conclusion"]
-    head += [cost.title for cost in costs]
+    head += [cost.title for cost in paid]
     rows = []
     for block in rankings(summary, metric):
         if len(block.ranked) + len(block.unranked) + len(block.unmeasured) < 2:
@@ -122,10 +122,10 @@ def ranking_table(summary: Summary, metric: Metric) -> tuple[list[str], list[lis
         here = ", ".join(named_text(n, known[n]) if n == RATIO else equation(n, known[n]) for n in where if n in known)
         for row in (*block.ranked, *block.unranked):
             found, c = row.difference, row.configuration
-            value, *paid = [summary.cell(c, shown).text for shown in (metric, *costs)]
+            value, *amounts = [summary.cell(c, shown).text for shown in (metric, *paid)]
             gap, intervals = (found.gap_text, found.intervals_text(" (")) if found else ("", "")
-            rows.append([here or "-", summary.name(c, own), value, gap, intervals, row.conclusion, *paid])
-        rows += [[here or "-", name, "", "", "", "not measured", *("" for _ in costs)] for name in block.unmeasured]
+            rows.append([here or "-", summary.name(c, own), value, gap, intervals, row.conclusion, *amounts])
+        rows += [[here or "-", name, "", "", "", "not measured", *("" for _ in paid)] for name in block.unmeasured]
     return head, rows
 
 
@@ -199,9 +199,9 @@ def _costs(
 ) -> tuple[str, list[str]]:
     """What a configuration costs as much as its rivals or what none compares; and each cost that is unequal."""
     equal, unlike, differ = [], [], unequal_costs(summary, best, rivals)
-    for name, words in COSTS.items():
-        metric = summary.metric(name)
-        if metric is None or (mean := summary.mean(best, metric)) is None:
+    for name, metric in costs(summary.metric).items():
+        words, mean = COSTS[name], summary.mean(best, metric)
+        if mean is None:
             continue
         text = words.format(summary.cell(best, metric).text)
         if metric in differ and len(rivals) > MOST_RIVALS:

@@ -21,7 +21,8 @@ from .axes import RATIO, USE, called, named_text, setting_text
 SQLITE = b"SQLite format 3\0"
 
 RELATIVE = {
-    ("cost", "flops_ratio"), ("cost", "floor_ratio"), ("cost", "parameters_ratio"),
+    ("cost", "flops_ratio"), ("cost", "decoder_flops_ratio"), ("cost", "floor_ratio"),
+    ("cost", "parameters_ratio"),
     ("latency", "prefill_ratio"), ("latency", "decode_ratio"),
 }  # fmt: skip
 """Evaluator and value, of values that the evaluator measures relative to the dense model."""
@@ -112,7 +113,7 @@ class Study:
                 {"trial": trial.number, "status": trial.status, "error": trial.error, "seconds": trial.seconds}
             )
             ratio = trial.result.ratio if trial.result else None
-            cut: dict[str, Any] = {f"{CUT}.{PARAMETERS}": ratio.prunable_parameters_cut} if ratio else {}
+            cut: dict[str, Any] = {f"{CUT}.{PARAMETERS}": ratio.parameters_cut} if ratio else {}
             uncut: dict[str, Any] = dict.fromkeys(cut, 0.0)
             pruned.append(cut | {f"{m.label}.{name}": value for m in trial.metrics for name, value in m.pruned.items()})
             dense.append(uncut | {

@@ -20,8 +20,8 @@ from ..files.spec import Calibration, PipelineSpec
 from ..models.loading import Loaded, load
 from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Value
-from ..pruning.prune import prune
 from .documents import read_documents
+from .matching import prune_as_asked
 from .measuring import Known, Measuring, Unpruned
 from .plan import Say, planned, silent
 from .preflight import check_calibration, check_rows
@@ -98,13 +98,14 @@ class Pipeline:
         prepared = time.perf_counter()
         trace: list[dict[str, Any]] = []
         metrics: list[EvaluatorResult] = []
-        with prune(
-            loaded.model,
+        with prune_as_asked(
+            spec,
+            loaded,
             spec.prune,
+            progress,
             calibration=batches,
             trace=spec.output.trace,
             catalog=spec.catalog,
-            progress=progress,
             statistics=statistics if stored is None else stored,
             runtime=spec.runtime,
         ) as pruned:

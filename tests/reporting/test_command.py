@@ -44,7 +44,7 @@ def test_a_run_gets_a_report_beside_it(run_folder, tmp_path, capsys):
     before = (folder / "report.html").read_bytes()
     page = before.decode()
     assert "At a requested ratio of 40%, PP changes perplexity from 24.00 to 33.60." in page
-    assert "PP removed 40.0% of the prunable parameters and used 70.0% of dense&#39;s FLOPs." in page
+    assert "PP removed 40.0% of the decoder&#39;s parameters and used 70.0% of dense&#39;s FLOPs." in page
     assert "skip_layers" in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.run", "my.run-report"]
 

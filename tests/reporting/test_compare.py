@@ -55,7 +55,7 @@ def test_two_runs_side_by_side(folder, shown):
 
 
 @pytest.mark.parametrize(
-    ("b", "words"), [(0.159, ""), (0.2, ", at unequal cost (A removed 15.0% of the prunable parameters, B 20.0%)")]
+    ("b", "words"), [(0.159, ""), (0.2, ", at unequal cost (A removed 15.0% of the decoder's parameters, B 20.0%)")]
 )
 def test_cuts_that_differ_by_more_than_a_point_are_named(run_data, b, words):
     made = [run_data(), run_data()]

@@ -80,7 +80,7 @@ def test_the_conclusion_states_what_the_best_costs(make_study):
     source = make_study(["pp", "flap"], [0.4])
     first, second, _ = conclusion(summarise(source))
     assert first.endswith(", at unequal cost: PP used 70.0% of dense's FLOPs, FLAP 68.0%.")
-    assert second == "PP removed 40.0% of the prunable parameters and took 0.74x dense's prefill time here."
+    assert second == "PP removed 40.0% of the decoder's parameters and took 0.74x dense's prefill time here."
     source = make_study(["pp", "flap"], [0.4])
     source.trials[0].metric("latency").pruned["prefill_ratio"] = 1.42
     second = conclusion(summarise(source))[1]
@@ -88,7 +88,7 @@ def test_the_conclusion_states_what_the_best_costs(make_study):
 
 
 @pytest.mark.parametrize(
-    ("removed", "words"), [(0.31, None), (0.2, "PP removed 30.0% of the prunable parameters, FLAP 20.0%")]
+    ("removed", "words"), [(0.31, None), (0.2, "PP removed 30.0% of the decoder's parameters, FLAP 20.0%")]
 )
 def test_what_removed_more_or_less_is_said_in_the_sentence_itself(make_study, removed, words):
     source = make_study(["pp", "flap"], [0.4], only=["perplexity"])

@@ -1,0 +1,117 @@
+"""The cost of a pruned decoder, and the ratio at which it is what was asked.
+
+The cost is counted, not measured: parameters of the linear layers of all decoder layers, skipped ones included; or the
+operations of these layers and of the attention scores, for a token of a prefill of T positions. The output layer and
+the embeddings are not among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...evaluators.cost import weights_of_unit
+from ...registry import Site, SiteKind, SpecError
+from ..output.formatting import share
+from ..output.records import MatchFacts, What
+
+NEAR = 0.005
+"""How far the cost may be from what was asked, as a share of the dense decoder's."""
+
+STEPS = 1_000_000
+"""Ratios are tried in steps of one millionth."""
+
+Counts = Mapping[tuple[int, SiteKind], int]
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a decoder is to cost: the share ``1 - ratio`` of the dense decoder's parameters or operations."""
+
+    what: What
+    length: int = 0
+    """Positions T of the prefill whose operations count."""
+    batch_size: int = 0
+    """Rows B of the batch whose probe counts."""
+    added: float = 0.0
+    """Operations of a probe and of compensation per batch, as a share of the dense decoder's."""
+
+    def found(self, cost: DecoderCost, counts: Counts, ratio: float) -> MatchFacts:
+        """How near ``counts``, those of ``ratio``, come."""
+        batch = {} if self.what == "parameters" else {"length": self.length, "batch_size": self.batch_size}
+        kept = 1 - cost.lost(counts) + self.added
+        return MatchFacts(what=self.what, ratio=ratio, cost=round(kept, 6), added=round(self.added, 6), **batch)
+
+
+@dataclass(frozen=True)
+class DecoderCost:
+    """What the dense decoder costs, and each unit of its sites."""
+
+    dense: float
+    units: Mapping[tuple[int, SiteKind], tuple[int, float]]
+    """Number of units of a site, and the cost of one."""
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Iterable[nn.Module], sites: Sequence[Site], match: Match) -> DecoderCost:
+        """The cost that ``match`` counts; ``sites`` are all of the model."""
+        linears: list[Any] = [m for layer in layers for m in layer.modules() if hasattr(m, "in_features")]
+        weights = sum(linear.in_features * linear.out_features for linear in linears)
+        if match.what == "parameters":
+            biases = sum(linear.bias.numel() for linear in linears if linear.bias is not None)
+            units = {(site.layer, site.kind): (site.units, float(site.unit_parameters)) for site in sites}
+            return cls(float(weights + biases), units)
+        scores = {(site.layer, site.kind): 4 * match.length * (site.kind == "attention") for site in sites}
+        dense = 2 * weights + sum(scores[site.layer, site.kind] * site.channels for site in sites)
+        return cls(float(dense), {
+            (s.layer, s.kind): (s.units, float(2 * weights_of_unit(model, s) + scores[s.layer, s.kind] * s.unit_size))
+            for s in sites
+        })  # fmt: skip
+
+    def lost(self, counts: Counts) -> float:
+        """The share of the dense cost that goes with the units that are not among ``counts``."""
+        units = ((*self.units[place], count) for place, count in counts.items())
+        return sum((total - kept) * each for total, each, kept in units) / self.dense
+
+
+def nearest(match: Match, cost: DecoderCost, counts_at: Callable[[float], Counts], asked: float) -> MatchFacts:
+    """The ratio whose counts cost nearest to ``1 - asked``, by bisection; ``asked`` itself where none is nearer.
+
+    ``counts_at`` raises :class:`SpecError` for a ratio that is out of reach. So does this, where no ratio is in reach.
+    """
+    tried: list[MatchFacts] = []
+
+    def is_too_small(ratio: float) -> bool:
+        try:
+            tried.append(match.found(cost, counts_at(ratio), ratio))
+        except SpecError:
+            return False
+        return tried[-1].cost > 1 - asked
+
+    is_too_small(asked)
+    low, high = 0, STEPS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_too_small(middle / STEPS) else (low, middle)
+    if not tried:
+        counts_at(asked)
+    return min(tried, key=lambda found: (abs(found.cost - (1 - asked)), abs(found.ratio - asked)))
+
+
+def is_near(found: MatchFacts, asked: float) -> bool:
+    """Whether the cost is what was asked, within :data:`NEAR`."""
+    return abs(found.cost - (1 - asked)) <= NEAR
+
+
+def unmatched(name: str, found: MatchFacts, asked: float) -> SpecError:
+    """The error for a strategy that cannot cost what was asked."""
+    what = "parameters" if found.what == "parameters" else "FLOPs"
+    probe = f", {share(found.added)} of it for probe and compensation" if found.added else ""
+    return SpecError(
+        f"match: {name} at ratio {asked:g} cannot be matched: its decoder is to cost {share(1 - asked)} of the dense "
+        f"decoder's {what}, and the nearest is {100 * found.cost:.1f}%{probe} (at a ratio of {found.ratio:.4g}); "
+        f"within {share(NEAR)} counts as equal. Choose another ratio, fewer skip_layers, or smaller units; or leave "
+        "this strategy out"
+    )
