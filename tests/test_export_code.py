@@ -88,7 +88,7 @@ def test_an_export_for_an_old_transformers_says_so_before_anything_is_pruned(sma
         raise ModelError("models with layers of different shapes need transformers 5.14 or newer")
 
     monkeypatch.setattr(exported_classes, "model_classes", classes)
-    monkeypatch.setattr("prunekit.compress.export.exporting.prune", None)
+    monkeypatch.setattr("prunekit.compress.export.exporting.prune_as_asked", None)
     with pytest.raises(ModelError, match="need transformers"):
         Exporter(PipelineSpec.of(small_pipeline(use="wanda_sp")), "hf-hetero", tmp_path / "out").export()
 

@@ -121,7 +121,7 @@ def test_what_counts_alone_can_tell_is_told_before_calibration(export, monkeypat
     def calibrating(*args, **kwargs):
         raise AssertionError("calibrated first")
 
-    monkeypatch.setattr("prunekit.compress.export.exporting.prune", calibrating)
+    monkeypatch.setattr("prunekit.compress.export.exporting.prune_as_asked", calibrating)
     for case in (dict(family="opt"), dict(profile="hf-hetero", attention_unit="query_head", ratio=0.3)):
         with pytest.raises(SpecError):
             export(**case)

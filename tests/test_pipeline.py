@@ -287,7 +287,7 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(content, tmp_pa
     ],
 )
 def test_text_that_does_not_fit_is_refused(content, loaded, changes, words, monkeypatch):
-    monkeypatch.setattr(pipeline, "prune", lambda *a, **k: pytest.fail("calibrated"))
+    monkeypatch.setattr(pipeline, "prune_as_asked", lambda *a, **k: pytest.fail("calibrated"))
     with pytest.raises(DataError) as caught:
         Pipeline(content(**changes)).measure(loaded=loaded)
     assert all(word in str(caught.value) for word in words), caught.value
