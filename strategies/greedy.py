@@ -28,7 +28,7 @@ class Greedy(SparsityAllocator):
     paper: ClassVar[str] = "greedy selection with lazy evaluation: Minoux, Optimization Techniques, 1978"
     name: Literal["greedy"] = "greedy"
     step: float = Field(default=0.125, gt=0, le=1, description="share of a site's units in one step, at least one unit")
-    tokens: int = Field(default=2048, ge=2, description="tokens of the calibration text that every step is measured on")
+    tokens: int = Field(default=1024, ge=2, description="tokens of the calibration text that every step is measured on")
     minimum_units: int = Field(default=1, ge=0, description="units that every site keeps in any case")
     mlp_multiple: int = Field(default=1, ge=1, description="kept MLP widths are multiples of this; 64 is fast on GPUs")
 

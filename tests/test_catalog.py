@@ -14,7 +14,17 @@ from prunekit.registry.catalog import PARTS
 pytestmark = pytest.mark.smoke
 
 BUILT_IN = {
-    "strategies": {"pp", "full_batch_probing", "flap", "wanda_sp", "magnitude", "random", "reconstruct"},
+    "strategies": {
+        "pp",
+        "full_batch_probing",
+        "flap",
+        "wanda_sp",
+        "magnitude",
+        "random",
+        "reconstruct",
+        "greedy_ls",
+        "pp_greedy_ls",
+    },
     "scorers": {"ppsp", "wanda_sp", "fluctuation", "magnitude", "random"},
     "probe_selectors": {"residual_norm", "hidden_norm", "random", "spread", "whole_batch"},
     "history_mergers": {"importance_scaled", "fixed_ratio", "probe_only", "history_only"},
