@@ -9,7 +9,7 @@ from prunekit.compress import prune
 from prunekit.compress.calibration import passes
 
 
-def test_the_weights_part_of_a_score_is_computed_once(make_model, batches):
+def test_the_weights_part_of_a_score_is_not_computed_by_batches(make_model, batches):
     from prunekit.strategies.pp.scorer import PPsp
 
     calls = []
@@ -21,9 +21,11 @@ def test_the_weights_part_of_a_score_is_computed_once(make_model, batches):
 
     model = make_model("llama-gqa")
     with prune(model, "pp", ratio=0.4, calibration=batches, scorer=Counting()):
+        # Once for the allocator; once more because the layout of the consumers' weights changes before the first batch.
+        assert len(calls) == 12
         for batch in batches:
             model(**batch)
-    assert len(calls) == 6
+    assert len(calls) == 12
 
 
 @pytest.mark.slow
