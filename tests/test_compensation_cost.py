@@ -156,14 +156,27 @@ def test_the_usual_cuts_solution_is_only_folded(measure):
     assert attributed(measure("pp", {"name": "least_squares", "per_batch": "pivot"})) > attributed(found)
 
 
+def a_check(c, k, tokens):
+    """What is lost of so many tokens, and what mean and slope predict; then the products of these, and of five pairs."""
+    outputs = tokens * HIDDEN
+    shares = 2 * (2 * 2 + 2) * outputs + 2 * (2 * 2 + 2) * 5
+    return 2 * outputs * c + 2 * HIDDEN * (c - k) + shares + 2 * HIDDEN * k  # the slope in the bias at last
+
+
 def test_a_check_is_the_probes_tokens_through_the_whole_consumer(measure):
     """Two tokens of each of four rows; the mean's output is known. PP: half the positions of one row."""
     found = measure("wanda_sp", {"name": "least_squares", "check": True})
-    assert attributed(found) == a_batch(found, lambda c, k: 2 * HIDDEN * c * 8 + 2 * HIDDEN * k)
+    assert attributed(found) == a_batch(found, lambda c, k: a_check(c, k, 8) + 2 * HIDDEN * k)
     found = measure("pp", {"name": "least_squares", "check": True, "per_batch": "usual"})
     assert attributed(found) == a_batch(
-        found, lambda c, k: 2 * HIDDEN * (c - k) * k + 2 * HIDDEN * c * 12 + 2 * HIDDEN * k
+        found, lambda c, k: 2 * HIDDEN * (c - k) * k + a_check(c, k, 12) + 2 * HIDDEN * k
     )
+
+
+def test_to_check_a_mean_alone_is_one_token_of_the_dropped_channels(measure):
+    found = measure("wanda_sp", {"name": "mean", "check": True})
+    shares = 2 * (2 * 2 + 2) * (HIDDEN + 5)
+    assert attributed(found) == a_batch(found, lambda c, k: 4 * HIDDEN * (c - k) + shares + 2 * HIDDEN * k)
 
 
 def test_correcting_a_pivot_takes_a_system_of_the_channels_that_differ():

@@ -130,6 +130,7 @@ CACHED = [
     ("pp", "low_rank_least_squares", {"merger": {"momentum": 1.0}}),
     ("wanda_sp", CHECKED | {"probe": 0.5}, {}),
     ("pp", CHECKED, {"merger": {"momentum": 1.0}}),
+    ("wanda_sp", {"name": "mean", "check": True}, {}),
 ]
 
 

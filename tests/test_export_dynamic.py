@@ -18,7 +18,7 @@ STRATEGIES = {
     "least squares": ("pp", {"compensate": "least_squares"}),
     "solved": ("pp", {"compensate": {"name": "least_squares", "per_batch": "solve"}}),
     "low rank": ("pp", {"compensate": "low_rank_least_squares"}),
-    "a checked slope": ("pp", {"compensate": {"name": "least_squares", "check": True}}),
+    "checked shares": ("pp", {"compensate": {"name": "least_squares", "check": True}}),
     "held out": ("pp", {"compensate": {"name": "least_squares", "held_out": 2}}),
     "half history": ("pp", {"history": {"dtype": "float16", "pool": 4}}),
     "no history": ("pp", {"merger": "probe_only"}),

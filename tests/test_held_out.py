@@ -78,6 +78,16 @@ def test_parts_that_contradict_each_other_get_no_slope():
     assert best_held_out(parts, weight(), KEPT)[1] == 0
 
 
+def test_the_step_between_the_means_of_parts_counts():
+    """The slope predicts every part about its own mean, but not where the mean of the kept channels moves to."""
+    parts = [tokens(200, seed, some_slope(), noise=0.1) for seed in range(2)]
+    parts[1][:, KEPT] += 3
+    ridge, share = best_held_out([moments_of(x) for x in parts], weight(), KEPT)
+    tried = [by_hand(parts, other, number / 20) for other in RIDGES for number in range(21)]
+    assert by_hand(parts, ridge, share) <= min(tried) * (1 + 1e-5)
+    assert by_hand(parts, ridge, share) < 0.7 * by_hand(parts, RIDGES[0], 1.0)
+
+
 def test_a_given_ridge_stays():
     parts = [moments_of(tokens(6, seed, some_slope())) for seed in range(2)]
     assert best_held_out(parts, weight(), KEPT, [0.5])[0] == 0.5

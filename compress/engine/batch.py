@@ -35,8 +35,8 @@ class Decision(NamedTuple):
     positions: Tensor
     probe_mean: Tensor | None = None
     """(C,) float32: the channels' mean in the probe, where compensation uses it."""
-    share: Tensor | None = None
-    """() float32: the share of the slope that fits the probe best, where compensation checks it."""
+    shares: Tensor | None = None
+    """(2,) float32: the shares of mean and slope that fit the probe best, where compensation checks them."""
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...registry import (
     ChannelMoments,
@@ -155,37 +155,38 @@ class SiteCompensation:
             added = added @ factor
         return added
 
-    def weight(self, cut: Tensor, kept: Tensor, added: Tensor | None, share: Tensor | None = None) -> Tensor:
+    def weight(self, cut: Tensor, kept: Tensor, added: Tensor | None, shares: Tensor | None = None) -> Tensor:
         """The consumer's weight with a share of the slope: ``W_kept + share * W_cut @ slope``, in the dtype of W.
 
         cut is the weight cut to kept (k,): (O, k), or (O, C) where dropped columns are only zeroed. added (O, k) is of
-        :meth:`folded`. share is a number, (); None: 1.
+        :meth:`folded`, shares (2,) of :meth:`best_shares`; None: the whole slope.
         """
         if added is None:
             return cut
-        if share is not None:
-            added = added * share
+        if shares is not None:
+            added = added * shares[1]
         if cut.shape[1] != len(kept):
             return cut.float().index_add(1, kept, added).to(cut.dtype)
         return (cut.float() + added).to(cut.dtype)
 
-    def share_of_slope(
-        self, whole: Tensor, kept: Tensor, added: Tensor, states: Tensor, real: Tensor | None, mean: Tensor
+    def best_shares(
+        self, whole: Tensor, kept: Tensor, added: Tensor | None, states: Tensor, real: Tensor | None, mean: Tensor
     ) -> Tensor:
-        """The share of the slope, 0 to 1, with the least squared error of the output on a probe's tokens; () float32.
+        """The shares of mean and slope, each 0 to 1, with the least squared error of the output on a probe's tokens.
 
-        With the compensated mean (C,) subtracted from the tokens it is ``<y, p> / <p, p>``: y is what the dropped
-        channels contribute to the output, and p what the slope predicts of it. It is 0 where nothing is predicted.
-        whole (O, C), kept (k,), added (O, k) of :meth:`folded`; states (b, t, C), of which ``real`` (b, t) count.
+        whole (O, C) is the consumer's weight; kept (k,); added (O, k) of :meth:`folded`; states (b, t, C), of which
+        ``real`` (b, t) count; mean (C,) is the compensated one. -> (2,) float32
         """
         dropped = complement(kept, self.site.channels)
-        tokens = states.float() - mean
+        tokens, lost = states.float(), whole.index_select(1, dropped).float()
+        missing = tokens[..., dropped] @ lost.T
+        constant = (lost @ mean[dropped]).expand_as(missing)
+        predicted = torch.zeros_like(missing) if added is None else (tokens - mean)[..., kept] @ added.T
+        outputs = torch.stack([constant, predicted, missing])
         if real is not None:
-            tokens = tokens.masked_fill(~real[..., None], 0)
-        lost = tokens[..., dropped] @ whole.index_select(1, dropped).float().T
-        predicted = tokens[..., kept] @ added.T
-        share = (lost * predicted).sum() / predicted.square().sum()
-        return share.nan_to_num(0, 0, 0).clamp(0, 1)
+            outputs = outputs.masked_fill(~real[..., None], 0)
+        constant_and_predicted, missing = outputs.flatten(1).split([2, 1])
+        return least_squares_in_box(constant_and_predicted, missing[0])
 
     def check_folded(self, whole: Tensor, kept: Tensor) -> None:
         """Raise :class:`NonFiniteError` where the weight (O, C) with the slope of kept (k,) overflows its dtype."""
@@ -236,27 +237,50 @@ class SiteCompensation:
             return f"compensate the mean alone at such sites (compensate: {{name: {name}, singular: mean}})"
         return "compensate the mean alone (compensate: mean)"
 
-    def bias(self, linear: nn.Linear, weight: Tensor, kept: Tensor, mean: Tensor, whole: Tensor) -> Tensor:
-        """``bias + W @ mean - W' @ mean[kept]`` (O,): with it the mean output is what it was before the cut.
+    def bias(self, weight: Tensor, kept: Tensor, mean: Tensor, whole: Tensor) -> Tensor:
+        """``W @ mean - W' @ mean[kept]`` (O,) float32: with it the mean output is what it was before the cut.
 
         weight is W' (O, k), or (O, C) where dropped columns are zeroed; whole is ``W @ mean`` (O,) float32.
         """
         there = mean if weight.shape[1] == self.site.channels else mean[kept]
-        bias = whole - weight.float() @ there
-        return (bias if linear.bias is None else bias + linear.bias).to(linear.weight.dtype)
+        return whole - weight.float() @ there
+
+    def share_of_bias(self, bias: Tensor, added: Tensor | None, there: Tensor, shares: Tensor) -> Tensor:
+        """The bias (O,) with a share of the mean: the share 1 gives ``bias``, the share 0 that of the slope alone.
+
+        added (O, k) is of :meth:`folded`; there (k,) is the mean of the kept channels; shares (2,).
+        """
+        of_slope = torch.zeros_like(bias) if added is None else -shares[1] * (added @ there)
+        return torch.lerp(of_slope, bias, shares[0])
+
+
+def least_squares_in_box(x: Tensor, y: Tensor) -> Tensor:
+    """The weights w in [0, 1]^2 with the least ``(w @ x - y)^2``; x (2, n), y (n,) -> (2,).
+
+    They lie inside the square or on one of its edges, where the other weight is a quotient. A weight that changes
+    nothing is 0, and both are where a product is not finite.
+    """
+    gram, cross = x @ x.T, x @ y
+    (a, b), (_, c), (d, e) = *gram.unbind(), cross
+    zero, one, determinant = torch.zeros_like(a), torch.ones_like(a), a * c - b * b
+    edges = (zero, e / c), (d / a, zero), (one, (e - b) / c), ((d - b) / a, one)
+    inside = (c * d - b * e) / determinant, (a * e - b * d) / determinant
+    points = torch.stack([torch.stack(point) for point in (*edges, inside)]).nan_to_num(0, 0, 0).clamp(0, 1)
+    errors = ((points @ gram) * points).sum(1) - 2 * points @ cross
+    best = points.index_select(0, errors.argmin(0, keepdim=True))[0]
+    return torch.where(gram.isfinite().all() & cross.isfinite().all(), best, 0)
 
 
 def without_probe(compensator: Compensator) -> Compensator:
     """The same compensator with its option ``probe`` at 0 and ``check`` false, for cuts made once and exported.
 
-    Raises :class:`SpecError` for one that uses a probe and has no such option.
+    Raises :class:`SpecError` for one that still uses a probe then.
     """
-    if not compensator.uses_probe:
-        return compensator
     options = {name: off for name, off in NO_PROBE.items() if name in type(compensator).model_fields}
-    if "probe" not in options:
+    without = compensator.model_copy(update=options)
+    if without.uses_probe:
         raise SpecError(
             f"compensator {compensator.name} reads a probe of every batch, and a model that is cut once has none; use "
             "compensate: mean, or export the strategy as it is (--profile dynamic)"
         )
-    return compensator.model_copy(update=options)
+    return without

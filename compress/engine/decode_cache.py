@@ -16,7 +16,7 @@ from ...registry import DataError, ModelError, Site, Strategy
 from .site_cut import SiteCut
 
 Kept = tuple[Tensor, "Tensor | None", "Tensor | None"]
-"""Kept units (k,); where compensation uses a probe, its mean (C,) and the share () of the slope that fits it best."""
+"""Kept units (k,); with a probe for compensation, its mean (C,) and the shares (2,) of mean and slope."""
 
 MARK = "prunekit"
 """Attribute of a cache: the pruning that filled it, and by layer the prompt's length and the decisions."""

@@ -170,7 +170,7 @@ class Hooks:
                     decision = at_site.decision = hooks.decide(cut, given, prober)
                 else:
                     hooks._side.join()
-                decided = decision.kept, decision.probe_mean, decision.share
+                decided = decision.kept, decision.probe_mean, decision.shares
                 cut.open(*decided, stays=hooks.stays(cut, batch))
                 if batch.cache is not None:
                     hooks._cached.remember(batch.cache, batch.layer, cut.binding.site, decided)
@@ -199,10 +199,10 @@ class Hooks:
             decision = self.decider.decide(cut, given, probe)
         else:
             decision = Decision(fixed, probe.rows, probe.positions, probe.mean)
-        if probe.states is None:
+        if probe.states is None or probe.mean is None:
             return decision
         opened_next = cut.cut_to(decision.kept, self.stays(cut, given.batch))
-        return decision._replace(share=opened_next.share_of_slope(probe.states, probe.real, probe.mean))
+        return decision._replace(shares=opened_next.best_shares(probe.states, probe.real, probe.mean))
 
     def stays(self, cut: SiteCut, batch: Batch) -> bool:
         """Whether a cut of this batch serves several passes."""
@@ -230,7 +230,7 @@ class Hooks:
             if self._side.used and following.fixed is None and not self.shared.runtime.fused_gather:
                 following.copy_ahead(decision.kept, batch.cache is not None)
         if self._side.used:
-            self._side.share(decision.kept, decision.probe_mean, decision.share)
+            self._side.share(decision.kept, decision.probe_mean, decision.shares)
 
     def learn(self, cut: SiteCut, x: Tensor) -> None:
         """Compute a site's updated history from its consumer's input, (B, T, c) or (B * T, c), for :func:`commit`."""
@@ -335,7 +335,8 @@ class Hooks:
         number = None if batch is None else self._batches
         where = {"batch": number, "layer": cut.site.layer, "kind": cut.site.kind}
         seen = {name: getattr(decision, name).tolist() for name in ("kept", "rows", "positions")}
-        seen |= {} if decision.share is None else {"share": decision.share.item()}
+        if decision.shares is not None:
+            seen |= zip(("mean_share", "slope_share"), decision.shares.tolist(), strict=True)
         (self.trace if batch is None else batch.records).append(where | seen)
 
     def check_weights(self) -> None:

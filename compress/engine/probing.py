@@ -55,7 +55,7 @@ class Probe:
     mean: Tensor | None = None
     """(C,) float32: the channels' mean, where compensation uses it."""
     states: Tensor | None = None
-    """(b, t, C): what enters the consumer, where compensation checks its slope."""
+    """(b, t, C): what enters the consumer, where compensation checks its shares."""
     real: Tensor | None = None
     """(b, t) bool: the real tokens among them; None where all are."""
 
@@ -99,7 +99,7 @@ class Prober:
                 if self._uses_mean:
                     probe.mean = mean_of(x, real)
                     batch.checks.add(probe.mean, PROBED, cut.site)
-                if strategy.compensate.checks_slope:
+                if strategy.compensate.checks_shares:
                     probe.states, probe.real = x, real
         return probe
 

@@ -180,8 +180,8 @@ class OpenCut:
         """Whether the units were decided once."""
         self.probe_mean: Tensor | None = None
         """(C,) float32: the channels' mean in a probe of this batch, where compensation uses it."""
-        self.share: Tensor | None = None
-        """() float32: the share of the slope that fits this probe best, where compensation checks it."""
+        self.shares: Tensor | None = None
+        """(2,) float32: the shares of mean and slope that fit this probe best, where compensation checks them."""
         self.units = kept if len(kept) else kept.new_zeros(1)
         """Where no unit is kept, unit 0 in its place with a consumer weight of zero: no attention takes zero heads."""
         site = state.binding.site
@@ -202,32 +202,30 @@ class OpenCut:
         """Copy weights anew when they are used next."""
         self._copies = {}
 
-    def use_probe(self, mean: Tensor | None, share: Tensor | None) -> None:
-        """Compensate with the mean in this batch's probe (C,) and this share () of the slope.
+    def use_probe(self, mean: Tensor | None, shares: Tensor | None) -> None:
+        """Compensate with the mean in this batch's probe (C,) and these shares (2,) of mean and slope.
 
-        None: the calibrated mean, and the whole slope.
+        None: the calibrated mean, and the whole of both.
         """
-        if mean is self.probe_mean and share is self.share:
+        if mean is self.probe_mean and shares is self.shares:
             return
-        outdated = {"bias"} if share is self.share else {"bias", "weight"}
-        self.probe_mean, self.share = mean, share
+        outdated = {"bias"} if shares is self.shares or not self._has_slope else {"bias", "weight"}
+        self.probe_mean, self.shares = mean, shares
         self._copies = {key: made for key, made in self._copies.items() if key[1] not in outdated}
 
     @torch.no_grad()
-    def share_of_slope(self, states: Tensor, real: Tensor | None, probe_mean: Tensor | None) -> Tensor | None:
-        """The share of the slope () that fits a probe best; None where the site has no slope.
+    def best_shares(self, states: Tensor, real: Tensor | None, probe_mean: Tensor) -> Tensor:
+        """The shares (2,) of mean and slope that fit a probe best.
 
         states (b, t, C): what enters the consumer; real (b, t) bool, or None where all are; probe_mean (C,).
         """
-        linear, compensation = self.state.binding.consumer, self.state.compensation
-        if not (compensation.has_slope and len(self.kept)):
-            return None
+        linear, kept = self.state.binding.consumer, self.columns if len(self.kept) else self.kept
         with self.shared.stages.compensate, weights_present(linear), unautocast(linear.weight):
-            whole, added = linear.weight, self._added(linear)
-            if added is None:
-                return None
+            added = self._added(linear)
+            if added is None:  # the share of the mean depends on nothing else of the tokens
+                states, real = probe_mean[None, None], None
             mean = self._mean(probe_mean)
-            return compensation.share_of_slope(whole, self.columns, added, states, real, mean)
+            return self.state.compensation.best_shares(linear.weight, kept, added, states, real, mean)
 
     def keep_copies(self) -> None:
         """Keep copies from now on until the site is left."""
@@ -282,22 +280,29 @@ class OpenCut:
 
     def _consumer_weight(self, linear: nn.Linear) -> Tensor:
         compensation, plain = self.state.compensation, self._recall(linear, "plain")
-        has_slope = compensation.wanted and compensation.has_slope and len(self.kept) > 0
         if plain is None:
             plain = self._plain_weight(linear)
-            if self.once and has_slope and compensation.compensator.checks_slope:
+            if self.once and self._has_slope and compensation.compensator.checks_shares:
                 self._store(linear, "plain", plain)  # every batch adds its own share of the slope to it
-        if not has_slope:
+        if not self._has_slope:
             return plain
         with self.shared.stages.compensate, unautocast(plain):
-            return compensation.weight(plain, self.columns, self._added(linear), self.share)
+            return compensation.weight(plain, self.columns, self._added(linear), self.shares)
+
+    @property
+    def _has_slope(self) -> bool:
+        """Whether kept channels take over anything of the dropped ones."""
+        compensation = self.state.compensation
+        return compensation.wanted and compensation.has_slope and len(self.kept) > 0
 
     def _added(self, linear: nn.Linear) -> Tensor | None:
         """What the slope adds to the kept columns, (O, k) float32; None: nothing."""
+        if not self._has_slope:
+            return None
         added, compensation = self._recall(linear, "added"), self.state.compensation
         if added is None:
             added = compensation.folded(linear.weight, self.columns)
-            if compensation.compensator.checks_slope:  # read twice: to find the share, and to add it
+            if compensation.compensator.checks_shares:  # read to find the shares, and to use them
                 self._store(linear, "added", added)
         return added
 
@@ -316,7 +321,7 @@ class OpenCut:
         return weight if len(self.kept) else torch.zeros_like(weight)
 
     def _mean_keeping_bias(self, linear: nn.Linear, weight: Tensor) -> Tensor:
-        """The consumer's bias with which its mean output is what it was before the cut, (O,)."""
+        """The consumer's bias, (O,): with the whole mean, the mean output is what it was before the cut."""
         state = self.state
         with self.shared.stages.compensate, unautocast(weight):
             mean = self._mean(self.probe_mean)
@@ -325,7 +330,11 @@ class OpenCut:
                 whole = linear.weight.float() @ mean
             else:
                 whole = state.mean_output(mean)
-            return state.compensation.bias(linear, weight, self.columns, mean, whole)
+            bias = state.compensation.bias(weight, self.columns, mean, whole)
+            if self.shares is not None:
+                there = mean[self.columns]
+                bias = state.compensation.share_of_bias(bias, self._added(linear), there, self.shares)
+            return (bias if linear.bias is None else bias + linear.bias).to(linear.weight.dtype)
 
     def _mean(self, probe_mean: Tensor | None) -> Tensor:
         """The mean to compensate with, (C,); probe_mean (C,) is that of a probe, where one is used."""
@@ -400,12 +409,12 @@ class SiteCut:
     # Opening and closing.
 
     def open(
-        self, kept: Tensor, probe_mean: Tensor | None = None, share: Tensor | None = None, stays: bool = False
+        self, kept: Tensor, probe_mean: Tensor | None = None, shares: Tensor | None = None, stays: bool = False
     ) -> None:
         """Compute with ``kept`` (k,) int64 from now on; if the last cut had the same tensor, its copies are reused.
 
-        probe_mean (C,) and the share () of the slope are those of a probe. ``stays``: whether the cut serves several
-        passes.
+        probe_mean (C,) and the shares (2,) of mean and slope are those of a probe. ``stays``: whether the cut serves
+        several passes.
         """
         open_cut = self.open_cut
         if open_cut is None or open_cut.kept is not kept:
@@ -419,7 +428,7 @@ class SiteCut:
                     setattr(module, name, len(open_cut.units) * per_unit)
                 if binding.site.query_heads_per_kv:
                     setattr(binding.entry, KV_INDEX, open_cut.units // binding.site.query_heads_per_kv)
-        open_cut.use_probe(probe_mean, share)
+        open_cut.use_probe(probe_mean, shares)
 
     def cut_to(self, kept: Tensor, stays: bool) -> OpenCut:
         """The cut to ``kept`` (k,) that is to be opened next."""
@@ -445,7 +454,7 @@ class SiteCut:
         if before is None:
             self.suspend()
         else:
-            self.open(before.kept, before.probe_mean, before.share, before.stays)
+            self.open(before.kept, before.probe_mean, before.shares, before.stays)
 
     def close(self) -> None:
         """Compute with all units, leave nothing of the cut on the model, and free its memory."""

@@ -69,17 +69,17 @@ class Compensator(Component):
 
     @property
     def uses_probe(self) -> bool:
-        """Whether a probe of every batch is read: by :meth:`mean`, or to check the slope.
+        """Whether a probe of every batch is read: by :meth:`mean`, or to check mean and slope.
 
-        A component that does has two options: ``selector``, the probe where the strategy has none, and ``probe``, a
-        share of the mean. One that checks slopes has the option ``check`` too. With ``probe`` at 0 and ``check`` false
-        no probe is used, which is how cuts are frozen.
+        A component that does has the options ``selector``, the probe where the strategy has none, and ``probe``, the
+        probe's share in the mean, or ``check``. With ``probe`` at 0 and ``check`` false no probe is used, which is how
+        cuts are frozen.
         """
         return False
 
     @property
-    def checks_slope(self) -> bool:
-        """Whether only a share of the slope is used: the one, 0 to 1, that fits the probe of the batch best."""
+    def checks_shares(self) -> bool:
+        """Whether only shares of mean and slope are used: those, 0 to 1, that fit the probe of the batch best."""
         return False
 
     def mean(self, calibrated: Tensor, probe: Tensor | None) -> Tensor:

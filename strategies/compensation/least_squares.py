@@ -34,10 +34,6 @@ class Regression(ProbedMean):
         description="added to every variance, as a share of the channels' mean variance; null: at every site as much "
         "as its number of calibration tokens requires (oracle approximating shrinkage)",
     )
-    check: bool = Field(
-        default=False,
-        description="use only a share of the slope: the one, 0 to 1, that fits a probe of the batch best",
-    )
     held_out: int = Field(
         default=0,
         ge=0,
@@ -54,14 +50,6 @@ class Regression(ProbedMean):
         allow_inf_nan=False,
         description="memory that covariances and solving may take; null: most of what is free",
     )
-
-    @property
-    def uses_probe(self) -> bool:
-        return self.check or super().uses_probe
-
-    @property
-    def checks_slope(self) -> bool:
-        return self.check
 
     @property
     def covariance_parts(self) -> int:
