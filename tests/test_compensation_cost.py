@@ -157,7 +157,7 @@ def test_the_usual_cuts_solution_is_only_folded(measure):
 
 
 def a_check(c, k, tokens):
-    """What is lost of so many tokens, and what mean and slope predict; then the products of these, and of five pairs."""
+    """What so many tokens lose, and what mean and slope predict; then the products of these, and of five pairs."""
     outputs = tokens * HIDDEN
     shares = 2 * (2 * 2 + 2) * outputs + 2 * (2 * 2 + 2) * 5
     return 2 * outputs * c + 2 * HIDDEN * (c - k) + shares + 2 * HIDDEN * k  # the slope in the bias at last

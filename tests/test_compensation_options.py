@@ -94,8 +94,8 @@ def test_an_option_without_the_component_that_has_it(load):
         "line 1: prune.compensate.ridge: unknown key; Compensator none has no options, so name the one that is meant, "
         "such as {name: least_squares, ridge: ...}"
     )
-    assert refused(load, "use: flap", "prune.compensate.rigde=0.1").endswith(
-        "--set prune.compensate.rigde: unknown key; Compensator mean has no options, so name the one that is meant "
+    assert refused(load, "use: pp", "prune.compensate.rigde=0.1").endswith(
+        "--set prune.compensate.rigde: unknown key; Compensator none has no options, so name the one that is meant "
         "(prunekit list compensators)"
     )
     spec = load("use: pp", "prune.compensate.name=least_squares", "prune.compensate.ridge=0.1")
@@ -184,4 +184,4 @@ def test_a_ridge_that_was_asked_for_and_a_probe(tmp_path):
     assert "ridge 0.1 times the mean variance" in line and "selector (name spread" in line
     results = quick("mean").run(tmp_path / "mean")
     assert results.record.compensation.ridge is None
-    assert compensation_line(results) == "- **compensation**: mean (no options)"
+    assert compensation_line(results).startswith("- **compensation**: mean (check False, selector (name spread")
