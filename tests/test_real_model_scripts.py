@@ -1,0 +1,98 @@
+"""The scripts of docs/results/real-model run at toy size on the bundled model."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from prunekit.compress import calibration_batches
+from prunekit.compress.bundled import MODEL, TEXTS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results" / "real-model"
+TEXT = TEXTS["docstrings-calibration"]
+TOY = ("--model", "bundled", "--sequences", "2", "--length", "32", "--threads", "1")
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / name), *arguments, *TOY]
+    return subprocess.run(command, capture_output=True, text=True, env=one_core, timeout=300)
+
+
+def tables(done: subprocess.CompletedProcess) -> list[list[list[str]]]:
+    """The rows of every table, heads included, rules left out."""
+    assert done.returncode == 0, done.stderr
+    blocks = re.findall(r"(?:^\|.*\n)+", done.stdout, flags=re.MULTILINE)
+    split = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()] for block in blocks]
+    return [[row for number, row in enumerate(rows) if number != 1] for rows in split]
+
+
+def test_where_the_energy_is_and_what_its_cut_costs():
+    toy = ("--rows", "1", "--much", "0.05", "--times", "3")
+    (head, *shares), (_, *costs), (_, *at_once) = tables(script("massive.py", str(TEXT), *toy))
+    assert head == ["layer", "first token", "massive tokens per sequence", "their share", "top channel", "which"]
+    assert [row[0] for row in shares] == [str(layer) for layer in range(8)]
+    tried = [row[0] for row in shares if float(row[4]) > 0.05]
+    assert tried == [row[0] for row in costs] and tried
+    scores = ["PPsp", "PPsp without massive tokens", "Wanda-sp", "Wanda-sp without massive tokens"]
+    assert [row[0] for row in at_once] == scores
+    assert all(float(row[1]) > 0 for row in at_once)
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    ids = calibration_batches(tokenizer, TEXT.read_text(encoding="utf-8"), 3, 32)[0]["input_ids"][:2]
+    down, seen = model.model.layers[1].mlp.down_proj, []
+    down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+        energy = torch.einsum("btc,oc->btc", seen[0].square(), down.weight.square())
+    tokens = energy.sum(2)
+    massive = tokens > 3 * tokens.median()
+    expected = [tokens[:, 0].sum(), massive.sum() / 2 * tokens.sum(), tokens[massive].sum(), energy.sum((0, 1)).max()]
+    found = [float(cell) for cell in shares[1][1:5]]
+    assert found == pytest.approx([float(value / tokens.sum()) for value in expected], abs=6e-4)
+    assert int(shares[1][5]) == int(energy.sum((0, 1)).argmax())
+
+
+def test_cuts_of_single_sites_and_of_all(tmp_path):
+    plot = tmp_path / "sites.svg"
+    done = script("sites.py", str(TEXT), "--rows", "1", "--greedy", "--plot", str(plot))
+    attention, mlp, (_, *all_cut) = tables(done)
+    assert attention[0][1:] == [f"{dropped} of 5" for dropped in range(1, 6)]
+    assert mlp[0][1:] == [f"{dropped} of 512" for dropped in (102, 205, 307, 410, 512)]
+    assert float(mlp[1][5]) > 0.5 > float(mlp[1][1])  # the first MLP: all of it, and a fifth
+    assert [row[0] for row in all_cut] == ["uniform", "sensitivity", "greedy"]
+    assert {row[1] for row in all_cut} == {"40.0%"}
+    assert float(all_cut[1][2]) <= min(float(all_cut[0][2]), float(all_cut[2][2])) + 0.01  # what it minimises
+    assert "Attention: share" in plot.read_text(encoding="utf-8")
+
+
+def test_least_squares_by_tokens_ridge_and_kind():
+    measure = ("--measure", str(TEXTS["reference-evaluation"]), "--windows", "3")
+    done = script("slopes.py", str(TEXT), *measure, "--skip", "0", "--more", "4", "--ridges", "0.1", "1e7")
+    (head, *rows), (parts, values) = tables(done)
+    assert head == ["tokens", "per MLP channel", "none", "mean", "ridge 0.1", "ridge 1e+07", "default ridge"]
+    assert [row[:2] for row in rows] == [["64", "0.1"], ["128", "0.2"]]
+    for _, _, none, mean, fitted, damped, _ in rows:
+        assert mean == damped != none  # so large a ridge leaves no slope
+        assert fitted not in (none, mean)
+    assert parts == ["tokens", "held out", "attention alone", "mlp alone"]
+    assert values[0] == "128" and rows[1][2] not in values[2:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stated"),
+    [
+        (("sites.py", str(TEXT), str(TEXT), str(TEXT)), "2 sequences cannot be shared equally by 3 texts"),
+        (("massive.py", "no-such-text.txt"), "no-such-text.txt"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, stated):
+    done = script(*arguments)
+    assert done.returncode == 2
+    assert stated in done.stderr and "Traceback" not in done.stderr
