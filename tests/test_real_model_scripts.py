@@ -1,5 +1,6 @@
 """The scripts of docs/results/real-model run at toy size on the bundled model."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from prunekit.compress import calibration_batches
 from prunekit.compress.bundled import MODEL, TEXTS
+from prunekit.registry import SiteCovariance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -83,6 +85,15 @@ def test_least_squares_by_tokens_ridge_and_kind():
         assert fitted not in (none, mean)
     assert parts == ["tokens", "held out", "attention alone", "mlp alone"]
     assert values[0] == "128" and rows[1][2] not in values[2:]
+
+
+def test_least_squares_in_one_kind_leaves_the_other_alone(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    in_four = importlib.import_module("slopes").LeastSquaresIn(channels=4, ridge=0.1)
+    assert in_four.mean(torch.ones(4), None).tolist() == [1] * 4
+    assert in_four.mean(torch.ones(5), None).tolist() == [0] * 5
+    assert in_four.prepare(SiteCovariance(torch.eye(4), 99, torch.tensor([0, 1]), True)) is not None
+    assert in_four.prepare(SiteCovariance(torch.eye(5), 99, torch.tensor([0, 1]), True)) is None
 
 
 @pytest.mark.parametrize(
