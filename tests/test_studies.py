@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ LARGE = sorted(set(FOLDER.glob("*.yaml")) - set(OWN))
 SMALL = sorted((FOLDER / "small").glob("*.yaml"))
 OFFLINE = [*SMALL, *OWN]
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
+REAL = (FOLDER / "real" / "README.md").read_text(encoding="utf-8")
 WRITTEN = yaml.safe_load((ROOT / "docs" / "examples" / "paper-settings.yaml").read_text(encoding="utf-8"))
 PAPER = WRITTEN | {
     "prune": PipelineSpec.of(WRITTEN, catalog=Catalog.discover(block="")).model_dump(serialize_as_any=True)["prune"]
@@ -118,6 +120,19 @@ def test_a_large_study_has_the_papers_settings(load, path):
                 assert (evaluator["window"], evaluator["batch_size"]) == (wanted["window"], wanted["batch_size"])
             elif evaluator["name"] in ("latency", "cost", "memory", "overlap"):
                 assert (evaluator["length"], evaluator["batch_size"]) == (1024, 20)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "real").glob("*.yaml")), ids=lambda path: path.name)
+def test_studies_of_a_real_model_are_valid_once_their_texts_are_there(path, tmp_path):
+    texts = re.findall(r"texts/([\w.-]+)", path.read_text(encoding="utf-8"))
+    shutil.copytree(ROOT / "docs" / "examples" / "tasks", tmp_path / "tasks")
+    (tmp_path / "texts").mkdir()
+    for name in texts:
+        (tmp_path / "texts" / name).write_text("a text", encoding="utf-8")
+    study = Study.load(Path(shutil.copy(path, tmp_path)))
+    listed = {name: trials for name, trials in re.findall(r"\]\(([\w-]+\.yaml)\) .*\| (\d+) \|", REAL)}
+    assert len(study.trials) == int(listed[path.name])
+    assert all(f"`{name}`" in REAL for name in texts)
 
 
 def test_compare_is_every_strategy_at_both_ratios(load):
