@@ -5,7 +5,7 @@ import torch
 from prunekit.compress import Pipeline, PipelineSpec, prune
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.ablation.worker import Worker
-from prunekit.compress.pruning.matching import NEAR, Match
+from prunekit.compress.pruning.matching import NEAR, DecoderCost, Match, nearest
 from prunekit.registry import SpecError
 
 # A group of heads is 0.7% of the decoder, so that every ratio has a cost within 0.5%.
@@ -129,3 +129,16 @@ def test_an_allocator_without_a_ratio_is_refused(content):
     shares = {"name": "explicit", "attention": [0] * 6, "mlp": [0.5] * 6}
     with pytest.raises(SpecError, match="match: parameters cannot be matched: allocator explicit takes no ratio"):
         PipelineSpec.of(content("parameters", use="magnitude", ratio=None, allocator=shares))
+
+
+def test_a_ratio_that_costs_what_was_asked_is_not_searched():
+    """An allocator may measure the model for every ratio that is tried."""
+    cost, match, tried = DecoderCost(1000.0, {(0, "mlp"): (1000, 1.0)}), Match("parameters"), []
+
+    def counts_at(ratio, off=0.0):
+        tried.append(ratio)
+        return {(0, "mlp"): 1000 - round(1000 * (ratio + off))}
+
+    assert nearest(match, cost, counts_at, 0.4).ratio == 0.4 and tried == [0.4]
+    assert nearest(match, cost, lambda ratio: counts_at(ratio, 0.001), 0.4).ratio == pytest.approx(0.399, abs=6e-4)
+    assert len(tried) > 10
