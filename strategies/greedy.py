@@ -50,17 +50,19 @@ class Greedy(SparsityAllocator):
 
     def _steps(self, sites: Sequence[Site], counts: list[int], budget: float, evaluate: Evaluate) -> Iterator[float]:
         """Cut ``counts`` step by step until no unit fits into the budget; gives the parameters that each step frees."""
-        loss = min(*evaluate([counts], self.tokens), WORST)
-        done = 0
+        first = [self._without(sites, counts, place, budget) for place in range(len(sites))]
+        loss, *_ = evaluate(
+            [counts, *filter(None, first)], self.tokens
+        )  # so that progress shows their number
+        loss, done = min(loss, WORST), 0
         queue = [(-math.inf, done - 1, place) for place in range(len(sites))]
         """The increase per parameter of a site's next step, how many steps were done when it was measured, the site."""
         while queue:
             rate, measured, place = heapq.heappop(queue)
-            kept = self._next(sites[place], counts[place], budget)
-            if kept is None:
+            candidate = self._without(sites, counts, place, budget)
+            if candidate is None:
                 continue
-            freed = (counts[place] - kept) * sites[place].unit_parameters
-            candidate = [*counts[:place], kept, *counts[place + 1 :]]
+            freed = (counts[place] - candidate[place]) * sites[place].unit_parameters
             found = min(*evaluate([candidate], self.tokens), WORST)
             if measured < done:
                 rate = (found - loss) / freed
@@ -77,12 +79,13 @@ class Greedy(SparsityAllocator):
         multiple = self._multiple(site)
         return min(site.units, math.ceil(self.minimum_units / multiple) * multiple)
 
-    def _next(self, site: Site, kept: int, budget: float) -> int | None:
-        """The units that are kept after one more step, as far as the budget allows; None where no step is possible."""
+    def _without(self, sites: Sequence[Site], counts: list[int], place: int, budget: float) -> list[int] | None:
+        """``counts`` after one more step at a site, as far as the budget allows; None where no step is possible."""
+        site, kept = sites[place], counts[place]
         multiple = self._multiple(site)
         size = min(max(round(self.step * site.units), multiple), int(budget // site.unit_parameters))
         found = max(self._least(site), math.ceil((kept - size) / multiple) * multiple)
-        return found if found < kept else None
+        return [*counts[:place], found, *counts[place + 1 :]] if found < kept else None
 
     def _multiple(self, site: Site) -> int:
         return self.mlp_multiple if site.kind == "mlp" else 1
