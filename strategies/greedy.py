@@ -51,9 +51,7 @@ class Greedy(SparsityAllocator):
     def _steps(self, sites: Sequence[Site], counts: list[int], budget: float, evaluate: Evaluate) -> Iterator[float]:
         """Cut ``counts`` step by step until no unit fits into the budget; gives the parameters that each step frees."""
         first = [self._without(sites, counts, place, budget) for place in range(len(sites))]
-        loss, *_ = evaluate(
-            [counts, *filter(None, first)], self.tokens
-        )  # so that progress shows their number
+        loss, *_ = evaluate([counts, *filter(None, first)], self.tokens)  # so that progress shows their number
         loss, done = min(loss, WORST), 0
         queue = [(-math.inf, done - 1, place) for place in range(len(sites))]
         """The increase per parameter of a site's next step, how many steps were done when it was measured, the site."""
