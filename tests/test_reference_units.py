@@ -108,7 +108,7 @@ def test_fixed_ratio(tensors, kind):
 
 
 def kept_units(scores: torch.Tensor, place: Site, ratio: float, multiple: int) -> set[int]:
-    (count,) = Uniform(mlp_multiple=multiple).allocate([SiteScores(place, scores, scores)], ratio)
+    (count,) = Uniform(rounding="down", mlp_multiple=multiple).allocate([SiteScores(place, scores, scores)], ratio)
     return set(scores.topk(count).indices.tolist())
 
 
@@ -135,7 +135,9 @@ def test_mlp_channels_kept(units, tensors):
 
 
 def dropped(total: int, number: int, multiple: int) -> int:
-    (count,) = Uniform(mlp_multiple=multiple).allocate([SiteScores(site("mlp", total))], number / total)
+    (count,) = Uniform(rounding="down", mlp_multiple=multiple).allocate(
+        [SiteScores(site("mlp", total))], number / total
+    )
     return total - count
 
 

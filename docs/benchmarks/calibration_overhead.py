@@ -15,7 +15,7 @@ import torch
 import transformers
 from page_file import put
 from prunekit.compress.bench.intervals import ratio_of
-from prunekit.compress.bench.presets import PRESETS, VOCABULARY
+from prunekit.compress.bench.presets import PRESETS
 from prunekit.compress.calibration.passes import calibrate, no_progress
 from prunekit.compress.engine.engine import Engine
 from prunekit.compress.files.reader import build_strategy
@@ -55,7 +55,7 @@ def measure(chosen: argparse.Namespace, dtype: str, use: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def batch() -> torch.Tensor:
-        return torch.randint(VOCABULARY, (chosen.rows, chosen.length), generator=generator)
+        return torch.randint(config.vocab_size, (chosen.rows, chosen.length), generator=generator)
 
     def learn(engine: Engine, texts: list[torch.Tensor]) -> None:
         calibrate(engine, [{"input_ids": ids} for ids in texts], no_progress)

@@ -106,7 +106,7 @@ def _measured(
     folding = SiteCompensation(site, compensator, fixed=slope)
     steps: dict[str, Callable[[], Any]] = {
         "slope": lambda: compensator.slope(prepared, kept, dropped),
-        "fold": lambda: folding.weight(weight, cut, kept),
+        "fold": lambda: folding.weight(cut, kept, folding.folded(weight, kept)),
     }
     found: dict[str, Any] = {"method": label, "held": compensator.memory_plan(site.channels, len(dropped), True).held}
     for step, work in steps.items():
