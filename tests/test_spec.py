@@ -305,3 +305,15 @@ def test_the_schema_knows_what_the_reader_knows(tmp_path):
     assert not validator.is_valid({"prune": good, "modle": {}})
     assert not validator.is_valid({})
     assert not validator.is_valid({"prune": good, "evaluate": [{"window": 3}]})
+
+
+def test_a_folder_of_the_name_of_a_known_model_is_not_that_model(tmp_path):
+    for name in ("smollm2-135m", "bundled", "None", "mine"):
+        (tmp_path / name).mkdir()
+
+    def name_of(model):
+        return PipelineSpec.of({"model": model, "prune": {"use": "random", "ratio": 0.1}}, folder=tmp_path).model.name
+
+    assert name_of("smollm2-135m") == "smollm2-135m" and name_of({"name": "bundled"}) is None
+    assert name_of("./smollm2-135m") == str(tmp_path / "smollm2-135m") and name_of("mine") == str(tmp_path / "mine")
+    assert name_of({"dtype": "float32"}) is None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...registry import Catalog, SpecError, near
 from ..files.reader import Mistake, Mistakes, Place
-from ..files.spec import DEFAULT_EVALUATORS, PipelineSpec, SpecReader, absolute
+from ..files.spec import DEFAULT_EVALUATORS, PipelineSpec, SpecReader, absolute, folder_of
 from ..files.yaml_file import YamlFile, apply_settings, parse_place, read_yaml, set_at, yaml_value
 from ..output.records import What
 from ..runs.provenance import versions
@@ -160,23 +160,17 @@ def _apply(source: Source, setting: str) -> None:
             del axes[axis]
 
 
-def _folder(name: str, folder: Path) -> str:
-    """A model's folder below ``folder`` as an absolute path; another name as it is."""
-    return str(absolute(name, folder)) if (folder / name).is_dir() else name
-
-
 def _anchored(value: Any, folder: Path, key: Any = None) -> Any:
     """A base file's data with absolute paths: they start at that file's folder, not at the study's."""
     if isinstance(value, dict):
         found = {inner: _anchored(item, folder, inner) for inner, item in value.items()}
         if key == "model":
-            places = {name: found.get(name) for name in ("name", "tokenizer")}
-            found |= {name: _folder(place, folder) for name, place in places.items() if isinstance(place, str)}
+            found |= {name: folder_of(found[name], folder) for name in ("name", "tokenizer") if name in found}
         return found
     if isinstance(value, list):
         return [_anchored(item, folder, key) for item in value]
     if key == "model" and isinstance(value, str):
-        return _folder(value, folder)
+        return folder_of(value, folder)
     return str(absolute(value, folder)) if key in ("file", "plugins") and isinstance(value, str) else value
 
 

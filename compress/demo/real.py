@@ -26,10 +26,13 @@ STEP, TOKENS = 0.25, 512
 """Larger steps on less text than the allocator's defaults, so that the demo takes minutes."""
 
 GREEDY = {"prune.skip_layers": [], "prune.allocator": {"name": "greedy", "step": STEP, "tokens": TOKENS}}
+ROUNDED = {"prune.allocator": {"name": "uniform", "rounding": "down"}}
+"""Heads rounded down, and more channels cut instead: better at the same cost where key/value groups are few."""
+
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "wanda_sp": {},
+    "wanda_sp": ROUNDED,
     "flap": {},
-    "pp": {},
+    "pp": ROUNDED,
     "greedy_ls": GREEDY,
     "pp_greedy_ls": GREEDY,
 }
@@ -51,7 +54,7 @@ def run(model: str, windows: int = WINDOWS, out: Path | None = None, overwrite: 
         fetching.fetch(MODELS[model], lambda line: printing.say(line, whole=True))
     study = plan(source_data(model), windows)
     study.refuse(preflight(study.trials, {trial.key for trial in study.trials}, here=True))
-    demo.compare(study, out or Path("results") / f"demo-{Path(model).stem}", overwrite, page_of)
+    demo.compare(study, out or Path("results") / f"demo-{Path(model).name.removesuffix('.gguf')}", overwrite, page_of)
 
 
 def plan(model: dict[str, Any], windows: int) -> Study:

@@ -120,7 +120,8 @@ def rounding(pruned: Pruned) -> Rounding | None:
     complete = len(known) == len(scores)
     plain = [SiteScores(cut.site) for cut in pruned.cuts]
     layers = 1 + max(site.layer for site in pruned.all_sites)
-    unrounded = pruned.strategy.model_copy(update={"allocator": allocator.allocator})
+    ratio = pruned.strategy.ratio if pruned.matched is None else pruned.matched.ratio
+    unrounded = pruned.strategy.model_copy(update={"allocator": allocator.allocator, "ratio": ratio})
     _, ratio = sites_within(unrounded, list(pruned.all_sites), layers)
     asked = allocator.allocator.allocate(known if complete else plain, ratio or 0.0)
     met = [cut.count for cut in pruned.cuts]

@@ -14,6 +14,7 @@ from ...registry.text import is_saved_dataset
 from ..bundled import TEXTS
 from ..engine.runtime import Runtime
 from ..models.loading import ModelSource
+from ..models.named import BUNDLED, MODELS
 from ..output.reading import path_problem, shown
 from ..output.records import What
 from .reader import Mistake, Model, Place, Reader, seed_parts, with_rows, with_seed
@@ -249,8 +250,8 @@ class SpecReader(Reader):
         if cls is ModelSource and isinstance(raw, str):
             raw = {"name": raw}
         if isinstance(raw, Mapping) and cls is ModelSource:
-            folders = [key for key in ("name", "tokenizer") if (self.folder / str(raw.get(key))).is_dir()]
-            raw = {**raw, **{key: str(absolute(raw[key], self.folder)) for key in folders}}
+            folders = {key: folder_of(raw[key], self.folder) for key in ("name", "tokenizer") if key in raw}
+            raw = {**raw, **folders}
         return super().model(cls, raw, place, base)
 
     def _refused(self, cls: type[BaseModel], key: Any, value: Any, place: Place) -> bool:
@@ -285,6 +286,13 @@ class SpecReader(Reader):
                 folder = f"{raw['file']} is a folder, but not one of datasets' save_to_disk; name a text file"
                 self.mistake((*place, "file"), folder if raw["file"].is_dir() else f"there is no file {raw['file']}")
         return raw
+
+
+def folder_of(name: Any, folder: Path) -> Any:
+    """A model's folder below ``folder`` as an absolute path; another name, and one that prunekit knows, as it is."""
+    if not isinstance(name, str) or name == BUNDLED or name in MODELS or not (folder / name).is_dir():
+        return name
+    return str(absolute(name, folder))
 
 
 def _holds(annotation: Any, wanted: type) -> bool:

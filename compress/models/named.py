@@ -80,4 +80,7 @@ SMOLLM2 = NamedModel(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 
+BUNDLED = "bundled"
+"""The name of the model that comes with the package."""
+
 MODELS = {model.name: model for model in (SMOLLM2,)}

@@ -33,9 +33,10 @@ def best_held_out(
 
 
 def working_bytes(channels: int, dropped: int) -> int:
-    """Memory that trying one part takes: covariances of the others and about their mean, and decomposing the first."""
+    """Memory that trying one part takes: products and covariance of the others, those about their mean, slices of kept
+    and dropped channels, and decomposing the first."""
     kept = channels - dropped
-    return 4 * (2 * channels * channels + 6 * kept * kept)
+    return 4 * (3 * channels * channels + kept * channels + 6 * kept * kept)
 
 
 def _held_out(
