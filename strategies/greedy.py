@@ -17,7 +17,7 @@ class Greedy(SparsityAllocator):
     """Cuts in steps: each at the site where the loss of the model, with all cuts so far, rises least per parameter.
 
     So, unlike ``sensitivity``, it sees how cuts act on each other. The ratio is a share of the parameters, as with
-    ``global_adaptive``, and is met within the cheapest unit.
+    ``global_adaptive``, and is met within the cheapest step.
 
     The increase of a site is measured anew only when it comes first in the queue, with what was cut in between (lazy
     evaluation). This finds the same steps as measuring all sites where increases only grow with more cuts.

@@ -33,7 +33,7 @@ class Sensitivity(SparsityAllocator):
 
     Increases between measured levels are interpolated; one below 0 counts as 0. The sum ignores that cuts of several
     sites act on each other. The ratio is a share of the parameters, as with ``global_adaptive``, and is met within the
-    cheapest unit.
+    cheapest step.
     """
 
     needs_scores: ClassVar[bool] = True

@@ -223,4 +223,4 @@ def test_without_the_package(folder, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "gguf")
-    assert 'pip install "prunekit[gguf]"' in refusal(folder)
+    assert "pip install gguf" in refusal(folder)

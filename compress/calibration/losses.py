@@ -236,9 +236,7 @@ def _padded(rows: Sequence[Tensor]) -> Batch:
 
 
 def spread(total: int, number: int) -> list[int]:
-    """``number`` of ``total`` places, one in each of ``number`` equal parts, and in each part one place later.
-
-    So texts that follow each other, and texts that take turns, are all met.
-    """
+    """One place in each of ``number`` equal parts of ``total``: the first place of the first part, the second of the
+    second, and so on. So texts that follow each other, and texts that take turns, are all met."""
     number = min(max(number, 1), total)
     return [part * total // number + part % (total // number) for part in range(number)]

@@ -85,7 +85,7 @@ def _facts(path: Path, size: int, changed: int) -> GgufFacts:
         import gguf
     except ImportError as error:
         raise ModelError(
-            'model.gguf: reading a GGUF needs the package gguf, which is not installed; pip install "prunekit[gguf]"'
+            "model.gguf: reading a GGUF needs the package gguf, which is not installed: pip install gguf"
         ) from error
     try:
         reader = gguf.GGUFReader(path)

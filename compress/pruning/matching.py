@@ -1,4 +1,4 @@
-"""The cost of a pruned decoder, and the ratio at which it is what was asked.
+"""What a pruned decoder costs, and the search for the ratio that gives the cost asked for.
 
 The cost is counted, not measured: parameters of the linear layers of all decoder layers, skipped ones included; or the
 operations of these layers and of the attention scores, for a token of a prefill of T positions. The output layer and
