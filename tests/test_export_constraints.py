@@ -7,7 +7,9 @@ from prunekit.compress.export.constraint import Constraint, rounding, sentence
 from prunekit.compress.export.profiles import PROFILES, TOOLS, profile_named
 from prunekit.compress.export.writing import write_model
 from prunekit.compress.models.loading import load
+from prunekit.compress.pruning.matching import Match
 from prunekit.registry import ModelError, SpecError
+from prunekit.strategies.wanda_sp import WandaSp
 
 
 @pytest.fixture
@@ -44,6 +46,18 @@ def test_equal_counts_and_multiples_are_met_before_pruning(make_model, batches):
     achieved = sum(1 - count / units[kind] for (_, kind), count in counts.items()) / len(counts)
     assert found.achieved.units_cut == pytest.approx(achieved, abs=1e-6)
     assert found.sites_changed == sum(asked[place] != counts[place] for place in counts)
+
+
+def test_what_was_asked_is_asked_at_the_ratio_that_matches_the_cost(make_model, batches):
+    model = make_model("opt")
+    strategy = WandaSp(ratio=0.3)
+    match = Match("flops", length=24, batch_size=4)
+    with prune(model, Constraint(multiple=2).on(strategy), calibration=batches, match=match) as pruned:
+        found, own = rounding(pruned), pruned.matched.ratio
+    assert abs(own - 0.3) > 0.002
+    with prune(model, strategy.model_copy(update={"ratio": own}), calibration=batches) as pruned:
+        cut = [1 - pruned.counts.get((s.layer, s.kind), s.units) / s.units for s in pruned.all_sites]
+    assert found.asked.units_cut == pytest.approx(sum(cut) / len(cut), abs=1e-6)
 
 
 def test_the_cost_in_score_is_the_share_of_the_strategys_own_scores(make_model, batches):
