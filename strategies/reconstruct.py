@@ -18,8 +18,8 @@ class Reconstruct(Strategy):
 
     Every layer is calibrated on the outputs of the layers before it, cut and compensated. The weights are cut once; a
     spread probe of every batch changes the bias. With ``compensate: {probe: 0}`` nothing is computed per batch.
-    Chosen by perplexity at 40% on two small models among the cuts that are made once (docs/results/compensation). It was
-    not measured on a real model; docs/choosing.md has what was.
+    Chosen by perplexity at 40% on two small models among the cuts that are made once (docs/results/compensation).
+    Not measured on a real model; docs/choosing.md has what was.
     """
 
     paper: ClassVar[str] = (
