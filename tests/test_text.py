@@ -343,7 +343,8 @@ def test_every_text_of_a_mixture_gives_its_share(tokenizer, tmp_path):
 def test_too_little_text_in_a_mixture_says_how_much_there_is(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(words(100))
     source = TextSource(file=tmp_path / "a.txt")
-    wanted = Calibration(mixture=(source, source), sequences=40, length=8)
+    (tmp_path / "b.txt").write_text(words(900))
+    wanted = Calibration(mixture=(source, TextSource(file=tmp_path / "b.txt")), sequences=40, length=8)
     with pytest.raises(DataError, match=r"a.txt gives 1\d seq.* asks for 20 of it, one of 2 texts; .* to 2\d or less"):
         calibration_of(wanted, Loaded(SimpleNamespace(config=PretrainedConfig()), tokenizer, {}))
 
@@ -358,6 +359,7 @@ def test_too_little_text_in_a_mixture_says_how_much_there_is(tokenizer, tmp_path
         ),
         ({"mixture": ({"bundled": "a"}, {"bundled": "b"}), "sequences": 1}, "cannot be shared by the 2 texts"),
         ({"mixture": ({"bundled": "a", "file": "b"},)}, "name one of bundled, file or dataset"),
+        ({"mixture": ({"bundled": "a"}, {"file": "b"}, {"bundled": "a"})}, "bundled a is named twice"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused(options, complaint):

@@ -58,6 +58,14 @@ class Calibration(TextSource):
             return {**data, "bundled": "reference-calibration"}
         return data
 
+    @field_validator("mixture")
+    @classmethod
+    def _each_text_once(cls, mixture: tuple[TextSource, ...] | None) -> tuple[TextSource, ...] | None:
+        for place, source in enumerate(mixture or ()):
+            if source in (mixture or ())[:place]:
+                raise ValueError(f"{source.label} is named twice, and would give the same sequences twice")
+        return mixture
+
     @model_validator(mode="after")
     def _a_sequence_of_each(self) -> Calibration:
         if self.sequences < len(self.mixture or ()):

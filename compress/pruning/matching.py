@@ -25,6 +25,7 @@ STEPS = 1_000_000
 """Ratios are tried in steps of one millionth."""
 
 Counts = Mapping[tuple[int, SiteKind], int]
+"""Kept units by layer and kind; sites of skipped layers are not among them."""
 
 
 @dataclass(frozen=True)

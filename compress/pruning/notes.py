@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,12 +10,10 @@ from ...registry import Compensator, NoCompensation, Site, SiteKind, SiteScores,
 from ..engine.compensation import SiteCompensation
 from ..output.formatting import achieved, extent, share
 from ..output.records import MatchFacts, Ratio
+from .matching import Counts
 
 FAR = 0.02
 """Difference of the requested and the achieved cut from which it is worth a note."""
-
-Counts = Mapping[tuple[int, SiteKind], int]
-"""Kept units by layer and kind; sites of skipped layers are not among them."""
 
 
 def ratio_of(
