@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
-from ..registry import Site, SpecError
+from pydantic import Field
+
+from ..registry import Evaluate, Site, SparsityAllocator, SpecError
 
 WORST = 1e6
 """Nats per token that stand for an infinite loss."""
@@ -31,3 +34,23 @@ def parameters_to_cut(
             "lower the ratio or minimum_units"
         )
     return ratio * total * EXACT
+
+
+class MeasuringAllocator(SparsityAllocator):
+    """An allocator that measures the loss of candidates, and whose ratio is a share of the parameters."""
+
+    needs_scores: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
+    tokens: int = Field(default=1024, ge=2, description="tokens of the calibration text that every cut is measured on")
+    minimum_units: int = Field(default=1, ge=0, description="units that every site keeps in any case")
+    mlp_multiple: int = Field(default=1, ge=1, description="kept MLP widths are multiples of this; 64 is fast on GPUs")
+
+    def _multiple(self, site: Site) -> int:
+        """The number whose multiples a site may keep."""
+        return self.mlp_multiple if site.kind == "mlp" else 1
+
+    def _measuring(self, evaluate: Evaluate | None) -> Evaluate:
+        """``evaluate``; raises :class:`SpecError` if there is none."""
+        if evaluate is None:
+            raise SpecError(f"allocator {self.name} measures the model, and is called without a way to; fix the caller")
+        return evaluate

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..registry import Evaluate, Site, SiteScores, SparsityAllocator, SpecError, hookimpl
-from .budget import WORST, parameters_to_cut
+from ..registry import Evaluate, Site, SiteScores, SparsityAllocator, hookimpl
+from .budget import WORST, MeasuringAllocator, parameters_to_cut
 
 
-class Greedy(SparsityAllocator):
+class Greedy(MeasuringAllocator):
     """Cuts in steps: each at the site where the loss of the model, with all cuts so far, rises least per parameter.
 
     So, unlike ``sensitivity``, it sees how cuts act on each other. The ratio is a share of the parameters, as with
@@ -23,19 +23,13 @@ class Greedy(SparsityAllocator):
     evaluation). This finds the same steps as measuring all sites where increases only grow with more cuts.
     """
 
-    needs_scores: ClassVar[bool] = True
-    measures: ClassVar[bool] = True
     paper: ClassVar[str] = "greedy selection with lazy evaluation: Minoux, Optimization Techniques, 1978"
     name: Literal["greedy"] = "greedy"
     step: float = Field(default=0.125, gt=0, le=1, description="share of a site's units in one step, at least one unit")
-    tokens: int = Field(default=1024, ge=2, description="tokens of the calibration text that every step is measured on")
-    minimum_units: int = Field(default=1, ge=0, description="units that every site keeps in any case")
-    mlp_multiple: int = Field(default=1, ge=1, description="kept MLP widths are multiples of this; 64 is fast on GPUs")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float, evaluate: Evaluate | None = None) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible."""
-        if evaluate is None:
-            raise SpecError("allocator greedy measures the model, and is called without a way to; fix the caller")
+        evaluate = self._measuring(evaluate)
         places = [scores.site for scores in sites]
         most = [site.units - self._least(site) for site in places]
         budget = parameters_to_cut(self.name, places, most, ratio, self.minimum_units)
@@ -84,9 +78,6 @@ class Greedy(SparsityAllocator):
         size = min(max(round(self.step * site.units), multiple), int(budget // site.unit_parameters))
         found = max(self._least(site), math.ceil((kept - size) / multiple) * multiple)
         return [*counts[:place], found, *counts[place + 1 :]] if found < kept else None
-
-    def _multiple(self, site: Site) -> int:
-        return self.mlp_multiple if site.kind == "mlp" else 1
 
 
 @hookimpl

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from ..registry import Evaluate, Site, SiteScores, SparsityAllocator, SpecError, hookimpl
-from .budget import EXACT, WORST, parameters_to_cut
+from ..registry import Evaluate, Site, SiteScores, SparsityAllocator, hookimpl
+from .budget import EXACT, WORST, MeasuringAllocator, parameters_to_cut
 
 GRID = 4096
 """Steps into which dynamic programming divides the parameters to cut."""
@@ -28,7 +28,7 @@ class Options:
     """(n,) float64, not decreasing: what cutting them alone adds to the loss, in nats per token."""
 
 
-class Sensitivity(SparsityAllocator):
+class Sensitivity(MeasuringAllocator):
     """Measures what a cut of each site alone adds to the loss, and cuts where the sum of these increases is smallest.
 
     Increases between measured levels are interpolated; one below 0 counts as 0. The sum ignores that cuts of several
@@ -36,8 +36,6 @@ class Sensitivity(SparsityAllocator):
     cheapest step.
     """
 
-    needs_scores: ClassVar[bool] = True
-    measures: ClassVar[bool] = True
     paper: ClassVar[str] = "sensitivity by layer: Han et al., NeurIPS 2015, arXiv 1506.02626; multiple-choice knapsack"
     name: Literal["sensitivity"] = "sensitivity"
     levels: tuple[float, ...] = Field(
@@ -45,9 +43,6 @@ class Sensitivity(SparsityAllocator):
         description="shares of a site's units whose cut is measured, ascending, the last 1; every count of a site "
         "with at most twice as many units",
     )
-    tokens: int = Field(default=1024, ge=2, description="tokens of the calibration text that every cut is measured on")
-    minimum_units: int = Field(default=1, ge=0, description="units that every site keeps in any case")
-    mlp_multiple: int = Field(default=1, ge=1, description="kept MLP widths are multiples of this; 64 is fast on GPUs")
 
     @field_validator("levels")
     @classmethod
@@ -58,8 +53,7 @@ class Sensitivity(SparsityAllocator):
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float, evaluate: Evaluate | None = None) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible."""
-        if evaluate is None:
-            raise SpecError("allocator sensitivity measures the model, and is called without a way to; fix the caller")
+        evaluate = self._measuring(evaluate)
         places = [scores.site for scores in sites]
         droppable = [self._droppable(site) for site in places]
         most = [int(dropped[-1]) for dropped in droppable]
@@ -75,8 +69,7 @@ class Sensitivity(SparsityAllocator):
     def _droppable(self, site: Site) -> np.ndarray:
         """Numbers of units that may go, (n,) ascending from 0."""
         dropped = np.arange(max(0, site.units - self.minimum_units) + 1)
-        multiple = self.mlp_multiple if site.kind == "mlp" else 1
-        return dropped[(dropped == 0) | ((site.units - dropped) % multiple == 0)]
+        return dropped[(dropped == 0) | ((site.units - dropped) % self._multiple(site) == 0)]
 
     def _measured(self, site: Site) -> list[int]:
         """Numbers of units whose cut is measured, ascending."""

@@ -108,18 +108,19 @@ def test_an_infinite_loss_is_the_last_choice():
     assert Sensitivity().allocate(sites, 0.5, evaluate)[0] == 6
 
 
+@pytest.mark.parametrize("allocator", ["sensitivity", "greedy"])
 @pytest.mark.parametrize(
     ("use", "options"),
     [("magnitude", {}), ("pp", {}), ("wanda_sp", {"sequential": True, "compensate": "mean"})],
     ids=["static", "per batch", "layer by layer"],
 )
-def test_a_site_without_effect_is_cut_first(make_model, batches, use, options):
+def test_a_site_without_effect_is_cut_first(make_model, batches, allocator, use, options):
     model = make_model("llama-gqa")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
     prompts = torch.cat([batch["input_ids"] for batch in batches])[:, :4]
     batches = [model.generate(prompts, max_new_tokens=20, do_sample=False)]  # a text that this model knows
     ratio = 191 * 3 * 128 / (3 * (192 * 3 * 128 + 4 * 96 * 128))  # nearly all of one MLP
-    with prune(model, use, ratio=ratio, calibration=batches, allocator="sensitivity", **options) as pruned:
+    with prune(model, use, ratio=ratio, calibration=batches, allocator=allocator, **options) as pruned:
         assert pruned.counts[1, "mlp"] < 60
         assert pruned.ratio.prunable_parameters_cut == pytest.approx(ratio, abs=0.002)

@@ -108,8 +108,8 @@ def achieved(ratio: Ratio) -> str:
     found = ratio.matched
     if found is None:
         return text
-    what = "parameters" if found.what == "parameters" else "FLOPs"
-    return f"{text}; matched: {100 * found.cost:.1f}% of the dense decoder's {what} at a ratio of {found.ratio:.4g}"
+    cost = f"{100 * found.cost:.1f}% of the dense decoder's {found.counted}"
+    return f"{text}; matched: {cost} at a ratio of {found.ratio:.4g}"
 
 
 def extent(ends: dict[str, float]) -> str:

@@ -93,6 +93,11 @@ class MatchFacts(Record):
     """Positions of the prefill whose operations were counted."""
     batch_size: int | None = None
 
+    @property
+    def counted(self) -> str:
+        """What the cost is counted in, for sentences."""
+        return "parameters" if self.what == "parameters" else "FLOPs"
+
 
 class Ratio(Record):
     """The share of the units to cut, as asked for and as achieved."""

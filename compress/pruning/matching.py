@@ -111,11 +111,10 @@ def is_near(found: MatchFacts, asked: float) -> bool:
 
 def unmatched(name: str, found: MatchFacts, asked: float) -> SpecError:
     """The error for a strategy that cannot cost what was asked."""
-    what = "parameters" if found.what == "parameters" else "FLOPs"
     probe = f", {share(found.added)} of it for probe and compensation" if found.added else ""
     return SpecError(
         f"match: {name} at ratio {asked:g} cannot be matched: its decoder is to cost {share(1 - asked)} of the dense "
-        f"decoder's {what}, and the nearest is {100 * found.cost:.1f}%{probe} (at a ratio of {found.ratio:.4g}); "
-        f"within {share(NEAR)} counts as equal. Choose another ratio, fewer skip_layers, or smaller units; or leave "
-        "this strategy out"
+        f"decoder's {found.counted}, and the nearest is {100 * found.cost:.1f}%{probe} (at a ratio of "
+        f"{found.ratio:.4g}); within {share(NEAR)} counts as equal. Choose another ratio, "
+        "fewer skip_layers, or smaller units; or leave this strategy out"
     )
