@@ -96,6 +96,25 @@ def test_least_squares_in_one_kind_leaves_the_other_alone(monkeypatch):
     assert in_four.prepare(SiteCovariance(torch.eye(5), 99, torch.tensor([0, 1]), True)) is None
 
 
+def test_massive_tokens_limited_and_apart():
+    measure = ("--measure", str(TEXTS["reference-evaluation"]), "--windows", "2")
+    ((head, *rows),) = tables(script("robust.py", str(TEXT), *measure, "--skip", "0", "--times", "1", "1e9"))
+    assert head == ["massive tokens", "score", "PPsp, least squares from them"]
+    own, _, tight, loose = rows
+    assert [row[0] for row in rows] == ["PPsp", "apart", "limited to 1", "limited to 1e+09"]
+    assert own[1:] == loose[1:]  # such a limit changes nothing
+    assert own[1] != tight[1] and own[2] != tight[2]
+
+
+def test_how_tokens_are_limited(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    robust = importlib.import_module("robust")
+    x = torch.ones(1, 5, 1)
+    x[0, 0] = 20  # 400 times the median's square
+    assert robust.limited(x, 9).flatten().tolist() == [3, 1, 1, 1, 1]
+    assert robust.apart(x).flatten().tolist() == [2, 1, 1, 1, 1]  # 2 squared is the sum of the others' squares
+
+
 @pytest.mark.parametrize(
     ("arguments", "stated"),
     [

@@ -12,19 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
-from prunekit.compress import prune
 from prunekit.compress.calibration.shared import SharedStatistics
-from prunekit.compress.pruning.matching import Match
 from prunekit.compress.pruning.prune import find_sites
-from prunekit.compress.runs.text import in_batches
 from prunekit.registry import Catalog, Compensator, NoCompensation, Prepared, PruneWarning, SiteCovariance
 from prunekit.strategies.compensation import LeastSquares, Mean
-from sources import first_windows, loss, mixture, parser, run, started, table
+from sources import cutting, first_windows, loss, mixture, parser, run, started, static_perplexity, table
 from torch import Tensor
 
 
@@ -42,16 +37,9 @@ class LeastSquaresIn(LeastSquares):
 
 
 def options() -> argparse.Namespace:
-    made = parser(__doc__)
-    made.add_argument("--measure", type=Path, required=True, help="the text that perplexity is measured on")
-    made.add_argument("--windows", type=int, default=10, help="of this text (10)")
+    made = cutting(parser(__doc__))
     made.add_argument("--more", type=int, nargs="*", default=[], help="further numbers of calibration sequences")
     made.add_argument("--ridges", type=float, nargs="*", default=[0.01, 0.1, 1.0])
-    made.add_argument("--ratio", type=float, default=0.4, help="share of the decoder's parameters to cut (0.4)")
-    made.add_argument("--skip", type=int, nargs="*", default=[0, 1, 2], help="layers that stay whole (0 1 2)")
-    made.add_argument(
-        "--allocator", type=yaml.safe_load, default="uniform", help="uniform, greedy or '{name: NAME, OPTION: ...}'"
-    )
     return made.parse_args()
 
 
@@ -64,10 +52,8 @@ def main() -> None:
     statistics = SharedStatistics(texts=1, covariance_bytes=2**31)
 
     def perplexity(sequences: Tensor, compensate: Compensator) -> str:
-        arm: dict[str, Any] = {"ratio": chosen.ratio, "skip_layers": tuple(chosen.skip), "compensate": compensate}
-        arm |= {"selector": None, "merger": None, "allocator": chosen.allocator, "match": Match("parameters")}
-        with prune(model, "pp", calibration=in_batches(sequences, 4), statistics=statistics, **arm):
-            return f"{math.exp(loss(model, windows)):.1f}"
+        where = {"ratio": chosen.ratio, "skip_layers": tuple(chosen.skip), "allocator": chosen.allocator}
+        return static_perplexity(model, sequences, windows, compensate=compensate, statistics=statistics, **where)
 
     print(
         f"Perplexity on {len(windows)} windows of {chosen.length} tokens; dense {math.exp(loss(model, windows)):.2f}\n"

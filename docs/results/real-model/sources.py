@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from prunekit.compress import prune
 from prunekit.compress.models.loading import ModelSource, load, source_data
-from prunekit.compress.runs.text import sequences_of
+from prunekit.compress.pruning.matching import Match
+from prunekit.compress.runs.text import in_batches, sequences_of
 from prunekit.registry import PrunekitError, SpecError
 from prunekit.registry.tensors.windows import cut_windows, token_stream, with_bos
 from torch import Tensor
@@ -69,6 +72,25 @@ def loss(model: Any, windows: Tensor, batch: int = 4) -> float:
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         total += float(functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
     return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+def static_perplexity(model: Any, sequences: Tensor, windows: Tensor, **options: Any) -> str:
+    """Perplexity on windows (N, T) where PP's score has cut once; sequences (N, T) are the calibration text."""
+    static = {"selector": None, "merger": None, "match": Match("parameters")}
+    with prune(model, "pp", calibration=in_batches(sequences, 4), **static, **options):
+        return f"{math.exp(loss(model, windows)):.1f}"
+
+
+def cutting(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the options of scripts that cut and measure perplexity."""
+    made.add_argument("--measure", type=Path, required=True, help="the text that perplexity is measured on")
+    made.add_argument("--windows", type=int, default=10, help="of this text (10)")
+    made.add_argument("--ratio", type=float, default=0.4, help="share of the decoder's parameters to cut (0.4)")
+    made.add_argument("--skip", type=int, nargs="*", default=[0, 1, 2], help="layers that stay whole (0 1 2)")
+    made.add_argument(
+        "--allocator", type=yaml.safe_load, default="uniform", help="uniform, greedy or '{name: NAME, OPTION: ...}'"
+    )
+    return made
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
