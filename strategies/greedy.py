@@ -17,7 +17,7 @@ class Greedy(MeasuringAllocator):
     """Cuts in steps: each at the site where the loss of the model, with all cuts so far, rises least per parameter.
 
     So, unlike ``sensitivity``, it sees how cuts act on each other. The ratio is a share of the parameters, as with
-    ``global_adaptive``, and is met within the cheapest step.
+    ``global_adaptive``, and is met within the cheapest unit that is left.
 
     The increase of a site is measured anew only when it comes first in the queue, with what was cut in between (lazy
     evaluation). This finds the same steps as measuring all sites where increases only grow with more cuts.
@@ -25,7 +25,8 @@ class Greedy(MeasuringAllocator):
 
     paper: ClassVar[str] = "greedy selection with lazy evaluation: Minoux, Optimization Techniques, 1978"
     name: Literal["greedy"] = "greedy"
-    step: float = Field(default=0.125, gt=0, le=1, description="share of a site's units in one step, at least one unit")
+    tokens: int = Field(default=512, ge=2, description=MeasuringAllocator.model_fields["tokens"].description)
+    step: float = Field(default=0.25, gt=0, le=1, description="share of a site's units in one step, at least one unit")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float, evaluate: Evaluate | None = None) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible."""

@@ -22,10 +22,7 @@ RATIOS = (0.2, 0.4)
 SKIP_LAYERS = (0, 1, 2)
 """Of the strategies that cut the same share of every layer; the greedy ones choose how much each layer loses."""
 
-STEP, TOKENS = 0.25, 512
-"""Larger steps on less text than the allocator's defaults, so that the demo takes minutes."""
-
-GREEDY = {"prune.skip_layers": [], "prune.allocator": {"name": "greedy", "step": STEP, "tokens": TOKENS}}
+GREEDY = {"prune.skip_layers": []}
 ROUNDED = {"prune.allocator": {"name": "uniform", "rounding": "down"}}
 """Heads rounded down, and more channels cut instead: better at the same cost where key/value groups are few."""
 
@@ -96,7 +93,7 @@ def page_of(done: list[tuple[Run, Results]]) -> Page:
         f"tokens in {windows} windows of {LENGTH}, {BATCH} in a batch. Calibrated on {SEQUENCES} sequences of {LENGTH} "
         f"tokens of {CALIBRATED_ON['other']} (other text) or of {CALIBRATED_ON['same']} (same kind); both are "
         "documentation of Python. All strategies cut the same share of the decoder's parameters. Greedy ones search "
-        f"in steps of {share(STEP)} of a site on {TOKENS} tokens; the others do not prune {named_layers(SKIP_LAYERS)}. "
+        f"for the share of every layer; the others do not prune {named_layers(SKIP_LAYERS)}. "
         "Operations and parameters relative to dense, embeddings included; a dynamic strategy's probe and its memory "
         "still use all parameters."
     )
