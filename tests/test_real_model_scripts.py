@@ -115,6 +115,18 @@ def test_how_tokens_are_limited(monkeypatch):
     assert robust.apart(x).flatten().tolist() == [2, 1, 1, 1, 1]  # 2 squared is the sum of the others' squares
 
 
+def test_a_study_is_drawn_worst_rows_last(tmp_path):
+    trials = tmp_path / "trials.csv"
+    head = "strategy,text,prune.ratio,status,perplexity.perplexity,perplexity.perplexity.dense\n"
+    rows = ["b,x,0.4,done,90,30", "b,y,0.4,done,200,30", "a,x,0.4,done,95,30", "a,y,0.4,done,99,30", "a,x,0.2,failed,,"]
+    trials.write_text(head + "\n".join(rows), encoding="utf-8")
+    plot = tmp_path / "plot.svg"
+    command = [sys.executable, str(FOLDER / "dots.py"), str(trials), str(plot)]
+    subprocess.run(command, check=True, timeout=120)
+    drawn = re.findall(r">([^<>]+)</text>", plot.read_text(encoding="utf-8"))
+    assert drawn.index("a") < drawn.index("b") and "40% cut" in drawn and "20% cut" not in drawn
+
+
 @pytest.mark.parametrize(
     ("arguments", "stated"),
     [
