@@ -2,7 +2,7 @@
 
 python docs/results/real-model/dots.py strategies.csv strategies.svg --marks text
 
-The table is trials.csv of `prunekit report`. The rows are sorted by the worst mark of the first panel. The line is dense.
+The table is trials.csv of `prunekit report`. Rows are sorted by the worst mark of the first panel. The line is dense.
 """
 
 from __future__ import annotations
