@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ..registry import SiteKind, SiteScores, SparsityAllocator, SpecError, hookimpl
+from ..registry import Site, SiteKind, SiteScores, SparsityAllocator, SpecError, hookimpl
 
 EXACT = 1e-9
 """Shares this close to a whole number of units are whole: 0.3 * 10 is not below 3."""
@@ -27,14 +27,18 @@ class Uniform(SparsityAllocator):
     together have lost the ratio: those with the largest remainders, and of equal ones those whose next unit has the
     smallest share of the site's scores. Where there are no scores before the cut (``sequential``, or no calibration),
     they are spread evenly over depth. Every site keeps a unit.
+
+    With few key/value groups, ``rounding: to_channels`` is better at the same number of parameters
+    (docs/results/real-model).
     """
 
     uses_scores: ClassVar[bool] = True
     name: Literal["uniform"] = "uniform"
-    rounding: Literal["largest_remainder", "down"] = Field(
+    rounding: Literal["largest_remainder", "to_channels", "down"] = Field(
         default="largest_remainder",
-        description="largest_remainder meets the ratio over all sites of a kind; down drops only the whole units of "
-        "each site's share, so that sites with few units lose less",
+        description="largest_remainder meets the ratio over all sites of a kind; to_channels drops only the whole "
+        "heads of each site's share, and as many more MLP channels as the parameters of the ratio need; down drops "
+        "only the whole units of each site's share, so that sites with few units lose less",
     )
     mlp_multiple: int = Field(
         default=1,
@@ -43,15 +47,37 @@ class Uniform(SparsityAllocator):
     )
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
-        counts = [scores.site.units for scores in sites]
+        """Kept units of every site; raises :class:`SpecError` where channels cannot make up for whole heads."""
+        counts, share = [scores.site.units for scores in sites], ratio
+        meets = {"attention": self.rounding == "largest_remainder", "mlp": self.rounding != "down"}
         for kind, multiple in (("attention", 1), ("mlp", self.mlp_multiple)):
             places = [place for place, scores in enumerate(sites) if scores.site.kind == kind]
-            most = [_rounded_up(sites[place].site.units, ratio, multiple) for place in places]
-            if self.rounding == "largest_remainder":
-                most = _apportioned([sites[place] for place in places], most, ratio, multiple)
+            if kind == "mlp" and self.rounding == "to_channels":
+                share = _left_to_channels([scores.site for scores in sites], counts, ratio)
+            most = [_rounded_up(sites[place].site.units, share, multiple) for place in places]
+            if meets[kind]:
+                most = _apportioned([sites[place] for place in places], most, share, multiple)
             for place, count in zip(places, most, strict=True):
                 counts[place] = count
         return counts
+
+
+def _left_to_channels(sites: Sequence[Site], counts: Sequence[int], ratio: float) -> float:
+    """The share of their channels that MLPs must lose, heads having ``counts``, so that all sites lose the ratio.
+
+    Raises :class:`SpecError` where that is all of them or more.
+    """
+    total = sum(site.units * site.unit_parameters for site in sites)
+    of_heads = sum((site.units - count) * site.unit_parameters for site, count in zip(sites, counts, strict=True))
+    of_mlps = sum(site.units * site.unit_parameters for site in sites if site.kind == "mlp")
+    left = ratio * total - of_heads
+    if left > 0 and left >= of_mlps:
+        raise SpecError(
+            f"allocator uniform, rounding: to_channels: whole heads make {of_heads / total:.3g} of these layers' "
+            f"parameters, and the channels of their MLPs cannot make up for the rest of {ratio:.4g}; lower the ratio, "
+            "or use rounding: largest_remainder"
+        )
+    return max(left, 0) / of_mlps if of_mlps else 0.0
 
 
 def _rounded_up(units: int, ratio: float, multiple: int) -> int:

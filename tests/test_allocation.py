@@ -4,7 +4,7 @@ import pytest
 import torch
 from prunekit.compress import prune
 from prunekit.compress.pruning.prune import find_sites
-from prunekit.registry import Catalog, SiteScores
+from prunekit.registry import Catalog, SiteScores, SpecError
 from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.allocation import Uniform, evenly_spread
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,6 +54,29 @@ def test_rounding_down_never_cuts_more_than_asked(ratio):
             (kept,) = Uniform(rounding="down").allocate(scores_of([units], kind), ratio)
             assert kept > 0
             assert (units - kept) / units <= ratio + 1e-9 < (units - kept + 1) / units + 1e-9
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_channels_make_up_for_heads_that_are_not_whole(smollm2_sites, ratio):
+    sites = smollm2_sites["kv_group"]
+    counts = Uniform(rounding="to_channels").allocate([SiteScores(site) for site in sites], ratio)
+    pairs = list(zip(sites, counts, strict=True))
+    assert {count for site, count in pairs if site.kind == "attention"} == {3 - int(3 * ratio + 1e-9)}
+    widths = {count for site, count in pairs if site.kind == "mlp"}
+    assert max(widths) - min(widths) <= 1
+    lost = sum((site.units - count) * site.unit_parameters for site, count in pairs)
+    total = sum(site.units * site.unit_parameters for site in sites)
+    assert abs(lost - ratio * total) <= 3 * 576 / 2 + 1  # half a channel
+
+
+def test_channels_that_cannot_make_up_for_heads_are_refused(smollm2_sites):
+    sites = [SiteScores(site) for site in smollm2_sites["kv_group"]]
+    with pytest.raises(SpecError, match=r"whole heads make 0\.167 .* the rest of 0\.95; lower the ratio"):
+        Uniform(rounding="to_channels").allocate(sites, 0.95)
+    with pytest.raises(SpecError, match=r"cannot make up for the rest of 0\.4"):
+        Uniform(rounding="to_channels").allocate([each for each in sites if each.site.kind == "attention"], 0.4)
+    only_mlps = [each for each in sites if each.site.kind == "mlp"]
+    assert Uniform(rounding="to_channels").allocate(only_mlps, 0.4) == Uniform().allocate(only_mlps, 0.4)
 
 
 @pytest.mark.parametrize("units", [1, 2, 3])

@@ -35,6 +35,7 @@ VARIANTS = [
     SpreadProbe(positions=1.0),
     Uniform(mlp_multiple=8),
     Uniform(rounding="down", mlp_multiple=8),
+    Uniform(rounding="to_channels"),
 ]
 COMPONENTS = [WITH_OPTIONS.get(cls, cls) for cls in OURS] + VARIANTS
 CASES = [

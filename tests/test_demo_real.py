@@ -16,7 +16,7 @@ def small(tmp_path, monkeypatch, make_model):
     """A GGUF of nine layers; the demo measures little text on it."""
     monkeypatch.setattr(printing, "out", printing.Console(width=printing.PIPED_WIDTH))
     for name, value in {
-        "STRATEGIES": {"flap": {}, "greedy_ls": real.GREEDY, "pp": {}},
+        "STRATEGIES": {"flap": {}, "pp": real.WHOLE_HEADS, "pp_ls": {}},
         "RATIOS": (0.4,),
         "SEQUENCES": 2,
         "LENGTH": 48,
@@ -34,7 +34,7 @@ def test_the_table_of_a_real_model(small, tmp_path, capsys, command):
     assert "40%, other text:" in shown and "40%, same kind:" in shown and "layers 0, 1, 2" in shown
     data = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(row["strategy"], row["ratio"]) for row in data["table"]] == [
-        *(("dense", None), ("flap", 0.4), ("greedy_ls", 0.4), ("pp", 0.4))
+        *(("dense", None), ("flap", 0.4), ("pp", 0.4), ("pp_ls", 0.4))
     ]
     assert all(row["other"] and row["same"] and row["flops"] <= 1 for row in data["table"])
     assert len(data["runs"]) == 6

@@ -38,6 +38,7 @@ def content(small_pipeline):
         ("pp", {"attention_unit": "query_head"}),
         ("wanda_sp", {"skip_layers": [0]}),
         ("magnitude", {"allocator": {"rounding": "down"}}),
+        ("pp", {"allocator": {"rounding": "to_channels"}}),
     ],
 )
 @pytest.mark.parametrize("ratio", [0.2, 0.4])

@@ -139,7 +139,7 @@ def test_compare_is_every_strategy_at_both_ratios(load):
     study = load(FOLDER / "compare.yaml")
     # What differs from another strategy by its compensation has studies of its own, and so have published codes.
     own = {name for name in study.catalog.names("strategies") if "reference" not in name}
-    assert set(study.axes["prune.use"]) == own - {"reconstruct", "greedy_ls", "pp_greedy_ls"}
+    assert set(study.axes["prune.use"]) == own - {"reconstruct", "pp_ls"}
     assert study.axes["prune.ratio"] == [0.2, 0.4]
 
 

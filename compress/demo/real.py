@@ -20,18 +20,16 @@ from .demo_report import SITUATIONS, Row, best_of
 
 RATIOS = (0.2, 0.4)
 SKIP_LAYERS = (0, 1, 2)
-"""Of the strategies that cut the same share of every layer; the greedy ones choose how much each layer loses."""
 
-GREEDY = {"prune.skip_layers": []}
-ROUNDED = {"prune.allocator": {"name": "uniform", "rounding": "down"}}
-"""Heads rounded down, and more channels cut instead: better at the same cost where key/value groups are few."""
+WHOLE_HEADS = {"prune.allocator": {"name": "uniform", "rounding": "to_channels"}}
+"""Better at the same cost where key/value groups are few; ``pp_ls`` and ``reconstruct`` do the same."""
 
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "wanda_sp": ROUNDED,
+    "wanda_sp": WHOLE_HEADS,
     "flap": {},
-    "pp": ROUNDED,
-    "greedy_ls": GREEDY,
-    "pp_greedy_ls": GREEDY,
+    "reconstruct": {},
+    "pp": WHOLE_HEADS,
+    "pp_ls": {},
 }
 """Strategies and their settings."""
 
@@ -92,8 +90,8 @@ def page_of(done: list[tuple[Run, Results]]) -> Page:
         f"Perplexity of {model.name} ({model.parameters:,} parameters, {model.form}) on {MEASURED_ON}: {tokens:,} "
         f"tokens in {windows} windows of {LENGTH}, {BATCH} in a batch. Calibrated on {SEQUENCES} sequences of {LENGTH} "
         f"tokens of {CALIBRATED_ON['other']} (other text) or of {CALIBRATED_ON['same']} (same kind); both are "
-        "documentation of Python. All strategies cut the same share of the decoder's parameters. Greedy ones search "
-        f"for the share of every layer; the others do not prune {named_layers(SKIP_LAYERS)}. "
+        "documentation of Python. All strategies cut the same share of the decoder's parameters, and do not prune "
+        f"{named_layers(SKIP_LAYERS)}. "
         "Operations and parameters relative to dense, embeddings included; a dynamic strategy's probe and its memory "
         "still use all parameters."
     )
