@@ -18,8 +18,9 @@ class Reconstruct(Strategy):
 
     Every layer is calibrated on the outputs of the layers before it, cut and compensated. The weights are cut once; a
     spread probe of every batch changes the bias. With ``compensate: {probe: 0}`` nothing is computed per batch.
-    Heads that are not whole are made up for by channels. Among the cuts that are made once it was the best on a real
-    model (docs/choosing.md), and on two small ones (docs/results/compensation).
+    Heads that are not whole are made up for by channels. Among the cuts that are made once it was the best on two small
+    models (docs/results/compensation), and on a real one where the calibration text is like that of its use
+    (docs/choosing.md).
     """
 
     paper: ClassVar[str] = (

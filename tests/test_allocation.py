@@ -115,7 +115,7 @@ def test_widths_are_multiples_and_the_sum_is_nearest():
 @pytest.mark.parametrize("strategy", ["pp", "wanda_sp", "magnitude", "reconstruct"])
 def test_all_layers_together_lose_the_ratio(make_model, batches, strategy, skipped):
     model = make_model("llama-gqa", num_hidden_layers=5, num_key_value_heads=2, intermediate_size=96)
-    with prune(model, strategy, ratio=0.3, skip_layers=skipped, calibration=batches) as pruned:
+    with prune(model, strategy, ratio=0.3, skip_layers=skipped, allocator=Uniform(), calibration=batches) as pruned:
         lost = {"attention": 0, "mlp": 0}
         for site in pruned.sites:
             lost[site.kind] += site.units - pruned.counts[site.layer, site.kind]
