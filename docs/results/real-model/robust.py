@@ -15,7 +15,7 @@ import argparse
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 from unittest.mock import patch
 
 from prunekit.registry import (
@@ -98,10 +98,9 @@ def main() -> None:
     model, tokenizer = started(chosen)
     windows = first_windows(tokenizer, chosen.measure, chosen.windows, chosen.length)
     sequences, _ = mixture(tokenizer, chosen.texts, chosen.sequences, chosen.length)
-    where: dict[str, Any] = {"ratio": chosen.ratio, "skip_layers": tuple(chosen.skip), "allocator": chosen.allocator}
 
     def perplexity(scorer: Scorer, compensate: Compensator) -> str:
-        return static_perplexity(model, sequences, windows, scorer=scorer, compensate=compensate, **where)
+        return static_perplexity(chosen, model, sequences, windows, scorer=scorer, compensate=compensate)
 
     scorers = {"PPsp": PPsp(), "apart": scorer_of(Apart())}
     scorers |= {f"limited to {times:g}": scorer_of(Limited(times=times)) for times in chosen.times}

@@ -52,8 +52,7 @@ def main() -> None:
     statistics = SharedStatistics(texts=1, covariance_bytes=2**31)
 
     def perplexity(sequences: Tensor, compensate: Compensator) -> str:
-        where = {"ratio": chosen.ratio, "skip_layers": tuple(chosen.skip), "allocator": chosen.allocator}
-        return static_perplexity(model, sequences, windows, compensate=compensate, statistics=statistics, **where)
+        return static_perplexity(chosen, model, sequences, windows, compensate=compensate, statistics=statistics)
 
     print(
         f"Perplexity on {len(windows)} windows of {chosen.length} tokens; dense {math.exp(loss(model, windows)):.2f}\n"

@@ -74,9 +74,15 @@ def loss(model: Any, windows: Tensor, batch: int = 4) -> float:
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
-def static_perplexity(model: Any, sequences: Tensor, windows: Tensor, **options: Any) -> str:
-    """Perplexity on windows (N, T) where PP's score has cut once; sequences (N, T) are the calibration text."""
-    static = {"selector": None, "merger": None, "match": Match("parameters")}
+def static_perplexity(
+    chosen: argparse.Namespace, model: Any, sequences: Tensor, windows: Tensor, **options: Any
+) -> str:
+    """Perplexity on windows (N, T) where PP's score has cut once; sequences (N, T) are the calibration text.
+
+    ``chosen`` are the options of :func:`cutting`.
+    """
+    static: dict[str, Any] = {"selector": None, "merger": None, "match": Match("parameters")}
+    static |= {"ratio": chosen.ratio, "skip_layers": tuple(chosen.skip), "allocator": chosen.allocator}
     with prune(model, "pp", calibration=in_batches(sequences, 4), **static, **options):
         return f"{math.exp(loss(model, windows)):.1f}"
 
