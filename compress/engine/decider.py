@@ -44,6 +44,8 @@ class Decider:
 
     def calibrated_units(self, cut: SiteCut) -> Tensor:
         """The units (k,) that a site would keep by its calibrated history alone."""
+        if not cut.count or (cut.whole and not cut.state.has_scores):
+            return torch.arange(cut.count, device=cut.history.device)
         return keep_highest(self._calibrated(cut)[1], cut.count)
 
     def _calibrated(self, cut: SiteCut) -> tuple[Tensor, Tensor]:

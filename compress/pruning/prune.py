@@ -255,8 +255,8 @@ def _decide(
     if sequential and batches is not None:
         _decide_by_layer(engine, batches, progress)
         return found
-    if not strategy.dynamic:
-        for cut in engine.cuts:
+    for cut in engine.cuts:
+        if not strategy.dynamic or not cut.count:
             _fix(engine, cut)
     if batches is not None and strategy.compensate.needs_covariance:
         known = SomeMoments(0) if statistics is None else statistics.moments(batches)
