@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.compress.pruning.matching import Match
 from prunekit.registry import Site
 from transformers import DynamicCache, StaticCache
 
@@ -210,3 +211,15 @@ def test_a_copy_of_the_model_has_its_own_absent_blocks(make_model, ids):
 
 def test_what_an_entry_returns_is_said_by_its_site():
     assert Site.__dataclass_fields__["returns"].default is None
+
+
+@pytest.mark.parametrize("family", ["qwen3", "opt"])
+def test_parameters_and_cost_of_a_layer_that_is_gone_are_those_of_a_shorter_model(make_model, family):
+    whole = [(1, "attention"), (1, "mlp")]
+    model, shorter = make_model(family), make_model(family, num_hidden_layers=2)
+    expected = sum(parameter.numel() for parameter in shorter.parameters())
+    for unit in ("kv_group", "query_head"):
+        with without(model, whole, attention_unit=unit) as pruned:
+            assert pruned.active_parameters() == expected
+            for match in (Match("parameters"), Match("flops", length=16, batch_size=1)):
+                assert pruned.decoder_cost(match).lost(pruned.counts) == pytest.approx(1 / 3)

@@ -50,10 +50,9 @@ def count_tokens(cache: Any, layer: int, states: Tensor) -> None:
     layers = cache.layers
     while len(layers) <= layer:
         layers.append(cache.layer_class_to_replicate())
-    if isinstance(layers[layer], DynamicLayer) and not layers[layer].is_sliding:
-        if not isinstance(layers[layer], TokenCount):
-            layers[layer] = TokenCount()  # the other layers count tokens without keys
     here = layers[layer]
+    if isinstance(here, DynamicLayer) and not (here.is_sliding or isinstance(here, TokenCount)):
+        here = layers[layer] = TokenCount()  # layers of other kinds count their tokens without keys
     heads, size = here.keys.shape[1::2] if here.is_initialized else (1, 0)
     nothing = states.new_zeros(len(states), heads, states.shape[1], size)
     here.update(nothing, nothing)

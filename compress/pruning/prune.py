@@ -239,7 +239,7 @@ def _decide(
     """Calibrate, set every site's count, and let strategies that decide once decide."""
     strategy = engine.strategy
     sequential = strategy.sequential and batches is not None
-    dense = not sequential or strategy.allocator.needs_scores
+    dense = strategy.calibrates_channels and (not sequential or strategy.allocator.needs_scores)
     if dense and batches is not None and statistics is not None:
         statistics.calibrate(engine, batches, progress)
     elif dense and batches is not None:
@@ -318,7 +318,7 @@ def _allocate(
     else:
         asked = strategy.ratio or 0.0
         found = nearest(match, DecoderCost.of(engine.model, engine.layers, engine.all_sites, match), counts_at, asked)
-        if not is_near(found, asked):
+        if not (allocator.whole_blocks or is_near(found, asked)):  # blocks come no nearer than their size
             raise unmatched(strategy.name, found, asked)
         counts = counts_at(found.ratio)
     for cut in cuts:
@@ -342,6 +342,11 @@ def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, m
             raise SpecError(
                 f"allocator {allocator.name} keeps {count} of {each.site.units} units at {each.site.label}; "
                 "it must keep between 0 and all"
+            )
+        if allocator.whole_blocks and 0 < count < each.site.units:
+            raise SpecError(
+                f"allocator {allocator.name} keeps {count} of {each.site.units} units at {each.site.label}, and says "
+                "that sites keep all or nothing (whole_blocks); fix the plugin"
             )
     return {(each.site.layer, each.site.kind): int(count) for each, count in zip(scores, counts, strict=True)}
 

@@ -220,7 +220,7 @@ def check_allocation(allocator: SparsityAllocator) -> None:
     An allocator may raise :class:`SpecError` for a ratio above one half. One that measures gets made-up losses.
     """
     expect(
-        allocator.needs_scores or not allocator.measures,
+        allocator.needs_scores or allocator.whole_blocks or not allocator.measures,
         allocator,
         "measures, so its needs_scores must be true: units are cut by their scores",
     )
@@ -250,6 +250,8 @@ def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> Non
         for site, count in zip(sites, counts, strict=True):
             fits = isinstance(count, int) and 0 <= count <= site.units
             expect(fits, allocator, f"keeps {count!r} of {site.units} units at ratio {ratio}")
+            in_part = allocator.whole_blocks and count not in (0, site.units)
+            expect(not in_part, allocator, f"has whole_blocks true, and keeps {count!r} of {site.units} units")
         if ratio == 0 and allocator.takes_ratio:
             expect(counts == [site.units for site in sites], allocator, f"keeps {counts} where nothing is to be cut")
         kept = sum(count * site.unit_parameters for site, count in zip(sites, counts, strict=True))

@@ -173,8 +173,10 @@ class SparsityAllocator(Component):
     uses_scores: ClassVar[bool] = False
     """Whether it gets the scores where they are known before the cut, and none (length 0) where they are not."""
     takes_ratio: ClassVar[bool] = True
+    whole_blocks: ClassVar[bool] = False
+    """Whether every site keeps all of its units or none. Then no site needs scores, and none is calibrated for them."""
     measures: ClassVar[bool] = False
-    """Whether it measures the model. Then ``needs_scores`` is true, too, and it is called
+    """Whether it measures the model. Then ``needs_scores`` or ``whole_blocks`` is true, too, and it is called
     ``allocate(sites, ratio, evaluate)`` with an :class:`Evaluate`; declare ``evaluate: Evaluate | None = None``."""
 
     @property
