@@ -125,7 +125,7 @@ def evenly_spread(number: int, places: int) -> list[int]:
 
 
 class Explicit(SparsityAllocator):
-    """A share to cut per layer, written out for attention and MLP; the ratio stays unset. A share of 1 removes the block."""
+    """A share to cut per layer, written out for attention and MLP; the ratio stays unset. 1 removes the block."""
 
     takes_ratio: ClassVar[bool] = False
     name: Literal["explicit"] = "explicit"
