@@ -42,7 +42,7 @@ class TokenCount(DynamicLayer):
     """A layer of a key/value cache that knows how many tokens it has, and has neither keys nor values of them."""
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[-2] if self.is_initialized else 0
+        return 0 if self.keys is None else self.keys.shape[-2]
 
 
 def count_tokens(cache: Any, layer: int, states: Tensor) -> None:
@@ -53,6 +53,6 @@ def count_tokens(cache: Any, layer: int, states: Tensor) -> None:
     here = layers[layer]
     if isinstance(here, DynamicLayer) and not (here.is_sliding or isinstance(here, TokenCount)):
         here = layers[layer] = TokenCount()  # layers of other kinds count their tokens without keys
-    heads, size = here.keys.shape[1::2] if here.is_initialized else (1, 0)
+    heads, size = (1, 0) if here.keys is None else here.keys.shape[1::2]
     nothing = states.new_zeros(len(states), heads, states.shape[1], size)
     here.update(nothing, nothing)

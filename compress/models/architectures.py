@@ -97,7 +97,8 @@ class PreNormDecoder(Architecture):
     def _mlp_site(self, model: nn.Module, index: int) -> Site | None:
         names, layer = self.mlp, f"{self.layers}.{index}"
         consumer = f"{layer}.{names.consumer}"
-        if model.config.model_type.startswith(PRUNED) and not _has(model, consumer):
+        config: Any = model.config
+        if config.model_type.startswith(PRUNED) and not _has(model, consumer):
             return None  # an exported model without this MLP
         return _site(
             model,

@@ -164,7 +164,7 @@ class NoAttention(nn.Module):
         here = layers[self.layer_idx]
         if isinstance(here, DynamicLayer) and not (here.is_sliding or isinstance(here, TokenCount)):
             here = layers[self.layer_idx] = TokenCount()
-        heads, size = here.keys.shape[1::2] if here.is_initialized else (1, 0)
+        heads, size = (1, 0) if here.keys is None else here.keys.shape[1::2]
         nothing = states.new_zeros(len(states), heads, states.shape[1], size)
         here.update(nothing, nothing)
 
@@ -173,7 +173,7 @@ class TokenCount(DynamicLayer):
     """A layer of a key/value cache that has the number of its tokens, and neither keys nor values."""
 
     def get_seq_length(self):
-        return self.keys.shape[-2] if self.is_initialized else 0
+        return 0 if self.keys is None else self.keys.shape[-2]
 
 
 def kv_heads_of(shape):
