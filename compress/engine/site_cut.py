@@ -520,7 +520,7 @@ class SiteCut:
                 vars(self.binding.entry).pop(KV_INDEX, None)
 
     def _leave_out(self) -> None:
-        """Compute neither the norm nor the block. Linear layers of a block that is no module look for themselves."""
+        """Compute neither the norm nor the block. Where a block is not one module, its linear layers do it."""
         binding = self.binding
         if binding.own_norm:
             self._replaced.append(replace_forward(binding.norm, unchanged))
