@@ -134,10 +134,23 @@ def sliced_operations(
         units = kept.get((site.layer, site.kind))
         cut = 0 if units is None else site.units - len(units)
         if cut:
-            total -= 2 * tokens * cut * weights_of_unit(model, site)
+            whole = cut == site.units
+            total -= 2 * tokens * (weights_of_block(model, site) if whole else cut * weights_of_unit(model, site))
             if site.kind == "attention":
                 total -= dense.get((SCORES, site.layer), 0) * cut // site.units
     return total
+
+
+def weights_of_block(model: Any, site: Site) -> int:
+    """Number of linear weights of a whole site, without biases; more than its units have where heads are shared."""
+    return sum(linear.weight.numel() for linear in linears_of_block(model, site))
+
+
+def linears_of_block(model: Any, site: Site) -> list[Any]:
+    """The linear layers that go with a site that keeps nothing."""
+    paths = [*(producer.path for producer in site.producers), site.consumer]
+    inside = [m for m in model.get_submodule(site.entry).modules() if hasattr(m, "in_features")]
+    return list(dict.fromkeys([*map(model.get_submodule, paths), *inside]))
 
 
 def weights_of_unit(model: Any, site: Site) -> int:

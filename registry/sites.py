@@ -78,6 +78,9 @@ class Site:
     each kept query head."""
     activation: str | None = None
     """Path of the activation of an MLP that is not a module: its first half is ``activation(producer(x))``."""
+    returns: int | None = None
+    """How many values the entry's forward returns: 1 for the block's output alone, more for a tuple that begins with
+    it; None: 2 for an attention, 1 for an MLP. Where the site keeps nothing, the others are None."""
 
     @property
     def channels(self) -> int:

@@ -125,7 +125,7 @@ def evenly_spread(number: int, places: int) -> list[int]:
 
 
 class Explicit(SparsityAllocator):
-    """A share to cut per layer, written out for attention and MLP; the strategy's ratio stays unset."""
+    """A share to cut per layer, written out for attention and MLP; the ratio stays unset. 1 removes the block."""
 
     takes_ratio: ClassVar[bool] = False
     name: Literal["explicit"] = "explicit"
@@ -136,8 +136,8 @@ class Explicit(SparsityAllocator):
     @classmethod
     def _ratios_in_range(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
         for layer, ratio in enumerate(ratios):
-            if not 0 <= ratio < 1:
-                raise ValueError(f"layer {layer}: a ratio is the share that is cut, 0 <= ratio < 1; found {ratio}")
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"layer {layer}: a ratio is the share that is cut, 0 <= ratio <= 1; found {ratio}")
         return ratios
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:

@@ -1,6 +1,7 @@
 """The loss of the dense model with units cut at some sites, for allocators that measure.
 
-A unit is cut by zeroes in the input of its consumer, so that no weight changes and every architecture works. The layers
+A unit is cut by zeroes in the input of its consumer, a whole block by zeroes in the output of its consumer, so that no
+weight changes and every architecture works. The layers
 before the first change of a count are not computed again: a pass resumes with what they returned for an earlier
 candidate.
 """
@@ -35,8 +36,8 @@ LOGITS = 2**27
 IGNORED = -100
 """The target of a position that is not predicted."""
 
-Dropped = dict[SiteCut, Tensor]
-"""Channels (C,) bool that are zero, by site."""
+Dropped = dict[SiteCut, "Tensor | None"]
+"""Channels (C,) bool that are zero, by site; None: the site keeps nothing, and its consumer's bias goes too."""
 
 
 def check_output_layer(model: Any, strategy: Strategy) -> None:
@@ -107,7 +108,7 @@ class CutLosses:
             )
         kind, options = strategy.scorer.identity
         cut_here = [
-            f"{cut.site.consumer}={count}/{cut.site.units}"
+            f"{cut.site.consumer}={count or 'gone'}/{cut.site.units}"
             for cut, count in zip(cuts, counts, strict=True)
             if count < cut.site.units
         ]
@@ -116,7 +117,9 @@ class CutLosses:
     def _dropped(self, counts: Sequence[int]) -> Dropped:
         dropped: Dropped = {}
         for cut, count in zip(self._engine.cuts, counts, strict=True):
-            if count < cut.site.units:
+            if not count:
+                dropped[cut] = None
+            elif count < cut.site.units:
                 scores = self._scores[cut]
                 columns = cut.site.columns(complement(keep_highest(scores, count), cut.site.units))
                 dropped[cut] = torch.zeros(cut.site.channels, dtype=torch.bool).index_fill_(0, columns, True)
@@ -188,8 +191,12 @@ class MeasuredRows:
             for layer in self._engine.layers[first:]:
                 stack.callback(layer.register_forward_hook(keep).remove)
             for cut, channels in dropped.items():
-                hook = partial(_zero, channels.to(device_of(cut.binding.consumer)))
-                stack.callback(cut.binding.consumer.register_forward_pre_hook(hook).remove)
+                consumer = cut.binding.consumer
+                if channels is None:
+                    stack.callback(consumer.register_forward_hook(_nothing).remove)
+                    continue
+                hook = partial(_zero, channels.to(device_of(consumer)))
+                stack.callback(consumer.register_forward_pre_hook(hook).remove)
             return Passed(counts, outputs, self._loss())
 
     def _loss(self) -> float:
@@ -203,6 +210,10 @@ class MeasuredRows:
 
 def _zero(channels: Tensor, consumer: nn.Module, args: tuple) -> tuple:
     return args[0].masked_fill(channels.to(args[0].device), 0), *args[1:]
+
+
+def _nothing(consumer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
 
 
 def measured_rows(engine: Engine, batches: Sequence[Batch], tokens: int) -> list[Batch]:

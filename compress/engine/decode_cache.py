@@ -40,7 +40,7 @@ class CacheDecisions:
         ``layer`` is its index in the cache, ``decides`` whether its units depend on the prompt. Raises
         :class:`DataError` for a cache that was filled otherwise than the model runs now, and for a prompt in pieces.
         """
-        cache = _own(cache)
+        cache = own_cache(cache)
         cached = int(cache.get_seq_length(layer))
         if not cached:
             self._begin(cache, layer, tokens, pruning)
@@ -67,12 +67,12 @@ class CacheDecisions:
 
     def of(self, cache: Any, layer: int, site: Site) -> Kept | None:
         """What was decided for a site with this cache."""
-        known = self._layer(_own(cache), layer)
+        known = self._layer(own_cache(cache), layer)
         return None if known is None else known.get(site.kind)
 
     def remember(self, cache: Any, layer: int, site: Site, decided: Kept) -> None:
         """Keep a decision for the steps to come."""
-        known = self._layer(_own(cache), layer)
+        known = self._layer(own_cache(cache), layer)
         assert known is not None  # the layer has begun
         known[site.kind] = decided
 
@@ -107,7 +107,7 @@ class CacheDecisions:
         return self._pruning
 
 
-def _own(cache: Any) -> Any:
+def own_cache(cache: Any) -> Any:
     """The cache of the decoder's own tokens: in an encoder-decoder cache it is one of two."""
     return getattr(cache, "self_attention_cache", cache)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -55,8 +56,9 @@ class Engine:
         self.model, self.strategy, self.all_sites = model, strategy, tuple(all_sites)
         self.shared = Shared.of(strategy.applier, Runtime() if runtime is None else runtime)
         self.cuts: list[SiteCut] = []
+        norms = Counter(site.norm for site in all_sites or sites)
         for number, site in enumerate(sites):
-            binding = SiteBinding.of(site, model)
+            binding = SiteBinding.of(site, model, own_norm=norms[site.norm] == 1)
             self.cuts.append(SiteCut(number, binding, SiteState(binding, strategy), self.shared))
         found: Any = model.get_submodule(layers)
         self.stack = found
@@ -278,7 +280,7 @@ class Engine:
                     self._undo.append(partial(store_row_major, cut.binding.consumer))
 
     def _cut_per_batch(self) -> list[SiteCut]:
-        return [cut for cut in self.cuts if not cut.whole] if self.strategy.dynamic else []
+        return [cut for cut in self.cuts if not cut.settled] if self.strategy.dynamic else []
 
     def refresh(self) -> None:
         """Compute and copy anew what was made of the weights."""

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ...registry import DataError, ModelError
 from ...registry.tensors.caches import cache_among, is_other_cache
+from .absent import count_tokens
 from .ahead import SideStreams, following_sites
 from .batch import Batch, Decision, Mode, Observe, Running, named, split, valid_tokens, worth_reusing
 from .checkpointing import check_not_again, use_checkpoint
 from .copying import Hook, Unpickled
 from .decider import Decider
-from .decode_cache import CacheDecisions
+from .decode_cache import CacheDecisions, own_cache
 from .kv_index import enable_kv_index
 from .learning import Learner, commit
 from .probing import Prober, SiteInput
@@ -63,7 +64,7 @@ class Hooks:
     @property
     def depends_on_batch(self) -> bool:
         """Whether units, or the means that compensate for them, depend on the batch."""
-        return self.prober is not None and not all(cut.whole for cut in self.cuts)
+        return self.prober is not None and not all(cut.settled for cut in self.cuts)
 
     # The decoder.
 
@@ -115,12 +116,14 @@ class Hooks:
             batch = hooks.shared.running.batch
             if batch is not None:
                 arguments, pruning = named(layer, args, kwargs), batch.mode == "prune"
-                decides = hooks.prober is not None and not all(cut.whole for cut in mine)
+                decides = hooks.prober is not None and not all(cut.settled for cut in mine)
                 if pruning and decides:
                     hooks.check_cache(index, arguments)
                 batch.cache, batch.layer, batch.cached = cache_among(arguments), index, 0
                 if batch.cache is not None:
                     batch.cached = hooks._cached.enter(batch.cache, index, batch.shape[1], pruning, decides)
+                    if any(cut.absent and cut.site.kind == "attention" for cut in mine):
+                        count_tokens(own_cache(batch.cache), index, split(layer, args, kwargs)[0])
                 is_step = batch.cached and batch.shape[1] == 1
                 for cut in mine:
                     batch.sites[cut.number].entered = True
@@ -159,7 +162,7 @@ class Hooks:
             if residual is None:
                 raise hooks.no_norm(cut)
             hidden, arguments = split(module, args, kwargs)
-            if not cut.state.whole:
+            if not cut.settled:
                 known = None if batch.cache is None else hooks._cached.of(batch.cache, batch.layer, cut.binding.site)
                 if known is not None:
                     cut.open(*known, stays=True)
@@ -220,7 +223,7 @@ class Hooks:
         """Decide for the next site from what this one is about to read."""
         if cut.binding.site.kind == "attention":
             batch.attention_arguments = arguments
-        if following.whole or batch.cached or residual.device != following.history.device:
+        if following.settled or batch.cached or residual.device != following.history.device:
             return  # in a decode step its cut goes with the cache
         residual = residual.reshape(*batch.shape, residual.shape[-1])
         theirs = batch.attention_arguments if following.binding.site.kind == "attention" else {}
@@ -318,7 +321,7 @@ class Hooks:
                 "it is cut: the decoder's forward was replaced; undo that, or load the model again"
             )
         for cut in cuts:
-            if batch.sites[cut.number].entered:
+            if batch.sites[cut.number].entered and not cut.absent:
                 cut.binding.check_read(batch.sites[cut.number].read)
 
     def no_norm(self, cut: SiteCut) -> ModelError:
@@ -355,7 +358,7 @@ class Hooks:
         self.check_weights()
         for cut in self.cuts:
             cut.refresh()
-            if self.decider.strategy.dynamic and not cut.whole:
+            if self.decider.strategy.dynamic and not cut.settled:
                 cut.state.prepared(self.decider.strategy.scorer)
 
     def restart(self) -> None:

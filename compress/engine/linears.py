@@ -42,6 +42,8 @@ class ProducerLinear(SiteLinear):
     def forward(self, x: Tensor) -> Tensor:
         """All rows while the site's cut is closed, as in a probe, else the kept ones; (..., D) -> (..., r)."""
         open_cut, batch = self.site_cut.open_cut, self.site_cut.shared.running.batch
+        if open_cut is not None and open_cut.absent:
+            return x[..., :0]
         probe = None if batch is None else batch.probe
         products = None if probe is None else probe.products
         if batch is not None:
@@ -70,6 +72,8 @@ class ConsumerLinear(SiteLinear):
         In a probe it is x itself, which the block's own forward then returns.
         """
         site_cut, batch = self.site_cut, self.site_cut.shared.running.batch
+        if site_cut.open_cut is not None and site_cut.open_cut.absent:
+            return site_cut.open_cut.constant(x)
         if batch is not None:
             self.note(batch)
             if batch.probe is not None and batch.probe.is_running:

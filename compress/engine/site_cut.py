@@ -7,15 +7,28 @@ of a producer, D hidden size, O outputs of the consumer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, MaskApplier, ModelError, Producer, Rows, Scorer, Selection, Site, Strategy
+from ...registry import (
+    ChannelHistory,
+    MaskApplier,
+    ModelError,
+    Producer,
+    Rows,
+    Scorer,
+    Selection,
+    Site,
+    SiteScores,
+    Strategy,
+)
 from ...registry.tensors.devices import device_of, is_offloaded, unautocast, weights_present
-from .batch import Running
+from .absent import Replaced, restore, unchanged
+from .absent import replace as replace_forward
+from .batch import Running, split
 from .compensation import SiteCompensation
 from .gathering import Gatherer, selects
 from .kv_index import KV_INDEX
@@ -39,9 +52,11 @@ class SiteBinding:
     attributes: tuple[tuple[nn.Module, str, int, Any], ...]
     """The sizes that the block's forward reads: module, name, size of one unit, and of the whole site."""
     activation: nn.Module | None
+    own_norm: bool
+    """Whether the norm serves this site alone."""
 
     @classmethod
-    def of(cls, site: Site, model: nn.Module) -> SiteBinding:
+    def of(cls, site: Site, model: nn.Module, own_norm: bool = True) -> SiteBinding:
         """Look up the site's modules in ``model``."""
         find: Callable[[str], Any] = model.get_submodule
         return cls(
@@ -55,7 +70,15 @@ class SiteBinding:
                 for a in site.shape_attributes
             ),
             activation=find(site.activation) if site.activation else None,
+            own_norm=own_norm,
         )
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole block, its norm included."""
+        norm = [self.norm] if self.own_norm else []
+        modules = nn.ModuleList([*norm, self.entry, *(linear for linear, _ in self.producers), self.consumer])
+        return sum(parameter.numel() for parameter in modules.parameters())
 
     def check_read(self, called: Set[nn.Module]) -> None:
         """Raise :class:`ModelError` if the block has computed without calling all of its linear layers."""
@@ -88,6 +111,8 @@ class SiteState:
         """Whether it keeps everything, so that there is nothing to decide."""
         self.fixed: Tensor | None = None
         """(k,) int64 ascending: the kept units where they are decided once."""
+        self.unscored = SiteScores(site)
+        """What an allocator gets of the site where it has no scores."""
         self._prepared: tuple[tuple, Any] | None = None
         self._mean_output: tuple[tuple, Tensor] | None = None
 
@@ -95,9 +120,18 @@ class SiteState:
         """Keep ``count`` units from now on."""
         self.count, self.whole = count, count >= self.binding.site.units
 
+    @property
+    def settled(self) -> bool:
+        """Whether it keeps everything or nothing, so that no batch decides."""
+        return self.whole or not self.count
+
     def fix(self, kept: Tensor | None) -> None:
         """Keep the units ``kept`` (k,) in every batch; None: they are decided per batch."""
         self.fixed = kept
+
+    def describe_blocks(self, block: float, layer: float) -> None:
+        """Give the allocator these statistics of the site's block and of its layer."""
+        self.unscored = replace(self.unscored, block_statistic=block, layer_statistic=layer)
 
     def replace_history(self, history: ChannelHistory) -> None:
         """Replace the history."""
@@ -182,19 +216,19 @@ class OpenCut:
         """(C,) float32: the channels' mean in a probe of this batch, where compensation uses it."""
         self.shares: Tensor | None = None
         """(2,) float32: the shares of mean and slope that fit this probe best, where compensation checks them."""
-        self.units = kept if len(kept) else kept.new_zeros(1)
-        """Where no unit is kept, unit 0 in its place with a consumer weight of zero: no attention takes zero heads."""
+        self.absent = shared.applier.resizes and not len(kept)
+        """Whether the block is not computed at all."""
         site = state.binding.site
-        self.columns = site.columns(self.units)
+        self.columns = site.columns(kept)
         """(c,) int64: the units' channels."""
         known: dict[tuple[Rows, ...], Tensor] = {(Rows(0, site.unit_size),): self.columns}
         self.rows: dict[nn.Module, Tensor] = {}
         """(r,) int64 by producer: the units' rows."""
         for linear, producer in state.binding.producers:
             if producer.segments not in known:
-                known[producer.segments] = producer.rows(self.units)
+                known[producer.segments] = producer.rows(kept)
             self.rows[linear] = known[producer.segments]
-        self.fuses = shared.runtime.fused_gather and shared.selects and not stays and len(kept) > 0
+        self.fuses = shared.runtime.fused_gather and shared.selects and not stays
         """Whether kept rows and columns are read inside the matrix products, without copies."""
         self._copies: dict[tuple[nn.Module, str], tuple[tuple, Any]] = {}
 
@@ -219,7 +253,7 @@ class OpenCut:
 
         states (b, t, C): what enters the consumer; real (b, t) bool, or None where all are; probe_mean (C,).
         """
-        linear, kept = self.state.binding.consumer, self.columns if len(self.kept) else self.kept
+        linear, kept = self.state.binding.consumer, self.columns
         with self.shared.stages.compensate, weights_present(linear), unautocast(linear.weight):
             added = self._added(linear)
             if added is None:  # the share of the mean depends on nothing else of the tokens
@@ -262,14 +296,35 @@ class OpenCut:
             weight = self._consumer_weight(linear)
             if self.keeps:
                 self._store(linear, "weight", weight)
+        return weight, self._bias(linear, weight)
+
+    def constant(self, x: Tensor) -> Tensor:
+        """What an absent block adds to the residual stream: nothing, or its mean output if that is compensated.
+
+        x (..., D) is what the block reads -> (..., O), which may be one row for all tokens.
+        """
+        linear = self.state.binding.consumer
+        added = self._recall(linear, "bias")
+        if added is None:
+            with torch.no_grad(), weights_present(linear):
+                added = self._bias(linear, None)
+        if added is None:
+            return x.new_zeros(linear.out_features).expand(*x.shape[:-1], -1)
+        return added.to(x).expand(*x.shape[:-1], -1)
+
+    def _bias(self, linear: nn.Linear, weight: Tensor | None) -> Tensor | None:
+        """The consumer's bias (O,), compensation included; a site that keeps nothing has only that of compensation.
+
+        weight (O, c) is the consumer's; None: no unit is kept.
+        """
         if not self.state.compensation.wanted:
-            return weight, linear.bias
+            return linear.bias if len(self.kept) else None
         bias = self._recall(linear, "bias") if self.keeps else None
         if bias is None:
             bias = self._mean_keeping_bias(linear, weight)
             if self.keeps:
                 self._store(linear, "bias", bias)
-        return weight, bias
+        return bias
 
     def copies(self) -> Iterator[Tensor]:
         """What is kept, without the model's own weights."""
@@ -318,19 +373,19 @@ class OpenCut:
                 weight = shared.gatherer.copy(weight, linear, place, self.once or folded)
             columns = len(self.columns) if shared.applier.resizes else linear.in_features
             self._check(weight, (linear.out_features, columns), f"consumer (weight of {site.consumer})")
-        return weight if len(self.kept) else torch.zeros_like(weight)
+        return weight
 
-    def _mean_keeping_bias(self, linear: nn.Linear, weight: Tensor) -> Tensor:
+    def _mean_keeping_bias(self, linear: nn.Linear, weight: Tensor | None) -> Tensor:
         """The consumer's bias, (O,): with the whole mean, the mean output is what it was before the cut."""
         state = self.state
-        with self.shared.stages.compensate, unautocast(weight):
+        with self.shared.stages.compensate, unautocast(linear.weight):
             mean = self._mean(self.probe_mean)
             of_batch = state.compensation.compensator.uses_probe and mean is not state.history.mean
             if of_batch or differentiates(linear) or torch.compiler.is_compiling():
                 whole = linear.weight.float() @ mean
             else:
                 whole = state.mean_output(mean)
-            bias = state.compensation.bias(weight, self.columns, mean, whole)
+            bias = whole if weight is None else state.compensation.bias(weight, self.columns, mean, whole)
             if self.shares is not None:
                 there = mean[self.columns]
                 bias = state.compensation.share_of_bias(bias, self._added(linear), there, self.shares)
@@ -372,6 +427,8 @@ class SiteCut:
         self.computed: Tensor | None = None
         """The units of the last cut that was open, to be read after the pass that closed it."""
         self._suspended: OpenCut | None = None
+        self._replaced: list[Replaced] = []
+        """The modules of the block while it is not computed."""
 
     # Properties.
 
@@ -395,6 +452,15 @@ class SiteCut:
     @property
     def whole(self) -> bool:
         return self.state.whole
+
+    @property
+    def settled(self) -> bool:
+        return self.state.settled
+
+    @property
+    def absent(self) -> bool:
+        """Whether the block is not computed now."""
+        return self.open_cut is not None and self.open_cut.absent
 
     @property
     def fixed(self) -> Tensor | None:
@@ -422,12 +488,14 @@ class SiteCut:
                 self.suspend()
             open_cut = self.cut_to(kept, stays)
             self.open_cut, self._suspended, self.computed = open_cut, None, kept
-            if self.shared.applier.resizes:
+            if open_cut.absent:
+                self._leave_out()
+            elif self.shared.applier.resizes:
                 binding = self.binding
                 for module, name, per_unit, _ in binding.attributes:
-                    setattr(module, name, len(open_cut.units) * per_unit)
+                    setattr(module, name, len(kept) * per_unit)
                 if binding.site.query_heads_per_kv:
-                    setattr(binding.entry, KV_INDEX, open_cut.units // binding.site.query_heads_per_kv)
+                    setattr(binding.entry, KV_INDEX, kept // binding.site.query_heads_per_kv)
         open_cut.use_probe(probe_mean, shares)
 
     def cut_to(self, kept: Tensor, stays: bool) -> OpenCut:
@@ -443,11 +511,21 @@ class SiteCut:
         if self.open_cut is None:
             return
         self._suspended, self.open_cut = self.open_cut, None
+        while self._replaced:
+            restore(self._replaced.pop())
         if self.shared.applier.resizes:
             for module, name, _, whole in self.binding.attributes:
                 setattr(module, name, whole)
             if self.binding.site.query_heads_per_kv:
                 vars(self.binding.entry).pop(KV_INDEX, None)
+
+    def _leave_out(self) -> None:
+        """Compute neither the norm nor the block. Where a block is not one module, its linear layers do it."""
+        binding = self.binding
+        if binding.own_norm:
+            self._replaced.append(replace_forward(binding.norm, unchanged))
+        if binding.activation is None:
+            self._replaced.append(replace_forward(binding.entry, _added, self))
 
     def reopen(self, before: OpenCut | None) -> None:
         """Open the cut that was open before; None: compute with all units."""
@@ -481,6 +559,8 @@ class SiteCut:
     def refresh(self) -> None:
         """Renew copies of weights that have changed since: compiled code does not check them."""
         if self.open_cut is not None and self.open_cut.once:
+            if self.open_cut.absent:
+                return
             for linear, producer in self.binding.producers:
                 self.open_cut.producer(linear, producer)
             if not self.state.compensation.compensator.uses_probe:
@@ -500,3 +580,12 @@ class SiteCut:
         """Copies of weights that are kept now."""
         latest = self.open_cut or self._suspended
         return iter(()) if latest is None else latest.copies()
+
+
+def _added(cut: SiteCut, /, *args: Any, **kwargs: Any) -> Any:
+    """What the entry of an absent block returns."""
+    site, open_cut = cut.site, cut.open_cut
+    assert open_cut is not None  # it is absent
+    added = open_cut.constant(split(cut.binding.entry, args, kwargs)[0])
+    returns = site.returns or (2 if site.kind == "attention" else 1)
+    return added if returns == 1 else (added, *[None] * (returns - 1))

@@ -45,6 +45,34 @@ def homogeneous(config: Any) -> Any:
     return cls(**{**_carried(config, cls), **size})
 
 
+def shortened(config: Any, layers: Sequence[LayerShape]) -> tuple[Any, list[LayerShape]]:
+    """The configuration and the shapes without the layers of which nothing is left.
+
+    Raises :class:`SpecError` where no layer is left.
+    """
+    left = [number for number, layer in enumerate(layers) if not layer.gone]
+    if not left:
+        raise SpecError("nothing is left of any layer, and no model has none; lower the ratio")
+    if len(left) == len(layers):
+        return config, list(layers)
+    config = copy.deepcopy(homogeneous(config))
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[number] for number in left]
+    config.num_hidden_layers = len(left)
+    return config, [layers[number] for number in left]
+
+
+def check_whole(profile: str, layers: Sequence[LayerShape]) -> None:
+    """Raise :class:`SpecError` for a layer of which a part is left, in a format without empty blocks."""
+    for index, layer in enumerate(layers):
+        if not (layer.heads and layer.width):
+            what = "no attention" if not layer.heads else "no MLP"
+            raise SpecError(
+                f"profile {profile}: layer {index} has {what} left, and this format needs both in every layer; whole "
+                "layers may go (strategies shortgpt and sleb). Nearest: --profile hf-hetero"
+            )
+
+
 # Profile hf-uniform
 
 
@@ -57,6 +85,7 @@ def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
     """
     import transformers
 
+    check_whole("hf-uniform", layers)
     layer, family, dense = _uniform_layer(layers), classes.family_of(dense), homogeneous(dense)
     if family == "opt":
         if layer.heads != dense.num_attention_heads:

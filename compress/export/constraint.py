@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ...registry import Site, SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
+from ...registry import BlockStatistic, Site, SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
 from ..models.exported.manifest import Rounding, ScoreKept
 from ..output.formatting import share
 from ..pruning.prune import sites_within
@@ -33,7 +33,7 @@ class Constraint:
 
         Raises :class:`SpecError` for equal counts with skipped layers, and for an allocator that measures.
         """
-        if not self.binds:
+        if not self.binds or strategy.allocator.whole_blocks:  # whole blocks have the shapes that they had
             return strategy
         if strategy.allocator.measures:
             raise SpecError(
@@ -72,6 +72,10 @@ class RoundedCounts(SparsityAllocator):
     def takes_ratio(self) -> bool:  # type: ignore[override]
         return self.allocator.takes_ratio
 
+    @property
+    def block_statistic(self) -> BlockStatistic | None:
+        return self.allocator.block_statistic
+
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         counts = self.allocator.allocate(sites, ratio)
         if self.equal:
@@ -90,20 +94,21 @@ class RoundedCounts(SparsityAllocator):
     def _rounded(self, scores: SiteScores, count: int) -> int:
         """The nearest multiple, at least one; a site that keeps all units keeps all."""
         units = scores.site.units
-        if scores.site.kind != "mlp" or count >= units:
+        if scores.site.kind != "mlp" or count >= units or not count:
             return count
         self.check_reachable([scores.site])
         return min(units, max(self.multiple, (count + self.multiple // 2) // self.multiple * self.multiple))
 
 
 def _equal(sites: Sequence[SiteScores], counts: Sequence[int]) -> list[int]:
-    """The mean count of each kind of site, for every site of that kind."""
+    """The mean count of each kind of site, for every site of that kind that keeps anything."""
     by_kind: dict[SiteKind, list[int]] = defaultdict(list)
     for scores, count in zip(sites, counts, strict=True):
-        by_kind[scores.site.kind].append(count)
+        if count:
+            by_kind[scores.site.kind].append(count)
     most = {kind: min(s.site.units for s in sites if s.site.kind == kind) for kind in by_kind}
     mean = {kind: min(most[kind], max(1, round(sum(found) / len(found)))) for kind, found in by_kind.items()}
-    return [mean[scores.site.kind] for scores in sites]
+    return [mean[scores.site.kind] if count else 0 for scores, count in zip(sites, counts, strict=True)]
 
 
 def rounding(pruned: Pruned) -> Rounding | None:
@@ -118,7 +123,7 @@ def rounding(pruned: Pruned) -> Rounding | None:
     scores = [pruned.calibrated_scores(cut) for cut in pruned.cuts]
     known = [found for found in scores if found is not None]
     complete = len(known) == len(scores)
-    plain = [SiteScores(cut.site) for cut in pruned.cuts]
+    plain = [cut.state.unscored for cut in pruned.cuts]
     layers = 1 + max(site.layer for site in pruned.all_sites)
     ratio = pruned.strategy.ratio if pruned.matched is None else pruned.matched.ratio
     unrounded = pruned.strategy.model_copy(update={"allocator": allocator.allocator, "ratio": ratio})

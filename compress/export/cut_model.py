@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...registry import Producer, Site, SiteKind, SpecError
 from ...registry.tensors.devices import weights_present
-from ..engine.site_cut import OpenCut
+from ..engine.site_cut import OpenCut, SiteCut
 from ..models.architectures import heads_of
 from ..pruning.pruned import Pruned
 from .weights import PlannedTensor, Tensors, dense_tensors, written
@@ -23,15 +23,20 @@ class LayerShape:
     """The shape of a decoder layer."""
 
     heads: int
-    """Query heads."""
+    """Query heads; 0: no attention."""
     kv_heads: int
     """Key/value heads."""
     width: int
-    """MLP channels."""
+    """MLP channels; 0: no MLP."""
     attention_bias: bool
     """Whether the attention's output projection has a bias."""
     mlp_bias: bool
     """Whether the MLP's output projection has a bias."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing of the layer is left."""
+        return not (self.heads or self.width)
 
 
 Place = Callable[[Tensor, Tensor, int], Tensor]
@@ -68,17 +73,33 @@ def shapes_of(
     """The shape of every layer, from the kept units of its sites and from the biases of their consumers."""
     by_place = {(site.layer, site.kind): site for site in sites}
     shapes = []
-    for layer in sorted({layer for layer, _ in by_place}):
-        attention, mlp = by_place[layer, "attention"], by_place[layer, "mlp"]
-        heads, kv_heads = heads_of(config, layer)
-        count = max(1, counts[layer, "attention"])
-        if attention.query_heads_per_kv:
-            heads = count
-        else:
-            heads, kv_heads = count * (heads // kv_heads), count
-        width = max(1, counts[layer, "mlp"])
-        shapes.append(LayerShape(heads, kv_heads, width, has_bias(attention), has_bias(mlp)))
+    for layer in range(1 + max(layer for layer, _ in by_place)):
+        attention, mlp = by_place.get((layer, "attention")), by_place.get((layer, "mlp"))
+        heads = kv_heads = 0
+        count, width = (counts.get((layer, kind), 0) for kind in ("attention", "mlp"))
+        if attention is not None and count:
+            heads, kv_heads = heads_of(config, layer)
+            if attention.query_heads_per_kv:
+                heads = count
+            else:
+                heads, kv_heads = count * (heads // kv_heads), count
+        biases = (site is not None and has_bias(site) for site in (attention, mlp))
+        shapes.append(LayerShape(heads, kv_heads, width, *biases))
     return shapes
+
+
+def without_layers(tensors: Tensors, sites: Sequence[Site], layers: Sequence[LayerShape]) -> Tensors:
+    """``tensors`` under the names that they have where the layers that are gone do not count."""
+    stack = sites[0].norm.partition(f".{sites[0].layer}.")[0]
+    left = [number for number, layer in enumerate(layers) if not layer.gone]
+    moved = {f"{stack}.{number}.": f"{stack}.{place}." for place, number in enumerate(left)}
+
+    def name_of(name: str) -> str:
+        number = name.removeprefix(f"{stack}.").partition(".")[0] if name.startswith(f"{stack}.") else ""
+        before = f"{stack}.{number}."
+        return moved[before] + name.removeprefix(before) if number else name
+
+    return {name_of(name): tensor for name, tensor in tensors.items()}
 
 
 def uneven_heads(layer: int, kv_heads: int, left: str) -> SpecError:
@@ -95,7 +116,7 @@ def _check_even(config: Any, site: Site, kept: Sequence[int]) -> None:
     per_group = [0] * kv_heads
     for unit in kept:
         per_group[unit // site.query_heads_per_kv] += 1
-    if len(set(per_group)) > 1 or not kept:
+    if len(set(per_group)) > 1:
         left = ", ".join(map(str, per_group)) if kv_heads <= 8 else f"{min(per_group)} to {max(per_group)}"
         raise uneven_heads(site.layer, kv_heads, left)
 
@@ -112,6 +133,9 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
             raise SpecError(
                 "the model runs unpruned here; read its weights before remove(), and outside of dense() and suspended()"
             )
+        if opened.absent and place is _sliced:
+            _leave_out(found, cut)
+            continue
         for linear, producer in cut.binding.producers:
             rows = length(len(opened.rows[linear]), linear.out_features)
             shapes = {"weight": (rows, linear.in_features), "bias": (rows,)}
@@ -125,6 +149,20 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
         if linear.bias is not None or cut.compensation.wanted:
             found[f"{path}.bias"] = PlannedTensor(shape[:1], dtype, partial(_consumer_bias, opened, linear))
     return found
+
+
+def _leave_out(found: Tensors, cut: SiteCut) -> None:
+    """Remove the tensors of a block that is not there; raises :class:`SpecError` for one that leaves a constant."""
+    site = cut.site
+    if cut.compensation.wanted:
+        raise SpecError(
+            f"{site.label} keeps nothing, and its compensated mean is a constant that no smaller model can hold; "
+            "nearest: --profile padded, or --set prune.compensate=none"
+        )
+    norm = (f"{site.norm}.",) if cut.binding.own_norm else ()
+    block = (*norm, f"{site.entry}.", f"{site.consumer}.", *(f"{producer.path}." for producer in site.producers))
+    for name in [name for name in found if name.startswith(block)]:
+        del found[name]
 
 
 def _producer(cut: OpenCut, linear: nn.Linear, producer: Producer, place: Place, which: int) -> Tensor:
@@ -144,8 +182,7 @@ def _consumer_weight(cut: OpenCut, linear: nn.Linear, place: Place) -> Tensor:
 def _consumer_bias(cut: OpenCut, linear: nn.Linear) -> Tensor:
     with torch.no_grad(), weights_present(linear):
         _, bias = cut.consumer()
-        assert bias is not None  # it is planned only where the layer or the compensation has one
-        return written(bias)
+        return written(torch.zeros_like(linear.bias) if bias is None else bias)  # None: the site keeps nothing
 
 
 def _sliced(made: Tensor, kept: Tensor, whole: int) -> Tensor:

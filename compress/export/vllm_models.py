@@ -32,6 +32,11 @@ def layer_config(vllm_config: VllmConfig, prefix: str) -> Any:
     # A copy: the entry is the global configuration itself if no layer has values of its own.
     config = copy.copy(vllm_config.model_config.hf_config.per_layer_config[index])
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    if not (heads and width):
+        raise SpecError(
+            f"layer {index} has {'no MLP' if heads else 'no attention'}, which vLLM's layers cannot leave out; remove "
+            "whole layers instead (strategies shortgpt and sleb), or run the folder with transformers"
+        )
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if heads % ranks or width % ranks or (kv_heads % ranks and ranks % kv_heads):
         raise SpecError(

@@ -13,9 +13,9 @@ from ..models.exported.manifest import GGUF
 from ..models.loading import Loaded
 from ..pruning.prune import find_sites, sites_within
 from ..pruning.pruned import Pruned
-from .configs import add_code, fitted, hetero_config, homogeneous, padded_config, stock_config
+from .configs import add_code, fitted, hetero_config, homogeneous, padded_config, shortened, stock_config
 from .constraint import RoundedCounts
-from .cut_model import LayerShape, layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads
+from .cut_model import LayerShape, layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads, without_layers
 from .dynamic_state import save_state
 from .profiles import Profile
 from .weights import SHARD_SIZE, write_weights
@@ -36,15 +36,19 @@ def write_model(
     if profile.name == "gguf":
         from .gguf.file import write_gguf
 
-        layers = layer_shapes(pruned, tensors)
-        notes = write_gguf(folder / GGUF, homogeneous(pruned.model.config), layers, tensors, tokenizer, name=name)
+        shapes = layer_shapes(pruned, tensors)
+        config, layers = shortened(homogeneous(pruned.model.config), shapes)
+        tensors = without_layers(tensors, pruned.all_sites, shapes)
+        notes = write_gguf(folder / GGUF, config, layers, tensors, tokenizer, name=name)
         tokenizer.save_pretrained(folder)
         return notes
     with _quiet():
         if profile.name == "padded":
             config = padded_config(pruned, tensors)
         else:
-            config = _config(profile, pruned.model.config, layer_shapes(pruned, tensors))
+            shapes = layer_shapes(pruned, tensors)
+            config = _config(profile, *shortened(pruned.model.config, shapes))
+            tensors = without_layers(tensors, pruned.all_sites, shapes)
         # A file may say that the output layer is the embedding while the checkpoint has one of its own.
         config.tie_word_embeddings &= _output_name(pruned.model) not in tensors
         tensors = fitted(config, tensors)
@@ -94,7 +98,7 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
     inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
     if isinstance(strategy.allocator, RoundedCounts):
         strategy.allocator.check_reachable(inside)
-    if profile.name in ("padded", "dynamic") or strategy.allocator.needs_scores:
+    if profile.name in ("padded", "dynamic") or strategy.allocator.looks_at_model:
         return
     counts = {(site.layer, site.kind): site.units for site in sites}
     kept = strategy.allocator.allocate([SiteScores(site) for site in inside], ratio or 0.0)
@@ -106,12 +110,18 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
     parameters = dict(loaded.model.named_parameters())
 
     def has_bias(site: Site) -> bool:
-        cut = counts[site.layer, site.kind] < site.units
-        return f"{site.consumer}.bias" in parameters or (cut and strategy.compensates)
+        count = counts[site.layer, site.kind]
+        own = f"{site.consumer}.bias" in parameters and count > 0
+        return own or (count < site.units and strategy.compensates)
 
-    if profile.name != "gguf":
+    config, layers = shortened(config, shapes_of(config, sites, counts, has_bias))
+    if profile.name == "gguf":
+        from .gguf.file import check_layers
+
+        check_layers(layers)
+    else:
         with _quiet():
-            _config(profile, config, shapes_of(config, sites, counts, has_bias))
+            _config(profile, config, layers)
 
 
 def _config(profile: Profile, dense: Any, layers: Sequence[LayerShape]) -> Any:

@@ -55,13 +55,16 @@ class PreNormDecoder(Architecture):
             site
             for index in layers
             for site in (self._attention_site(model, index, attention_unit), self._mlp_site(model, index))
+            if site is not None
         ]
 
-    def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site:
+    def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site | None:
         names, layer = self.attention, f"{self.layers}.{index}"
         module = f"{layer}.{names.module}"
         query, key, value, output = (f"{module}.{n}" for n in (names.query, names.key, names.value, names.output))
         heads, kv_heads = heads_of(model.config, index)
+        if not heads:
+            return None  # an exported model without this attention
         size = head_size(model.config)
         per_group = heads // kv_heads
         if unit == "kv_group" or per_group == 1:
@@ -91,9 +94,12 @@ class PreNormDecoder(Architecture):
             query_heads_per_kv=picks,
         )
 
-    def _mlp_site(self, model: nn.Module, index: int) -> Site:
+    def _mlp_site(self, model: nn.Module, index: int) -> Site | None:
         names, layer = self.mlp, f"{self.layers}.{index}"
         consumer = f"{layer}.{names.consumer}"
+        config: Any = model.config
+        if config.model_type.startswith(PRUNED) and not _has(model, consumer):
+            return None  # an exported model without this MLP
         return _site(
             model,
             layer=index,
@@ -119,6 +125,12 @@ def heads_of(config: Any, layer: int) -> tuple[int, int]:
 def head_size(config: Any) -> int:
     """Number of channels of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    """Whether the model has a linear layer there."""
+    owner, _, name = path.rpartition(".")
+    return hasattr(getattr(model.get_submodule(owner), name, None), "in_features")
 
 
 def _linear(model: nn.Module, path: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ...evaluators.cost import weights_of_unit
+from ...evaluators.cost import linears_of_block, weights_of_block, weights_of_unit
 from ...registry import Site, SiteKind, SpecError
 from ..output.formatting import share
 from ..output.records import MatchFacts, What
@@ -52,8 +52,8 @@ class DecoderCost:
     """What the dense decoder costs, and each unit of its sites."""
 
     dense: float
-    units: Mapping[tuple[int, SiteKind], tuple[int, float]]
-    """Number of units of a site, and the cost of one."""
+    units: Mapping[tuple[int, SiteKind], tuple[int, float, float]]
+    """Number of units of a site, the cost of one, and of the whole block: more where biases or heads are shared."""
 
     @classmethod
     def of(cls, model: nn.Module, layers: Iterable[nn.Module], sites: Sequence[Site], match: Match) -> DecoderCost:
@@ -62,19 +62,27 @@ class DecoderCost:
         weights = sum(linear.in_features * linear.out_features for linear in linears)
         if match.what == "parameters":
             biases = sum(linear.bias.numel() for linear in linears if linear.bias is not None)
-            units = {(site.layer, site.kind): (site.units, float(site.unit_parameters)) for site in sites}
+            units = {(s.layer, s.kind): (s.units, float(s.unit_parameters), _parameters(model, s)) for s in sites}
             return cls(float(weights + biases), units)
         scores = {(site.layer, site.kind): 4 * match.length * (site.kind == "attention") for site in sites}
         dense = 2 * weights + sum(scores[site.layer, site.kind] * site.channels for site in sites)
-        return cls(float(dense), {
-            (s.layer, s.kind): (s.units, float(2 * weights_of_unit(model, s) + scores[s.layer, s.kind] * s.unit_size))
-            for s in sites
-        })  # fmt: skip
+        found = {}
+        for s in sites:
+            of_scores = scores[s.layer, s.kind]
+            unit = 2 * weights_of_unit(model, s) + of_scores * s.unit_size
+            block = 2 * weights_of_block(model, s) + of_scores * s.channels
+            found[s.layer, s.kind] = s.units, float(unit), float(block)
+        return cls(float(dense), found)
 
     def lost(self, counts: Counts) -> float:
         """The share of the dense cost that goes with the units that are not among ``counts``."""
         units = ((*self.units[place], count) for place, count in counts.items())
-        return sum((total - kept) * each for total, each, kept in units) / self.dense
+        return sum((total - kept) * each if kept else block for total, each, block, kept in units) / self.dense
+
+
+def _parameters(model: Any, site: Site) -> float:
+    """Parameters of the linear layers of a whole block."""
+    return float(sum(p.numel() for linear in linears_of_block(model, site) for p in linear.parameters()))
 
 
 def nearest(match: Match, cost: DecoderCost, counts_at: Callable[[float], Counts], asked: float) -> MatchFacts:

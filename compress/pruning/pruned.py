@@ -222,6 +222,9 @@ class Pruned:
         if self.is_dense or not self.strategy.applier.resizes:
             return total
         for cut in self._engine.cuts:
+            if not cut.count:
+                total -= cut.binding.parameters - cut.site.outputs * cut.compensation.wanted
+                continue
             total -= (cut.site.units - cut.count) * cut.site.unit_parameters
             if cut.compensation.wanted and cut.binding.consumer.bias is None and not cut.whole:
                 total += cut.site.outputs

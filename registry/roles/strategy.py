@@ -90,10 +90,10 @@ class Strategy(Component):
                 "sequential calibration is for strategies that decide once (no merger): set selector and merger to "
                 "null, or sequential to false"
             )
-        if self.allocator.measures and not self.allocator.needs_scores:
+        if self.allocator.measures and not (self.allocator.needs_scores or self.allocator.whole_blocks):
             raise ValueError(
-                f"allocator {self.allocator.name} measures cuts by scores, so its needs_scores must be true, too; fix "
-                "the plugin"
+                f"allocator {self.allocator.name} measures cuts by scores, so its needs_scores must be true, too (or "
+                "whole_blocks, where every site keeps all or nothing); fix the plugin"
             )
         return self
 
@@ -150,6 +150,11 @@ class Strategy(Component):
         return self.merger is not None
 
     @property
+    def calibrates_channels(self) -> bool:
+        """Whether calibration gathers statistics of the sites' channels."""
+        return self.compensates or (self.scorer.statistic is not None and not self.allocator.whole_blocks)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the strategy needs calibration batches."""
         return self.compensates or self.decides_by_activations
@@ -157,7 +162,11 @@ class Strategy(Component):
     @property
     def decides_by_activations(self) -> bool:
         """Whether the choice of units depends on calibration batches."""
-        if self.allocator.measures or (self.allocator.needs_scores and self.scorer.statistic is not None):
+        if self.allocator.measures or self.allocator.block_statistic is not None:
+            return True
+        if self.allocator.whole_blocks:
+            return False
+        if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
         if self.merger is not None:
             return self.merger.uses_history

@@ -17,7 +17,7 @@ from torch import Tensor
 from ....registry import ModelError, SpecError
 from ....registry.tensors.tokens import context_of
 from ...models.architectures import head_size
-from ..configs import window_in_force
+from ..configs import check_whole, window_in_force
 from ..cut_model import LayerShape
 from ..weights import PlannedTensor, Tensors
 from .checking import check_file, checksum
@@ -70,7 +70,7 @@ def write_gguf(
     """
     check_supported(config)
     gguf = _gguf()
-    _check_layers(layers)
+    check_layers(layers)
     plans = _plans(config, layers, tensors)
     vocabulary = read_vocabulary(tokenizer, rows=tensors["model.embed_tokens.weight"].shape[0])
 
@@ -165,7 +165,9 @@ def _then(make: Callable[[], Tensor], change: Callable[[Tensor], Tensor]) -> Cal
     return lambda: change(make())
 
 
-def _check_layers(layers: Sequence[LayerShape]) -> None:
+def check_layers(layers: Sequence[LayerShape]) -> None:
+    """Raise :class:`SpecError` or :class:`ModelError` for shapes that llama.cpp does not take."""
+    check_whole("gguf", layers)
     for index, layer in enumerate(layers):
         if layer.kv_heads < 1 or layer.heads % layer.kv_heads or layer.width < 1:
             raise ModelError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import transformers
 from torch import nn
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 
 OLDEST = "5.14"
 """The first transformers whose configurations have per_layer_config."""
@@ -74,6 +76,7 @@ class PerLayerModel(ModelMixin):
     attention_output = "self_attn.o_proj"
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output = "mlp.down_proj"
+    attention_norm, mlp_norm = "input_layernorm", "post_attention_layernorm"
 
     def __init__(self, config):
         whole = copy.copy(config)
@@ -100,20 +103,77 @@ class PerLayerModel(ModelMixin):
         return super().init_continuous_batching(*args, **kwargs)
 
     def _cut(self, layer, shape):
+        if shape.num_attention_heads:
+            self._cut_attention(layer, shape)
+        else:
+            setattr(layer, self.attention_norm, nn.Identity())
+            layer.self_attn = NoAttention(layer.self_attn.layer_idx)
+        if getattr(shape, shape.width):
+            self._cut_mlp(layer, shape)
+        else:
+            setattr(layer, self.mlp_norm, nn.Identity())
+            self._remove_mlp(layer)
+
+    def _cut_attention(self, layer, shape):
         attention, heads = layer.self_attn, shape.num_attention_heads
-        kv_heads = kv_heads_of(shape)
-        size, width = attention.head_dim, getattr(shape, shape.width)
+        kv_heads, size = kv_heads_of(shape), attention.head_dim
         _resize(layer, "self_attn.q_proj", rows=heads * size)
         for name in ("self_attn.k_proj", "self_attn.v_proj"):
             _resize(layer, name, rows=kv_heads * size)
         _resize(layer, self.attention_output, columns=heads * size, bias=shape.attention_output_bias)
-        for name in self.mlp_inputs:
-            _resize(layer, name, rows=width)
-        _resize(layer, self.mlp_output, columns=width, bias=shape.mlp_output_bias)
         if hasattr(attention, "num_key_value_groups"):
             attention.num_key_value_groups = heads // kv_heads
         else:
             attention.num_heads = heads
+
+    def _cut_mlp(self, layer, shape):
+        width = getattr(shape, shape.width)
+        for name in self.mlp_inputs:
+            _resize(layer, name, rows=width)
+        _resize(layer, self.mlp_output, columns=width, bias=shape.mlp_output_bias)
+
+    def _remove_mlp(self, layer):
+        layer.mlp = NoMlp()
+
+
+class NoMlp(nn.Module):
+    """Stands where a layer has no MLP, or one linear layer of it: adds nothing to the residual stream."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+class NoAttention(nn.Module):
+    """Stands where a layer has no attention: adds nothing, and counts its tokens in the key/value cache.
+
+    transformers reads positions and masks from the first layer of the cache.
+    """
+
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states, past_key_values=None, **others):
+        if past_key_values is not None:
+            self.count(past_key_values.layers, hidden_states)
+        return torch.zeros_like(hidden_states), None
+
+    def count(self, layers, states):
+        while len(layers) <= self.layer_idx:
+            layers.append(DynamicLayer())
+        here = layers[self.layer_idx]
+        if isinstance(here, DynamicLayer) and not (here.is_sliding or isinstance(here, TokenCount)):
+            here = layers[self.layer_idx] = TokenCount()
+        heads, size = (1, 0) if here.keys is None else here.keys.shape[1::2]
+        nothing = states.new_zeros(len(states), heads, states.shape[1], size)
+        here.update(nothing, nothing)
+
+
+class TokenCount(DynamicLayer):
+    """A layer of a key/value cache that has the number of its tokens, and neither keys nor values."""
+
+    def get_seq_length(self):
+        return 0 if self.keys is None else self.keys.shape[-2]
 
 
 def kv_heads_of(shape):
@@ -178,6 +238,10 @@ class PrunekitOPTForCausalLM(PerLayerModel, OPTForCausalLM):
     attention_output = "self_attn.out_proj"
     mlp_inputs = ("fc1",)
     mlp_output = "fc2"
+    attention_norm, mlp_norm = "self_attn_layer_norm", "final_layer_norm"
+
+    def _remove_mlp(self, layer):
+        layer.fc1, layer.fc2 = nn.Identity(), NoMlp()
 
 
 MODELS = (

@@ -1,0 +1,105 @@
+"""Depth strategies: the layers with the lowest influence, and the blocks without which the loss is smallest."""
+
+import pytest
+import torch
+from prunekit.compress import prune
+from prunekit.compress.pruning.matching import Match
+from prunekit.registry import SpecError
+from prunekit.registry.checks import check_component
+from prunekit.strategies.depth import BlockByBlock, LowestInfluence
+from torch.nn import functional
+
+LAYERS = 6
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama-gqa", num_hidden_layers=LAYERS)
+
+
+def gone(pruned):
+    return {place for place, count in pruned.counts.items() if not count}
+
+
+@torch.no_grad()
+def loss_without(model, batches, blocks):
+    shares = {kind: [float((layer, kind) in blocks) for layer in range(LAYERS)] for kind in ("attention", "mlp")}
+    with prune(model, "magnitude", allocator={"name": "explicit", **shares}):
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        logits = model(ids, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)).item()
+
+
+@torch.no_grad()
+def test_shortgpt_removes_the_layers_that_turn_the_stream_least(model, batches):
+    seen = {}
+
+    def see(number):
+        def hook(_, args, output):
+            cosine = functional.cosine_similarity(args[0], output, dim=-1)
+            seen.setdefault(number, []).append(1 - cosine)
+
+        return hook
+
+    handles = [layer.register_forward_hook(see(number)) for number, layer in enumerate(model.model.layers)]
+    for batch in batches:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    influence = {number: float(torch.stack(found).mean()) for number, found in seen.items()}
+    lowest = sorted(influence, key=influence.get)
+    with prune(model, "shortgpt", ratio=0.4, calibration=batches) as pruned:  # 2.4 of 6 layers
+        assert gone(pruned) == {(layer, kind) for layer in lowest[:2] for kind in ("attention", "mlp")}
+        assert pruned.ratio.prunable_parameters_cut == pytest.approx(1 / 3)
+    with prune(model, "shortgpt", ratio=0.45, calibration=batches) as pruned:
+        assert len(gone(pruned)) == 6  # 2.7 layers
+
+
+def test_blocks_go_one_by_one_where_the_loss_is_smallest(model, batches):
+    every = [(layer, kind) for layer in range(LAYERS) for kind in ("attention", "mlp")]
+    options = dict(ratio=0.34, calibration=batches)
+    for use, allowed in (
+        ("sleb", [{(layer, "attention"), (layer, "mlp")} for layer in range(1, LAYERS - 1)]),
+        ("block_pruner", [{place} for place in every]),
+    ):
+        found = set()
+        with prune(model, use, **options, allocator={"tokens": 10_000}) as pruned:
+            removed = gone(pruned)
+        while found < removed:
+            losses = {i: loss_without(model, batches, found | block) for i, block in enumerate(allowed)}
+            best = min(losses, key=losses.get)
+            found |= allowed.pop(best)
+        assert found == removed and removed, use
+
+
+def test_no_site_is_calibrated_and_a_loss_is_measured_once(make_counting, batches):
+    model = make_counting(num_hidden_layers=LAYERS)
+    with prune(model, "shortgpt", ratio=0.4, calibration=batches):
+        assert model.passes == len(batches)
+    model.passes = 0
+    with prune(model, "wanda_sp", allocator="lowest_influence", ratio=0.4, calibration=batches) as pruned:
+        assert model.passes == len(batches) and gone(pruned)
+
+
+def test_a_match_says_how_near_it_came(model, batches):
+    with prune(model, "shortgpt", ratio=0.4, calibration=batches, match=Match("parameters")) as pruned:
+        assert pruned.matched.cost == pytest.approx(2 / 3, abs=1e-3)
+
+
+def test_a_ratio_out_of_reach_is_refused(model, batches):
+    with pytest.raises(SpecError, match="out of reach with keep_first: 1 and keep_last: 1"):
+        prune(model, "sleb", ratio=0.9, calibration=batches)
+
+
+class InPart(LowestInfluence):
+    """Keeps half of a block."""
+
+    def allocate(self, sites, ratio):
+        return [max(1, count // 2) if ratio else count for count in super().allocate(sites, 0)]
+
+
+def test_the_contract():
+    for allocator in (LowestInfluence(), BlockByBlock(), BlockByBlock(blocks="sites")):
+        check_component(allocator)
+    with pytest.raises(AssertionError, match="has whole_blocks true, and keeps"):
+        check_component(InPart())
