@@ -85,7 +85,7 @@ def check_scores(scorer: Scorer) -> None:
     for site in both_kinds():
         for statistic in (draw(site.channels, seed=1).square(), torch.zeros(site.channels)):
             weight = draw(20, site.channels)
-            prepared = scorer.prepare(weight, site)
+            prepared = _prepared(scorer, weight, site)
             expect_unchanged(scorer, "weight", draw(20, site.channels), weight)
             given = None if scorer.statistic is None else statistic.clone()
             scores = scorer.score(prepared, given)
@@ -98,11 +98,29 @@ def check_scores(scorer: Scorer) -> None:
             expect_tensor(units, scorer, "unit scores", (site.units,))
 
 
+def _prepared(scorer: Scorer, weight: Tensor, site: Site, inputs: int = 16) -> Any:
+    """What the scorer prepares, from the producers' weights, too, where it asks for them."""
+    prepare: Any = scorer.prepare
+    if not scorer.uses_producers:
+        return prepare(weight, site)
+    given = [draw(site.channels, inputs, seed=seed) for seed, _ in enumerate(site.producers, start=3)]
+    try:
+        prepared = prepare(weight, site, [producer.clone() for producer in given])
+    except TypeError as error:
+        expect(False, scorer, f"has uses_producers true, and prepare does not take the producers' weights ({error})")
+    again = prepare(weight, site, given)
+    for seed, producer in enumerate(given, start=3):
+        expect_unchanged(scorer, "producers' weights", draw(site.channels, inputs, seed=seed), producer)
+    same = [torch.equal(a, b) for a, b in zip(tensors_in(prepared), tensors_in(again), strict=True)]
+    expect(all(same), scorer, "prepares the same weights differently")
+    return prepared
+
+
 def check_score_cost(scorer: Scorer) -> None:
     """A decision costs O(C): the prepared part does not grow with the number of outputs."""
     sizes = []
     for outputs in (20, 80):
-        prepared = scorer.prepare(draw(outputs, UNITS * UNIT_SIZE), some_site("mlp"))
+        prepared = _prepared(scorer, draw(outputs, UNITS * UNIT_SIZE), some_site("mlp"), inputs=outputs)
         sizes.append(sum(tensor.numel() for tensor in tensors_in(prepared)))
     expect(
         sizes[0] == sizes[1],

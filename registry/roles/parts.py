@@ -32,6 +32,9 @@ class Scorer(Component):
 
     statistic: ClassVar[Statistic | None] = MeanSquare()
     """The statistic of the activations; None for a score of the weights alone."""
+    uses_producers: ClassVar[bool] = False
+    """Whether it scores by the producers' weights, too. It is then called ``prepare(weight, site, producers)``, with
+    the weight (R, D) float32 of every layer of ``site.producers``; declare ``producers: Sequence[Tensor] = ()``."""
 
     @abstractmethod
     def prepare(self, weight: Tensor, site: Site) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,23 @@ from .compensation import Compensator, NoCompensation
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 
 PaddingOf = Callable[[Tensor], Tensor | None]
+
+
+def _lacks_argument(part: Component) -> str | None:
+    """One sentence on a method without the argument that the part asks for; None where there is none."""
+    if isinstance(part, Scorer) and part.uses_producers:
+        method, argument = part.prepare, "producers"
+    elif isinstance(part, SparsityAllocator) and part.measures:
+        method, argument = part.allocate, "evaluate"
+    else:
+        return None
+    found = inspect.signature(method).parameters
+    if len(found) > 2:
+        return None
+    return (
+        f"{type(part).__name__}.{method.__name__} takes ({', '.join(('self', *found))}), but it is called with one "
+        f"more argument, {argument}; fix the plugin"
+    )
 
 
 class Strategy(Component):
@@ -66,7 +84,7 @@ class Strategy(Component):
     @model_validator(mode="after")
     def _parts_fit(self) -> Strategy:
         for part in (value for _, value in self if isinstance(value, Component)):
-            if wrong := wrong_signature(type(part)):
+            if wrong := wrong_signature(type(part)) or _lacks_argument(part):
                 raise ValueError(wrong)
         if self.merger is not None and self.selector is None:
             raise ValueError("deciding per batch needs both a selector and a merger (or neither, to decide once)")
