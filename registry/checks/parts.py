@@ -274,12 +274,16 @@ class _MadeUpLosses:
     def __init__(self, sites: Sequence[Site]):
         self._sites = sites
 
-    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int, **how: Any) -> list[float]:
         return [2 + sum(map(self._share, self._sites, counts)) for counts in candidates]
 
     @staticmethod
     def _share(site: Site, count: int) -> float:
         return (1 - count / site.units) ** 2 / (1 + site.layer)
+
+    @staticmethod
+    def record(**entry: Any) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def progress(items: Iterable, label: str, total: int) -> Iterable:

@@ -144,16 +144,28 @@ class SiteScores:
     """(U,) float32; empty where ``channels`` is."""
 
 
+Objective = Literal["loss", "kl"]
+"""What is measured of a cut model: the loss of the next token, or the divergence from the dense model's prediction."""
+
+
 class Evaluate(Protocol):
     """What an allocator that measures gets: the loss of the model with some of its units cut."""
 
-    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+    def __call__(
+        self, candidates: Sequence[Sequence[int]], tokens: int, *, objective: Objective = "loss", top_logits: int = 0
+    ) -> list[float]:
         """The loss of every candidate, in nats per predicted token, on about ``tokens`` of the calibration text.
 
         A candidate is a kept count for every site, in the order of the allocator's ``sites``. Every site keeps the
-        units with the highest calibrated scores; nothing is compensated. The loss is infinite where the cut model
-        gives no finite one. A loss is measured once, also if it is asked for again by another pruning of a study.
+        units with the highest calibrated scores; nothing is compensated. With the objective ``kl`` it is the divergence
+        KL(dense || cut) instead, over the ``top_logits`` tokens that are likeliest by the dense model (0: all). The
+        loss is infinite where the cut model gives no finite one. A loss is measured once, also if it is asked for
+        again by another pruning of a study.
         """
+        ...
+
+    def record(self, **entry: Any) -> None:
+        """Have ``entry``, plain data of a search, in the results: once for every step."""
         ...
 
     def progress(self, items: Iterable, label: str, total: int) -> Iterable:
