@@ -30,6 +30,7 @@ from .roles.parts import (
 )
 from .roles.strategy import PaddingOf, Strategy
 from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, complement
+from .tensors.blocks import BlockInfluence, BlockStatistic
 from .tensors.history_storage import HistoryStorage
 from .tensors.moments import ChannelMoments
 from .tensors.reductions import position_means, position_sums, token_norms
@@ -41,6 +42,8 @@ __all__ = [
     "STAGES",
     "Architecture",
     "AttentionUnit",
+    "BlockInfluence",
+    "BlockStatistic",
     "Catalog",
     "ChannelHistory",
     "ChannelMoments",

@@ -28,7 +28,7 @@ class SharedStatistics:
     """What one loaded model has shown on the calibration texts used last, so that no text is read twice.
 
     What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the text and the
-    statistic, and the losses that allocators have measured. At most ``texts`` are remembered, the oldest going first;
+    statistic, and what allocators have measured. At most ``texts`` are remembered, the oldest going first;
     a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up to
     ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB. Never shared: statistics of
     sequential calibration, which depend on what was cut before.
@@ -38,7 +38,7 @@ class SharedStatistics:
         self.texts = texts
         self._of: OrderedDict[str, Histories] = OrderedDict()
         self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
-        self._losses: OrderedDict[str, dict[str, float]] = OrderedDict()
+        self._measured: OrderedDict[str, dict[str, float]] = OrderedDict()
         self._covariance_bytes = covariance_bytes
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
@@ -62,9 +62,9 @@ class SharedStatistics:
         return self._of_text(self._moments, batches, SomeMoments(self._covariance_bytes))
 
     @contextmanager
-    def losses(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
-        """The losses that allocators have measured on this text; new ones are added to them."""
-        yield self._of_text(self._losses, batches, {})
+    def measured(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
+        """The numbers that allocators have measured on this text, by what they are of; new ones are added to them."""
+        yield self._of_text(self._measured, batches, {})
 
     def _of_text(self, known: OrderedDict[str, Known], batches: list[Batch], empty: Known) -> Known:
         """What is known of a text, which becomes the one used last; the texts used longest ago are forgotten."""

@@ -1,8 +1,8 @@
 """Calibration statistics in a file: gathered once, read by every later run on the same model and text.
 
 A safetensors file: for every site and statistic the table (T, C), the rows (T,) and the mean (C,) in float32, and in
-its metadata what they were gathered from, and the losses that allocators have measured. Covariances are not in it: they
-are many times larger.
+its metadata what they were gathered from, and the numbers that allocators have measured. Covariances are not in it:
+they are many times larger.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ FORMAT = "prunekit statistics 1"
 
 PARTS = ("table", "rows", "mean")
 
-LOSSES = "losses"
-"""Key of the measured losses in the metadata."""
+MEASURED = "losses"
+"""Key of the measured numbers in the metadata; files of earlier versions have losses alone."""
 
 MODULES = {Statistic.__module__: "prunekit.registry.statistics"}
 """By module: its name in files, where it has moved since version 0.1."""
@@ -88,25 +88,31 @@ class StatisticsFile:
         return SomeMoments(0)
 
     @contextmanager
-    def losses(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
-        """The losses in the file, which :meth:`calibrate` has read or written; new ones are written, after an error
-        too."""
-        with opened(self.path) as (_, metadata):
-            known = self._losses(metadata)
+    def measured(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
+        """The numbers that allocators have measured, by what they are of; new ones are written, after an error too."""
+        known: dict[str, float] = {}
+        origin = self._origin = self._origin or origin_of(engine.model, batches)
+        if self.path.exists():
+            with opened(self.path) as (_, metadata):
+                self._check_origin(metadata, origin)
+                known = self._measured(metadata)
+        else:
+            check_place(self.path)
         before = len(known)
         try:
             yield known
         finally:
             if len(known) > before:
                 with self._locked():
-                    self._write(self._origin, [], known)
+                    self._write(origin, [], known)
+            self.used = self.used or ("written" if len(known) > before else "read")
 
-    def _losses(self, metadata: dict[str, str]) -> dict[str, float]:
+    def _measured(self, metadata: dict[str, str]) -> dict[str, float]:
         try:
-            known = json.loads(metadata.get(LOSSES, "{}"))
+            known = json.loads(metadata.get(MEASURED, "{}"))
             return {str(key): float(loss) for key, loss in known.items()}
         except (ValueError, TypeError, AttributeError):
-            raise self._damaged(LOSSES, "not a mapping of numbers") from None
+            raise self._damaged(MEASURED, "not a mapping of numbers") from None
 
     def _locked(self) -> filelock.BaseFileLock:
         return filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
@@ -150,8 +156,8 @@ class StatisticsFile:
     def _damaged(self, what: str, how: str) -> DataError:
         return DataError(f"{self.path}: {what} is damaged: {how}; delete the file to gather it anew")
 
-    def _write(self, origin: dict[str, str], cuts: list[SiteCut], losses: Mapping[str, float] | None = None) -> None:
-        """Add these sites' statistics, and these losses, to what the file has, through a temporary file."""
+    def _write(self, origin: dict[str, str], cuts: list[SiteCut], measured: Mapping[str, float] | None = None) -> None:
+        """Add these sites' statistics, and these measured numbers, to what the file has, through a temporary file."""
         tensors: dict[str, Tensor] = {}
         metadata: dict[str, str] = {}
         if self.path.exists():
@@ -166,8 +172,8 @@ class StatisticsFile:
                 if getattr(history, name) is not None and (name == "mean" or history.positions):
                     tensors[f"{place}.{name}"] = getattr(history, name).cpu().contiguous()
             metadata[f"{place}.tokens"] = repr(history.tokens)
-        if losses:
-            metadata[LOSSES] = json.dumps({**self._losses(metadata), **losses})
+        if measured:
+            metadata[MEASURED] = json.dumps({**self._measured(metadata), **measured})
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, {**metadata, **origin, "format": FORMAT})

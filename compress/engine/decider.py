@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Decider:
         """Scores of a site by its calibrated history, or by its weights alone; on the CPU, where those of sites on
         different devices can be compared."""
         channels, units = self._calibrated(cut)
-        return SiteScores(cut.site, channels.cpu(), units.cpu())
+        return replace(cut.state.unscored, channels=channels.cpu(), units=units.cpu())
 
     def calibrated_units(self, cut: SiteCut) -> Tensor:
         """The units (k,) that a site would keep by its calibrated history alone."""

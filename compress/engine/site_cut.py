@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, MaskApplier, ModelError, Producer, Rows, Scorer, Selection, Site, Strategy
+from ...registry import (
+    ChannelHistory,
+    MaskApplier,
+    ModelError,
+    Producer,
+    Rows,
+    Scorer,
+    Selection,
+    Site,
+    SiteScores,
+    Strategy,
+)
 from ...registry.tensors.devices import device_of, is_offloaded, unautocast, weights_present
 from .batch import Running
 from .compensation import SiteCompensation
@@ -91,6 +102,8 @@ class SiteState:
         """Whether it keeps everything, so that there is nothing to decide."""
         self.fixed: Tensor | None = None
         """(k,) int64 ascending: the kept units where they are decided once."""
+        self.unscored = SiteScores(site)
+        """What an allocator gets of the site where it has no scores."""
         self._prepared: tuple[tuple, Any] | None = None
         self._mean_output: tuple[tuple, Tensor] | None = None
 
@@ -101,6 +114,10 @@ class SiteState:
     def fix(self, kept: Tensor | None) -> None:
         """Keep the units ``kept`` (k,) in every batch; None: they are decided per batch."""
         self.fixed = kept
+
+    def describe_blocks(self, block: float, layer: float) -> None:
+        """Give the allocator these statistics of the site's block and of its layer."""
+        self.unscored = replace(self.unscored, block_statistic=block, layer_statistic=layer)
 
     def replace_history(self, history: ChannelHistory) -> None:
         """Replace the history."""

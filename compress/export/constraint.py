@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ...registry import Site, SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
+from ...registry import BlockStatistic, Site, SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
 from ..models.exported.manifest import Rounding, ScoreKept
 from ..output.formatting import share
 from ..pruning.prune import sites_within
@@ -72,6 +72,10 @@ class RoundedCounts(SparsityAllocator):
     def takes_ratio(self) -> bool:  # type: ignore[override]
         return self.allocator.takes_ratio
 
+    @property
+    def block_statistic(self) -> BlockStatistic | None:
+        return self.allocator.block_statistic
+
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         counts = self.allocator.allocate(sites, ratio)
         if self.equal:
@@ -118,7 +122,7 @@ def rounding(pruned: Pruned) -> Rounding | None:
     scores = [pruned.calibrated_scores(cut) for cut in pruned.cuts]
     known = [found for found in scores if found is not None]
     complete = len(known) == len(scores)
-    plain = [SiteScores(cut.site) for cut in pruned.cuts]
+    plain = [cut.state.unscored for cut in pruned.cuts]
     layers = 1 + max(site.layer for site in pruned.all_sites)
     ratio = pruned.strategy.ratio if pruned.matched is None else pruned.matched.ratio
     unrounded = pruned.strategy.model_copy(update={"allocator": allocator.allocator, "ratio": ratio})

@@ -94,7 +94,7 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
     inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
     if isinstance(strategy.allocator, RoundedCounts):
         strategy.allocator.check_reachable(inside)
-    if profile.name in ("padded", "dynamic") or strategy.allocator.needs_scores:
+    if profile.name in ("padded", "dynamic") or strategy.allocator.looks_at_model:
         return
     counts = {(site.layer, site.kind): site.units for site in sites}
     kept = strategy.allocator.allocate([SiteScores(site) for site in inside], ratio or 0.0)

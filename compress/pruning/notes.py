@@ -42,7 +42,7 @@ def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, rati
     cut = strategy.site_ratio(ratio.asked, layers, layers - len({site.layer for site in inside}))
     notes = []
     # Where scores distribute the ratio, a site that keeps everything is their decision, not a rounding.
-    for alike in [] if strategy.allocator.needs_scores else _alike(inside):
+    for alike in [] if strategy.allocator.looks_at_model else _alike(inside):
         if all(counts[site.layer, site.kind] == site.units for site in alike):
             least = _least(strategy, sites, inside, alike)
             notes.append(_rounding(alike[0], len(alike), cut, least))

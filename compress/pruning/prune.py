@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ...registry import (
 )
 from ...registry.catalog import Entry
 from ...registry.tensors.tokens import check_token_ids
+from ..calibration.blocks import describe_blocks
 from ..calibration.covariance import check_layers, finalize, gather_covariances, share_out
 from ..calibration.losses import CutLosses, check_output_layer
 from ..calibration.passes import (
@@ -243,7 +244,14 @@ def _decide(
         statistics.calibrate(engine, batches, progress)
     elif dense and batches is not None:
         calibrate(engine, batches, progress)
-    found = _allocate(engine, ratio, batches, progress, statistics, match)
+    numbers: AbstractContextManager[MutableMapping[str, float]] = nullcontext({})
+    looks = strategy.allocator.measures or strategy.allocator.block_statistic is not None
+    if looks and statistics is not None and batches is not None:
+        numbers = statistics.measured(engine, batches)
+    with numbers as measured:
+        if batches is not None:
+            describe_blocks(engine, batches, measured, progress)
+        found = _allocate(engine, ratio, batches, measured, progress, match)
     if sequential and batches is not None:
         _decide_by_layer(engine, batches, progress)
         return found
@@ -283,8 +291,8 @@ def _allocate(
     engine: Engine,
     ratio: float | None,
     batches: list | None,
+    known: MutableMapping[str, float],
     progress: Progress,
-    statistics: SharedStatistics | StatisticsFile | None,
     match: Match | None,
 ) -> MatchFacts | None:
     """Set every site's count: for ``ratio``, or for the one whose decoder costs what ``match`` asks, which is returned.
@@ -293,7 +301,7 @@ def _allocate(
     """
     strategy, cuts = engine.strategy, engine.cuts
     allocator: Any = strategy.allocator
-    scores = [SiteScores(cut.site) for cut in cuts]
+    scores = [cut.state.unscored for cut in cuts]
     if allocator.needs_scores or (allocator.uses_scores and all(cut.state.has_scores for cut in cuts)):
         scores = [engine.decider.scores(cut) for cut in cuts]
     measured: list[CutLosses] = []
@@ -303,23 +311,16 @@ def _allocate(
         share = sites_within(own, list(engine.all_sites), len(engine.layers))[1]
         return _counts(allocator, scores, share, measured)
 
-    known: AbstractContextManager[dict[str, float]] = nullcontext({})
-    measures = bool(scores) and allocator.measures and batches is not None
-    if measures and statistics is not None and batches is not None:
-        known = statistics.losses(engine, batches)
-    with known as losses:
-        if measures and batches is not None:
-            measured.append(CutLosses(engine, batches, losses, progress))
-        if match is None:
-            found, counts = None, _counts(allocator, scores, ratio, measured)
-        else:
-            asked = strategy.ratio or 0.0
-            found = nearest(
-                match, DecoderCost.of(engine.model, engine.layers, engine.all_sites, match), counts_at, asked
-            )
-            if not is_near(found, asked):
-                raise unmatched(strategy.name, found, asked)
-            counts = counts_at(found.ratio)
+    if allocator.measures and batches is not None:
+        measured.append(CutLosses(engine, batches, known, progress))
+    if match is None:
+        found, counts = None, _counts(allocator, scores, ratio, measured)
+    else:
+        asked = strategy.ratio or 0.0
+        found = nearest(match, DecoderCost.of(engine.model, engine.layers, engine.all_sites, match), counts_at, asked)
+        if not is_near(found, asked):
+            raise unmatched(strategy.name, found, asked)
+        counts = counts_at(found.ratio)
     for cut in cuts:
         cut.state.keep(counts[cut.site.layer, cut.site.kind])
     return found

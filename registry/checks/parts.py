@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..roles.parts import (
     SparsityAllocator,
 )
 from ..sites import Producer, Rows, Site, SiteKind
+from ..tensors.blocks import BlockStatistic
 from ..tensors.statistics import ChannelHistory, Statistic
 
 UNITS, UNIT_SIZE = 6, 4
@@ -241,10 +243,15 @@ def check_allocation(allocator: SparsityAllocator) -> None:
         "measures, so its needs_scores must be true: units are cut by their scores",
     )
     sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
+    plain = [SiteScores(site) for site in sites]
+    if allocator.block_statistic is not None:
+        plain = [
+            replace(s, block_statistic=0.1 + 0.2 * n, layer_statistic=0.4 - 0.1 * (n // 2)) for n, s in enumerate(plain)
+        ]
     if allocator.needs_scores or allocator.uses_scores:
-        _check_counts(allocator, [_calibrated(site, seed) for seed, site in enumerate(sites)])
+        _check_counts(allocator, [_calibrated(scores, seed) for seed, scores in enumerate(plain)])
     if not allocator.needs_scores:
-        _check_counts(allocator, [SiteScores(site) for site in sites])
+        _check_counts(allocator, plain)
 
 
 def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> None:
@@ -290,9 +297,24 @@ class _MadeUpLosses:
         return items
 
 
-def _calibrated(site: Site, seed: int) -> SiteScores:
-    channels = draw(site.channels, seed=seed).square()
-    return SiteScores(site, channels, channels.view(site.units, -1).sum(1))
+def _calibrated(plain: SiteScores, seed: int) -> SiteScores:
+    channels = draw(plain.site.channels, seed=seed).square()
+    return replace(plain, channels=channels, units=channels.view(plain.site.units, -1).sum(1))
+
+
+def check_block_statistic(allocator: SparsityAllocator) -> None:
+    """Its block statistic, if any, is (N,) float32 and looks at each token alone."""
+    statistic = allocator.block_statistic
+    if statistic is None:
+        return
+    expect(isinstance(statistic, BlockStatistic), allocator, f"must have a BlockStatistic or None, found {statistic!r}")
+    entering, leaving = draw(6, 16), draw(6, 16, seed=1)
+    found = statistic.measure(entering, leaving)
+    found = expect_tensor(found, statistic, "the statistic of tokens", (6,)).clone()
+    expect_unchanged(statistic, "residual stream", draw(6, 16), entering)
+    expect_unchanged(statistic, "residual stream", draw(6, 16, seed=1), leaving)
+    alone = statistic.measure(entering[:2], leaving[:2])
+    expect(torch.allclose(alone, found[:2], atol=1e-6), statistic, "depends on other tokens")
 
 
 def check_model_types(architecture: Architecture) -> None:
@@ -306,7 +328,7 @@ ROLE_CHECKS: dict[type[Component], list[Callable]] = {
     ProbeSelector: [check_selection],
     HistoryMerger: [check_merge, check_update],
     MaskApplier: [check_application],
-    SparsityAllocator: [check_allocation],
+    SparsityAllocator: [check_allocation, check_block_statistic],
     Architecture: [check_model_types],
 }
 """Role -> its checks, each a function of one component."""

@@ -6,6 +6,7 @@ O consumer outputs; b, t: the probe's rows and positions; k: kept units.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..component import Component
 from ..sites import AttentionUnit, Site
+from ..tensors.blocks import BlockStatistic
 from ..tensors.statistics import MeanSquare, Statistic
 
 if TYPE_CHECKING:
@@ -142,6 +144,11 @@ class SiteScores:
     """(C,) float32; empty where the allocator asks for no scores, or none are known."""
     units: Tensor = field(default_factory=lambda: torch.empty(0))
     """(U,) float32; empty where ``channels`` is."""
+    block_statistic: float = math.nan
+    """Mean over the calibration tokens of what the allocator's ``block_statistic`` gives for the site's block; NaN
+    where it has none."""
+    layer_statistic: float = math.nan
+    """The same for the whole decoder layer: equal at both of its sites."""
 
 
 Objective = Literal["loss", "kl"]
@@ -184,6 +191,17 @@ class SparsityAllocator(Component):
     measures: ClassVar[bool] = False
     """Whether it measures the model. Then ``needs_scores`` is true, too, and it is called
     ``allocate(sites, ratio, evaluate)`` with an :class:`Evaluate`; declare ``evaluate: Evaluate | None = None``."""
+
+    @property
+    def block_statistic(self) -> BlockStatistic | None:
+        """What is measured of every block of the dense model on the calibration text, for :class:`SiteScores`; None:
+        nothing."""
+        return None
+
+    @property
+    def looks_at_model(self) -> bool:
+        """Whether counts depend on more than ratio and sites: on scores, blocks or losses."""
+        return self.needs_scores or self.measures or self.block_statistic is not None
 
     @abstractmethod
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:

@@ -175,7 +175,9 @@ class Strategy(Component):
     @property
     def decides_by_activations(self) -> bool:
         """Whether the choice of units depends on calibration batches."""
-        if self.allocator.measures or (self.allocator.needs_scores and self.scorer.statistic is not None):
+        if self.allocator.measures or self.allocator.block_statistic is not None:
+            return True
+        if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
         if self.merger is not None:
             return self.merger.uses_history
