@@ -35,6 +35,7 @@ from .tensors.history_storage import HistoryStorage
 from .tensors.moments import ChannelMoments
 from .tensors.reductions import position_means, position_sums, token_norms
 from .tensors.statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row
+from .tensors.weights import LayerWeight, WeightStatistic
 from .text import TextSource
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "Fluctuation",
     "HistoryMerger",
     "HistoryStorage",
+    "LayerWeight",
     "MaskApplier",
     "MeanSquare",
     "Measurement",
@@ -90,6 +92,7 @@ __all__ = [
     "Strategy",
     "Subject",
     "TextSource",
+    "WeightStatistic",
     "complement",
     "hookimpl",
     "merge_mean",

@@ -119,6 +119,10 @@ class SiteState:
         """Give the allocator these statistics of the site's block and of its layer."""
         self.unscored = replace(self.unscored, block_statistic=block, layer_statistic=layer)
 
+    def describe_weights(self, layer: float) -> None:
+        """Give the allocator this statistic of the weights of the site's layer."""
+        self.unscored = replace(self.unscored, weight_statistic=layer)
+
     def replace_history(self, history: ChannelHistory) -> None:
         """Replace the history."""
         self.history = history

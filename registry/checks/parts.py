@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..roles.parts import (
 from ..sites import Producer, Rows, Site, SiteKind
 from ..tensors.blocks import BlockStatistic
 from ..tensors.statistics import ChannelHistory, Statistic
+from ..tensors.weights import LayerWeight, WeightStatistic
 
 UNITS, UNIT_SIZE = 6, 4
 
@@ -244,6 +246,8 @@ def check_allocation(allocator: SparsityAllocator) -> None:
     )
     sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
     plain = [SiteScores(site) for site in sites]
+    if allocator.weight_statistic is not None:
+        plain = [replace(s, weight_statistic=2.0 + s.site.layer) for s in plain]
     if allocator.block_statistic is not None:
         plain = [
             replace(s, block_statistic=0.1 + 0.2 * n, layer_statistic=0.4 - 0.1 * (n // 2)) for n, s in enumerate(plain)
@@ -317,6 +321,33 @@ def check_block_statistic(allocator: SparsityAllocator) -> None:
     expect(torch.allclose(alone, found[:2], atol=1e-6), statistic, "depends on other tokens")
 
 
+def check_weight_statistic(allocator: SparsityAllocator) -> None:
+    """Its weight statistic, if any, is a finite number, the same every time, and leaves the weights unchanged."""
+    statistic = allocator.weight_statistic
+    if statistic is None:
+        return
+    expect(
+        isinstance(statistic, WeightStatistic), allocator, f"must have a WeightStatistic or None, found {statistic!r}"
+    )
+    shapes = {"mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24)}
+    for scale in (1.0, 0.0):
+        weights = {path: draw(*shape, seed=seed) * scale for seed, (path, shape) in enumerate(shapes.items())}
+        norms = {path: draw(shape[1], seed=9).abs() for path, shape in shapes.items()}
+        given = [
+            LayerWeight(path, partial(Tensor.float, weight), *([norms[path]] if statistic.uses_inputs else []))
+            for path, weight in weights.items()
+        ]
+        found = statistic.measure(given)
+        fits = isinstance(found, (int, float)) and math.isfinite(found)
+        expect(fits, statistic, f"must measure a layer as a finite number, found {found!r}")
+        expect(found == statistic.measure(given), statistic, "measures the same weights differently")
+        for seed, (path, shape) in enumerate(shapes.items()):
+            expect_unchanged(statistic, "weights", draw(*shape, seed=seed) * scale, weights[path])
+        if statistic.uses_inputs:
+            for path, shape in shapes.items():
+                expect_unchanged(statistic, "norms", draw(shape[1], seed=9).abs(), norms[path])
+
+
 def check_model_types(architecture: Architecture) -> None:
     """It names the model types that it serves."""
     types = architecture.model_types
@@ -328,7 +359,7 @@ ROLE_CHECKS: dict[type[Component], list[Callable]] = {
     ProbeSelector: [check_selection],
     HistoryMerger: [check_merge, check_update],
     MaskApplier: [check_application],
-    SparsityAllocator: [check_allocation, check_block_statistic],
+    SparsityAllocator: [check_allocation, check_block_statistic, check_weight_statistic],
     Architecture: [check_model_types],
 }
 """Role -> its checks, each a function of one component."""

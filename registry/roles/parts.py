@@ -20,6 +20,7 @@ from ..component import Component
 from ..sites import AttentionUnit, Site
 from ..tensors.blocks import BlockStatistic
 from ..tensors.statistics import MeanSquare, Statistic
+from ..tensors.weights import WeightStatistic
 
 if TYPE_CHECKING:
     from torch import nn
@@ -149,6 +150,9 @@ class SiteScores:
     where it has none."""
     layer_statistic: float = math.nan
     """The same for the whole decoder layer: equal at both of its sites."""
+    weight_statistic: float = math.nan
+    """What the allocator's ``weight_statistic`` gives for the decoder layer: equal at both of its sites; NaN where it
+    has none."""
 
 
 Objective = Literal["loss", "kl"]
@@ -199,9 +203,16 @@ class SparsityAllocator(Component):
         return None
 
     @property
+    def weight_statistic(self) -> WeightStatistic | None:
+        """What is measured of the weights of every decoder layer of the dense model, for :class:`SiteScores`; None:
+        nothing."""
+        return None
+
+    @property
     def looks_at_model(self) -> bool:
-        """Whether counts depend on more than ratio and sites: on scores, blocks or losses."""
-        return self.needs_scores or self.measures or self.block_statistic is not None
+        """Whether counts depend on more than ratio and sites: on scores, blocks, weights or losses."""
+        looks = self.block_statistic is not None or self.weight_statistic is not None
+        return self.needs_scores or self.measures or looks
 
     @abstractmethod
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:

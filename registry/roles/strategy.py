@@ -175,7 +175,8 @@ class Strategy(Component):
     @property
     def decides_by_activations(self) -> bool:
         """Whether the choice of units depends on calibration batches."""
-        if self.allocator.measures or self.allocator.block_statistic is not None:
+        weights = self.allocator.weight_statistic
+        if self.allocator.measures or self.allocator.block_statistic is not None or (weights and weights.uses_inputs):
             return True
         if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
