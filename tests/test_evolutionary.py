@@ -1,11 +1,17 @@
 """The allocator that searches: it finds the optimum of a toy, keeps the budget, and resumes to the same result."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from prunekit.compress import prune
+from prunekit.compress.ablation.command import ablate
+from prunekit.compress.ablation.store import Store
+from prunekit.compress.calibration.shared import SharedStatistics
 from prunekit.registry import NonFiniteError, SiteScores, SpecError
 from prunekit.registry.checks import check_component
 from prunekit.registry.checks.parts import some_site
@@ -162,3 +168,99 @@ def test_what_cannot_be_is_refused():
 def test_one_site_has_nothing_to_exchange():
     sites = places(1)[1:]
     assert Evolutionary(generations=2).allocate(sites, 0.25, Losses(sites, lambda shares: 1.0)) == [18]
+
+
+SEARCH = {"name": "evolutionary", "generations": 3, "offspring": 4, "stages": [[2, 48]], "tokens": 96, "step": 0.25}
+
+
+def search_of(model, batches, **options):
+    """Kept units, the record, and how many passes through the output layer were made."""
+    passes = []
+    handle = model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        with prune(model, "wanda_sp", ratio=0.4, calibration=batches, allocator=SEARCH, **options) as pruned:
+            return pruned.counts, pruned.search, len(passes)
+    finally:
+        handle.remove()
+
+
+def test_a_search_of_a_model_lowers_the_divergence_and_is_recorded(make_model, batches):
+    model = make_model("llama-gqa")
+    counts, search, _ = search_of(model, batches)
+    assert [entry["generation"] for entry in search] == [1, 2, 3]
+    assert 0 < search[-1]["best"] < search[0]["best"]
+    whole = 3 * (192 * 3 * 128 + 4 * 96 * 128)
+    lost = sum((4 if kind == "attention" else 192) - count for (_, kind), count in counts.items() if kind == "mlp")
+    heads = sum(4 - count for (_, kind), count in counts.items() if kind == "attention")
+    assert 0.4 * whole - 384 < lost * 384 + heads * 96 * 128 <= 0.4 * whole
+    assert search_of(model, batches)[:2] == (counts, search)
+
+
+@pytest.mark.parametrize("where", ["study", "file"])
+@pytest.mark.parametrize("after", [1, 5, 17])
+def test_a_killed_search_resumes_to_the_same_result(make_model, batches, tmp_path, where, after):
+    model, path = make_model("llama-gqa"), tmp_path / ("measured" if where == "study" else "statistics.safetensors")
+    counts, search, passes = search_of(model, batches)
+
+    def statistics():
+        return SharedStatistics(journal=path) if where == "study" else path
+
+    class Killed(BaseException):
+        """Nothing is written after it."""
+
+    steps = []
+
+    def kill(*_):
+        steps.append(1)
+        if len(steps) > after:
+            journal = path if where == "study" else tmp_path / ".statistics.safetensors.measured"
+            left = journal.read_bytes() if journal.exists() else b""
+            steps.append(left)
+            raise Killed
+
+    handle = model.lm_head.register_forward_hook(kill)
+    with pytest.raises(Killed):
+        search_of(model, batches, statistics=statistics())
+    handle.remove()
+    journal = path if where == "study" else tmp_path / ".statistics.safetensors.measured"
+    left = steps[-1][:-9]  # as a run leaves it that was killed while it wrote a line
+    journal.write_bytes(left)
+    if where == "file" and after > 1:
+        path.unlink()  # written as the exception passed, which a kill would not have let happen
+    found, again, more = search_of(model, batches, statistics=statistics())
+    assert (found, again) == (counts, search)
+    assert more < passes or not left
+    assert where == "study" or not journal.exists()
+    assert search_of(model, batches, statistics=statistics()) == (counts, search, 0)
+
+
+def test_a_study_keeps_what_a_killed_search_measured(small_pipeline, tmp_path, monkeypatch):
+    content = small_pipeline("llama-gqa", use="wanda_sp", allocator=SEARCH)
+    study, store = tmp_path / "study.yaml", tmp_path / "store.sqlite"
+    study.write_text(json.dumps({"base": content, "vary": {"prune.ratio": [0.3, 0.4]}}))
+    journal = tmp_path / ".store.sqlite.measured"
+    run = lambda: ablate(study, out=store, show=lambda path, trials: None)  # noqa: E731
+    measured = []
+    pass_of = torch.nn.functional.kl_div
+
+    def divergence(*arguments, **options):
+        measured.append(1)
+        if len(measured) == 9:
+            raise KeyboardInterrupt
+        return pass_of(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "kl_div", divergence)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert len(journal.read_text().splitlines()) > 5
+    run()
+    resumed = len(measured)
+    assert not journal.exists()
+    with Store.open(store) as opened:
+        results = [trial.result.search for trial in opened.trials]
+    assert [len(search) for search in results] == [3, 3] and "best" in results[0][0]
+    store.unlink()
+    run()
+    with Store.open(store) as opened:
+        assert [trial.result.search for trial in opened.trials] == results
+    assert len(measured) - resumed > resumed - 9  # the resumed run had measured less

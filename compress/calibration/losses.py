@@ -7,6 +7,7 @@ candidate.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -136,7 +137,7 @@ class CutLosses:
 
     def _key(self, counts: Sequence[int], measure: Measure) -> str:
         """What a loss depends on, apart from model and text: the scorer, what is measured, and the sites that are
-        cut."""
+        cut; of divergences, of which a search measures many thousands, a digest of these."""
         cuts, strategy = self._engine.cuts, self._engine.strategy
         whole = len(counts) == len(cuts)
         if not whole or not all(0 <= count <= cut.site.units for cut, count in zip(cuts, counts, strict=True)):
@@ -150,7 +151,8 @@ class CutLosses:
             for cut, count in zip(cuts, counts, strict=True)
             if count < cut.site.units
         ]
-        return " ".join([f"{kind.__module__}.{kind.__qualname__}", options, str(measure), *cut_here])
+        key = " ".join([f"{kind.__module__}.{kind.__qualname__}", options, str(measure), *cut_here])
+        return key if measure.objective == "loss" else f"{measure} {hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
     def _dropped(self, counts: Sequence[int]) -> Dropped:
         dropped: Dropped = {}

@@ -316,6 +316,7 @@ def _allocate(
 
     if allocator.measures and batches is not None:
         measured.append(CutLosses(engine, batches, known, progress))
+        engine.searched = measured[0].records
     if match is None:
         found, counts = None, _counts(allocator, scores, ratio, measured)
     else:
@@ -334,6 +335,8 @@ def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, m
 
     ``measured``: the losses of cuts, for an allocator that measures them; else nothing.
     """
+    for losses in measured:
+        losses.records.clear()  # of another ratio
     counts = allocator.allocate(scores, ratio or 0.0, *measured) if scores else []
     if len(counts) != len(scores):
         raise SpecError(

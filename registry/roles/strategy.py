@@ -21,6 +21,7 @@ PaddingOf = Callable[[Tensor], Tensor | None]
 
 def _lacks_argument(part: Component) -> str | None:
     """One sentence on a method without the argument that the part asks for; None where there is none."""
+    method: Callable[..., Any]
     if isinstance(part, Scorer) and part.uses_producers:
         method, argument = part.prepare, "producers"
     elif isinstance(part, SparsityAllocator) and part.measures:
