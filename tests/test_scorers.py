@@ -1,9 +1,11 @@
 """Scores of published methods: their formulas, written out for every channel."""
 
+from typing import ClassVar, Literal
+
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import ChannelHistory, Producer, Rows, Strategy
+from prunekit.registry import ChannelHistory, Producer, Rows, SparsityAllocator, Strategy
 from prunekit.registry.checks import check_component
 from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.allocation import Uniform
@@ -109,7 +111,7 @@ def test_a_scorer_that_cannot_take_what_it_asks_for_is_refused():
         def prepare(self, weight, site):
             return weight.abs().sum(0)
 
-    with pytest.raises(AssertionError, match="prepare does not take the producers' weights"):
+    with pytest.raises(AssertionError, match=r"asks for more than it takes: Deaf\.prepare takes"):
         check_component(Deaf())
     with pytest.raises(ValueError, match=r"Deaf\.prepare takes \(self, weight, site\).* one more argument, producers"):
         Strategy(name="any", scorer=Deaf(), allocator=Uniform(), applier=Slice())
@@ -122,3 +124,21 @@ def test_a_scorer_that_cannot_take_what_it_asks_for_is_refused():
 
     with pytest.raises(AssertionError, match="changes the producers' weights it was given"):
         check_component(Writing())
+
+
+def test_an_allocator_that_cannot_take_what_it_asks_for_is_refused():
+    class Deaf(SparsityAllocator):
+        """Measures without a way to."""
+
+        name: Literal["deaf"] = "deaf"
+        needs_scores: ClassVar[bool] = True
+        measures: ClassVar[bool] = True
+
+        def allocate(self, sites, ratio):
+            return [scores.site.units for scores in sites]
+
+    words = r"Deaf\.allocate takes \(self, sites, ratio\), but it is called with one more argument, evaluate"
+    with pytest.raises(AssertionError, match=words):
+        check_component(Deaf())
+    with pytest.raises(ValueError, match=words):
+        Strategy(name="any", scorer=CfspScorer(), allocator=Deaf(), applier=Slice())

@@ -14,7 +14,12 @@ from prunekit.registry import Catalog
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "studies"
-OWN = [FOLDER / "compare.yaml", FOLDER / "allocation.yaml", *sorted(FOLDER.glob("compensation*.yaml")), *sorted(FOLDER.glob("speed-*.yaml"))]
+OWN = [
+    FOLDER / "compare.yaml",
+    FOLDER / "allocation.yaml",
+    *sorted(FOLDER.glob("compensation*.yaml")),
+    *sorted(FOLDER.glob("speed-*.yaml")),
+]
 LARGE = sorted(set(FOLDER.glob("*.yaml")) - set(OWN))
 SMALL = sorted((FOLDER / "small").glob("*.yaml"))
 OFFLINE = [*SMALL, *OWN]

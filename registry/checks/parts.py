@@ -22,6 +22,7 @@ from ..roles.parts import (
     Selection,
     SiteScores,
     SparsityAllocator,
+    missing_argument,
 )
 from ..sites import Producer, Rows, Site, SiteKind
 from ..tensors.blocks import BlockStatistic
@@ -84,6 +85,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
+def check_arguments(part: Scorer | SparsityAllocator) -> None:
+    """Its methods take what it asks for."""
+    wrong = missing_argument(part)
+    expect(wrong is None, part, f"asks for more than it takes: {wrong}")
+
+
 def check_scores(scorer: Scorer) -> None:
     """Channel scores are (C,) float32 and finite, unit scores (U,), the same every time."""
     for site in both_kinds():
@@ -108,10 +115,7 @@ def _prepared(scorer: Scorer, weight: Tensor, site: Site, inputs: int = 16) -> A
     if not scorer.uses_producers:
         return prepare(weight, site)
     given = [draw(site.channels, inputs, seed=seed) for seed, _ in enumerate(site.producers, start=3)]
-    try:
-        prepared = prepare(weight, site, [producer.clone() for producer in given])
-    except TypeError as error:
-        expect(False, scorer, f"has uses_producers true, and prepare does not take the producers' weights ({error})")
+    prepared = prepare(weight, site, [producer.clone() for producer in given])
     again = prepare(weight, site, given)
     for seed, producer in enumerate(given, start=3):
         expect_unchanged(scorer, "producers' weights", draw(site.channels, inputs, seed=seed), producer)
@@ -355,11 +359,11 @@ def check_model_types(architecture: Architecture) -> None:
 
 
 ROLE_CHECKS: dict[type[Component], list[Callable]] = {
-    Scorer: [check_scores, check_score_cost, check_statistic],
+    Scorer: [check_arguments, check_scores, check_score_cost, check_statistic],
     ProbeSelector: [check_selection],
     HistoryMerger: [check_merge, check_update],
     MaskApplier: [check_application],
-    SparsityAllocator: [check_allocation, check_block_statistic, check_weight_statistic],
+    SparsityAllocator: [check_arguments, check_allocation, check_block_statistic, check_weight_statistic],
     Architecture: [check_model_types],
 }
 """Role -> its checks, each a function of one component."""

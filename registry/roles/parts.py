@@ -6,9 +6,10 @@ O consumer outputs; b, t: the probe's rows and positions; k: kept units.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -221,6 +222,24 @@ class SparsityAllocator(Component):
         Skipped layers are not in ``sites``. ``ratio`` is the share of these sites to cut, already raised for the
         skipped layers (:meth:`Strategy.site_ratio`); 0 where ``takes_ratio`` is false.
         """
+
+
+def missing_argument(part: Component) -> str | None:
+    """One sentence on a method that does not take what the part asks for; None where all is well."""
+    method: Callable[..., Any]
+    if isinstance(part, Scorer) and part.uses_producers:
+        method, argument = part.prepare, "producers"
+    elif isinstance(part, SparsityAllocator) and part.measures:
+        method, argument = part.allocate, "evaluate"
+    else:
+        return None
+    found = inspect.signature(method).parameters
+    if len(found) > 2:
+        return None
+    return (
+        f"{type(part).__name__}.{method.__name__} takes ({', '.join(('self', *found))}), but it is called with one "
+        f"more argument, {argument}; fix the plugin"
+    )
 
 
 class Architecture(Component):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,27 +13,9 @@ from ..sites import AttentionUnit, Site
 from ..tensors.history_storage import HistoryStorage
 from ..tensors.statistics import Statistic
 from .compensation import Compensator, NoCompensation
-from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
+from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, missing_argument
 
 PaddingOf = Callable[[Tensor], Tensor | None]
-
-
-def _lacks_argument(part: Component) -> str | None:
-    """One sentence on a method without the argument that the part asks for; None where there is none."""
-    method: Callable[..., Any]
-    if isinstance(part, Scorer) and part.uses_producers:
-        method, argument = part.prepare, "producers"
-    elif isinstance(part, SparsityAllocator) and part.measures:
-        method, argument = part.allocate, "evaluate"
-    else:
-        return None
-    found = inspect.signature(method).parameters
-    if len(found) > 2:
-        return None
-    return (
-        f"{type(part).__name__}.{method.__name__} takes ({', '.join(('self', *found))}), but it is called with one "
-        f"more argument, {argument}; fix the plugin"
-    )
 
 
 class Strategy(Component):
@@ -85,7 +66,7 @@ class Strategy(Component):
     @model_validator(mode="after")
     def _parts_fit(self) -> Strategy:
         for part in (value for _, value in self if isinstance(value, Component)):
-            if wrong := wrong_signature(type(part)) or _lacks_argument(part):
+            if wrong := wrong_signature(type(part)) or missing_argument(part):
                 raise ValueError(wrong)
         if self.merger is not None and self.selector is None:
             raise ValueError("deciding per batch needs both a selector and a merger (or neither, to decide once)")
