@@ -12,6 +12,7 @@ from prunekit.compress import prune
 from prunekit.compress.ablation.command import ablate
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.calibration.shared import SharedStatistics
+from prunekit.compress.runs.report import markdown
 from prunekit.registry import NonFiniteError, SiteScores, SpecError
 from prunekit.registry.checks import check_component
 from prunekit.registry.checks.parts import some_site
@@ -259,6 +260,8 @@ def test_a_study_keeps_what_a_killed_search_measured(small_pipeline, tmp_path, m
     with Store.open(store) as opened:
         results = [trial.result.search for trial in opened.trials]
     assert [len(search) for search in results] == [3, 3] and "best" in results[0][0]
+    with Store.open(store) as opened:
+        assert "- **search**: 3 steps; the last: round 1, generation 3" in markdown(opened.trials[0].result)
     store.unlink()
     run()
     with Store.open(store) as opened:

@@ -99,4 +99,4 @@ def _search(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     """The line on the steps of an allocator that searched, by the last of them."""
     if not steps:
         return []
-    return [f"- **search**: {len(steps)} step{'s' * (len(steps) > 1)}; the last: {sentence(steps[-1])}"]
+    return [f"- **search**: {len(steps)} step{'s' * (len(steps) > 1)}; the last: {sentence(dict(steps[-1]))}"]
