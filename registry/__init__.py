@@ -21,6 +21,7 @@ from .roles.parts import (
     Evaluate,
     HistoryMerger,
     MaskApplier,
+    Objective,
     ProbeSelector,
     Scorer,
     Selection,
@@ -34,6 +35,7 @@ from .tensors.history_storage import HistoryStorage
 from .tensors.moments import ChannelMoments
 from .tensors.reductions import position_means, position_sums, token_norms
 from .tensors.statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row
+from .tensors.weights import LayerWeight, WeightStatistic
 from .text import TextSource
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Fluctuation",
     "HistoryMerger",
     "HistoryStorage",
+    "LayerWeight",
     "MaskApplier",
     "MeanSquare",
     "Measurement",
@@ -62,6 +65,7 @@ __all__ = [
     "ModelError",
     "NoCompensation",
     "NonFiniteError",
+    "Objective",
     "PaddingOf",
     "PlainSubject",
     "PluginError",
@@ -88,6 +92,7 @@ __all__ = [
     "Strategy",
     "Subject",
     "TextSource",
+    "WeightStatistic",
     "complement",
     "hookimpl",
     "merge_mean",

@@ -54,10 +54,11 @@ class Uniform(SparsityAllocator):
             places = [place for place, scores in enumerate(sites) if scores.site.kind == kind]
             if kind == "mlp" and self.rounding == "to_channels":
                 share = _left_to_channels([scores.site for scores in sites], counts, ratio)
-            most = [_rounded_up(sites[place].site.units, share, multiple) for place in places]
+            here = [sites[place] for place in places]
+            kept = [_rounded_up(scores.site.units, share, multiple) for scores in here]
             if meets[kind]:
-                most = _apportioned([sites[place] for place in places], most, share, multiple)
-            for place, count in zip(places, most, strict=True):
+                kept = apportioned(here, [share] * len(here), multiple)
+            for place, count in zip(places, kept, strict=True):
                 counts[place] = count
         return counts
 
@@ -85,10 +86,12 @@ def _rounded_up(units: int, ratio: float, multiple: int) -> int:
     return kept_width(units, math.floor(ratio * units + EXACT), multiple)
 
 
-def _apportioned(sites: Sequence[SiteScores], most: Sequence[int], ratio: float, multiple: int) -> list[int]:
-    """Kept units, lowered from ``most`` at the sites with the largest remainders until all sites lose the ratio."""
+def apportioned(sites: Sequence[SiteScores], shares: Sequence[float], multiple: int = 1) -> list[int]:
+    """Kept units where every site loses the whole units of its share, and those with the largest remainders one step
+    (``multiple`` units) more, until all sites together lose their shares."""
+    most = [_rounded_up(scores.site.units, share, multiple) for scores, share in zip(sites, shares, strict=True)]
     counts = list(most)
-    exact = [scores.site.units * (1 - ratio) for scores in sites]
+    exact = [scores.site.units * (1 - share) for scores, share in zip(sites, shares, strict=True)]
     lower = [max(multiple, (count - 1) // multiple * multiple) for count in most]
     steps = [count - least for count, least in zip(most, lower, strict=True)]
     left = sum(most) - sum(exact)

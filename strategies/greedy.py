@@ -46,7 +46,8 @@ class Greedy(MeasuringAllocator):
     def _steps(self, sites: Sequence[Site], counts: list[int], budget: float, evaluate: Evaluate) -> Iterator[float]:
         """Cut ``counts`` step by step until no unit fits into the budget; gives the parameters that each step frees."""
         first = [self._without(sites, counts, place, budget) for place in range(len(sites))]
-        loss, *_ = evaluate([counts, *filter(None, first)], self.tokens)  # so that progress shows their number
+        # All at once, so that progress shows their number.
+        loss, *_ = evaluate([counts, *filter(None, first)], self.tokens, **self._how)
         loss, done = min(loss, WORST), 0
         queue = [(-math.inf, done - 1, place) for place in range(len(sites))]
         """The increase per parameter of a site's next step, how many steps were done when it was measured, the site."""
@@ -56,7 +57,7 @@ class Greedy(MeasuringAllocator):
             if candidate is None:
                 continue
             freed = (counts[place] - candidate[place]) * sites[place].unit_parameters
-            found = min(*evaluate([candidate], self.tokens), WORST)
+            found = min(*evaluate([candidate], self.tokens, **self._how), WORST)
             if measured < done:
                 rate = (found - loss) / freed
                 if queue and rate > queue[0][0]:

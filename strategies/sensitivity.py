@@ -82,7 +82,7 @@ class Sensitivity(MeasuringAllocator):
         whole = [site.units for site in sites]
         cuts = [(place, dropped) for place, site in enumerate(sites) for dropped in self._measured(site)]
         candidates = [[*whole[:place], whole[place] - dropped, *whole[place + 1 :]] for place, dropped in cuts]
-        dense, *losses = evaluate([whole, *candidates], self.tokens)
+        dense, *losses = evaluate([whole, *candidates], self.tokens, **self._how)
         measured = [np.zeros((2, 1)) for _ in sites]
         for (place, dropped), loss in zip(cuts, losses, strict=True):
             increase = min(max(loss - dense, measured[place][1, -1]), WORST)

@@ -1,12 +1,14 @@
 """The losses that an allocator measures: those of the cut model, without repeated work, the model whole afterwards."""
 
 import itertools
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import accelerate
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.compress.calibration import losses
 from prunekit.compress.calibration.losses import spread
 from prunekit.compress.calibration.shared import SharedStatistics
 from prunekit.registry import DataError, ModelError, NonFiniteError, SparsityAllocator, SpecError
@@ -24,16 +26,17 @@ class Asking(SparsityAllocator):
     measures: ClassVar[bool] = True
     candidates: tuple[tuple[int, ...], ...]
     tokens: int = ALL
+    how: tuple[tuple[str, str | int], ...] = ()
     found: ClassVar[list[float]] = []
 
     def allocate(self, sites, ratio, evaluate=None):
-        self.found[:] = evaluate(self.candidates, self.tokens)
+        self.found[:] = evaluate(self.candidates, self.tokens, **dict(self.how))
         return list(self.candidates[-1])
 
 
-def measured(model, batches, *candidates, use="wanda_sp", tokens=ALL, **options):
+def measured(model, batches, *candidates, use="wanda_sp", tokens=ALL, how=(), **options):
     """The losses of candidates; the model is pruned to the last one and restored."""
-    allocator = Asking(candidates=candidates, tokens=tokens)
+    allocator = Asking(candidates=candidates, tokens=tokens, how=tuple(dict(how).items()))
     with prune(model, use, ratio=0.1, calibration=batches, allocator=allocator, **options):
         return list(Asking.found)
 
@@ -75,6 +78,71 @@ def test_a_loss_is_that_of_the_model_cut_to_these_counts(make_model, batches, fa
     assert measured(model, batches, (model.config.num_attention_heads, 192) * 3, attention_unit="query_head") == (
         pytest.approx([dense], abs=1e-5)
     )
+
+
+@contextmanager
+def pruned_to(model, batches, allocator):
+    with prune(model, "wanda_sp", ratio=0.1, calibration=batches, allocator=allocator, applier="zero"):
+        yield
+
+
+@torch.no_grad()
+def divergence_of(model, batches, cut, top=0):
+    """KL(dense || cut) per predicted token of batches without padding, entry by entry; ``cut`` prunes the model."""
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    dense = model(ids, use_cache=False).logits[:, :-1].double()
+    with cut:
+        pruned = model(ids, use_cache=False).logits[:, :-1].double()
+    total = 0.0
+    for p, q in zip(dense.flatten(0, 1), pruned.flatten(0, 1), strict=True):
+        chosen = p.argsort(descending=True)[: top or len(p)]
+        p, q = p[chosen].exp() / p[chosen].exp().sum(), q[chosen].exp() / q[chosen].exp().sum()
+        total += float((p * (p / q).log()).sum())
+    return total / dense[..., 0].numel()
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("top", [0, 7, 500])
+def test_a_divergence_is_that_of_the_cut_model_from_the_dense_one(make_model, batches, family, top):
+    model, heads = make_model(family), 4 if family == "llama-gqa" else 8
+    whole, candidate, other = (heads, 192) * 3, (heads, 192, 1, 192, heads, 30), (2, 192, heads, 192, heads, 30)
+    found = measured(model, batches, whole, candidate, other, how={"objective": "kl", "top_logits": top})
+    for counts, value in zip((candidate, other), found[1:], strict=True):
+        allocator = Asking(candidates=(counts,))
+        expected = divergence_of(model, batches, pruned_to(model, batches, allocator), top)
+        assert value == pytest.approx(expected, rel=1e-3) and value > 1e-3
+    assert found[0] == 0
+
+
+def test_divergences_do_not_count_padding_and_are_stored_apart_from_losses(make_model, batches):
+    model, statistics = make_model("llama-gqa"), SharedStatistics()
+    cut, kl = (4, 192, 4, 192, 4, 20), {"objective": "kl"}
+    ids = batches[0]["input_ids"]
+    mask = torch.arange(24) < torch.tensor([24, 7, 24, 15])[:, None]
+    padded = [{"input_ids": ids.masked_fill(~mask, 5), "attention_mask": mask.long()}]
+    alone = [
+        measured(model, [row[:n][None]], cut, use="magnitude", how=kl)[0]
+        for row, n in zip(ids, mask.sum(1), strict=True)
+    ]
+    weights = mask.sum(1) - 1
+    (found,) = measured(model, padded, cut, use="magnitude", how=kl)
+    assert found == pytest.approx(float(torch.tensor(alone) @ weights.float() / weights.sum()), rel=1e-3)
+    three = [{}, kl, {"objective": "kl", "top_logits": 5}]
+    values = [measured(model, batches, cut, how=how, statistics=statistics)[0] for how in three]
+    assert len(set(values)) == 3
+    assert values == [measured(model, batches, cut, how=how, statistics=statistics)[0] for how in three]
+    with pytest.raises(SpecError, match="asking asks for the objective 'kld'; there are loss and kl"):
+        measured(model, batches, cut, how={"objective": "kld"})
+
+
+def test_without_memory_for_outputs_every_layer_runs_again(make_model, batches, monkeypatch):
+    model, runs = make_model("llama-gqa"), []
+    cuts = [(4, 192, 4, 192, 4, 20), (4, 192, 4, 192, 4, 30)]
+    expected = [measured(model, batches, *cuts, how=how) for how in ({}, {"objective": "kl"})]
+    monkeypatch.setattr(losses, "OUTPUTS", 10)
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    assert [measured(model, batches, *cuts, how=how) for how in ({}, {"objective": "kl"})] == expected
+    assert len(runs) == 2 * (4 + 3)  # of each: calibration, the dense model, two cuts
 
 
 def test_layers_before_the_first_cut_run_once(make_model, batches):

@@ -14,7 +14,12 @@ from prunekit.registry import Catalog
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "studies"
-OWN = [FOLDER / "compare.yaml", *sorted(FOLDER.glob("compensation*.yaml")), *sorted(FOLDER.glob("speed-*.yaml"))]
+OWN = [
+    FOLDER / "compare.yaml",
+    FOLDER / "allocation.yaml",
+    *sorted(FOLDER.glob("compensation*.yaml")),
+    *sorted(FOLDER.glob("speed-*.yaml")),
+]
 LARGE = sorted(set(FOLDER.glob("*.yaml")) - set(OWN))
 SMALL = sorted((FOLDER / "small").glob("*.yaml"))
 OFFLINE = [*SMALL, *OWN]
@@ -24,7 +29,8 @@ WRITTEN = yaml.safe_load((ROOT / "docs" / "examples" / "paper-settings.yaml").re
 PAPER = WRITTEN | {
     "prune": PipelineSpec.of(WRITTEN, catalog=Catalog.discover(block="")).model_dump(serialize_as_any=True)["prune"]
 }
-FLAP = "flap.yaml"
+FLAP, TYR = "flap.yaml", "tyr.yaml"
+"""These two have settings of their own."""
 OWN_CALIBRATION = {FLAP, "calibration-text.yaml"}
 
 
@@ -64,7 +70,7 @@ def test_every_published_value_is_measured_and_has_its_source(load, path):
         assert trials, entry
         measured = {evaluator.name for planned in trials for evaluator in planned.spec.evaluate}
         assert entry.metric.split(".")[0] in measured
-        assert re.match(r"(PP|FLAP), .", entry.source), entry
+        assert re.match(r"(PP|FLAP|Tyr), .", entry.source), entry
         if not entry.dense:
             assert len(trials) == 1, "a published value is one trial's"
 
@@ -78,7 +84,8 @@ def test_the_same_published_value_is_the_same_in_every_file(load):
             for planned in study.trials:
                 if belongs(entry, planned):
                     spec = planned.spec.model_dump(mode="json", serialize_as_any=True)
-                    decides = "dense" if entry.dense else json.dumps([spec["prune"], spec["calibration"]])
+                    windows = [evaluator.get("window") for evaluator in spec["evaluate"]]
+                    decides = json.dumps(windows if entry.dense else [spec["prune"], spec["calibration"]])
                     key = (spec["model"]["name"], decides, entry.metric)
                     assert values.setdefault(key, entry.value) == entry.value, (path.name, entry)
 
@@ -99,7 +106,7 @@ def test_a_small_study_runs_offline_on_what_comes_with_the_package(load, path):
         assert all(text.bundled in TEXTS for text in texts if text is not None)
 
 
-@pytest.mark.parametrize("path", [path for path in LARGE if path.name != FLAP], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in LARGE if path.name not in (FLAP, TYR)], ids=lambda path: path.name)
 def test_a_large_study_has_the_papers_settings(load, path):
     """The settings stand in every file, so that each can be read and changed alone; they must not drift apart."""
     varied = set(load(path).axes)
@@ -139,7 +146,7 @@ def test_compare_is_every_strategy_at_both_ratios(load):
     study = load(FOLDER / "compare.yaml")
     # What differs from another strategy by its compensation has studies of its own, and so have published codes.
     own = {name for name in study.catalog.names("strategies") if "reference" not in name}
-    assert set(study.axes["prune.use"]) == own - {"reconstruct", "pp_ls"}
+    assert set(study.axes["prune.use"]) == own - {"reconstruct", "pp_ls", "cfsp", "two_ssp"}
     assert study.axes["prune.ratio"] == [0.2, 0.4]
 
 
@@ -151,3 +158,12 @@ def test_the_readme_lists_every_file_and_no_other(load):
 def test_the_readme_says_which_studies_have_published_values(load):
     rows = dict(re.findall(r"^\| \[[\w-]+\]\(([\w-]+\.yaml)\) \|.*\| (\d+|none) \|$", README, re.MULTILINE))
     assert rows == {path.name: str(len(load(path).published) or "none") for path in LARGE}
+
+
+def test_allocations_run_on_the_real_model_too():
+    study = Study.load(FOLDER / "allocation.yaml", ["model=smollm2-135m"])
+    assert {planned.spec.model.name for planned in study.trials} == {"smollm2-135m"} and len(study.trials) == 60
+    built_in = {name for name in study.catalog.names("allocators") if "reference" not in name}
+    used = {planned.spec.prune.allocator.name for planned in study.trials}
+    assert used == built_in - {"explicit"}
+    assert len({planned.spec.prune.scorer.identity for planned in study.trials}) == 1

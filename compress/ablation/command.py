@@ -86,6 +86,8 @@ def run_waiting(
     except KeyboardInterrupt as stop:
         stop.args = (_interrupted(store),)
         raise
+    if all(trial.status == "done" for trial in store.trials):
+        store.journal.unlink(missing_ok=True)
 
 
 def validate(file: YamlFile, settings: Iterable[str] = (), plugins: Iterable[Path] = ()) -> None:
@@ -128,7 +130,7 @@ def _run(
         return
     with Display(study.trials, stored, waiting) as watch:
         if engine == "local":
-            run_local(waiting, record, watch)
+            run_local(waiting, record, watch, store.journal)
         else:
             from .ray_engine import run_ray
 

@@ -123,6 +123,11 @@ class Store:
         return store
 
     @property
+    def journal(self) -> Path:
+        """The file of what allocators have measured in trials that are not done yet."""
+        return self.path.with_name(f".{self.path.name}.measured")
+
+    @property
     def study(self) -> StudyRecord:
         """The study that the store was created for, or last updated to."""
         rows = self._rows("SELECT name, value FROM study ORDER BY rowid")

@@ -47,12 +47,19 @@ class Watch(Protocol):
     def finished(self, planned: Planned, outcome: Outcome) -> None: ...
 
 
-def run_local(planned: Sequence[Planned], record: Callable[[Planned, Outcome], None], watch: Watch) -> None:
+def run_local(
+    planned: Sequence[Planned],
+    record: Callable[[Planned, Outcome], None],
+    watch: Watch,
+    journal: Path | None = None,
+) -> None:
     """Run trials in this process and ``record`` each as it ends; an error of ``record`` ends the run.
+
+    What allocators measure is written to the file ``journal``, where there is one, and read from it.
 
     Trials of one model run in a row, and among them those of one calibration text, so that each model is loaded once.
     """
-    worker = Worker()
+    worker = Worker(journal)
     for trial in in_order(planned):
         watch.started(trial)
         outcome = worker.run(trial.spec, watch.progress)
@@ -77,11 +84,12 @@ def in_order(planned: Sequence[Planned]) -> list[Planned]:
 class Worker:
     """One loaded model, its dense measurements and shared calibration statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Path | None = None) -> None:
         self._source: ModelSource | None = None
         self._loaded: Loaded | None = None
         self._dense: Known = {}
-        self._statistics = SharedStatistics()
+        self._journal = journal
+        self._statistics = SharedStatistics(journal=journal)
 
     def run(self, spec: PipelineSpec, progress: Progress = no_progress) -> Outcome:
         """Run one trial; the model is loaded for the first, and again only for another ``spec.model``.
@@ -108,7 +116,7 @@ class Worker:
 
     def _model(self, source: ModelSource) -> Loaded:
         if self._loaded is None or source != self._source:
-            self._loaded, self._dense, self._statistics = None, {}, SharedStatistics()
+            self._loaded, self._dense, self._statistics = None, {}, SharedStatistics(journal=self._journal)
             gc.collect()  # room for the next one
             self._loaded, self._source = load(source), source
         return self._loaded

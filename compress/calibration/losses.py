@@ -1,4 +1,4 @@
-"""The loss of the dense model with units cut at some sites, for allocators that measure.
+"""The loss of the dense model with units cut at some sites, or its divergence, for allocators that measure.
 
 A unit is cut by zeroes in the input of its consumer, a whole block by zeroes in the output of its consumer, so that no
 weight changes and every architecture works. The layers
@@ -8,18 +8,19 @@ candidate.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...registry import DataError, ModelError, NonFiniteError, SpecError, Strategy, complement
+from ...registry import DataError, ModelError, NonFiniteError, Objective, SpecError, Strategy, complement
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
 from ..engine.decider import keep_highest
@@ -32,6 +33,9 @@ LONGEST = 256
 
 LOGITS = 2**27
 """Most bytes of the logits of one pass, in float32."""
+
+OUTPUTS = 2**31
+"""Most bytes of what layers returned that are kept to resume from."""
 
 IGNORED = -100
 """The target of a position that is not predicted."""
@@ -50,25 +54,52 @@ def check_output_layer(model: Any, strategy: Strategy) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of a candidate."""
+
+    tokens: int
+    objective: Objective = "loss"
+    top_logits: int = 0
+    """The tokens, those that are likeliest by the dense model, whose logits are compared at a position; 0: all."""
+
+    def __str__(self) -> str:
+        """As keys of stored losses have it; a loss is named by its tokens alone, as it always was."""
+        top = f" of {self.top_logits}" if self.top_logits else ""
+        return f"{self.tokens}" if self.objective == "loss" else f"{self.tokens} {self.objective}{top}"
+
+
 class CutLosses:
     """Measures candidates of an allocator: an :class:`~prunekit.registry.Evaluate`.
 
     ``known`` has the losses measured so far on this text, and gets the new ones. The model is as before after every
-    call, also after one that fails. Raises :class:`SpecError` for counts that no site can keep, :class:`DataError` for
-    a text without a token to predict, :class:`NonFiniteError` where the loss of the dense model is not finite.
+    call, also after one that fails. Raises :class:`SpecError` for counts that no site can keep and for an objective
+    that does not exist, :class:`DataError` for a text without a token to predict, :class:`NonFiniteError` where the
+    loss of the dense model is not finite.
     """
 
     def __init__(self, engine: Engine, batches: Sequence[Batch], known: MutableMapping[str, float], progress: Progress):
         self._engine, self._batches, self._known, self._progress = engine, batches, known, progress
-        self._rows: dict[int, list[MeasuredRows]] = {}
-        """The rows of the number of tokens that was asked for last."""
+        self._rows: dict[Measure, list[MeasuredRows]] = {}
+        self._kept = 0
+        """Bytes of what layers returned that are kept."""
+        self.records: list[dict[str, Any]] = []
+        """What the allocator has recorded."""
 
-    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
-        keys = [self._key(counts, tokens) for counts in candidates]
+    def __call__(
+        self, candidates: Sequence[Sequence[int]], tokens: int, *, objective: Objective = "loss", top_logits: int = 0
+    ) -> list[float]:
+        if objective not in get_args(Objective):
+            raise SpecError(
+                f"allocator {self._engine.strategy.allocator.name} asks for the objective {objective!r:.100}; there "
+                f"are {' and '.join(get_args(Objective))}; fix the plugin"
+            )
+        measure = Measure(tokens, objective, top_logits if objective == "kl" else 0)
+        keys = [self._key(counts, measure) for counts in candidates]
         missing = {key: counts for key, counts in zip(keys, candidates, strict=True) if key not in self._known}
         if missing:
             with self._engine.mode_of("dense"), self._uncompiled():
-                parts = self._parts(tokens)
+                parts = self._parts(measure)
                 if not all(math.isfinite(part.dense_loss) for part in parts):
                     raise NonFiniteError(
                         "the loss of the unpruned model on the calibration text is NaN or infinite, so no cut can be "
@@ -86,19 +117,28 @@ class CutLosses:
         """``items``, whose progress is shown."""
         return self._progress(items, label, total)
 
-    def _parts(self, tokens: int) -> list[MeasuredRows]:
-        if tokens not in self._rows:
-            rows = measured_rows(self._engine, self._batches, tokens)
-            self._rows = {tokens: [MeasuredRows(self._engine, each) for each in rows]}
-        return self._rows[tokens]
+    def record(self, **entry: Any) -> None:
+        """Have ``entry`` in the results, after what was recorded before."""
+        self.records.append(entry)
+
+    def _parts(self, measure: Measure) -> list[MeasuredRows]:
+        if measure not in self._rows:
+            rows = measured_rows(self._engine, self._batches, measure.tokens)
+            states = sum(each["input_ids"].numel() for each in rows) * self._engine.embeddings.weight[0].nbytes
+            kept = 2 * len(self._engine.layers) * states  # by MeasuredRows
+            resumes = self._kept + kept <= OUTPUTS
+            self._kept += kept * resumes
+            self._rows[measure] = [MeasuredRows(self._engine, each, measure, resumes) for each in rows]
+        return self._rows[measure]
 
     def _uncompiled(self) -> AbstractContextManager:
         """Compiled code would be compiled anew for every candidate."""
         compiles = self._engine.shared.runtime.compile is not None
         return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
-    def _key(self, counts: Sequence[int], tokens: int) -> str:
-        """What a loss depends on, apart from model and text: the scorer, the tokens, and the sites that are cut."""
+    def _key(self, counts: Sequence[int], measure: Measure) -> str:
+        """What a loss depends on, apart from model and text: the scorer, what is measured, and the sites that are
+        cut; of divergences, of which a search measures many thousands, a digest of these."""
         cuts, strategy = self._engine.cuts, self._engine.strategy
         whole = len(counts) == len(cuts)
         if not whole or not all(0 <= count <= cut.site.units for cut, count in zip(cuts, counts, strict=True)):
@@ -112,7 +152,8 @@ class CutLosses:
             for cut, count in zip(cuts, counts, strict=True)
             if count < cut.site.units
         ]
-        return " ".join([f"{kind.__module__}.{kind.__qualname__}", options, str(tokens), *cut_here])
+        key = " ".join([f"{kind.__module__}.{kind.__qualname__}", options, str(measure), *cut_here])
+        return key if measure.objective == "loss" else f"{measure} {hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
     def _dropped(self, counts: Sequence[int]) -> Dropped:
         dropped: Dropped = {}
@@ -146,23 +187,29 @@ class MeasuredRows:
 
     A candidate is measured from the one of the two with which it has more of the first layers in common. So an
     allocator that changes one site at a time repeats no layer before that site. Memory: two outputs (B, T, D) of every
-    layer.
+    layer; none where it does not ``resume``.
+
+    The divergence is that of the distributions of the next token (Kullback and Leibler), KL(dense || cut). The dense
+    logits are computed anew from what the last layer of the dense model returned, which takes less memory than they do.
     """
 
-    def __init__(self, engine: Engine, rows: Batch):
-        self._engine, self._rows = engine, rows
+    def __init__(self, engine: Engine, rows: Batch, measure: Measure, resumes: bool):
+        self._engine, self._rows, self._measure, self._resumes = engine, rows, measure, resumes
+        self._dense_output: Any = None
+        """What the last layer of the dense model returned, where divergences are measured."""
         ids = rows["input_ids"]
         targets = ids if "attention_mask" not in rows else ids.masked_fill(rows["attention_mask"] == 0, IGNORED)
         self._targets = targets[:, 1:]
         self.predicted = int((self._targets != IGNORED).sum())
         """Number of predicted tokens."""
+        self._passed: list[Passed] = []
         dense = self._pass(tuple(cut.site.units for cut in engine.cuts), {}, [])
         self.dense_loss = dense.loss
-        """Sum over the predicted tokens, in nats."""
-        self._passed = [dense]
+        """Sum over the predicted tokens, in nats: the loss, also where divergences are measured."""
+        self._passed = [replace(dense, loss=dense.loss if measure.objective == "loss" else 0.0)]
 
     def loss(self, counts: Sequence[int], dropped: Dropped) -> float:
-        """The loss, summed over the predicted tokens, with zeroes in the channels ``dropped``."""
+        """The loss or divergence, summed over the predicted tokens, with zeroes in the channels ``dropped``."""
         parent = max(self._passed, key=lambda passed: self._agreement(passed, counts))
         first, different = self._agreement(parent, counts)
         if not different:
@@ -182,8 +229,12 @@ class MeasuredRows:
         first = len(known)
         outputs = list(known)
 
+        last: list[Any] = []
+
         def keep(layer: nn.Module, args: tuple, output: Any) -> None:
-            outputs.append(output)
+            last[:] = [output]
+            if self._resumes:
+                outputs.append(output)
 
         with ExitStack() as stack:
             if known:
@@ -197,15 +248,34 @@ class MeasuredRows:
                     continue
                 hook = partial(_zero, channels.to(device_of(consumer)))
                 stack.callback(consumer.register_forward_pre_hook(hook).remove)
-            return Passed(counts, outputs, self._loss())
+            logits = self._logits()
+        if self._measure.objective == "loss" or not self._passed:
+            if self._measure.objective == "kl":
+                (self._dense_output,) = last
+            targets = self._targets.to(logits.device)
+            loss = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum").item()
+        else:
+            with resumed(self._engine, len(self._engine.layers), self._dense_output):
+                loss = divergence(self._logits(), logits, self._measure.top_logits)
+        return Passed(counts, outputs, loss)
 
-    def _loss(self) -> float:
+    def _logits(self) -> Tensor:
+        """Logits (N, V) float32 of the positions whose next token is predicted."""
         device = device_of(self._engine.embeddings)
         model: Callable[..., Any] = self._engine.model
         logits = model(**{key: value.to(device) for key, value in self._rows.items()}, use_cache=False).logits
-        targets = self._targets.to(logits.device).reshape(-1)
-        logits = logits[:, :-1].reshape(len(targets), -1).float()
-        return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
+        return logits[:, :-1][(self._targets != IGNORED).to(logits.device)].float()
+
+
+def divergence(dense: Tensor, cut: Tensor, top: int = 0) -> float:
+    """KL(dense || cut) of the distributions by logits (N, V), summed over the N positions, in nats.
+
+    With ``top`` above 0 both are distributions over the ``top`` likeliest tokens of the dense model at a position.
+    """
+    if 0 < top < dense.shape[-1]:
+        dense, likeliest = dense.topk(top)
+        cut = cut.gather(-1, likeliest)
+    return functional.kl_div(cut.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True).item()
 
 
 def _zero(channels: Tensor, consumer: nn.Module, args: tuple) -> tuple:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor
-
 from ...registry import ChannelHistory, ChannelMoments, Statistic
-from ...registry.tensors.windows import digest
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
+from .journal import Journal
+from .origin import fingerprint, origin_of
 from .passes import Batch, Progress, calibrate
 
 Place = tuple[str, "tuple[type[Statistic], str] | None"]
@@ -32,13 +32,16 @@ class SharedStatistics:
     a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up to
     ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB. Never shared: statistics of
     sequential calibration, which depend on what was cut before.
+
+    What allocators measure is written to the file ``journal``, where there is one, so that a run that was killed
+    resumes to the same result.
     """
 
-    def __init__(self, texts: int = 4, covariance_bytes: int = 2**29):
-        self.texts = texts
+    def __init__(self, texts: int = 4, covariance_bytes: int = 2**29, journal: Path | None = None):
+        self.texts, self.journal = texts, journal
         self._of: OrderedDict[str, Histories] = OrderedDict()
         self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
-        self._measured: OrderedDict[str, dict[str, float]] = OrderedDict()
+        self._measured: OrderedDict[str, MutableMapping[str, float]] = OrderedDict()
         self._covariance_bytes = covariance_bytes
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
@@ -62,8 +65,10 @@ class SharedStatistics:
         return self._of_text(self._moments, batches, SomeMoments(self._covariance_bytes))
 
     @contextmanager
-    def measured(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
+    def measured(self, engine: Engine, batches: list[Batch]) -> Iterator[MutableMapping[str, float]]:
         """The numbers that allocators have measured on this text, by what they are of; new ones are added to them."""
+        if self.journal is not None and fingerprint(batches) not in self._measured:
+            self._measured[fingerprint(batches)] = Journal(self.journal, origin_of(engine.model, batches))
         yield self._of_text(self._measured, batches, {})
 
     def _of_text(self, known: OrderedDict[str, Known], batches: list[Batch], empty: Known) -> Known:
@@ -100,12 +105,3 @@ class SomeMoments(UserDict[str, ChannelMoments]):
 def _place(cut: SiteCut) -> Place:
     statistic = cut.state.statistic
     return cut.site.consumer, None if statistic is None else statistic.identity
-
-
-def fingerprint(batches: list[Batch]) -> str:
-    """sha256 over ids and masks of all batches."""
-
-    def tensors(batch: Batch) -> list[Tensor]:
-        return [batch[key] for key in ("input_ids", "attention_mask") if key in batch]
-
-    return digest(tensor for batch in batches for tensor in tensors(batch))

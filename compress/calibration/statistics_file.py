@@ -7,7 +7,6 @@ they are many times larger.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -25,12 +24,12 @@ from torch import Tensor
 from ...registry import ChannelHistory, DataError, Statistic
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
-from ..models.loading import fingerprint as model_fingerprint
 from ..output.folders import make_readable
 from ..output.reading import check_regular
+from .journal import Journal
+from .origin import origin_of
 from .passes import Batch, Progress, calibrate
 from .shared import SomeMoments, wanted
-from .shared import fingerprint as text_fingerprint
 
 FORMAT = "prunekit statistics 1"
 
@@ -48,9 +47,6 @@ ORIGINS = {
     "text": "other calibration text: other documents, seed, number or length of sequences, or padding",
 }
 """What a file must have been gathered from, and what a difference means."""
-
-NOT_COMPUTING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-"""Keys of a configuration that say nothing about what the model computes."""
 
 
 @dataclass
@@ -88,24 +84,29 @@ class StatisticsFile:
         return SomeMoments(0)
 
     @contextmanager
-    def measured(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
-        """The numbers that allocators have measured, by what they are of; new ones are written, after an error too."""
-        known: dict[str, float] = {}
+    def measured(self, engine: Engine, batches: list[Batch]) -> Iterator[Journal]:
+        """The numbers that allocators have measured, by what they are of; new ones are written, after an error too.
+
+        Until then each is in a journal next to the file, which a run that was killed leaves there.
+        """
+        stored: dict[str, float] = {}
         origin = self._origin = self._origin or origin_of(engine.model, batches)
         if self.path.exists():
             with opened(self.path) as (_, metadata):
                 self._check_origin(metadata, origin)
-                known = self._measured(metadata)
+                stored = self._measured(metadata)
         else:
             check_place(self.path)
-        before = len(known)
+        journal = self.path.with_name(f".{self.path.name}.measured")
+        known = Journal(journal, origin, stored)
         try:
             yield known
         finally:
-            if len(known) > before:
+            if len(known) > len(stored):
                 with self._locked():
                     self._write(origin, [], known)
-            self.used = self.used or ("written" if len(known) > before else "read")
+                    journal.unlink(missing_ok=True)
+            self.used = self.used or ("written" if len(known) > len(stored) else "read")
 
     def _measured(self, metadata: dict[str, str]) -> dict[str, float]:
         try:
@@ -204,16 +205,6 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
                 "name another file, or delete this one to gather them anew"
             )
         yield file, metadata
-
-
-def origin_of(model: Any, batches: list[Batch]) -> dict[str, str]:
-    """What statistics are of: sha256 of weights, configuration and token ids."""
-    configuration = {key: value for key, value in model.config.to_diff_dict().items() if key not in NOT_COMPUTING}
-    return {
-        "model": model_fingerprint(model),
-        "configuration": hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode()).hexdigest(),
-        "text": text_fingerprint(batches),
-    }
 
 
 def _place(cut: SiteCut) -> str:

@@ -67,6 +67,8 @@ class Engine:
         self._cache_indices = cache_indices(model, self.layers, self.all_sites or sites)
         self.decoder = model.get_submodule(layers.rpartition(".")[0])
         """The module that owns the layers: one call of it is one batch."""
+        self.searched: list[dict[str, Any]] = []
+        """What the allocator has recorded of its search, step by step."""
         self.is_suspended = self.is_removed = False
         self._undo: list[Callable[[], Any]] = []
         self._use(strategy, trace)

@@ -7,6 +7,7 @@ of a producer, D hidden size, O outputs of the consumer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +104,8 @@ class SiteState:
         self.binding = binding
         self.statistic = strategy.scorer.statistic
         """What the history keeps of the activations; None for scores of the weights alone."""
+        self.scores_producers = strategy.scorer.uses_producers
+        """Whether the score depends on the producers' weights."""
         self.history = ChannelHistory(site.channels, device_of(binding.consumer))
         self.compensation = SiteCompensation(site, strategy.compensate)
         self.count = site.units
@@ -133,6 +136,10 @@ class SiteState:
         """Give the allocator these statistics of the site's block and of its layer."""
         self.unscored = replace(self.unscored, block_statistic=block, layer_statistic=layer)
 
+    def describe_weights(self, layer: float) -> None:
+        """Give the allocator this statistic of the weights of the site's layer."""
+        self.unscored = replace(self.unscored, weight_statistic=layer)
+
     def replace_history(self, history: ChannelHistory) -> None:
         """Replace the history."""
         self.history = history
@@ -159,14 +166,20 @@ class SiteState:
 
     def prepared(self, scorer: Scorer) -> Any:
         """The weights' part of the score, computed once for as long as the weights stay what they are."""
-        linear, known = self.binding.consumer, self._prepared
+        known, linears = self._prepared, [self.binding.consumer]
         if known is not None and torch.compiler.is_compiling():
             return known[1]
-        version = weights_version(linear)
+        if self.scores_producers:
+            linears += [linear for linear, _ in self.binding.producers]
+        version = tuple(map(weights_version, linears))
         if known is None or known[0] != version:
-            with torch.inference_mode(False), torch.no_grad(), weights_present(linear):
-                weight = linear.weight.detach().float()
-                self._prepared = known = version, scorer.prepare(weight, self.binding.site)
+            prepare: Any = scorer.prepare
+            with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+                for linear in linears:
+                    stack.enter_context(weights_present(linear))
+                weight, *producers = [linear.weight.detach().float() for linear in linears]
+                more = (producers,) if self.scores_producers else ()
+                self._prepared = known = version, prepare(weight, self.binding.site, *more)
         return known[1]
 
     def mean_output(self, mean: Tensor) -> Tensor:

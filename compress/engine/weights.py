@@ -61,7 +61,8 @@ class WeightsWatch:
 
     def _tensors(self) -> Iterator[Tensor]:
         for cut in self._cuts:
-            producers = [linear for linear, _ in cut.binding.producers] if cut.fixed is not None else []
+            reads_producers = cut.fixed is not None or cut.state.scores_producers
+            producers = [linear for linear, _ in cut.binding.producers] if reads_producers else []
             for linear in [] if cut.whole else [*producers, cut.binding.consumer]:
                 if not is_offloaded(linear) and not differentiates(linear):
                     yield from linear.parameters(recurse=False)

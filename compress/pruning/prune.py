@@ -39,6 +39,7 @@ from ..calibration.passes import (
 )
 from ..calibration.shared import SharedStatistics, SomeMoments
 from ..calibration.statistics_file import StatisticsFile
+from ..calibration.weights import describe_weights
 from ..engine.ahead import check_attention, check_same_attention
 from ..engine.batch import Decision
 from ..engine.engine import Engine
@@ -245,12 +246,14 @@ def _decide(
     elif dense and batches is not None:
         calibrate(engine, batches, progress)
     numbers: AbstractContextManager[MutableMapping[str, float]] = nullcontext({})
-    looks = strategy.allocator.measures or strategy.allocator.block_statistic is not None
+    allocator = strategy.allocator
+    looks = allocator.measures or allocator.block_statistic is not None or allocator.weight_statistic is not None
     if looks and statistics is not None and batches is not None:
         numbers = statistics.measured(engine, batches)
     with numbers as measured:
         if batches is not None:
             describe_blocks(engine, batches, measured, progress)
+        describe_weights(engine, batches, measured, progress)
         found = _allocate(engine, ratio, batches, measured, progress, match)
     if sequential and batches is not None:
         _decide_by_layer(engine, batches, progress)
@@ -313,6 +316,7 @@ def _allocate(
 
     if allocator.measures and batches is not None:
         measured.append(CutLosses(engine, batches, known, progress))
+        engine.searched = measured[0].records
     if match is None:
         found, counts = None, _counts(allocator, scores, ratio, measured)
     else:
@@ -331,6 +335,8 @@ def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, m
 
     ``measured``: the losses of cuts, for an allocator that measures them; else nothing.
     """
+    for losses in measured:
+        losses.records.clear()  # of another ratio
     counts = allocator.allocate(scores, ratio or 0.0, *measured) if scores else []
     if len(counts) != len(scores):
         raise SpecError(

@@ -67,6 +67,11 @@ class Pruned:
         return self._engine.hooks.trace
 
     @property
+    def search(self) -> list[dict[str, Any]]:
+        """What the allocator has recorded of its search, step by step; empty where it does not search."""
+        return [dict(entry) for entry in self._engine.searched]
+
+    @property
     def sites(self) -> list[Site]:
         """The sites that can be cut; those of skipped layers are not among them."""
         return [cut.site for cut in self._engine.cuts]

@@ -120,7 +120,7 @@ class Pipeline:
             for label, evaluator in labelled(spec.evaluate):
                 metrics.append(_evaluate(label, evaluator, measuring))
                 take_trace(label)
-            cut = about_cut(pruned)
+            cut, search = about_cut(pruned), pruned.search
             notes = [*pruned.notes]
         ended = time.perf_counter()
         if calibration is not None and stored is not None:
@@ -140,6 +140,7 @@ class Pipeline:
             seeds={"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             versions=versions(),
             plugins=plugins_used(spec),
+            **({"search": search} if search else {}),
             notes=[*notes, *damages(metrics), *(note for metric in metrics for note in metric.notes)],
             seconds=Seconds(
                 load=round(prepared - began, 2),

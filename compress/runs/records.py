@@ -92,6 +92,8 @@ class RunResult(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     plugins: dict[str, list[str]] = Field(default_factory=dict)
     """Names of the components in use, by who provides them."""
+    search: list[Plain] = Field(default_factory=list)
+    """What an allocator that searches has recorded, step by step."""
     notes: list[str] = Field(default_factory=list)
     seconds: Seconds
 

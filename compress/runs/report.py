@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..output.formatting import accuracy_of, achieved, extent, fact, names_of, sentence, table, value_text
 from ..output.records import CompensationFacts, Value
@@ -62,6 +63,7 @@ def markdown(result: RunResult) -> str:
         f"{model.attention} attention, fingerprint {fact(model.fingerprint)}",
         f"- **calibration**: {sentence(calibration.as_json()) if calibration else 'none needed'}",
         *_compensation(result.compensation),
+        *_search(result.search),
         *([f"- **runtime**: {sentence(result.runtime)}"] if result.runtime else []),
         f"- **versions**: {sentence(result.versions)}; run {result.started}, {result.seconds.total:.0f} s",
         "",
@@ -91,3 +93,10 @@ def _compensation(about: CompensationFacts | None) -> list[str]:
     fell_back = f"; the mean alone at {', '.join(about.fell_back)}" if about.fell_back else ""
     gathered = "" if about.tokens is None else f"; covariance of {about.tokens:,} tokens"
     return [f"- **compensation**: {options.pop('name')} ({sentence(options) or 'no options'}){gathered}{fell_back}"]
+
+
+def _search(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The line on the steps of an allocator that searched, by the last of them."""
+    if not steps:
+        return []
+    return [f"- **search**: {len(steps)} step{'s' * (len(steps) > 1)}; the last: {sentence(dict(steps[-1]))}"]

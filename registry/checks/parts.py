@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from ..roles.parts import (
     Selection,
     SiteScores,
     SparsityAllocator,
+    missing_argument,
 )
 from ..sites import Producer, Rows, Site, SiteKind
 from ..tensors.blocks import BlockStatistic
 from ..tensors.statistics import ChannelHistory, Statistic
+from ..tensors.weights import LayerWeight, WeightStatistic
 
 UNITS, UNIT_SIZE = 6, 4
 
@@ -82,12 +85,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
+def check_arguments(part: Scorer | SparsityAllocator) -> None:
+    """Its methods take what it asks for."""
+    wrong = missing_argument(part)
+    expect(wrong is None, part, f"asks for more than it takes: {wrong}")
+
+
 def check_scores(scorer: Scorer) -> None:
     """Channel scores are (C,) float32 and finite, unit scores (U,), the same every time."""
     for site in both_kinds():
         for statistic in (draw(site.channels, seed=1).square(), torch.zeros(site.channels)):
             weight = draw(20, site.channels)
-            prepared = scorer.prepare(weight, site)
+            prepared = _prepared(scorer, weight, site)
             expect_unchanged(scorer, "weight", draw(20, site.channels), weight)
             given = None if scorer.statistic is None else statistic.clone()
             scores = scorer.score(prepared, given)
@@ -100,11 +109,26 @@ def check_scores(scorer: Scorer) -> None:
             expect_tensor(units, scorer, "unit scores", (site.units,))
 
 
+def _prepared(scorer: Scorer, weight: Tensor, site: Site, inputs: int = 16) -> Any:
+    """What the scorer prepares, from the producers' weights, too, where it asks for them."""
+    prepare: Any = scorer.prepare
+    if not scorer.uses_producers:
+        return prepare(weight, site)
+    given = [draw(site.channels, inputs, seed=seed) for seed, _ in enumerate(site.producers, start=3)]
+    prepared = prepare(weight, site, [producer.clone() for producer in given])
+    again = prepare(weight, site, given)
+    for seed, producer in enumerate(given, start=3):
+        expect_unchanged(scorer, "producers' weights", draw(site.channels, inputs, seed=seed), producer)
+    same = [torch.equal(a, b) for a, b in zip(tensors_in(prepared), tensors_in(again), strict=True)]
+    expect(all(same), scorer, "prepares the same weights differently")
+    return prepared
+
+
 def check_score_cost(scorer: Scorer) -> None:
     """A decision costs O(C): the prepared part does not grow with the number of outputs."""
     sizes = []
     for outputs in (20, 80):
-        prepared = scorer.prepare(draw(outputs, UNITS * UNIT_SIZE), some_site("mlp"))
+        prepared = _prepared(scorer, draw(outputs, UNITS * UNIT_SIZE), some_site("mlp"), inputs=outputs)
         sizes.append(sum(tensor.numel() for tensor in tensors_in(prepared)))
     expect(
         sizes[0] == sizes[1],
@@ -226,6 +250,8 @@ def check_allocation(allocator: SparsityAllocator) -> None:
     )
     sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
     plain = [SiteScores(site) for site in sites]
+    if allocator.weight_statistic is not None:
+        plain = [replace(s, weight_statistic=2.0 + s.site.layer) for s in plain]
     if allocator.block_statistic is not None:
         plain = [
             replace(s, block_statistic=0.1 + 0.2 * n, layer_statistic=0.4 - 0.1 * (n // 2)) for n, s in enumerate(plain)
@@ -265,12 +291,16 @@ class _MadeUpLosses:
     def __init__(self, sites: Sequence[Site]):
         self._sites = sites
 
-    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int, **how: Any) -> list[float]:
         return [2 + sum(map(self._share, self._sites, counts)) for counts in candidates]
 
     @staticmethod
     def _share(site: Site, count: int) -> float:
         return (1 - count / site.units) ** 2 / (1 + site.layer)
+
+    @staticmethod
+    def record(**entry: Any) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def progress(items: Iterable, label: str, total: int) -> Iterable:
@@ -297,6 +327,33 @@ def check_block_statistic(allocator: SparsityAllocator) -> None:
     expect(torch.allclose(alone, found[:2], atol=1e-6), statistic, "depends on other tokens")
 
 
+def check_weight_statistic(allocator: SparsityAllocator) -> None:
+    """Its weight statistic, if any, is a finite number, the same every time, and leaves the weights unchanged."""
+    statistic = allocator.weight_statistic
+    if statistic is None:
+        return
+    expect(
+        isinstance(statistic, WeightStatistic), allocator, f"must have a WeightStatistic or None, found {statistic!r}"
+    )
+    shapes = {"mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24)}
+    for scale in (1.0, 0.0):
+        weights = {path: draw(*shape, seed=seed) * scale for seed, (path, shape) in enumerate(shapes.items())}
+        norms = {path: draw(shape[1], seed=9).abs() for path, shape in shapes.items()}
+        given = [
+            LayerWeight(path, partial(Tensor.float, weight), *([norms[path]] if statistic.uses_inputs else []))
+            for path, weight in weights.items()
+        ]
+        found = statistic.measure(given)
+        fits = isinstance(found, (int, float)) and math.isfinite(found)
+        expect(fits, statistic, f"must measure a layer as a finite number, found {found!r}")
+        expect(found == statistic.measure(given), statistic, "measures the same weights differently")
+        for seed, (path, shape) in enumerate(shapes.items()):
+            expect_unchanged(statistic, "weights", draw(*shape, seed=seed) * scale, weights[path])
+        if statistic.uses_inputs:
+            for path, shape in shapes.items():
+                expect_unchanged(statistic, "norms", draw(shape[1], seed=9).abs(), norms[path])
+
+
 def check_model_types(architecture: Architecture) -> None:
     """It names the model types that it serves."""
     types = architecture.model_types
@@ -304,11 +361,11 @@ def check_model_types(architecture: Architecture) -> None:
 
 
 ROLE_CHECKS: dict[type[Component], list[Callable]] = {
-    Scorer: [check_scores, check_score_cost, check_statistic],
+    Scorer: [check_arguments, check_scores, check_score_cost, check_statistic],
     ProbeSelector: [check_selection],
     HistoryMerger: [check_merge, check_update],
     MaskApplier: [check_application],
-    SparsityAllocator: [check_allocation, check_block_statistic],
+    SparsityAllocator: [check_arguments, check_allocation, check_block_statistic, check_weight_statistic],
     Architecture: [check_model_types],
 }
 """Role -> its checks, each a function of one component."""

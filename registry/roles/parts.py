@@ -6,9 +6,10 @@ O consumer outputs; b, t: the probe's rows and positions; k: kept units.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -20,6 +21,7 @@ from ..component import Component
 from ..sites import AttentionUnit, Site
 from ..tensors.blocks import BlockStatistic
 from ..tensors.statistics import MeanSquare, Statistic
+from ..tensors.weights import WeightStatistic
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +36,9 @@ class Scorer(Component):
 
     statistic: ClassVar[Statistic | None] = MeanSquare()
     """The statistic of the activations; None for a score of the weights alone."""
+    uses_producers: ClassVar[bool] = False
+    """Whether it scores by the producers' weights, too. It is then called ``prepare(weight, site, producers)``, with
+    the weight (R, D) float32 of every layer of ``site.producers``; declare ``producers: Sequence[Tensor] = ()``."""
 
     @abstractmethod
     def prepare(self, weight: Tensor, site: Site) -> Any:
@@ -146,18 +151,33 @@ class SiteScores:
     where it has none."""
     layer_statistic: float = math.nan
     """The same for the whole decoder layer: equal at both of its sites."""
+    weight_statistic: float = math.nan
+    """What the allocator's ``weight_statistic`` gives for the decoder layer: equal at both of its sites; NaN where it
+    has none."""
+
+
+Objective = Literal["loss", "kl"]
+"""What is measured of a cut model: the loss of the next token, or the divergence from the dense model's prediction."""
 
 
 class Evaluate(Protocol):
     """What an allocator that measures gets: the loss of the model with some of its units cut."""
 
-    def __call__(self, candidates: Sequence[Sequence[int]], tokens: int) -> list[float]:
+    def __call__(
+        self, candidates: Sequence[Sequence[int]], tokens: int, *, objective: Objective = "loss", top_logits: int = 0
+    ) -> list[float]:
         """The loss of every candidate, in nats per predicted token, on about ``tokens`` of the calibration text.
 
         A candidate is a kept count for every site, in the order of the allocator's ``sites``. Every site keeps the
-        units with the highest calibrated scores; nothing is compensated. The loss is infinite where the cut model
-        gives no finite one. A loss is measured once, also if it is asked for again by another pruning of a study.
+        units with the highest calibrated scores; nothing is compensated. With the objective ``kl`` it is the divergence
+        KL(dense || cut) instead, over the ``top_logits`` tokens that are likeliest by the dense model (0: all). The
+        loss is infinite where the cut model gives no finite one. A loss is measured once, also if it is asked for
+        again by another pruning of a study.
         """
+        ...
+
+    def record(self, **entry: Any) -> None:
+        """Have ``entry``, plain data of a search, in the results: once for every step."""
         ...
 
     def progress(self, items: Iterable, label: str, total: int) -> Iterable:
@@ -186,9 +206,16 @@ class SparsityAllocator(Component):
         return None
 
     @property
+    def weight_statistic(self) -> WeightStatistic | None:
+        """What is measured of the weights of every decoder layer of the dense model, for :class:`SiteScores`; None:
+        nothing."""
+        return None
+
+    @property
     def looks_at_model(self) -> bool:
-        """Whether counts depend on more than ratio and sites: on scores, blocks or losses."""
-        return self.needs_scores or self.measures or self.block_statistic is not None
+        """Whether counts depend on more than ratio and sites: on scores, blocks, weights or losses."""
+        looks = self.block_statistic is not None or self.weight_statistic is not None
+        return self.needs_scores or self.measures or looks
 
     @abstractmethod
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
@@ -197,6 +224,24 @@ class SparsityAllocator(Component):
         Skipped layers are not in ``sites``. ``ratio`` is the share of these sites to cut, already raised for the
         skipped layers (:meth:`Strategy.site_ratio`); 0 where ``takes_ratio`` is false.
         """
+
+
+def missing_argument(part: Component) -> str | None:
+    """One sentence on a method that does not take what the part asks for; None where all is well."""
+    method: Callable[..., Any]
+    if isinstance(part, Scorer) and part.uses_producers:
+        method, argument = part.prepare, "producers"
+    elif isinstance(part, SparsityAllocator) and part.measures:
+        method, argument = part.allocate, "evaluate"
+    else:
+        return None
+    found = inspect.signature(method).parameters
+    if len(found) > 2:
+        return None
+    return (
+        f"{type(part).__name__}.{method.__name__} takes ({', '.join(('self', *found))}), but it is called with one "
+        f"more argument, {argument}; fix the plugin"
+    )
 
 
 class Architecture(Component):

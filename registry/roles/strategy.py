@@ -13,7 +13,7 @@ from ..sites import AttentionUnit, Site
 from ..tensors.history_storage import HistoryStorage
 from ..tensors.statistics import Statistic
 from .compensation import Compensator, NoCompensation
-from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
+from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, missing_argument
 
 PaddingOf = Callable[[Tensor], Tensor | None]
 
@@ -66,7 +66,7 @@ class Strategy(Component):
     @model_validator(mode="after")
     def _parts_fit(self) -> Strategy:
         for part in (value for _, value in self if isinstance(value, Component)):
-            if wrong := wrong_signature(type(part)):
+            if wrong := wrong_signature(type(part)) or missing_argument(part):
                 raise ValueError(wrong)
         if self.merger is not None and self.selector is None:
             raise ValueError("deciding per batch needs both a selector and a merger (or neither, to decide once)")
@@ -162,7 +162,8 @@ class Strategy(Component):
     @property
     def decides_by_activations(self) -> bool:
         """Whether the choice of units depends on calibration batches."""
-        if self.allocator.measures or self.allocator.block_statistic is not None:
+        weights = self.allocator.weight_statistic
+        if self.allocator.measures or self.allocator.block_statistic is not None or (weights and weights.uses_inputs):
             return True
         if self.allocator.whole_blocks:
             return False
