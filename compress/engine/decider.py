@@ -43,10 +43,14 @@ class Decider:
 
     def calibrated_units(self, cut: SiteCut) -> Tensor:
         """The units (k,) that a site would keep by its calibrated history alone."""
+        if cut.whole and not cut.state.has_scores:
+            return torch.arange(cut.count, device=cut.history.device)
         return keep_highest(self._calibrated(cut)[1], cut.count)
 
     def _calibrated(self, cut: SiteCut) -> tuple[Tensor, Tensor]:
         state = cut.state
+        if state.choice is not None:
+            return state.choice.channels, state.choice.units
         channels, units = self._scored(state, None if state.statistic is None else state.history.summed())
         if not bool(torch.isfinite(channels).all()):
             raise not_finite(SCORES, cut.site)
