@@ -15,8 +15,8 @@ from .ridged import RidgedChooser, ridged
 class ModegptChooser(RidgedChooser):
     """Keeps channels with the largest ridge leverage in the covariance, whatever their weights (MoDeGPT's MLP part).
 
-    MoDeGPT cuts dimensions inside heads, not heads. Here a head has the sum of the leverage of its channels, which is the
-    number of directions that they add to the others.
+    MoDeGPT cuts dimensions inside heads, not heads. Here a head has the sum of its channels' leverage: the number of
+    directions that they add to the others.
     """
 
     paper: ClassVar[str] = "MoDeGPT, ICLR 2025, arXiv 2408.09632, type I (Nystroem)"

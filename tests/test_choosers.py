@@ -219,7 +219,7 @@ def test_a_chooser_from_outside_serves_a_strategy_of_ours(make_model, batches, t
 
 
 def test_choosers_decide_once(make_model, batches):
-    with pytest.raises(SpecError, match="chooses units once.*set selector and merger to null"):
+    with pytest.raises(SpecError, match=r"chooses units once.*set selector and merger to null"):
         prune(make_model("llama-gqa"), "pp", ratio=0.4, calibration=batches, scorer="obs")
 
 

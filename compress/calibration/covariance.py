@@ -250,8 +250,8 @@ def _too_large(cut: SiteCut, plan: Plan, size: int, room: _Room, device: torch.d
     remedy = "Allow more (memory_gib)" if device is None else "Free memory or allow more of it (memory_gib)"
     return (
         f"{cut.site.label}: {plan.part} needs {_size(size)} for the covariance of {cut.site.channels:,} "
-        f"channels and {_size(plan.needs.working)} to solve it{staying}, and {_size(room.budget)} {whose}; nothing was taken. "
-        f"{remedy}, or use {plan.remedy}"
+        f"channels and {_size(plan.needs.working)} to solve it{staying}, and {_size(room.budget)} {whose}; nothing was "
+        f"taken. {remedy}, or use {plan.remedy}"
     )
 
 

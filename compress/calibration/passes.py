@@ -145,12 +145,18 @@ def calibrate_sequentially(
         for layer, number in progress(passes, "calibrating", len(layers) * len(batches)):
             cuts = [cut for cut in engine.cuts if cut.site.layer == layer]
             if learn_dense is not None:  # this layer is not cut yet
-                with engine.calibrating(learn_dense, cuts), resumed(engine, dense_reached, dense_outputs[number]):
-                    with _kept(engine, layer, dense_outputs, number):
-                        _forward_to(engine, batches[number], layer)
-            with engine.calibrating(learn, cuts), resumed(engine, reached, outputs[number]):
-                with _kept(engine, layer - 1, outputs, number):
+                with (
+                    engine.calibrating(learn_dense, cuts),
+                    resumed(engine, dense_reached, dense_outputs[number]),
+                    _kept(engine, layer, dense_outputs, number),
+                ):
                     _forward_to(engine, batches[number], layer)
+            with (
+                engine.calibrating(learn, cuts),
+                resumed(engine, reached, outputs[number]),
+                _kept(engine, layer - 1, outputs, number),
+            ):
+                _forward_to(engine, batches[number], layer)
             if number == len(batches) - 1:
                 reached, dense_reached = layer, layer + 1
                 _check_finite(engine)

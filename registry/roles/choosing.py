@@ -30,7 +30,7 @@ class Order:
 
     @property
     def scores(self) -> Tensor:
-        """(U,) float32, by unit: its loss. Equal losses are raised by the smallest possible steps, so that all differ."""
+        """(U,) float32, by unit: its loss. Equal losses are raised by the smallest steps, so that all differ."""
         loss = self.loss.float().clamp(min=0).abs()  # abs: minus zero has other bits than zero
         steps = torch.arange(len(loss), device=loss.device)
         # The bits of positive floats, read as integers, are in the order of the floats.
@@ -81,7 +81,7 @@ class Chooser(Scorer):
         return weight, site
 
     def score(self, prepared: tuple[Tensor, Site], statistic: SiteCovariance) -> Tensor:
-        """The units' scores, repeated for each of their channels; (C,). Raises :class:`SpecError` for no valid order."""
+        """The units' scores, repeated for their channels; (C,). Raises :class:`SpecError` for an invalid order."""
         weight, site = prepared
         order = self.order(statistic, weight, site)
         if flaw := order.flaw(site.units) if isinstance(order, Order) else f"must return an Order, found {order!r:.80}":
