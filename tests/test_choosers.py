@@ -266,3 +266,48 @@ def test_cuts_of_more_are_within_those_of_less(make_model, batches):
         with prune(make_model("llama-gqa"), "obs", ratio=ratio, calibration=batches, sequential=False) as pruned:
             kept.append(pruned.sites_kept)
     assert all(set(kept[1][place]) <= set(kept[0][place]) for place in kept[0])
+
+
+def inputs_of(model, consumer, batches):
+    """What enters a linear layer, all tokens, float64."""
+    seen = []
+    handle = model.get_submodule(consumer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for batch in batches:
+        model(**batch)
+    handle.remove()
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double()
+
+
+def refitted(module, x, target_x, kept, ridge):
+    """Hook that computes a linear layer from its kept inputs, by ridge regression of the target's outputs."""
+    weight, mean, target_mean = module.weight.double(), x.mean(0), target_x.mean(0)
+    centred = x - mean
+    second, cross = centred.T @ centred / len(x), centred.T @ (target_x - target_mean) / len(x)
+    added = ridge * second.diagonal().mean() * torch.eye(len(second)).double()
+    solved = torch.linalg.solve((second + added)[kept][:, kept], (cross + added)[kept] @ weight.T)
+    bias = weight @ target_mean - solved.T @ mean[kept]
+    return lambda module, args, output: (args[0][..., kept].double() @ solved + bias).float()
+
+
+@pytest.mark.parametrize("target", ["dense_weights", "dense_outputs"])
+def test_sequential_obs_is_what_a_slow_implementation_gives(make_model, batches, target):
+    model, slow = make_model("llama-gqa"), make_model("llama-gqa")
+    options = dict(compensate={"ridge": 0.01, "target": target}, scorer={"ridge": 0.01, "rounds": 8})
+    with prune(model, "obs", ratio=0.4, calibration=batches, **options) as pruned, torch.no_grad():
+        for layer in range(3):
+            sites = [site for site in pruned.sites if site.layer == layer]
+            with pruned.dense():
+                dense = [inputs_of(model, site.consumer, batches) for site in sites]
+            inputs = [inputs_of(slow, site.consumer, batches) for site in sites]
+            for site, x, dense_x in zip(sites, inputs, dense, strict=True):
+                module, aim = slow.get_submodule(site.consumer), dense_x if target == "dense_outputs" else x
+                kept = site.columns(torch.tensor(pruned.sites_kept[layer, site.kind]))
+                centred, known = x - x.mean(0), covariance_of(x.float())
+                if target == "dense_outputs":
+                    known.cross = ((dense_x - dense_x.mean(0)).T @ centred / len(x)).float()
+                order = ObsChooser(ridge=0.01, rounds=8).order(known, module.weight.float(), site)
+                expected = order.units[site.units - pruned.counts[layer, site.kind] :].sort().values
+                assert expected.tolist() == list(pruned.sites_kept[layer, site.kind])
+                if len(kept) < site.channels:
+                    module.register_forward_hook(refitted(module, x, aim, kept, 0.01))
+        torch.testing.assert_close(model(**batches[0]).logits, slow(**batches[0]).logits, rtol=1e-2, atol=1e-2)
