@@ -195,10 +195,10 @@ class LeastSquares(Regression):
     def _regression(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
         if isinstance(prepared, Tensor):
             return (_solve(prepared, kept, dropped),)
+        matrix, other = prepared  # the covariance and the cross covariance, or the pivoted one and its base
         if self.fits_dense_outputs:
-            return (_added(*prepared, kept),)
-        matrix, in_base = prepared
-        return (regression_on(kept, dropped, matrix, in_base, self.per_batch == "pivot"),)
+            return (_added(matrix, other, kept),)
+        return (regression_on(kept, dropped, matrix, other, self.per_batch == "pivot"),)
 
     def _working_bytes(self, channels: int, dropped: int, per_batch: bool) -> int:
         kept = channels - dropped
