@@ -13,6 +13,7 @@ from .errors import (
     SpecError,
     StoreError,
 )
+from .roles.choosing import Chooser, Order
 from .roles.compensation import Compensator, MemoryPlan, NoCompensation, Prepared, SiteCovariance, Slope
 from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stage, Subject
 from .roles.hookspecs import ROLES, hookimpl
@@ -48,6 +49,7 @@ __all__ = [
     "Catalog",
     "ChannelHistory",
     "ChannelMoments",
+    "Chooser",
     "Compensator",
     "Component",
     "DataError",
@@ -66,6 +68,7 @@ __all__ = [
     "NoCompensation",
     "NonFiniteError",
     "Objective",
+    "Order",
     "PaddingOf",
     "PlainSubject",
     "PluginError",

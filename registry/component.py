@@ -96,8 +96,9 @@ def _parts(annotation: Any) -> set[Any]:
 @functools.cache
 def wrong_signature(component: type[Component]) -> str | None:
     """One sentence on the first method whose parameters are not those of its role; None where all fit."""
-    role = next((base for base in component.__mro__ if Component in base.__bases__), Component)
-    for name, method in vars(role).items():
+    roles = [base for base in component.__mro__[1:] if Component in base.__bases__ or inspect.isabstract(base)]
+    declared = [(role, name, method) for role in roles for name, method in vars(role).items()]
+    for role, name, method in declared:
         if name.startswith("_") or not inspect.isfunction(method):
             continue
         wanted, found = (inspect.signature(f).parameters for f in (method, getattr(component, name)))

@@ -1,15 +1,17 @@
-"""Covariances for compensation: gathered for as many sites at once as memory holds, and solved one by one."""
+"""Covariances for choosers and compensation: gathered for as many sites at once as memory holds, solved one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import get_max_memory
 
-from ...registry import ChannelMoments, DataError, ModelError
+from ...registry import ChannelMoments, DataError, MemoryPlan, ModelError
 from ...registry.tensors.devices import device_of, weights_present
+from ..engine.choosing import choice_of
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from .passes import Batch, Progress, calibrate_sites
@@ -23,23 +25,65 @@ def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress,
     """Gather every cut site's covariance on the unpruned model, and compute what its compensation needs of it.
 
     ``known`` holds moments of consumers that these batches have shown already, and takes copies of what is gathered.
+    Moments that :func:`order_units` has left are used where the work fits into one group, else gathered anew.
     Raises :class:`ModelError` before anything is gathered where a site does not fit in memory.
     """
+    for cut in engine.cuts:
+        if cut.whole:
+            cut.compensation.forget()
     cuts = [cut for cut in engine.cuts if not cut.whole]
-    if engine.strategy.compensate.covariance_parts > 1:
-        known = SomeMoments(0)
     for cut in cuts:
-        if cut.site.consumer in known:
-            cut.compensation.take(known[cut.site.consumer].clone())
+        if _take(cut, known):
             finalize(engine, cut)
-    groups = grouped([cut for cut in cuts if cut.site.consumer not in known], engine.strategy.dynamic)
+    waiting = [cut for cut in cuts if cut.site.consumer not in known]
+    groups = grouped(waiting, engine.strategy.dynamic)
+    for cut in waiting if len(groups) > 1 else ():
+        cut.compensation.forget()
+    for cut in _gathered(engine, batches, progress, groups, known):
+        finalize(engine, cut)
+
+
+def order_units(engine: Engine, batches: list[Batch], progress: Progress, known: SomeMoments) -> None:
+    """Have the chooser order the units of every site, by its covariance on the unpruned model.
+
+    ``known`` is that of :func:`gather_covariances`. Moments stay for the compensation where those of all sites fit in
+    memory together. Raises what that raises.
+    """
+    for cut in engine.cuts:
+        if _take(cut, known):
+            choose(engine, cut)
+            cut.compensation.forget()
+    groups = grouped([cut for cut in engine.cuts if cut.site.consumer not in known], plan=plan_of_choice)
+    stay = engine.strategy.compensate.needs_covariance and not engine.strategy.sequential and len(groups) == 1
+    for cut in _gathered(engine, batches, progress, groups, known):
+        choose(engine, cut)
+        if not stay:
+            cut.compensation.forget()
+
+
+def _take(cut: SiteCut, known: SomeMoments) -> bool:
+    """Give a site a copy of its known moments, and say whether there are any."""
+    found = known.get(cut.site.consumer)
+    if found is not None:
+        cut.compensation.take(found.clone())
+    return found is not None
+
+
+def _gathered(
+    engine: Engine, batches: list[Batch], progress: Progress, groups: list[list[SiteCut]], known: SomeMoments
+) -> Iterator[SiteCut]:
+    """The sites of all groups, one after the other, each with its moments; ``known`` takes copies of them."""
     for number, group in enumerate(groups, 1):
         label = "covariances" if len(groups) == 1 else f"covariances, part {number} of {len(groups)}"
-        calibrate_sites(engine, batches, progress, group, lambda cut, x, valid: cut.compensation.learn(x, valid), label)
+        missing = [cut for cut in group if cut.compensation.moments is None]
+        if missing:
+            calibrate_sites(
+                engine, batches, progress, missing, lambda cut, x, valid: cut.compensation.learn(x, valid), label
+            )
         for cut in group:
             if isinstance(moments := cut.compensation.moments, ChannelMoments):
                 known[cut.site.consumer] = moments
-            finalize(engine, cut)
+            yield cut
 
 
 def share_out(engine: Engine, batches: list[Batch]) -> None:
@@ -52,6 +96,14 @@ def share_out(engine: Engine, batches: list[Batch]) -> None:
         )
     for cut in engine.cuts:
         cut.compensation.expect(rows)
+
+
+def choose(engine: Engine, cut: SiteCut) -> None:
+    """Have the chooser order a site's units by its moments, which stay."""
+    consumer, chooser = cut.binding.consumer, cut.state.chooser
+    if chooser is not None:
+        with weights_present(consumer):
+            cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), consumer.weight)
 
 
 def finalize(engine: Engine, cut: SiteCut) -> None:
@@ -91,7 +143,55 @@ class _Room:
 Rooms = dict[torch.device, _Room]
 
 
-def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None) -> list[list[SiteCut]]:
+class Plan(NamedTuple):
+    """What one site takes."""
+
+    moments: int
+    """Bytes of its sums while they are gathered."""
+    needs: MemoryPlan
+    part: str
+    """The part of the strategy that takes it, in words."""
+    remedy: str
+
+
+def plan_of_compensation(cut: SiteCut, per_batch: bool) -> Plan:
+    """What a site's compensation takes."""
+    compensator, channels = cut.compensation.compensator, cut.site.channels
+    dropped = (cut.site.units - cut.count) * cut.site.unit_size
+    matrices = compensator.covariance_parts + compensator.fits_dense_outputs
+    needs = compensator.memory_plan(channels, dropped, per_batch)
+    return Plan(
+        matrices * ChannelMoments.bytes_of(channels), needs, f"compensator {compensator.name}", "compensate: mean"
+    )
+
+
+def plan_of_choice(cut: SiteCut, per_batch: bool = False) -> Plan:
+    """What ordering a site's units takes; the chooser gets a covariance of its own."""
+    chooser, compensator, size = cut.state.chooser, cut.compensation.compensator, cut.site.channels
+    assert chooser is not None  # only a strategy with a chooser asks
+    matrices = compensator.covariance_parts + compensator.fits_dense_outputs if compensator.needs_covariance else 1
+    moments, plan = ChannelMoments.bytes_of(size), chooser.memory_plan(cut.site)
+    copies = (2 if compensator.fits_dense_outputs else 1) * moments
+    return Plan(
+        matrices * moments, plan._replace(working=plan.working + copies), f"scorer {chooser.name}", "another scorer"
+    )
+
+
+def plan_of_both(cut: SiteCut, per_batch: bool = False) -> Plan:
+    """What a site takes whose units are chosen and compensated one after the other, from the same moments."""
+    plans = [plan_of_choice(cut)] if cut.state.chooser is not None else []
+    plans += [plan_of_compensation(cut, per_batch)] if cut.compensation.compensator.needs_covariance else []
+    largest, last = max(plans, key=lambda plan: plan.needs.working), plans[-1].needs
+    limits = [plan.needs.limit for plan in plans if plan.needs.limit is not None]
+    return largest._replace(needs=MemoryPlan(largest.needs.working, last.held, min(limits, default=None)))
+
+
+def grouped(
+    cuts: Sequence[SiteCut],
+    per_batch: bool = False,
+    rooms: Rooms | None = None,
+    plan: Callable[[SiteCut, bool], Plan] = plan_of_compensation,
+) -> list[list[SiteCut]]:
     """Sites, in order, in groups whose covariances fit in memory together with what solving one of them takes.
 
     What is prepared of each site stays where cuts are made ``per_batch``, else its slope; ``rooms`` carries that over
@@ -103,15 +203,13 @@ def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None
         room.close()
     for cut in cuts:
         device = device_of(cut.binding.consumer)
-        compensator, channels = cut.compensation.compensator, cut.site.channels
-        dropped = (cut.site.units - cut.count) * cut.site.unit_size
-        working, made, limit = compensator.memory_plan(channels, dropped, per_batch)
+        of_site = plan(cut, per_batch)
+        working, made, limit = of_site.needs
         if device not in rooms:
             rooms[device] = _Room(_free(device) if limit is None else limit)
-        room, covariance = rooms[device], compensator.covariance_parts * ChannelMoments.bytes_of(channels)
-        size = max(covariance, made)
+        room, size = rooms[device], max(of_site.moments, made)
         if size + working + room.made + room.staying > room.budget:
-            raise ModelError(_too_large(cut, size, working, room, None if limit is not None else device))
+            raise ModelError(_too_large(cut, of_site, size, room, None if limit is not None else device))
         if not groups or room.staying + room.group + size + max(room.working, working) > room.budget:
             groups.append([])
             for other in rooms.values():
@@ -128,7 +226,7 @@ def check_layers(cuts: Sequence[SiteCut]) -> None:
     rooms: Rooms = {}
     for layer in sorted({cut.site.layer for cut in cuts}):
         mine = [cut for cut in cuts if cut.site.layer == layer and not cut.whole]
-        if len(grouped(mine, False, rooms)) > 1:
+        if len(grouped(mine, False, rooms, plan_of_both)) > 1:
             raise ModelError(
                 f"layer {layer}: sequential calibration gathers the covariances of both its sites at once, and memory "
                 "holds only one of them; free some or allow more (memory_gib), or calibrate in one pass (sequential: "
@@ -145,15 +243,15 @@ def _free(device: torch.device) -> int:
     return int(SHARE * free.get(key, max(free.values(), default=0)))
 
 
-def _too_large(cut: SiteCut, covariance: int, working: int, room: _Room, device: torch.device | None) -> str:
-    name, held = cut.compensation.compensator.name, room.made + room.staying
+def _too_large(cut: SiteCut, plan: Plan, size: int, room: _Room, device: torch.device | None) -> str:
+    held = room.made + room.staying
     staying = f", in addition to {_size(held)} held for the sites before it" if held else ""
     whose = "may be used" if device is None else f"may be taken on {device}"
     remedy = "Allow more (memory_gib)" if device is None else "Free memory or allow more of it (memory_gib)"
     return (
-        f"{cut.site.label}: compensator {name} needs {_size(covariance)} for the covariance of {cut.site.channels:,} "
-        f"channels and {_size(working)} to solve it{staying}, and {_size(room.budget)} {whose}; nothing was taken. "
-        f"{remedy}, or use compensate: mean"
+        f"{cut.site.label}: {plan.part} needs {_size(size)} for the covariance of {cut.site.channels:,} "
+        f"channels and {_size(plan.needs.working)} to solve it{staying}, and {_size(room.budget)} {whose}; nothing was "
+        f"taken. {remedy}, or use {plan.remedy}"
     )
 
 

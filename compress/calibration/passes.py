@@ -120,39 +120,62 @@ def calibrate_sites(
 
 
 def calibrate_sequentially(
-    engine: Engine, batches: list[Batch], learn: Learn, decide_layer: Callable[[int], None], progress: Progress
+    engine: Engine,
+    batches: list[Batch],
+    learn: Learn,
+    decide_layer: Callable[[int], None],
+    progress: Progress,
+    learn_dense: Learn | None = None,
 ) -> None:
     """Calibrate layer after layer, each on the outputs of the layers that ``decide_layer`` has already cut.
 
     Every batch passes each layer twice: as it is calibrated, and cut. Between layers one hidden state (B, T, D) of
-    every batch is kept.
+    every batch is kept. With ``learn_dense`` the dense model runs along: before ``learn`` gets a batch at a site,
+    ``learn_dense`` gets it as it is there in the dense model. That is a third pass through each layer, and a second
+    hidden state.
     """
     layers = sorted({cut.site.layer for cut in engine.cuts})
     outputs: list[Any] = [None] * len(batches)
     """By batch: what the layer before ``reached`` returned."""
-    reached = 0
+    dense_outputs: list[Any] = [None] * len(batches)
+    """By batch: what the layer before ``dense_reached`` returned in the dense model."""
+    reached = dense_reached = 0
     passes = ((layer, number) for layer in layers for number in range(len(batches)))
     with engine.mode_of("calibrate"):
         for layer, number in progress(passes, "calibrating", len(layers) * len(batches)):
             cuts = [cut for cut in engine.cuts if cut.site.layer == layer]
-            with engine.calibrating(learn, cuts), resumed(engine, reached, outputs[number]):
-                before = [] if layer == 0 else [engine.layers[layer - 1].register_forward_hook(_keep(outputs, number))]
-                try:
+            if learn_dense is not None:  # this layer is not cut yet
+                with (
+                    engine.calibrating(learn_dense, cuts),
+                    resumed(engine, dense_reached, dense_outputs[number]),
+                    _kept(engine, layer, dense_outputs, number),
+                ):
                     _forward_to(engine, batches[number], layer)
-                finally:
-                    for handle in before:
-                        handle.remove()
+            with (
+                engine.calibrating(learn, cuts),
+                resumed(engine, reached, outputs[number]),
+                _kept(engine, layer - 1, outputs, number),
+            ):
+                _forward_to(engine, batches[number], layer)
             if number == len(batches) - 1:
-                reached = layer
+                reached, dense_reached = layer, layer + 1
                 _check_finite(engine)
                 decide_layer(layer)
 
 
-def _keep(outputs: list[Any], number: int) -> Callable:
+@contextmanager
+def _kept(engine: Engine, layer: int, outputs: list[Any], number: int) -> Iterator[None]:
+    """Within it a batch leaves what a layer returns in ``outputs``; there is nothing before layer 0."""
+
     def hook(layer: nn.Module, args: tuple, output: Any) -> None:
         outputs[number] = output
 
-    return hook
+    handle = None if layer < 0 else engine.layers[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 class _Passed(nn.Module):

@@ -1,4 +1,4 @@
-"""Compensation at one site: the slope of its cut, folded into the consumer's weight, and a bias."""
+"""The covariance of one site, and its compensation: the slope of its cut, folded into the weight, and a bias."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ...registry import (
 )
 from ...registry.errors import FINITE_REMEDY, LinAlgError
 from ...registry.tensors.devices import unautocast
-from ...registry.tensors.moments import PartedMoments, merged
+from ...registry.tensors.moments import CrossMoments, PartedMoments, merged
 
 Solved = TypeVar("Solved")
 
@@ -39,7 +39,11 @@ class SiteCompensation:
     site: Site
     compensator: Compensator
     moments: ChannelMoments | PartedMoments | None = None
-    """While calibration computes the covariance."""
+    """While calibration computes the covariance, and until it is solved."""
+    cross: CrossMoments | None = None
+    """The same of the dense model's inputs with these, where dense outputs are fitted."""
+    shift: Tensor | None = None
+    """(C,) float32: the dense model's mean less the pruned one's, where dense outputs are fitted."""
     prepared: Prepared | None = None
     """What slopes are computed from, where cuts are made per batch."""
     fixed: Slope | None = None
@@ -69,7 +73,7 @@ class SiteCompensation:
         """Memory of the moments, the prepared part and the slope."""
         prepared = (self.prepared,) if isinstance(self.prepared, Tensor) else self.prepared
         tensors = [*(self.fixed or ()), *(prepared or ())]
-        held = 0 if self.moments is None else self.moments.bytes
+        held = sum(moments.bytes for moments in (self.moments, self.cross) if moments is not None)
         return held + sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
     def use(self, compensator: Compensator) -> None:
@@ -92,18 +96,36 @@ class SiteCompensation:
         fell_back: bool,
         tokens: int | None,
         diagnostics: dict[str, float],
+        shift: Tensor | None = None,
     ) -> None:
         """Use the results of an earlier calibration."""
+        self.shift = shift
         self.fixed, self.prepared, self.fell_back = fixed, prepared, fell_back
         self.tokens, self.diagnostics = tokens, diagnostics
 
-    def learn(self, x: Tensor, valid: Tensor | None) -> None:
-        """Add a calibration batch x (B, T, C) to the moments."""
+    def learn(self, x: Tensor, valid: Tensor | None, dense: Tensor | None = None) -> None:
+        """Add a calibration batch x (B, T, C) to the moments; dense (B, T, C): the same of the dense model."""
         if self.moments is None:
             parts = [ChannelMoments(self.site.channels, x.device) for _ in range(self.compensator.covariance_parts)]
             self.moments = parts[0] if len(parts) == 1 else PartedMoments(parts, self.rows)
         with unautocast(x):
             self.moments.observe(x, valid)
+            if dense is not None:
+                self.cross = self.cross or CrossMoments(self.site.channels, x.device)
+                self.cross.observe(dense, x, valid)
+
+    def forget(self) -> None:
+        """Drop the moments."""
+        self.moments = self.cross = None
+
+    def covariance(self) -> SiteCovariance:
+        """The covariance in memory of its own, for a chooser; the moments stay."""
+        assert self.moments is not None  # calibration has just computed them
+        together, _ = _together(self.moments)
+        cross = None if self.cross is None else self.cross.covariance()
+        return SiteCovariance(
+            together.covariance(), together.tokens, None, once=True, mean=together.mean.clone(), cross=cross
+        )
 
     def finalize(self, kept: Tensor | None, calibrated: Tensor | None, weight: Tensor) -> None:
         """Compute from the moments what cuts need, and drop the covariance.
@@ -112,18 +134,19 @@ class SiteCompensation:
         alone keeps; weight (O, C) is the consumer's.
         Raises :class:`NonFiniteError` and :class:`SingularError`, naming the site.
         """
-        moments, self.moments = self.moments, None
-        if moments is None:
+        gathered, cross = self.moments, self.cross
+        self.forget()
+        if gathered is None:
             return
-        parts: list[ChannelMoments] = []
-        if isinstance(moments, PartedMoments):
-            parts = [part for part in moments.parts if part.tokens]  # a part may be padding alone
-            moments = merged(parts)
+        moments, parts = _together(gathered)
         self.tokens = moments.tokens
         usual = calibrated if kept is None else kept
         covariance = SiteCovariance(
-            moments.take_covariance(), moments.tokens, usual, kept is not None, parts, weight.detach()
+            moments.take_covariance(), moments.tokens, usual, kept is not None, parts, weight.detach(), moments.mean
         )
+        if cross is not None:
+            self.shift = cross.dense - cross.pruned
+            covariance.cross = cross.take_covariance()
         if kept is not None and not len(kept):
             self.fixed = ()
             return
@@ -143,14 +166,14 @@ class SiteCompensation:
     def folded(self, whole: Tensor, kept: Tensor) -> Tensor | None:
         """What the slope adds to the kept columns: ``W_cut @ slope`` (O, k) float32; None: nothing.
 
-        whole (O, C) is the consumer's weight; kept (k,).
+        ``W @ slope`` where dense outputs are fitted. whole (O, C) is the consumer's weight; kept (k,).
         """
         dropped = complement(kept, self.site.channels)
         with torch.no_grad():
             slope = self._slope(kept, dropped)
         if not slope:
             return None
-        added = whole.index_select(1, dropped).float()
+        added = (whole if self.compensator.fits_dense_outputs else whole.index_select(1, dropped)).float()
         for factor in slope:
             added = added @ factor
         return added
@@ -237,6 +260,11 @@ class SiteCompensation:
             return f"compensate the mean alone at such sites (compensate: {{name: {name}, singular: mean}})"
         return "compensate the mean alone (compensate: mean)"
 
+    def target_mean(self, mean: Tensor) -> Tensor:
+        """The means (C,) whose output through the whole weight is kept: those of the dense model where its outputs are
+        fitted; mean (C,) is that of the inputs."""
+        return mean if self.shift is None else mean + self.shift
+
     def bias(self, weight: Tensor, kept: Tensor, mean: Tensor, whole: Tensor) -> Tensor:
         """``W @ mean - W' @ mean[kept]`` (O,) float32: with it the mean output is what it was before the cut.
 
@@ -252,6 +280,14 @@ class SiteCompensation:
         """
         of_slope = torch.zeros_like(bias) if added is None else -shares[1] * (added @ there)
         return torch.lerp(of_slope, bias, shares[0])
+
+
+def _together(moments: ChannelMoments | PartedMoments) -> tuple[ChannelMoments, list[ChannelMoments]]:
+    """The moments of all tokens, and those of the parts, if they were gathered apart."""
+    if isinstance(moments, ChannelMoments):
+        return moments, []
+    parts = [part for part in moments.parts if part.tokens]  # a part may be padding alone
+    return merged(parts), parts
 
 
 def least_squares_in_box(x: Tensor, y: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ class Decider:
 
     def _calibrated(self, cut: SiteCut) -> tuple[Tensor, Tensor]:
         state = cut.state
+        if state.choice is not None:
+            return state.choice.channels, state.choice.units
         channels, units = self._scored(state, None if state.statistic is None else state.history.summed())
         if not bool(torch.isfinite(channels).all()):
             raise not_finite(SCORES, cut.site)

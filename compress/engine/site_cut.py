@@ -30,6 +30,7 @@ from ...registry.tensors.devices import device_of, is_offloaded, unautocast, wei
 from .absent import Replaced, restore, unchanged
 from .absent import replace as replace_forward
 from .batch import Running, split
+from .choosing import Choice
 from .compensation import SiteCompensation
 from .gathering import Gatherer, selects
 from .kv_index import KV_INDEX
@@ -108,6 +109,10 @@ class SiteState:
         """Whether the score depends on the producers' weights."""
         self.history = ChannelHistory(site.channels, device_of(binding.consumer))
         self.compensation = SiteCompensation(site, strategy.compensate)
+        self.chooser = strategy.chooser
+        """What orders the units jointly, if the strategy's scorer does."""
+        self.choice: Choice | None = None
+        """The order that it has found."""
         self.count = site.units
         """Units that the site keeps, the same in every batch."""
         self.whole = True
@@ -156,7 +161,9 @@ class SiteState:
 
     @property
     def has_scores(self) -> bool:
-        """Whether there are scores before any batch: of the weights alone, or of a calibrated history."""
+        """Whether there are scores before any batch: of the weights alone, of a calibrated history, or of a chooser."""
+        if self.chooser is not None:
+            return self.choice is not None
         return self.statistic is None or self.history.positions > 0
 
     @property
@@ -394,10 +401,11 @@ class OpenCut:
         with self.shared.stages.compensate, unautocast(linear.weight):
             mean = self._mean(self.probe_mean)
             of_batch = state.compensation.compensator.uses_probe and mean is not state.history.mean
+            target = state.compensation.target_mean(mean)
             if of_batch or differentiates(linear) or torch.compiler.is_compiling():
-                whole = linear.weight.float() @ mean
+                whole = linear.weight.float() @ target
             else:
-                whole = state.mean_output(mean)
+                whole = state.mean_output(target)
             bias = whole if weight is None else state.compensation.bias(weight, self.columns, mean, whole)
             if self.shares is not None:
                 there = mean[self.columns]

@@ -43,6 +43,7 @@ def save_state(pruned: Pruned, folder: Path) -> None:
         _put(tensors, f"{label}.fixed", cut.fixed)
         for number, matrix in enumerate(compensation.fixed or ()):
             _put(tensors, f"{label}.slope.{number}", matrix)
+        _put(tensors, f"{label}.shift", compensation.shift)
         prepared = _parts(compensation.prepared, compensation.compensator)
         for number, matrix in enumerate(prepared):
             _put(tensors, f"{label}.prepared.{number}", matrix)
@@ -135,7 +136,9 @@ def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], st
     else:
         ridge = {**dict(strategy.compensate), **(about["compensator"] or {})}.get("ridge")
         diagnostics = {} if ridge is None else {"ridge": ridge}
-    cut.compensation.restore(slope, prepared, about["fell_back"], about["covariance_tokens"], diagnostics)
+    cut.compensation.restore(
+        slope, prepared, about["fell_back"], about["covariance_tokens"], diagnostics, tensor("shift")
+    )
 
 
 def _parts(prepared: Any, compensator: Compensator) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from ...registry import Compensator, NoCompensation, Site, SiteKind, SiteScores, SpecError, Strategy
+from ..engine.choosing import Choice
 from ..engine.compensation import SiteCompensation
 from ..output.formatting import achieved, extent, share
 from ..output.records import MatchFacts, Ratio
@@ -113,20 +114,17 @@ def about_compensation(compensator: Compensator, sites: Sequence[SiteCompensatio
     }
 
 
-def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
-    """One note where covariances rest on too few tokens, and one where sites fell back to the mean alone."""
-    known = [(here.tokens, here) for here in sites if here.tokens is not None]
-    short = [here for tokens, here in known if tokens < ENOUGH * here.site.channels]
+def notes_on(sites: Sequence[SiteCompensation], choices: Sequence[Choice] = ()) -> tuple[str, ...]:
+    """One note where covariances rest on too few tokens, and one where sites fell back to the mean alone.
+
+    A covariance serves the compensator and the chooser, and is noted once.
+    """
     fallen = [here for here in sites if here.fell_back]
     notes = []
-    if short:
-        tokens, compensator = min(tokens for tokens, here in known if here in short), short[0].compensator
-        ridge = _ridge(short)
-        solved = f"it was solved with a ridge of {extent(ridge)} times the mean variance; " if ridge else ""
-        notes.append(
-            f"compensator {compensator.name}: the covariance was computed from {tokens:,} tokens, fewer than {ENOUGH} "
-            f"for each channel at {_places(short, with_channels=True)}; {solved}calibrate with more text"
-        )
+    if short := _short(sites):
+        notes.append(_few_tokens(f"compensator {sites[0].compensator.name}", short))
+    elif short := _short(choices):
+        notes.append(_few_tokens(f"scorer {choices[0].chooser.name}", short))
     if fallen:
         notes.append(
             f"compensator {fallen[0].compensator.name}: the covariance could not be solved at {_places(fallen)}, where "
@@ -135,16 +133,37 @@ def notes_on(sites: Sequence[SiteCompensation]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _ridge(sites: Iterable[SiteCompensation]) -> dict[str, float] | None:
+Solved = SiteCompensation | Choice
+"""Where a covariance was solved."""
+
+
+def _short(sites: Iterable[Solved]) -> list[tuple[int, Solved]]:
+    """The sites whose covariance rests on too few tokens, with their number."""
+    known = [(here.tokens, here) for here in sites if here.tokens is not None]
+    return [(tokens, here) for tokens, here in known if tokens < ENOUGH * here.site.channels]
+
+
+def _few_tokens(part: str, short: Sequence[tuple[int, Solved]]) -> str:
+    """The note on these sites; ``part`` is what solved their covariance."""
+    sites = [here for _, here in short]
+    ridge = _ridge(sites)
+    solved = f"it was solved with a ridge of {extent(ridge)} times the mean variance; " if ridge else ""
+    return (
+        f"{part}: the covariance was computed from {min(tokens for tokens, _ in short):,} tokens, fewer than {ENOUGH} "
+        f"for each channel at {_places(sites, with_channels=True)}; {solved}calibrate with more text"
+    )
+
+
+def _ridge(sites: Iterable[Solved]) -> dict[str, float] | None:
     """The smallest and the largest ridge of all sites, as shares of the mean variance; None: none reported."""
     known = [here.diagnostics["ridge"] for here in sites if "ridge" in here.diagnostics]
     return {"least": min(known), "largest": max(known)} if known else None
 
 
-def _places(sites: Iterable[SiteCompensation], with_channels: bool = False) -> str:
+def _places(sites: Iterable[Solved], with_channels: bool = False) -> str:
     """Such as "layers 1 to 7 mlp (172 channels) and layers 0, 2 attention (64 channels)"."""
 
-    def key(here: SiteCompensation) -> tuple:
+    def key(here: Solved) -> tuple:
         return here.site.kind, here.site.channels if with_channels else None
 
     places = []

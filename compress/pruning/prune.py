@@ -27,7 +27,7 @@ from ...registry import (
 from ...registry.catalog import Entry
 from ...registry.tensors.tokens import check_token_ids
 from ..calibration.blocks import describe_blocks
-from ..calibration.covariance import check_layers, finalize, gather_covariances, share_out
+from ..calibration.covariance import check_layers, choose, finalize, gather_covariances, order_units, share_out
 from ..calibration.losses import CutLosses, check_output_layer
 from ..calibration.passes import (
     Progress,
@@ -245,6 +245,12 @@ def _decide(
         statistics.calibrate(engine, batches, progress)
     elif dense and batches is not None:
         calibrate(engine, batches, progress)
+    known = SomeMoments(0)
+    if batches is not None and statistics is not None and strategy.compensate.covariance_parts == 1:
+        known = statistics.moments(batches)
+    chooses = strategy.chooser is not None and not strategy.allocator.whole_blocks
+    if dense and batches is not None and chooses:
+        order_units(engine, batches, progress, known)
     numbers: AbstractContextManager[MutableMapping[str, float]] = nullcontext({})
     allocator = strategy.allocator
     looks = allocator.measures or allocator.block_statistic is not None or allocator.weight_statistic is not None
@@ -262,32 +268,41 @@ def _decide(
         if not strategy.dynamic or not cut.count:
             _fix(engine, cut)
     if batches is not None and strategy.compensate.needs_covariance:
-        known = SomeMoments(0) if statistics is None else statistics.moments(batches)
         gather_covariances(engine, batches, progress, known)
     return found
 
 
 def _decide_by_layer(engine: Engine, batches: list, progress: Progress) -> None:
-    """Calibrate, cut and compensate layer after layer, with the counts that sites have."""
-    compensate, cuts = engine.strategy.compensate, engine.cuts
+    """Calibrate, choose, cut and compensate layer after layer, with the counts that sites have."""
+    strategy, cuts = engine.strategy, engine.cuts
+    dense: dict[SiteCut, Tensor] = {}
+    """What enters a site's consumer in the dense model, for the batch that passes now."""
     for cut in cuts:  # statistics of the dense model have served the allocator
         cut.state.replace_history(ChannelHistory(cut.site.channels, cut.history.device))
 
+    def learn_dense(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
+        if not cut.whole:
+            dense[cut] = x
+
     def learn(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
         learn_statistics(cut.state, x, valid)
-        if compensate.needs_covariance and not cut.whole:
-            cut.compensation.learn(x, valid)
+        if strategy.needs_covariance and not cut.whole:
+            cut.compensation.learn(x, valid, dense.pop(cut, None))
 
     def decide_layer(layer: int) -> None:
         for cut in cuts:
             if cut.site.layer == layer:
+                if not cut.whole:
+                    choose(engine, cut)
                 _fix(engine, cut)
-                if cut.compensation.moments is not None:
+                if strategy.compensate.needs_covariance and not cut.whole:
                     finalize(engine, cut)
+                cut.compensation.forget()
 
-    if compensate.needs_covariance:
+    if strategy.needs_covariance:
         check_layers(cuts)
-    calibrate_sequentially(engine, batches, learn, decide_layer, progress)
+    fits_dense = strategy.compensate.fits_dense_outputs
+    calibrate_sequentially(engine, batches, learn, decide_layer, progress, learn_dense if fits_dense else None)
 
 
 def _allocate(

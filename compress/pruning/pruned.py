@@ -127,7 +127,8 @@ class Pruned:
         tokens, and sites that fell back to the mean.
         """
         on_cut = notes_on_cut(self.strategy, self.all_sites, self.counts, self.ratio)
-        return *on_cut, *notes_on([cut.compensation for cut in self._engine.cuts])
+        choices = [cut.state.choice for cut in self._engine.cuts if cut.state.choice is not None]
+        return *on_cut, *notes_on([cut.compensation for cut in self._engine.cuts], choices)
 
     def about_compensation(self) -> dict[str, Any] | None:
         """The compensator with its options, tokens of its covariances, labels of sites that fell back; None: none."""

@@ -18,11 +18,14 @@ from pydantic import ValidationError
 from ..catalog import complaint
 from ..component import Component
 from ..errors import PluginError
+from ..roles.choosing import Chooser
 from ..roles.compensation import Compensator
 from ..roles.evaluation import Evaluator, Subject, checked
 from ..roles.hookspecs import ROLES
+from ..roles.parts import Scorer
 from ..roles.strategy import Strategy
 from ..tensors.tokens import context_length
+from .choosers import CHOOSER_CHECKS
 from .compensators import COMPENSATOR_CHECKS
 from .parts import ROLE_CHECKS, expect
 from .sites import check_sites
@@ -45,7 +48,10 @@ def check_component(component: type[Component] | Component) -> None:
 def checks_of(component: type[Component] | Component) -> list[Check]:
     """The checks that apply, each a function of the component: for ``pytest.mark.parametrize``."""
     cls = component if inspect.isclass(component) else type(component)
-    return COMMON + [check for role, checks in ALL_ROLE_CHECKS.items() if issubclass(cls, role) for check in checks]
+    roles = [
+        role for role in ALL_ROLE_CHECKS if issubclass(cls, role) and not (role is Scorer and issubclass(cls, Chooser))
+    ]
+    return COMMON + [check for role in roles for check in ALL_ROLE_CHECKS[role]]
 
 
 def built(component: type[Component] | Component) -> Component:
@@ -203,6 +209,7 @@ COMMON: list[Check] = [
 ]
 ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     **ROLE_CHECKS,
+    Chooser: CHOOSER_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
     Evaluator: [check_rows],

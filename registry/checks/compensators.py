@@ -70,7 +70,7 @@ def check_memory_plan(compensator: Compensator) -> None:
                 least = "an int of 0 or more" if what != "limit" else "an int of at least 1, or None"
                 fits = fits and (what != "limit" or size != 0)
                 expect(fits, compensator, f"must plan {what} as {least}, found {size!r}")
-    if compensator.needs_covariance:
+    if compensator.needs_covariance and not compensator.fits_dense_outputs:
         held = compensator.memory_plan(CHANNELS, 12, True).held
         prepared = compensator.prepare(SiteCovariance(some_covariance(), CHANNELS, torch.arange(12), once=False))
         taken = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(prepared))
@@ -88,7 +88,7 @@ def check_slope(compensator: Compensator) -> None:
         expect(never, compensator, "has a slope although its needs_covariance is false: it would never be called")
         return
     for kept, dropped, calibrated in some_cuts():
-        for once in (True, False):
+        for once in (True,) if compensator.fits_dense_outputs else (True, False):
             known = kept if once else calibrated
 
             def sloped(
@@ -98,7 +98,9 @@ def check_slope(compensator: Compensator) -> None:
                 known: Tensor | None = known,
                 once: bool = once,
             ) -> Slope:
-                return _sloped(compensator, SiteCovariance(matrix, 10 * CHANNELS, known, once), kept, dropped)
+                cross = matrix.clone() if compensator.fits_dense_outputs else None
+                given = SiteCovariance(matrix, 10 * CHANNELS, known, once, cross=cross)
+                return _sloped(compensator, given, kept, dropped)
 
             try:
                 sloped(some_covariance())
@@ -123,9 +125,10 @@ def _sloped(compensator: Compensator, covariance: SiteCovariance, kept: Tensor, 
 def _check_slope(
     compensator: Compensator, when: str, made: Callable[[Tensor], Slope], kept: Tensor, dropped: Tensor
 ) -> None:
+    rows = CHANNELS if compensator.fits_dense_outputs else len(dropped)
     given = kept.clone(), dropped.clone()
     first = made(some_covariance())
-    size = _largest(compensator, first, len(dropped), len(kept))
+    size = _largest(compensator, first, rows, len(kept))
     expect(bool(first), compensator, f"has no slope ({when}) for a covariance that can be solved")
     expect_unchanged(compensator, "kept channels", given[0], kept)
     expect_unchanged(compensator, "dropped channels", given[1], dropped)
@@ -133,7 +136,7 @@ def _check_slope(
     same = len(first) == len(again) and all(torch.equal(*both) for both in zip(first, again, strict=False))
     expect(same, compensator, f"gives another slope ({when}) for the same input; seed what draws at random")
     for scale in (1e-6, 1e6):
-        found = _largest(compensator, made(some_covariance(scale)), len(dropped), len(kept))
+        found = _largest(compensator, made(some_covariance(scale)), rows, len(kept))
         blown = f"blows up: the slope of a covariance times {scale:g} has {found:.3g} in it, instead of {size:.3g}"
         expect(found <= BLOWN_UP * max(size, 1), compensator, blown)
     for covariance in (some_covariance(constant=True), torch.zeros(CHANNELS, CHANNELS)):
@@ -141,7 +144,7 @@ def _check_slope(
             slope = made(covariance)
         except LinAlgError:
             continue  # a valid answer, too: the run then names the site
-        _largest(compensator, slope, len(dropped), len(kept))
+        _largest(compensator, slope, rows, len(kept))
 
 
 def _largest(compensator: Compensator, slope: Slope, dropped: int, kept: int) -> float:

@@ -9,13 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..component import Component
 from ..tensors.moments import ChannelMoments
 
 Slope = tuple[Tensor, ...]
-"""Matrices whose product (d, k) predicts the dropped channels from the kept ones; an empty tuple: no prediction."""
+"""Matrices whose product (d, k) predicts the dropped channels from the kept ones; an empty tuple: no prediction.
+
+Where dense outputs are fitted the product is (C, k): what it predicts of every channel, without the kept ones as they
+are.
+"""
 Prepared = Tensor | tuple[Tensor, ...]
 """What a compensator computes of a covariance, once per site."""
 
@@ -36,12 +41,17 @@ class SiteCovariance:
     """Moments of consecutive parts of the text, none of them empty, where ``covariance_parts`` asks for them."""
     weight: Tensor | None = None
     """(O, C): the consumer's weight, given with the parts."""
+    mean: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(C,) float32: the channels' means; empty where they are not known."""
+    cross: Tensor | None = None
+    """(C, C) float32: the covariance of the dense model's channels (rows) with these (columns), where dense outputs are
+    fitted."""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """Numbers that a compensator adds for results; ``ridge``, a share of the mean variance, is also in the notes."""
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes that a compensator needs for one site, besides the covariance itself."""
+    """Bytes that a compensator or a chooser needs for one site, besides the covariance itself."""
 
     working: int
     """While the site is prepared and, where its cut is made once, solved."""
@@ -66,6 +76,15 @@ class Compensator(Component):
     def covariance_parts(self) -> int:
         """Parts of the calibration text whose covariances :meth:`prepare` gets too, to try slopes on; 1: none."""
         return 1
+
+    @property
+    def fits_dense_outputs(self) -> bool:
+        """Whether the consumer's outputs in the dense model are fitted, not its dense weights on pruned inputs.
+
+        Needs ``sequential``. Calibration then runs the dense model, too, and :meth:`prepare` gets ``cross``. The
+        product of a slope is (C, k), and the weight is ``W_kept + W @ slope``.
+        """
+        return False
 
     @property
     def uses_probe(self) -> bool:

@@ -12,6 +12,7 @@ from ..component import Component, wrong_signature
 from ..sites import AttentionUnit, Site
 from ..tensors.history_storage import HistoryStorage
 from ..tensors.statistics import Statistic
+from .choosing import Chooser
 from .compensation import Compensator, NoCompensation
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, missing_argument
 
@@ -80,6 +81,16 @@ class Strategy(Component):
                 f"compensator {self.compensate.name} reads a probe of every batch, and this strategy has none; add "
                 "a selector (selector: spread), or use compensate: mean"
             )
+        if self.dynamic and self.chooser is not None:
+            raise ValueError(
+                f"scorer {self.scorer.name} chooses units once, by the covariance of their channels, so nothing can be "
+                "chosen per batch; set selector and merger to null, or use a scorer such as ppsp"
+            )
+        if self.compensate.fits_dense_outputs and not self.sequential:
+            raise ValueError(
+                f"compensator {self.compensate.name} fits the outputs of the dense model, which differ from those of "
+                "the dense weights only where layers are pruned one after the other: set sequential to true"
+            )
         if self.dynamic and self.scorer.statistic is None:
             raise ValueError(
                 f"scorer {self.scorer.name} uses no activations, so it cannot use a probe; "
@@ -135,6 +146,16 @@ class Strategy(Component):
         return self.selector
 
     @property
+    def chooser(self) -> Chooser | None:
+        """The scorer, if it chooses units jointly."""
+        return self.scorer if isinstance(self.scorer, Chooser) else None
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether calibration computes the covariance of the channels."""
+        return self.compensate.needs_covariance or self.chooser is not None
+
+    @property
     def compensates(self) -> bool:
         """Whether anything is compensated."""
         return not isinstance(self.compensate, NoCompensation)
@@ -167,7 +188,7 @@ class Strategy(Component):
             return True
         if self.allocator.whole_blocks:
             return False
-        if self.allocator.needs_scores and self.scorer.statistic is not None:
+        if self.chooser is not None or (self.allocator.needs_scores and self.scorer.statistic is not None):
             return True
         if self.merger is not None:
             return self.merger.uses_history

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ...registry import MemoryPlan, Prepared, SiteCovariance, Slope, SpecError
@@ -151,11 +151,38 @@ class LeastSquares(Regression):
         description="where cuts are made per batch: pivot corrects the solution of the calibrated cut for the channels "
         "that differ, solve computes it anew (equal results); usual leaves the correction out",
     )
+    target: Literal["dense_weights", "dense_outputs"] = Field(
+        default="dense_weights",
+        description="what is fitted on the inputs of the layers already pruned: what the dense weights make of these "
+        "inputs, or the outputs of the dense model, so that errors of earlier layers are compensated, too (sequential)",
+    )
+
+    @property
+    def fits_dense_outputs(self) -> bool:
+        return self.target == "dense_outputs"
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> LeastSquares:
+        if self.fits_dense_outputs and (self.check or self.held_out):
+            raise ValueError(
+                "target dense_outputs has no check and no held_out, which compare with what the dense weights make of "
+                "the same inputs; set check to false and held_out to 0, or target to dense_weights"
+            )
+        return self
+
+    def memory_plan(self, channels: int, dropped: int, per_batch: bool) -> MemoryPlan:
+        plan, kept = super().memory_plan(channels, dropped, per_batch), channels - dropped
+        if not self.fits_dense_outputs:
+            return plan
+        return plan._replace(working=4 * (2 * kept * kept + 3 * channels * kept), held=4 * channels * kept)
 
     def _prepared(self, covariance: SiteCovariance, ridge: Tensor) -> Prepared:
         """The covariance with its ridge (C, C), or that pivoted on a base, and the base as a mask (C,)."""
         matrix, base = covariance.matrix, covariance.kept
         matrix.diagonal().add_(ridge)
+        if covariance.cross is not None:
+            covariance.cross.diagonal().add_(ridge)  # so that the ridge shrinks towards the dense weights
+            return matrix, covariance.cross
         if covariance.once or self.per_batch == "solve":
             return matrix
         if base is None and self.per_batch == "usual":
@@ -168,8 +195,10 @@ class LeastSquares(Regression):
     def _regression(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
         if isinstance(prepared, Tensor):
             return (_solve(prepared, kept, dropped),)
-        matrix, in_base = prepared
-        return (regression_on(kept, dropped, matrix, in_base, self.per_batch == "pivot"),)
+        matrix, other = prepared  # the covariance and the cross covariance, or the pivoted one and its base
+        if self.fits_dense_outputs:
+            return (_added(matrix, other, kept),)
+        return (regression_on(kept, dropped, matrix, other, self.per_batch == "pivot"),)
 
     def _working_bytes(self, channels: int, dropped: int, per_batch: bool) -> int:
         kept = channels - dropped
@@ -184,3 +213,11 @@ def _solve(covariance: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
     columns = covariance[:, kept]
     factor = torch.linalg.cholesky(columns[kept])
     return torch.cholesky_solve(columns[dropped].T, factor).T
+
+
+def _added(covariance: Tensor, cross: Tensor, kept: Tensor) -> Tensor:
+    """The regression of all dense channels on kept pruned ones, less the kept ones as they are; (C, k)."""
+    factor = torch.linalg.cholesky(covariance[kept[:, None], kept])
+    slope = torch.cholesky_solve(cross[:, kept].T, factor).T.contiguous()
+    slope[kept, torch.arange(len(kept), device=kept.device)] -= 1
+    return slope

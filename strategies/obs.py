@@ -1,0 +1,145 @@
+"""Joint choice by least squares (optimal brain surgeon), in rounds: the family of ZipLM, OSSCAR and SlimGPT."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..registry import (
+    Compensator,
+    MaskApplier,
+    MemoryPlan,
+    Order,
+    Scorer,
+    Site,
+    SiteCovariance,
+    SparsityAllocator,
+    Strategy,
+    complement,
+    hookimpl,
+)
+from .allocation import Uniform
+from .application import Slice
+from .compensation.least_squares import LeastSquares
+from .ridged import RidgedChooser, ridged, working_place
+
+BLOCK = 1024
+"""Rows that are in double precision at once."""
+
+
+class ObsChooser(RidgedChooser):
+    """Drops first what least squares on all remaining channels replaces best; rounds see what has gone before.
+
+    The loss of a unit is the share of the output's variance that cannot be predicted once it and all before it are
+    gone. It is exact for every count, whatever the number of rounds.
+    """
+
+    paper: ClassVar[str] = "ZipLM, NeurIPS 2023, arXiv 2302.04089; OSSCAR, ICML 2024; SlimGPT, NeurIPS 2024"
+    name: Literal["obs"] = "obs"
+    rounds: int = Field(
+        default=64,
+        ge=1,
+        description="rounds in which all units of a site go, as many in each; after every round the others are judged "
+        "anew; 1: all by one judgement; as many as units: one by one",
+    )
+    gradient: bool = Field(
+        default=False,
+        description="add the first-order term of the published code of Tyr-the-Pruner: half the loss plus the product "
+        "of a unit's weights with the covariance times the dense weights",
+    )
+
+    def order(self, covariance: SiteCovariance, weight: Tensor, site: Site) -> Order:
+        """Backward elimination: ``P`` is the inverse covariance of the channels that are left, ``V`` their weights.
+
+        A unit g costs ``V_g' P_gg^-1 V_g``. When it goes, ``P`` and ``V`` lose what they share with it. All products of
+        a round are made by Cholesky's factor of ``P`` at its units, in the order in which these go; the rows of the
+        solved weights are then the losses one by one.
+        """
+        place, dense = working_place(covariance.matrix), weight.T.double()
+        ridge, factor = ridged(covariance, self.ridge)
+        target = self._target(covariance, dense.to(place), ridge)
+        inverse = torch.cholesky_inverse(factor)
+        del factor
+        values = inverse @ target if covariance.cross is not None else dense.to(place)
+        first_order = target if self.gradient else None
+        units, size = torch.arange(site.units, device=place), site.unit_size
+        gone, losses = [], []
+        for number in range(min(self.rounds, site.units)):
+            count = _share(site.units, self.rounds, number)
+            scores = _losses_alone(inverse, values, first_order, size)
+            going = scores.argsort(stable=True)[:count]
+            staying = complement(going, len(units))
+            drop, keep = site.columns(going), site.columns(staying)
+            factor = torch.linalg.cholesky(inverse[drop[:, None], drop])
+            lost = torch.linalg.solve_triangular(factor, values[drop], upper=False)
+            gone.append(units[going])
+            losses.append(lost.square().sum(1).view(-1, size).sum(1))
+            if len(keep):
+                shared = torch.linalg.solve_triangular(factor, inverse[drop[:, None], keep], upper=False)
+                inverse = inverse[keep[:, None], keep].addmm_(shared.T, shared, alpha=-1)
+                values = values[keep].addmm_(shared.T, lost, alpha=-1)
+                first_order = None if first_order is None else first_order[keep]
+                units = units[staying]
+        loss = torch.cat(losses).cumsum(0)
+        share = loss / loss[-1].clamp(min=torch.finfo(loss.dtype).tiny)
+        device = covariance.matrix.device
+        return Order(torch.cat(gone).to(device), share.float().to(device))
+
+    def memory_plan(self, site: Site) -> MemoryPlan:
+        """Three matrices (C, C) and, with the first-order term or dense outputs, five (C, O) in double precision."""
+        return self._plan(8 * (3 * site.channels**2 + 5 * site.channels * site.outputs))
+
+    def _target(self, covariance: SiteCovariance, dense: Tensor, ridge: Tensor) -> Tensor:
+        """The covariance of channels and outputs to fit, (C, O), the ridge included."""
+        known = covariance.matrix if covariance.cross is None else covariance.cross.T
+        products = [block.to(dense.device, dense.dtype) @ dense for block in known.split(BLOCK)]
+        return torch.cat(products).add_(ridge * dense)
+
+
+def _share(units: int, rounds: int, number: int) -> int:
+    """Units that go in a round, if so many rounds take as equal numbers as possible; at least one in each."""
+    rounds = min(rounds, units)
+    return units * (number + 1) // rounds - units * number // rounds
+
+
+def _losses_alone(inverse: Tensor, values: Tensor, first_order: Tensor | None, size: int) -> Tensor:
+    """What each unit costs if it goes alone; (C, C), (C, O) -> (U,)."""
+    units = len(values) // size
+    if size == 1:
+        losses = torch.linalg.vector_norm(values, dim=1).square() / inverse.diagonal()
+    else:
+        blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        solved = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), values.view(units, size, -1), upper=False)
+        losses = solved.square().sum((1, 2))
+    if first_order is not None:
+        losses = losses / 2 + (values * first_order).sum(1).view(units, size).sum(1)
+    return losses
+
+
+class Obs(Strategy):
+    """OBS: units chosen jointly by the covariance, layer by layer, and the rest refitted by least squares.
+
+    Every layer is calibrated on the outputs of the layers before it, ordered, cut and compensated. Nothing is computed
+    per batch.
+    """
+
+    paper: ClassVar[str] = ObsChooser.paper
+    name: Literal["obs"] = "obs"
+    scorer: Scorer = ObsChooser()
+    allocator: SparsityAllocator = Uniform()
+    applier: MaskApplier = Slice()
+    compensate: Compensator = LeastSquares()
+    sequential: bool = Field(default=True, description=Strategy.model_fields["sequential"].description)
+
+
+@hookimpl
+def scorers() -> list[type[Scorer]]:
+    return [ObsChooser]
+
+
+@hookimpl
+def strategies() -> list[type[Strategy]]:
+    return [Obs]
