@@ -15,6 +15,7 @@ from .errors import (
 )
 from .roles.compensation import Compensator, MemoryPlan, NoCompensation, Prepared, SiteCovariance, Slope
 from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stage, Subject
+from .roles.gradients import GradientScorer, GroupPart, MatrixGradient
 from .roles.hookspecs import ROLES, hookimpl
 from .roles.parts import (
     Architecture,
@@ -50,9 +51,12 @@ __all__ = [
     "Evaluate",
     "Evaluator",
     "Fluctuation",
+    "GradientScorer",
+    "GroupPart",
     "HistoryMerger",
     "HistoryStorage",
     "MaskApplier",
+    "MatrixGradient",
     "MeanSquare",
     "Measurement",
     "MemoryPlan",

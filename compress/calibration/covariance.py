@@ -16,7 +16,7 @@ from .passes import Batch, Progress, calibrate_sites
 from .shared import SomeMoments
 
 SHARE = 0.8
-"""Of the free memory that covariances may take, where the user sets no limit: batches need the rest."""
+"""Of the free memory that covariances, or sums of gradients, may take where the user sets no limit."""
 
 
 def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress, known: SomeMoments) -> None:
@@ -107,7 +107,7 @@ def grouped(cuts: Sequence[SiteCut], per_batch: bool, rooms: Rooms | None = None
         dropped = (cut.site.units - cut.count) * cut.site.unit_size
         working, made, limit = compensator.memory_plan(channels, dropped, per_batch)
         if device not in rooms:
-            rooms[device] = _Room(_free(device) if limit is None else limit)
+            rooms[device] = _Room(free_memory(device) if limit is None else limit)
         room, covariance = rooms[device], compensator.covariance_parts * ChannelMoments.bytes_of(channels)
         size = max(covariance, made)
         if size + working + room.made + room.staying > room.budget:
@@ -136,7 +136,8 @@ def check_layers(cuts: Sequence[SiteCut]) -> None:
             )
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device's free memory that may be taken, where the user sets no limit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier passes left over is free too, but counted as taken
     free = get_max_memory()

@@ -11,20 +11,20 @@ import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...registry import DataError, ModelError, NonFiniteError, SpecError, Strategy, complement
+from ...registry import DataError, ModelError, NonFiniteError, SpecError, Strategy
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
 from ..engine.decider import keep_highest
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
-from .passes import Batch, Progress, resumed
+from .passes import Batch, Dropped, Progress, channels_without, resumed, zeroed
 
 LONGEST = 256
 """Most positions of a row that is measured."""
@@ -35,18 +35,22 @@ LOGITS = 2**27
 IGNORED = -100
 """The target of a position that is not predicted."""
 
-Dropped = dict[SiteCut, Tensor]
-"""Channels (C,) bool that are zero, by site."""
-
 
 def check_output_layer(model: Any, strategy: Strategy) -> None:
-    """Raise :class:`ModelError` where an allocator measures the loss of a model that predicts no tokens."""
+    """Raise :class:`ModelError` where a part reads the loss of a model that predicts no tokens."""
     find = getattr(model, "get_output_embeddings", None)
-    if strategy.allocator.measures and (find is None or find() is None):
-        raise ModelError(
-            f"allocator {strategy.allocator.name} measures the loss of the next token, and this {type(model).__name__} "
-            "has no output layer; load it with AutoModelForCausalLM, or use another allocator, such as uniform"
-        )
+    if find is not None and find() is not None:
+        return
+    allocator, scorer = strategy.allocator, strategy.scorer
+    for reads, who, other in (
+        (allocator.measures, f"allocator {allocator.name} measures", "allocator, such as uniform"),
+        (strategy.scores_gradients, f"scorer {scorer.name} takes gradients of", "scorer, such as wanda_sp"),
+    ):
+        if reads:
+            raise ModelError(
+                f"{who} the loss of the next token, and this {type(model).__name__} has no output layer; load it with "
+                f"AutoModelForCausalLM, or use another {other}"
+            )
 
 
 class CutLosses:
@@ -117,9 +121,7 @@ class CutLosses:
         dropped: Dropped = {}
         for cut, count in zip(self._engine.cuts, counts, strict=True):
             if count < cut.site.units:
-                scores = self._scores[cut]
-                columns = cut.site.columns(complement(keep_highest(scores, count), cut.site.units))
-                dropped[cut] = torch.zeros(cut.site.channels, dtype=torch.bool).index_fill_(0, columns, True)
+                dropped[cut] = channels_without(cut, keep_highest(self._scores[cut], count))
         return dropped
 
     @cached_property
@@ -187,9 +189,7 @@ class MeasuredRows:
                 stack.enter_context(resumed(self._engine, first, known[-1]))
             for layer in self._engine.layers[first:]:
                 stack.callback(layer.register_forward_hook(keep).remove)
-            for cut, channels in dropped.items():
-                hook = partial(_zero, channels.to(device_of(cut.binding.consumer)))
-                stack.callback(cut.binding.consumer.register_forward_pre_hook(hook).remove)
+            stack.enter_context(zeroed(dropped))
             return Passed(counts, outputs, self._loss())
 
     def _loss(self) -> float:
@@ -199,10 +199,6 @@ class MeasuredRows:
         targets = self._targets.to(logits.device).reshape(-1)
         logits = logits[:, :-1].reshape(len(targets), -1).float()
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
-
-
-def _zero(channels: Tensor, consumer: nn.Module, args: tuple) -> tuple:
-    return args[0].masked_fill(channels.to(args[0].device), 0), *args[1:]
 
 
 def measured_rows(engine: Engine, batches: Sequence[Batch], tokens: int) -> list[Batch]:

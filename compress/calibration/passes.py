@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...registry import DataError, NonFiniteError
+from ...registry import DataError, NonFiniteError, complement
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
 from ..engine.engine import Engine, Learn
@@ -26,6 +26,27 @@ Batch = dict[str, Tensor]
 def no_progress(items: Iterable, label: str, total: int) -> Iterable:
     """The progress that shows nothing."""
     return items
+
+
+@contextmanager
+def one_bar(progress: Progress, times: int) -> Iterator[Progress]:
+    """A progress whose one bar shows the same work done ``times`` times, with the time left until all is done."""
+    bars: list[Any] = []
+
+    def track(items: Iterable, label: str, total: int) -> Iterator:
+        if not bars:
+            bars.append(iter(progress(range(times * total), f"{label}, {times} times", times * total)))
+        for item in items:
+            next(bars[0], None)  # what the last one did is done
+            yield item
+
+    try:
+        yield progress if times == 1 else track
+        for bar in bars:
+            next(bar, None)
+    finally:
+        for bar in bars:
+            getattr(bar, "close", lambda: None)()
 
 
 class _EnoughSeen(Exception):
@@ -146,6 +167,30 @@ def calibrate_sequentially(
                 reached = layer
                 _check_finite(engine)
                 decide_layer(layer)
+
+
+Dropped = dict[SiteCut, Tensor]
+"""Channels (C,) bool that are zero, by site."""
+
+
+def channels_without(cut: SiteCut, kept: Tensor) -> Tensor:
+    """The channels (C,) bool of the units that are not kept; kept (k,) int64 ascending."""
+    columns = cut.site.columns(complement(kept, cut.site.units))
+    return torch.zeros(cut.site.channels, dtype=torch.bool, device=kept.device).index_fill_(0, columns, True)
+
+
+@contextmanager
+def zeroed(dropped: Dropped) -> Iterator[None]:
+    """Within it these channels are zero where consumers read them: the model computes as if it were cut."""
+    with ExitStack() as stack:
+        for cut, channels in dropped.items():
+            hook = partial(_zero, channels.to(device_of(cut.binding.consumer)))
+            stack.callback(cut.binding.consumer.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _zero(channels: Tensor, consumer: nn.Module, args: tuple) -> tuple:
+    return args[0].masked_fill(channels.to(args[0].device), 0), *args[1:]
 
 
 def _keep(outputs: list[Any], number: int) -> Callable:

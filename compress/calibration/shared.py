@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ...registry import ChannelHistory, ChannelMoments, Statistic
+from ...registry import ChannelHistory, ChannelMoments, GroupPart, Statistic
 from ...registry.tensors.windows import digest
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
@@ -28,10 +28,10 @@ class SharedStatistics:
     """What one loaded model has shown on the calibration texts used last, so that no text is read twice.
 
     What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the text and the
-    statistic, and the losses that allocators have measured. At most ``texts`` are remembered, the oldest going first;
-    a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up to
-    ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB. Never shared: statistics of
-    sequential calibration, which depend on what was cut before.
+    statistic, the losses that allocators have measured, and reduced gradients. At most ``texts`` are remembered, the
+    oldest going first; a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up
+    to ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB. Never shared: statistics of
+    a model that is partly cut (sequential calibration, choices in several steps).
     """
 
     def __init__(self, texts: int = 4, covariance_bytes: int = 2**29):
@@ -39,6 +39,7 @@ class SharedStatistics:
         self._of: OrderedDict[str, Histories] = OrderedDict()
         self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
         self._losses: OrderedDict[str, dict[str, float]] = OrderedDict()
+        self._gradients: OrderedDict[str, dict[str, tuple[GroupPart, ...]]] = OrderedDict()
         self._covariance_bytes = covariance_bytes
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
@@ -65,6 +66,10 @@ class SharedStatistics:
     def losses(self, engine: Engine, batches: list[Batch]) -> Iterator[dict[str, float]]:
         """The losses that allocators have measured on this text; new ones are added to them."""
         yield self._of_text(self._losses, batches, {})
+
+    def gradients(self, batches: list[Batch]) -> dict[str, tuple[GroupPart, ...]]:
+        """What scorers have made of the dense model's gradients on this text; new ones are added to it."""
+        return self._of_text(self._gradients, batches, {})
 
     def _of_text(self, known: OrderedDict[str, Known], batches: list[Batch], empty: Known) -> Known:
         """What is known of a text, which becomes the one used last; the texts used longest ago are forgotten."""

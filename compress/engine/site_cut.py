@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, MaskApplier, ModelError, Producer, Rows, Scorer, Selection, Site, Strategy
+from ...registry import (
+    ChannelHistory,
+    GroupPart,
+    MaskApplier,
+    ModelError,
+    Producer,
+    Rows,
+    Scorer,
+    Selection,
+    Site,
+    Strategy,
+)
 from ...registry.tensors.devices import device_of, is_offloaded, unautocast, weights_present
 from .batch import Running
 from .compensation import SiteCompensation
@@ -79,7 +90,11 @@ class SiteState:
         site = binding.site
         self.binding = binding
         self.statistic = strategy.scorer.statistic
-        """What the history keeps of the activations; None for scores of the weights alone."""
+        """What the history keeps of the activations; None for scores of the weights alone, or of gradients."""
+        self.scores_gradients = strategy.scores_gradients
+        self.gradients: tuple[GroupPart, ...] = ()
+        """What the scorer made of the gradients of the site's matrices; empty before calibration, or if it reads
+        none."""
         self.history = ChannelHistory(site.channels, device_of(binding.consumer))
         self.compensation = SiteCompensation(site, strategy.compensate)
         self.count = site.units
@@ -115,8 +130,17 @@ class SiteState:
 
     @property
     def has_scores(self) -> bool:
-        """Whether there are scores before any batch: of the weights alone, or of a calibrated history."""
+        """Whether there are scores before any batch: of the weights alone, or of what calibration has shown."""
+        if self.scores_gradients:
+            return bool(self.gradients)
         return self.statistic is None or self.history.positions > 0
+
+    @property
+    def calibrated(self) -> Any:
+        """What calibration has shown, as the scorer reads it: the statistic (C,), reduced gradients, or None."""
+        if self.scores_gradients:
+            return self.gradients
+        return None if self.statistic is None else self.history.summed()
 
     @property
     def bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,18 @@ from ...registry import (
 from ...registry.catalog import Entry
 from ...registry.tensors.tokens import check_token_ids
 from ..calibration.covariance import check_layers, finalize, gather_covariances, share_out
+from ..calibration.gradients import gather_gradients
 from ..calibration.losses import CutLosses, check_output_layer
 from ..calibration.passes import (
     Progress,
     calibrate,
     calibrate_sequentially,
     calibration_list,
+    channels_without,
     evaluating,
     no_progress,
+    one_bar,
+    zeroed,
 )
 from ..calibration.shared import SharedStatistics, SomeMoments
 from ..calibration.statistics_file import StatisticsFile
@@ -105,7 +110,8 @@ def prune(
             if calibration is None:
                 decides = chosen.decides_by_activations
                 who = f"strategy {chosen.name}" if decides else f"compensator {chosen.compensate.name}"
-                raise DataError(f"{who} looks at activations: give it calibration batches")
+                reads = "takes gradients" if chosen.scores_gradients else "looks at activations"
+                raise DataError(f"{who} {reads}: give it calibration batches")
             batches = calibration_list(calibration)
             for number, batch in enumerate(batches):
                 vocabulary = engine.embeddings.num_embeddings
@@ -237,14 +243,16 @@ def _decide(
 ) -> MatchFacts | None:
     """Calibrate, set every site's count, and let strategies that decide once decide."""
     strategy = engine.strategy
-    sequential = strategy.sequential and batches is not None
-    dense = not sequential or strategy.allocator.needs_scores
-    if dense and batches is not None and statistics is not None:
-        statistics.calibrate(engine, batches, progress)
-    elif dense and batches is not None:
-        calibrate(engine, batches, progress)
+    *earlier, _ = strategy.schedule(ratio or 0.0)
+    with one_bar(progress, 1 + len(earlier)) as in_steps:
+        if batches is not None:
+            _learn(engine, batches, progress, in_steps, statistics)
+        for target in earlier:
+            _allocate(engine, target, batches, progress, statistics, None)
+            if batches is not None:
+                _learn_again(engine, batches, in_steps)
     found = _allocate(engine, ratio, batches, progress, statistics, match)
-    if sequential and batches is not None:
+    if strategy.sequential and batches is not None:
         _decide_by_layer(engine, batches, progress)
         return found
     if not strategy.dynamic:
@@ -254,6 +262,48 @@ def _decide(
         known = SomeMoments(0) if statistics is None else statistics.moments(batches)
         gather_covariances(engine, batches, progress, known)
     return found
+
+
+def _learn(
+    engine: Engine,
+    batches: list,
+    progress: Progress,
+    in_steps: Progress,
+    statistics: SharedStatistics | StatisticsFile | None,
+) -> None:
+    """Fill every site with what the dense model shows: what its scorer reads, and the means that compensation needs.
+
+    ``in_steps`` is the progress of what is repeated where units are chosen in several steps.
+    """
+    strategy = engine.strategy
+    if strategy.scores_gradients:
+        known = {} if statistics is None else statistics.gradients(batches)
+        gather_gradients(engine, batches, in_steps, known)
+        if not strategy.compensates and not isinstance(statistics, StatisticsFile):
+            return
+    else:
+        progress = in_steps
+    if strategy.sequential and not strategy.allocator.needs_scores:
+        return
+    if statistics is not None:
+        statistics.calibrate(engine, batches, progress)
+    else:
+        calibrate(engine, batches, progress)
+
+
+def _learn_again(engine: Engine, batches: list, progress: Progress) -> None:
+    """Fill every site with what its scorer reads in the model with dropped units zero; means stay the dense ones."""
+    chosen = {cut: engine.decider.calibrated_units(cut) for cut in engine.cuts if not cut.whole}
+    dense = [cut.history for cut in engine.cuts]
+    with zeroed({cut: channels_without(cut, kept) for cut, kept in chosen.items()}):
+        if engine.strategy.scores_gradients:
+            gather_gradients(engine, batches, progress, {})
+            return
+        for cut in engine.cuts:
+            cut.state.replace_history(ChannelHistory(cut.site.channels, cut.history.device))
+        calibrate(engine, batches, progress)
+    for cut, history in zip(engine.cuts, dense, strict=True):
+        cut.state.replace_history(replace(cut.history, mean=history.mean, tokens=history.tokens))
 
 
 def _decide_by_layer(engine: Engine, batches: list, progress: Progress) -> None:

@@ -20,10 +20,12 @@ from ..component import Component
 from ..errors import PluginError
 from ..roles.compensation import Compensator
 from ..roles.evaluation import Evaluator, Subject, checked
+from ..roles.gradients import GradientScorer
 from ..roles.hookspecs import ROLES
 from ..roles.strategy import Strategy
 from ..tensors.tokens import context_length
 from .compensators import COMPENSATOR_CHECKS
+from .gradients import GRADIENT_CHECKS
 from .parts import ROLE_CHECKS, expect
 from .sites import check_sites
 
@@ -203,6 +205,7 @@ COMMON: list[Check] = [
 ]
 ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     **ROLE_CHECKS,
+    GradientScorer: GRADIENT_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
     Evaluator: [check_rows],

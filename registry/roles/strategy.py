@@ -13,6 +13,7 @@ from ..sites import AttentionUnit, Site
 from ..tensors.history_storage import HistoryStorage
 from ..tensors.statistics import Statistic
 from .compensation import Compensator, NoCompensation
+from .gradients import GradientScorer
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 
 PaddingOf = Callable[[Tensor], Tensor | None]
@@ -80,6 +81,11 @@ class Strategy(Component):
                 f"compensator {self.compensate.name} reads a probe of every batch, and this strategy has none; add "
                 "a selector (selector: spread), or use compensate: mean"
             )
+        if self.dynamic and self.scores_gradients:
+            raise ValueError(
+                f"scorer {self.scorer.name} reads gradients of the loss, which a probe does not have; set selector and "
+                "merger to null to decide once, or choose another scorer"
+            )
         if self.dynamic and self.scorer.statistic is None:
             raise ValueError(
                 f"scorer {self.scorer.name} uses no activations, so it cannot use a probe; "
@@ -95,13 +101,38 @@ class Strategy(Component):
                 f"allocator {self.allocator.name} measures cuts by scores, so its needs_scores must be true, too; fix "
                 "the plugin"
             )
+        if self.decides_in_steps:
+            self._check_steps()
         return self
+
+    def _check_steps(self) -> None:
+        """Raise :class:`ValueError` for what excludes choosing units in several steps."""
+        others = {
+            "a selector and a merger, which decide per batch; set both to null": self.dynamic,
+            "sequential: true, which decides layer by layer; set it to false": self.sequential,
+            f"allocator {self.allocator.name}, which measures the loss of the whole model; choose another one": (
+                self.allocator.measures
+            ),
+            f"allocator {self.allocator.name}, which takes no ratio; choose another one": (
+                not self.allocator.takes_ratio
+            ),
+        }
+        for other, found in others.items():
+            if found:
+                raise ValueError(f"{self.name} chooses units in several steps, which excludes {other}")
 
     # Hooks that a strategy may override.
 
     def site_ratio(self, ratio: float, layers: int, skipped: int) -> float:
         """The share that layers that are not skipped lose, so that all layers together lose ``ratio``."""
         return ratio * layers / (layers - skipped)
+
+    def schedule(self, ratio: float) -> Sequence[float]:
+        """The ratios at which units are chosen, one after the other; the last is ``ratio``.
+
+        Each choice is made by statistics of the model in which the units that the choice before dropped are zero.
+        """
+        return (ratio,)
 
     def mask_positions(self, positions: Tensor) -> Tensor:
         """Positions whose attention mask the probe at ``positions`` (t,) or (b, t) gets; int64 of the same length."""
@@ -150,6 +181,16 @@ class Strategy(Component):
         return self.merger is not None
 
     @property
+    def scores_gradients(self) -> bool:
+        """Whether units are scored by gradients of the loss."""
+        return isinstance(self.scorer, GradientScorer)
+
+    @property
+    def decides_in_steps(self) -> bool:
+        """Whether units are chosen several times, by the model as cut so far."""
+        return len(self.schedule(0.5)) > 1
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the strategy needs calibration batches."""
         return self.compensates or self.decides_by_activations
@@ -157,7 +198,9 @@ class Strategy(Component):
     @property
     def decides_by_activations(self) -> bool:
         """Whether the choice of units depends on calibration batches."""
-        if self.allocator.measures or (self.allocator.needs_scores and self.scorer.statistic is not None):
+        if self.scores_gradients or self.allocator.measures:
+            return True
+        if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
         if self.merger is not None:
             return self.merger.uses_history
