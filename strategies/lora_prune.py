@@ -42,7 +42,7 @@ class LoRAPruneScorer(GradientScorer):
         ge=1,
         description="rank of the random adapter that the gradient is seen through; null: exact gradient",
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the adapters")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the adapters")
 
     def reduce(self, matrix: MatrixGradient) -> Tensor:
         return (matrix.weight * self._seen(matrix)).abs_().sum(1)
@@ -52,7 +52,7 @@ class LoRAPruneScorer(GradientScorer):
         gradient = matrix.gradient
         if self.adapter_rank is None:
             return gradient
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(matrix.path.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {matrix.path}".encode()))
         inputs = gradient.shape[0 if matrix.reads else 1]
         drawn = torch.rand(self.adapter_rank, inputs, generator=generator).mul_(2).sub_(1).to(gradient.device)
         # The adapter acts on a layer's inputs; the consumer's are its rows here.
