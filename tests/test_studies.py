@@ -100,7 +100,9 @@ def test_a_small_study_runs_offline_on_what_comes_with_the_package(load, path):
         assert all(text.bundled in TEXTS for text in texts if text is not None)
 
 
-@pytest.mark.parametrize("path", [path for path in LARGE if path.name not in (FLAP, FINE_TUNED)], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in LARGE if path.name not in (FLAP, FINE_TUNED)], ids=lambda path: path.name
+)
 def test_a_large_study_has_the_papers_settings(load, path):
     """The settings stand in every file, so that each can be read and changed alone; they must not drift apart."""
     varied = set(load(path).axes)
