@@ -16,6 +16,7 @@ from .errors import (
 from .roles.choosing import Chooser, Order
 from .roles.compensation import Compensator, MemoryPlan, NoCompensation, Prepared, SiteCovariance, Slope
 from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stage, Subject
+from .roles.gradients import GradientScorer, GroupPart, MatrixGradient
 from .roles.hookspecs import ROLES, hookimpl
 from .roles.parts import (
     Architecture,
@@ -57,10 +58,13 @@ __all__ = [
     "Evaluate",
     "Evaluator",
     "Fluctuation",
+    "GradientScorer",
+    "GroupPart",
     "HistoryMerger",
     "HistoryStorage",
     "LayerWeight",
     "MaskApplier",
+    "MatrixGradient",
     "MeanSquare",
     "Measurement",
     "MemoryPlan",

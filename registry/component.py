@@ -96,17 +96,18 @@ def _parts(annotation: Any) -> set[Any]:
 @functools.cache
 def wrong_signature(component: type[Component]) -> str | None:
     """One sentence on the first method whose parameters are not those of its role; None where all fit."""
-    roles = [base for base in component.__mro__[1:] if Component in base.__bases__ or inspect.isabstract(base)]
-    declared = [(role, name, method) for role in roles for name, method in vars(role).items()]
-    for role, name, method in declared:
-        if name.startswith("_") or not inspect.isfunction(method):
-            continue
-        wanted, found = (inspect.signature(f).parameters for f in (method, getattr(component, name)))
-        try:
-            inspect.signature(getattr(component, name)).bind(*wanted)
-        except TypeError:
-            return (
-                f"{component.__name__}.{name} takes ({', '.join(found)}); a {role.__name__} must have "
-                f"def {name}({', '.join(wanted)})"
-            )
+    role = next((base for base in component.__mro__ if Component in base.__bases__), Component)
+    abstract = [base for base in component.__mro__[1:] if inspect.isabstract(base) and issubclass(base, role)]
+    for base in dict.fromkeys([role, *abstract]):
+        for name, method in vars(base).items():
+            if name.startswith("_") or not inspect.isfunction(method):
+                continue
+            wanted, found = (inspect.signature(f).parameters for f in (method, getattr(component, name)))
+            try:
+                inspect.signature(getattr(component, name)).bind(*wanted)
+            except TypeError:
+                return (
+                    f"{component.__name__}.{name} takes ({', '.join(found)}); a {base.__name__} must have "
+                    f"def {name}({', '.join(wanted)})"
+                )
     return None

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field, model_serializer
+from torch import Tensor
 
 from ..registry import Evaluate, Objective, Site, SparsityAllocator, SpecError
 
@@ -34,6 +36,37 @@ def parameters_to_cut(
             "lower the ratio or minimum_units"
         )
     return ratio * total * EXACT
+
+
+def kept_by_rank(values: Sequence[Tensor], costs: Sequence[float], budget: float, minimum_units: int) -> list[int]:
+    """Units that every site keeps if the units with the lowest values of all sites are cut, as the budget allows.
+
+    values (U,) and the cost of one unit, for each site. The ``minimum_units`` with the highest values of a site stay. A
+    unit that costs more than what is left is skipped; cheaper ones after it may still be cut.
+    """
+    ranked = [value.cpu().double() for value in values]
+    for value in ranked:
+        value[value.topk(min(minimum_units, len(value))).indices] = torch.inf
+    cost = torch.cat([torch.full_like(value, float(each)) for value, each in zip(ranked, costs, strict=True)])
+    owner = torch.cat([torch.full((len(value),), place) for place, value in enumerate(ranked)])
+    value = torch.cat(ranked)
+    order = value.argsort(stable=True)
+    cut = order[_affordable(cost[order], value[order].isfinite(), budget)]
+    dropped = torch.bincount(owner[cut], minlength=len(ranked))
+    return [len(value) - int(count) for value, count in zip(ranked, dropped, strict=True)]
+
+
+def _affordable(cost: Tensor, free: Tensor, budget: float) -> Tensor:
+    """Indices (k,) of the units that fit into the budget, taken in order; cost (U,), free (U,) bool."""
+    rest, taken = free.nonzero().flatten(), []
+    # Every iteration ends at a unit that does not fit and drops all units of its cost or more.
+    while len(rest := rest[cost[rest] <= budget]):
+        spent = cost[rest].cumsum(0)
+        fits = int((spent <= budget).sum())
+        taken.append(rest[:fits])
+        budget -= float(spent[fits - 1])
+        rest = rest[fits:]
+    return torch.cat(taken) if taken else rest
 
 
 class MeasuringAllocator(SparsityAllocator):

@@ -18,7 +18,7 @@ from .passes import Batch, Progress, calibrate_sites
 from .shared import SomeMoments
 
 SHARE = 0.8
-"""Of the free memory that covariances may take, where the user sets no limit: batches need the rest."""
+"""Of the free memory that covariances, or sums of gradients, may take where the user sets no limit."""
 
 
 def gather_covariances(engine: Engine, batches: list[Batch], progress: Progress, known: SomeMoments) -> None:
@@ -206,7 +206,7 @@ def grouped(
         of_site = plan(cut, per_batch)
         working, made, limit = of_site.needs
         if device not in rooms:
-            rooms[device] = _Room(_free(device) if limit is None else limit)
+            rooms[device] = _Room(free_memory(device) if limit is None else limit)
         room, size = rooms[device], max(of_site.moments, made)
         if size + working + room.made + room.staying > room.budget:
             raise ModelError(_too_large(cut, of_site, size, room, None if limit is not None else device))
@@ -234,7 +234,8 @@ def check_layers(cuts: Sequence[SiteCut]) -> None:
             )
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device's free memory that may be taken, where the user sets no limit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier passes left over is free too, but counted as taken
     free = get_max_memory()

@@ -13,20 +13,21 @@ import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...registry import DataError, ModelError, NonFiniteError, Objective, SpecError, Strategy, complement
+from ...registry import DataError, ModelError, NonFiniteError, Objective, SpecError, Strategy
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
 from ..engine.decider import keep_highest
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from .passes import Batch, Progress, resumed
+from .zeroing import Dropped, channels_without, zeroed
 
 LONGEST = 256
 """Most positions of a row that is measured."""
@@ -40,18 +41,22 @@ OUTPUTS = 2**31
 IGNORED = -100
 """The target of a position that is not predicted."""
 
-Dropped = dict[SiteCut, "Tensor | None"]
-"""Channels (C,) bool that are zero, by site; None: the site keeps nothing, and its consumer's bias goes too."""
-
 
 def check_output_layer(model: Any, strategy: Strategy) -> None:
-    """Raise :class:`ModelError` where an allocator measures the loss of a model that predicts no tokens."""
+    """Raise :class:`ModelError` where a part reads the loss of a model that predicts no tokens."""
     find = getattr(model, "get_output_embeddings", None)
-    if strategy.allocator.measures and (find is None or find() is None):
-        raise ModelError(
-            f"allocator {strategy.allocator.name} measures the loss of the next token, and this {type(model).__name__} "
-            "has no output layer; load it with AutoModelForCausalLM, or use another allocator, such as uniform"
-        )
+    if find is not None and find() is not None:
+        return
+    allocator, scorer = strategy.allocator, strategy.scorer
+    for reads, who, other in (
+        (allocator.measures, f"allocator {allocator.name} measures", "allocator, such as uniform"),
+        (strategy.scores_gradients, f"scorer {scorer.name} takes gradients of", "scorer, such as wanda_sp"),
+    ):
+        if reads:
+            raise ModelError(
+                f"{who} the loss of the next token, and this {type(model).__name__} has no output layer; load it with "
+                f"AutoModelForCausalLM, or use another {other}"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,9 +166,7 @@ class CutLosses:
             if not count:
                 dropped[cut] = None
             elif count < cut.site.units:
-                scores = self._scores[cut]
-                columns = cut.site.columns(complement(keep_highest(scores, count), cut.site.units))
-                dropped[cut] = torch.zeros(cut.site.channels, dtype=torch.bool).index_fill_(0, columns, True)
+                dropped[cut] = channels_without(cut, keep_highest(self._scores[cut], count))
         return dropped
 
     @cached_property
@@ -241,13 +244,7 @@ class MeasuredRows:
                 stack.enter_context(resumed(self._engine, first, known[-1]))
             for layer in self._engine.layers[first:]:
                 stack.callback(layer.register_forward_hook(keep).remove)
-            for cut, channels in dropped.items():
-                consumer = cut.binding.consumer
-                if channels is None:
-                    stack.callback(consumer.register_forward_hook(_nothing).remove)
-                    continue
-                hook = partial(_zero, channels.to(device_of(consumer)))
-                stack.callback(consumer.register_forward_pre_hook(hook).remove)
+            stack.enter_context(zeroed(dropped))
             logits = self._logits()
         if self._measure.objective == "loss" or not self._passed:
             if self._measure.objective == "kl":
@@ -276,14 +273,6 @@ def divergence(dense: Tensor, cut: Tensor, top: int = 0) -> float:
         dense, likeliest = dense.topk(top)
         cut = cut.gather(-1, likeliest)
     return functional.kl_div(cut.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True).item()
-
-
-def _zero(channels: Tensor, consumer: nn.Module, args: tuple) -> tuple:
-    return args[0].masked_fill(channels.to(args[0].device), 0), *args[1:]
-
-
-def _nothing(consumer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return torch.zeros_like(output)
 
 
 def measured_rows(engine: Engine, batches: Sequence[Batch], tokens: int) -> list[Batch]:

@@ -28,6 +28,27 @@ def no_progress(items: Iterable, label: str, total: int) -> Iterable:
     return items
 
 
+@contextmanager
+def one_bar(progress: Progress, times: int) -> Iterator[Progress]:
+    """A progress whose one bar shows the same work done ``times`` times, with the time left until all is done."""
+    bars: list[Any] = []
+
+    def track(items: Iterable, label: str, total: int) -> Iterator:
+        if not bars:
+            bars.append(iter(progress(range(times * total), f"{label}, {times} times", times * total)))
+        for item in items:
+            next(bars[0], None)  # what the last one did is done
+            yield item
+
+    try:
+        yield progress if times == 1 else track
+        for bar in bars:
+            next(bar, None)
+    finally:
+        for bar in bars:
+            getattr(bar, "close", lambda: None)()
+
+
 class _EnoughSeen(Exception):
     """Stops a forward pass once the layer that is calibrated has been seen."""
 

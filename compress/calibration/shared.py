@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from ...registry import ChannelHistory, ChannelMoments, Statistic
+from ...registry import ChannelHistory, ChannelMoments, GroupPart, Statistic
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from .journal import Journal
@@ -28,10 +28,10 @@ class SharedStatistics:
     """What one loaded model has shown on the calibration texts used last, so that no text is read twice.
 
     What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the text and the
-    statistic, and what allocators have measured. At most ``texts`` are remembered, the oldest going first;
-    a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up to
+    statistic, what allocators have measured, and reduced gradients. At most ``texts`` are remembered, the oldest going
+    first; a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up to
     ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB. Never shared: statistics of
-    sequential calibration, which depend on what was cut before.
+    a model that is partly cut (sequential calibration, choices in several steps).
 
     What allocators measure is written to the file ``journal``, where there is one, so that a run that was killed
     resumes to the same result.
@@ -42,6 +42,7 @@ class SharedStatistics:
         self._of: OrderedDict[str, Histories] = OrderedDict()
         self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
         self._measured: OrderedDict[str, MutableMapping[str, float]] = OrderedDict()
+        self._gradients: OrderedDict[str, dict[str, tuple[GroupPart, ...]]] = OrderedDict()
         self._covariance_bytes = covariance_bytes
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
@@ -70,6 +71,10 @@ class SharedStatistics:
         if self.journal is not None and fingerprint(batches) not in self._measured:
             self._measured[fingerprint(batches)] = Journal(self.journal, origin_of(engine.model, batches))
         yield self._of_text(self._measured, batches, {})
+
+    def gradients(self, batches: list[Batch]) -> dict[str, tuple[GroupPart, ...]]:
+        """What scorers have made of the dense model's gradients on this text; new ones are added to it."""
+        return self._of_text(self._gradients, batches, {})
 
     def _of_text(self, known: OrderedDict[str, Known], batches: list[Batch], empty: Known) -> Known:
         """What is known of a text, which becomes the one used last; the texts used longest ago are forgotten."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...registry import ChannelHistory, DataError, Statistic
+from ...registry import ChannelHistory, DataError, GroupPart, Statistic
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from ..output.folders import make_readable
@@ -82,6 +82,10 @@ class StatisticsFile:
     def moments(self, batches: list[Batch]) -> SomeMoments:
         """None are kept."""
         return SomeMoments(0)
+
+    def gradients(self, batches: list[Batch]) -> dict[str, tuple[GroupPart, ...]]:
+        """None are kept."""
+        return {}
 
     @contextmanager
     def measured(self, engine: Engine, batches: list[Batch]) -> Iterator[Journal]:

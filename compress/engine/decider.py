@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Decider:
         state = cut.state
         if state.choice is not None:
             return state.choice.channels, state.choice.units
-        channels, units = self._scored(state, None if state.statistic is None else state.history.summed())
+        channels, units = self._scored(state, state.calibrated)
         if not bool(torch.isfinite(channels).all()):
             raise not_finite(SCORES, cut.site)
         return channels, units
@@ -82,8 +83,8 @@ class Decider:
                 self._watcher(cut, units)
             return Decision(keep_highest(units, state.count), probe.rows, positions, probe.mean)
 
-    def _scored(self, state: SiteState, statistic: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scores of the channels (C,) and of the units (U,); statistic (C,) or None."""
+    def _scored(self, state: SiteState, statistic: Any) -> tuple[Tensor, Tensor]:
+        """Scores of the channels (C,) and of the units (U,); statistic (C,), reduced gradients, or None."""
         scorer, site = self.strategy.scorer, state.binding.site
         channels = scorer.score(state.prepared(scorer), statistic)
         checked(channels, (site.channels,), "score", "scorer", scorer, site)

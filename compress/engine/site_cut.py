@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...registry import (
     ChannelHistory,
+    GroupPart,
     MaskApplier,
     ModelError,
     Producer,
@@ -104,9 +105,13 @@ class SiteState:
         site = binding.site
         self.binding = binding
         self.statistic = strategy.scorer.statistic
-        """What the history keeps of the activations; None for scores of the weights alone."""
+        """What the history keeps of the activations; None for scores of the weights alone, or of gradients."""
         self.scores_producers = strategy.scorer.uses_producers
         """Whether the score depends on the producers' weights."""
+        self.scores_gradients = strategy.scores_gradients
+        self.gradients: tuple[GroupPart, ...] = ()
+        """What the scorer made of the gradients of the site's matrices; empty before calibration, or if it reads
+        none."""
         self.history = ChannelHistory(site.channels, device_of(binding.consumer))
         self.compensation = SiteCompensation(site, strategy.compensate)
         self.chooser = strategy.chooser
@@ -161,10 +166,20 @@ class SiteState:
 
     @property
     def has_scores(self) -> bool:
-        """Whether there are scores before any batch: of the weights alone, of a calibrated history, or of a chooser."""
+        """Whether there are scores before any batch: of the weights alone, of what calibration has shown, or of a
+        chooser."""
         if self.chooser is not None:
             return self.choice is not None
+        if self.scores_gradients:
+            return bool(self.gradients)
         return self.statistic is None or self.history.positions > 0
+
+    @property
+    def calibrated(self) -> Any:
+        """What calibration has shown, as the scorer reads it: the statistic (C,), reduced gradients, or None."""
+        if self.scores_gradients:
+            return self.gradients
+        return None if self.statistic is None else self.history.summed()
 
     @property
     def bytes(self) -> int:

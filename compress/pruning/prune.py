@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ...registry.catalog import Entry
 from ...registry.tensors.tokens import check_token_ids
 from ..calibration.blocks import describe_blocks
 from ..calibration.covariance import check_layers, choose, finalize, gather_covariances, order_units, share_out
+from ..calibration.gradients import gather_gradients
 from ..calibration.losses import CutLosses, check_output_layer
 from ..calibration.passes import (
     Progress,
@@ -36,10 +38,12 @@ from ..calibration.passes import (
     calibration_list,
     evaluating,
     no_progress,
+    one_bar,
 )
 from ..calibration.shared import SharedStatistics, SomeMoments
 from ..calibration.statistics_file import StatisticsFile
 from ..calibration.weights import describe_weights
+from ..calibration.zeroing import Dropped, channels_without, zeroed
 from ..engine.ahead import check_attention, check_same_attention
 from ..engine.batch import Decision
 from ..engine.engine import Engine
@@ -107,7 +111,8 @@ def prune(
             if calibration is None:
                 decides = chosen.decides_by_activations
                 who = f"strategy {chosen.name}" if decides else f"compensator {chosen.compensate.name}"
-                raise DataError(f"{who} looks at activations: give it calibration batches")
+                reads = "takes gradients" if chosen.scores_gradients else "looks at activations"
+                raise DataError(f"{who} {reads}: give it calibration batches")
             batches = calibration_list(calibration)
             for number, batch in enumerate(batches):
                 vocabulary = engine.embeddings.num_embeddings
@@ -238,30 +243,27 @@ def _decide(
     match: Match | None,
 ) -> MatchFacts | None:
     """Calibrate, set every site's count, and let strategies that decide once decide."""
-    strategy = engine.strategy
-    sequential = strategy.sequential and batches is not None
-    dense = strategy.calibrates_channels and (not sequential or strategy.allocator.needs_scores)
-    if dense and batches is not None and statistics is not None:
-        statistics.calibrate(engine, batches, progress)
-    elif dense and batches is not None:
-        calibrate(engine, batches, progress)
+    strategy, allocator = engine.strategy, engine.strategy.allocator
     known = SomeMoments(0)
     if batches is not None and statistics is not None and strategy.compensate.covariance_parts == 1:
         known = statistics.moments(batches)
-    chooses = strategy.chooser is not None and not strategy.allocator.whole_blocks
-    if dense and batches is not None and chooses:
-        order_units(engine, batches, progress, known)
     numbers: AbstractContextManager[MutableMapping[str, float]] = nullcontext({})
-    allocator = strategy.allocator
     looks = allocator.measures or allocator.block_statistic is not None or allocator.weight_statistic is not None
     if looks and statistics is not None and batches is not None:
         numbers = statistics.measured(engine, batches)
+    *earlier, _ = strategy.schedule(ratio or 0.0)
     with numbers as measured:
-        if batches is not None:
-            describe_blocks(engine, batches, measured, progress)
-        describe_weights(engine, batches, measured, progress)
+        with one_bar(progress, 1 + len(earlier)) as in_steps:
+            if batches is not None:
+                _learn(engine, batches, progress, in_steps, statistics, known)
+                describe_blocks(engine, batches, measured, progress)
+            describe_weights(engine, batches, measured, progress)
+            for target in earlier:
+                _allocate(engine, target, batches, measured, progress, None)
+                if batches is not None:
+                    _learn_again(engine, batches, in_steps)
         found = _allocate(engine, ratio, batches, measured, progress, match)
-    if sequential and batches is not None:
+    if strategy.sequential and batches is not None:
         _decide_by_layer(engine, batches, progress)
         return found
     for cut in engine.cuts:
@@ -270,6 +272,54 @@ def _decide(
     if batches is not None and strategy.compensate.needs_covariance:
         gather_covariances(engine, batches, progress, known)
     return found
+
+
+def _learn(
+    engine: Engine,
+    batches: list,
+    progress: Progress,
+    in_steps: Progress,
+    statistics: SharedStatistics | StatisticsFile | None,
+    known: SomeMoments,
+) -> None:
+    """Fill every site with what the dense model shows: what its scorer reads, and the means that compensation needs.
+
+    ``in_steps`` is the progress of what is repeated where units are chosen in several steps. ``known``: covariances.
+    """
+    strategy = engine.strategy
+    if strategy.scores_gradients:
+        gather_gradients(engine, batches, in_steps, {} if statistics is None else statistics.gradients(batches))
+        if not strategy.compensates and not isinstance(statistics, StatisticsFile):
+            return
+    else:
+        progress = in_steps
+    if strategy.sequential and not strategy.allocator.needs_scores:
+        return
+    if strategy.calibrates_channels and statistics is not None:
+        statistics.calibrate(engine, batches, progress)
+    elif strategy.calibrates_channels:
+        calibrate(engine, batches, progress)
+    if strategy.chooser is not None and not strategy.allocator.whole_blocks:
+        order_units(engine, batches, progress, known)
+
+
+def _learn_again(engine: Engine, batches: list, progress: Progress) -> None:
+    """Fill every site with what its scorer reads in the model with dropped units zero; means stay the dense ones."""
+    dropped: Dropped = {
+        cut: channels_without(cut, engine.decider.calibrated_units(cut)) if cut.count else None
+        for cut in engine.cuts
+        if not cut.whole
+    }
+    dense = [cut.history for cut in engine.cuts]
+    with zeroed(dropped):
+        if engine.strategy.scores_gradients:
+            gather_gradients(engine, batches, progress, {})
+            return
+        for cut in engine.cuts:
+            cut.state.replace_history(ChannelHistory(cut.site.channels, cut.history.device))
+        calibrate(engine, batches, progress)
+    for cut, history in zip(engine.cuts, dense, strict=True):
+        cut.state.replace_history(replace(cut.history, mean=history.mean, tokens=history.tokens))
 
 
 def _decide_by_layer(engine: Engine, batches: list, progress: Progress) -> None:

@@ -21,12 +21,14 @@ from ..errors import PluginError
 from ..roles.choosing import Chooser
 from ..roles.compensation import Compensator
 from ..roles.evaluation import Evaluator, Subject, checked
+from ..roles.gradients import GradientScorer
 from ..roles.hookspecs import ROLES
 from ..roles.parts import Scorer
 from ..roles.strategy import Strategy
 from ..tensors.tokens import context_length
 from .choosers import CHOOSER_CHECKS
 from .compensators import COMPENSATOR_CHECKS
+from .gradients import GRADIENT_CHECKS
 from .parts import ROLE_CHECKS, expect
 from .sites import check_sites
 
@@ -210,6 +212,7 @@ COMMON: list[Check] = [
 ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     **ROLE_CHECKS,
     Chooser: CHOOSER_CHECKS,
+    GradientScorer: GRADIENT_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
     Evaluator: [check_rows],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..component import Component
 from ..errors import SpecError
+from ..roles.gradients import GradientScorer, GroupPart, MatrixGradient
 from ..roles.parts import (
     Architecture,
     HistoryMerger,
@@ -94,15 +95,15 @@ def check_arguments(part: Scorer | SparsityAllocator) -> None:
 def check_scores(scorer: Scorer) -> None:
     """Channel scores are (C,) float32 and finite, unit scores (U,), the same every time."""
     for site in both_kinds():
-        for statistic in (draw(site.channels, seed=1).square(), torch.zeros(site.channels)):
+        for given in _shown(scorer, site):
             weight = draw(20, site.channels)
             prepared = _prepared(scorer, weight, site)
             expect_unchanged(scorer, "weight", draw(20, site.channels), weight)
-            given = None if scorer.statistic is None else statistic.clone()
+            before = [tensor.clone() for tensor in tensors_in(given)]
             scores = scorer.score(prepared, given)
             expect_tensor(scores, scorer, "channel scores", (site.channels,))
-            if given is not None:
-                expect_unchanged(scorer, "statistic", statistic, given)
+            for old, new in zip(before, tensors_in(given), strict=True):
+                expect_unchanged(scorer, "statistic", old, new)
             first = scores.clone()
             expect(torch.equal(first, scorer.score(prepared, given)), scorer, "scores the same input differently")
             units = scorer.unit_scores(scores, site.unit_size)
@@ -122,6 +123,37 @@ def _prepared(scorer: Scorer, weight: Tensor, site: Site, inputs: int = 16) -> A
     same = [torch.equal(a, b) for a, b in zip(tensors_in(prepared), tensors_in(again), strict=True)]
     expect(all(same), scorer, "prepares the same weights differently")
     return prepared
+
+
+def _shown(scorer: Scorer, site: Site) -> list[Any]:
+    """What ``score`` may get: a statistic, reduced gradients, or None."""
+    if isinstance(scorer, GradientScorer):
+        return [some_parts(scorer, site, scale) for scale in (1.0, 0.0)]
+    if scorer.statistic is None:
+        return [None]
+    return [draw(site.channels, seed=1).square(), torch.zeros(site.channels)]
+
+
+def some_matrices(scorer: GradientScorer, site: Site, scale: float = 1.0, seed: int = 0) -> list[MatrixGradient]:
+    """Two producers and a consumer; at attention the second producer has half as many rows, as under grouped-query
+    attention."""
+    found = []
+    for place, rows in enumerate((site.channels, max(site.units, site.channels // 2), site.channels)):
+        gradient = scale * draw(rows, 20, seed=seed + place)
+        squares = gradient.square() if scorer.needs_squares else None
+        weight = draw(rows, 20, seed=seed + place + 5)
+        found.append(MatrixGradient(("query", "key", "output")[place], weight, gradient, squares, reads=place == 2))
+    return found
+
+
+def some_parts(scorer: GradientScorer, site: Site, scale: float = 1.0) -> tuple[GroupPart, ...]:
+    """What the scorer makes of :func:`some_matrices`."""
+    found = []
+    for matrix in some_matrices(scorer, site, scale):
+        rows = matrix.weight.shape[0]
+        values = expect_tensor(scorer.reduce(matrix), scorer, "the reduction", (rows,))
+        found.append(GroupPart(matrix.path, values.view(site.units, -1), rows // site.units * 20, matrix.reads))
+    return tuple(found)
 
 
 def check_score_cost(scorer: Scorer) -> None:

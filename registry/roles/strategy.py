@@ -14,6 +14,7 @@ from ..tensors.history_storage import HistoryStorage
 from ..tensors.statistics import Statistic
 from .choosing import Chooser
 from .compensation import Compensator, NoCompensation
+from .gradients import GradientScorer
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, missing_argument
 
 PaddingOf = Callable[[Tensor], Tensor | None]
@@ -91,6 +92,11 @@ class Strategy(Component):
                 f"compensator {self.compensate.name} fits the outputs of the dense model, which differ from those of "
                 "the dense weights only where layers are pruned one after the other: set sequential to true"
             )
+        if self.dynamic and self.scores_gradients:
+            raise ValueError(
+                f"scorer {self.scorer.name} reads gradients of the loss, which a probe does not have; set selector and "
+                "merger to null to decide once, or choose another scorer"
+            )
         if self.dynamic and self.scorer.statistic is None:
             raise ValueError(
                 f"scorer {self.scorer.name} uses no activations, so it cannot use a probe; "
@@ -106,13 +112,41 @@ class Strategy(Component):
                 f"allocator {self.allocator.name} measures cuts by scores, so its needs_scores must be true, too (or "
                 "whole_blocks, where every site keeps all or nothing); fix the plugin"
             )
+        if self.decides_in_steps:
+            self._check_steps()
         return self
+
+    def _check_steps(self) -> None:
+        """Raise :class:`ValueError` for what excludes choosing units in several steps."""
+        others = {
+            "a selector and a merger, which decide per batch; set both to null": self.dynamic,
+            "sequential: true, which decides layer by layer; set it to false": self.sequential,
+            f"scorer {self.scorer.name}, which orders all units of a site at once; choose another one": (
+                self.chooser is not None
+            ),
+            f"allocator {self.allocator.name}, which looks at the whole model at once; choose another one": (
+                self.allocator.measures or self.allocator.whole_blocks
+            ),
+            f"allocator {self.allocator.name}, which takes no ratio; choose another one": (
+                not self.allocator.takes_ratio
+            ),
+        }
+        for other, found in others.items():
+            if found:
+                raise ValueError(f"{self.name} chooses units in several steps, which excludes {other}")
 
     # Hooks that a strategy may override.
 
     def site_ratio(self, ratio: float, layers: int, skipped: int) -> float:
         """The share that layers that are not skipped lose, so that all layers together lose ``ratio``."""
         return ratio * layers / (layers - skipped)
+
+    def schedule(self, ratio: float) -> Sequence[float]:
+        """The ratios at which units are chosen, one after the other; the last is ``ratio``.
+
+        Each choice is made by statistics of the model in which the units that the choice before dropped are zero.
+        """
+        return (ratio,)
 
     def mask_positions(self, positions: Tensor) -> Tensor:
         """Positions whose attention mask the probe at ``positions`` (t,) or (b, t) gets; int64 of the same length."""
@@ -176,6 +210,16 @@ class Strategy(Component):
         return self.compensates or (self.scorer.statistic is not None and not self.allocator.whole_blocks)
 
     @property
+    def scores_gradients(self) -> bool:
+        """Whether units are scored by gradients of the loss."""
+        return isinstance(self.scorer, GradientScorer)
+
+    @property
+    def decides_in_steps(self) -> bool:
+        """Whether units are chosen several times, by the model as cut so far."""
+        return len(self.schedule(0.5)) > 1
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the strategy needs calibration batches."""
         return self.compensates or self.decides_by_activations
@@ -188,7 +232,9 @@ class Strategy(Component):
             return True
         if self.allocator.whole_blocks:
             return False
-        if self.chooser is not None or (self.allocator.needs_scores and self.scorer.statistic is not None):
+        if self.chooser is not None or self.scores_gradients:
+            return True
+        if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
         if self.merger is not None:
             return self.merger.uses_history

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...registry import SiteScores, SparsityAllocator
-from ..budget import parameters_to_cut
+from ..budget import kept_by_rank, parameters_to_cut
 
 
 def standardised(scores: SiteScores, group: int | None = None) -> Tensor:
@@ -19,19 +19,6 @@ def standardised(scores: SiteScores, group: int | None = None) -> Tensor:
     z = (channels - channels.mean()) / channels.std().clamp(min=torch.finfo(channels.dtype).tiny)
     size = scores.site.unit_size if group is None else group
     return z if size == 1 else z.view(-1, size).mean(1)
-
-
-def _affordable(cost: Tensor, free: Tensor, budget: float) -> Tensor:
-    """Indices (k,) of the units that fit into the budget, taken in order; cost (U,), free (U,) bool."""
-    rest, taken = free.nonzero().flatten(), []
-    # Every iteration ends at a unit that does not fit and drops all units of its cost or more.
-    while len(rest := rest[cost[rest] <= budget]):
-        spent = cost[rest].cumsum(0)
-        fits = int((spent <= budget).sum())
-        taken.append(rest[:fits])
-        budget -= float(spent[fits - 1])
-        rest = rest[fits:]
-    return torch.cat(taken) if taken else rest
 
 
 class GlobalAdaptive(SparsityAllocator):
@@ -47,19 +34,8 @@ class GlobalAdaptive(SparsityAllocator):
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible."""
-        values, costs, owners = [], [], []
-        for index, scores in enumerate(sites):
-            z = standardised(scores).cpu().double()
-            protected = z.topk(min(self.minimum_units, len(z))).indices
-            z[protected] = torch.inf
-            values.append(z)
-            costs.append(torch.full_like(z, float(scores.site.unit_parameters)))
-            owners.append(torch.full((len(z),), index))
-        z, cost, owner = torch.cat(values), torch.cat(costs), torch.cat(owners)
-        free, places = z.isfinite(), [scores.site for scores in sites]
+        places = [scores.site for scores in sites]
         most = [max(0, site.units - self.minimum_units) for site in places]
         budget = parameters_to_cut(self.name, places, most, ratio, self.minimum_units)
-        order = z.argsort(stable=True)
-        cut = order[_affordable(cost[order], free[order], budget)]
-        dropped = torch.bincount(owner[cut], minlength=len(sites))
-        return [scores.site.units - int(count) for scores, count in zip(sites, dropped, strict=True)]
+        costs = [site.unit_parameters for site in places]
+        return kept_by_rank([standardised(scores) for scores in sites], costs, budget, self.minimum_units)
