@@ -177,24 +177,6 @@ def test_a_batch_of_other_text_gets_smaller_shares(make_model, compensator, stra
         assert same[1] > 0.8 and differs[1] < 0.6
 
 
-def test_a_site_that_keeps_nothing_has_a_share_of_the_mean(make_model, batches):
-    model = make_model("llama-gqa")
-    compensate = {"name": "mean", "check": True} | SEES_ALL
-    ids = batches[3]["input_ids"]
-    weight, x, _ = of_the_first_site(model, ids)
-    with prune(model, "wanda_sp", ratio=0.4, calibration=batches[:2], compensate=compensate, trace=True) as pruned:
-        cut = pruned._engine.cuts[0]
-        cut.state.keep(0)
-        cut.state.fix(cut.fixed[:0])
-        cut.close()
-        cut.open(cut.state.fixed, stays=True)
-        output = of_the_first_site(model, ids)[2]
-        found, mean = shares(pruned)[0], weight @ cut.history.mean.double()
-    best = (x.mean(0) @ weight.T @ mean / mean.square().sum()).clamp(0, 1)
-    assert found[0] == pytest.approx(float(best), abs=1e-4)
-    torch.testing.assert_close(output, (found[0] * mean).expand_as(output), atol=1e-5, rtol=1e-4)
-
-
 def test_padding_does_not_count(make_model, batches):
     model = make_model("llama-gqa")
     ids, mask = batches[3]["input_ids"].clone(), torch.ones(4, 24, dtype=torch.int64)

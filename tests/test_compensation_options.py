@@ -106,8 +106,8 @@ def test_an_option_without_the_component_that_has_it(load):
     ("section", "said"),
     [
         (
-            "use: pp, ridge: 0.1",
-            "unknown key; it is an option of least_squares: write compensate: {name: least_squares, ridge: ...}",
+            "use: pp, held_out: 2",
+            "unknown key; it is an option of least_squares: write compensate: {name: least_squares, held_out: ...}",
         ),
         ("use: reconstruct, ridge: 0.1", "it is an option of compensate least_squares: write compensate: {ridge: ...}"),
         ("use: pp, momentum: 0.9", "it is an option of merger importance_scaled: write merger: {momentum: ...}"),

@@ -223,7 +223,7 @@ def test_a_ratio_of_nothing_keeps_all(make_model, batches):
     ("options", "words"),
     [
         ({"sequential": True}, "sequential: true, which decides layer by layer"),
-        ({"allocator": "sensitivity"}, "allocator sensitivity, which measures the loss of the whole model"),
+        ({"allocator": "sensitivity"}, "allocator sensitivity, which looks at the whole model at once"),
         ({"ratio": None, "allocator": {"name": "explicit", "attention": [0] * 3, "mlp": [0] * 3}}, "takes no ratio"),
         ({"scorer": "ppsp", "selector": "residual_norm", "merger": "probe_only"}, "which decide per batch"),
     ],
