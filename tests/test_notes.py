@@ -7,7 +7,9 @@ import torch
 from prunekit.compress import calibration_batches, prune
 from prunekit.compress.output.formatting import achieved
 from prunekit.compress.output.records import Ratio
+from prunekit.compress.pruning.notes import notes_on_blocks
 from prunekit.registry import DataError, PruneWarning, SpecError
+from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.allocation import Uniform
 from transformers import AutoModelForCausalLM
 
@@ -81,6 +83,27 @@ def test_ratios_that_count_parameters_are_not_noted(few_groups, batches):
         warnings.simplefilter("error", PruneWarning)
         with prune(few_groups, "flap", ratio=0.2, calibration=batches) as pruned:
             assert pruned.notes == ()
+
+
+def test_what_is_gone_is_named(make_model):
+    model = make_model("llama-gqa")
+    shares = {"attention": [1, 0, 1], "mlp": [0, 1, 1]}
+    with pytest.warns(PruneWarning, match="^gone: "):
+        pruned = prune(model, "magnitude", allocator={"name": "explicit", **shares})
+    with pruned:
+        assert pruned.notes == ("gone: 1 of 3 layers (layer 2), 1 of 3 attentions (layer 0), 1 of 3 MLPs (layer 1)",)
+    shares = {"attention": [0, 0, 1], "mlp": [0.5, 0, 1]}
+    with prune(model, "magnitude", allocator={"name": "explicit", **shares}, skip_layers=[1]) as pruned:
+        assert pruned.notes == ("gone: 1 of 3 layers (layer 2)",)
+
+
+def test_a_long_list_of_what_is_gone_is_shortened():
+    sites = [some_site(kind, layer) for layer in range(80) for kind in ("attention", "mlp")]
+    layers = {*range(0, 60, 3), 7, 8, 70}
+    (note,) = notes_on_blocks(sites, {(layer, "mlp"): 0 for layer in layers})
+    listed = "0, 3, 6 to 9, 12, 15, 18, 21, 24, 27, 30, and 10 more"
+    assert note == f"gone: 23 of 80 MLPs (layers {listed})"
+    assert notes_on_blocks(sites, {}) == []
 
 
 def test_the_achieved_cut_is_one_sentence():

@@ -1,4 +1,4 @@
-"""How pruning went, in sentences: how much was cut, and how compensation went."""
+"""How pruning went, in sentences: how much was cut, what is gone, and how compensation went."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, rati
     if far and not ratio.matched:  # a matched cost takes what share of the units it takes
         notes.append(achieved(ratio))
     return notes
+
+
+def notes_on_blocks(sites: Sequence[Site], counts: Counts) -> list[str]:
+    """One note on the whole layers, attentions and MLPs of which nothing is left."""
+    gone = {site for site in sites if counts.get((site.layer, site.kind)) == 0}
+    layers = {site.layer for site in sites}
+    whole = layers - {site.layer for site in sites if site not in gone}
+    blocks = {
+        "layers": whole,
+        "attentions": {site.layer for site in gone if site.kind == "attention"} - whole,
+        "MLPs": {site.layer for site in gone if site.kind == "mlp"} - whole,
+    }
+    found = [f"{len(where)} of {len(layers)} {what} ({_runs(where)})" for what, where in blocks.items() if where]
+    return [f"gone: {', '.join(found)}"] if found else []
 
 
 def _alike(sites: Iterable[Site]) -> list[list[Site]]:
@@ -168,14 +182,20 @@ def _places(sites: Iterable[Solved], with_channels: bool = False) -> str:
 
     places = []
     for (kind, channels), group in groupby(sorted(sites, key=key), key):
-        layers = _runs(here.site for here in group)
+        layers = _runs(here.site.layer for here in group)
         places.append(f"{layers} {kind}" + (f" ({channels:,} channels)" if with_channels else ""))
     return " and ".join(places)
 
 
-def _runs(sites: Iterable[Site]) -> str:
+MOST_RUNS = 10
+"""Runs of layers that a note lists; of further layers it has the number."""
+
+
+def _runs(numbers: Iterable[int]) -> str:
     """Layer numbers in words: "layer 3", "layers 0 to 4, 6"."""
-    layers = sorted({site.layer for site in sites})
+    layers = sorted(set(numbers))
     runs = [[number for _, number in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
-    ranges = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    ranges = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs[:MOST_RUNS]]
+    if more := sum(map(len, runs[MOST_RUNS:])):
+        ranges.append(f"and {more} more")
     return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(ranges)}"
