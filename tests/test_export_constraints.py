@@ -88,6 +88,20 @@ def test_widths_go_to_the_nearest_multiple_and_whole_sites_stay_whole(make_model
         assert [pruned.counts[layer, "mlp"] for layer in range(3)] == [100, 64, 32]
 
 
+@pytest.mark.parametrize("allocator", ["owl", "alpha_pruning", "block_influence"])
+def test_rounded_counts_see_what_their_allocator_sees(make_model, batches, allocator):
+    model = make_model("llama-gqa")
+    with prune(model, "wanda_sp", ratio=0.4, calibration=batches, allocator=allocator) as pruned:
+        strategy, asked = pruned.strategy, pruned.counts
+    with prune(model, Constraint(multiple=32).on(strategy), calibration=batches) as pruned:
+        counts, found = pruned.counts, rounding(pruned)
+    assert len({count for (_, kind), count in asked.items() if kind == "mlp"}) > 1
+    for (layer, kind), count in counts.items():
+        before = asked[layer, kind]
+        assert count == (before if kind == "attention" else max(32, (before + 16) // 32 * 32))
+    assert found.sites_changed == sum(asked[place] != counts[place] for place in counts)
+
+
 def test_what_is_asked_stands_in_the_list():
     assert [profile.name for profile in PROFILES] == ["hf-uniform", "hf-hetero", "gguf", "padded", "dynamic"]
     assert all(len(profile.runs) == len(TOOLS) for profile in PROFILES)

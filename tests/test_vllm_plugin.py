@@ -192,6 +192,16 @@ def test_biases_of_the_family_stay(vllm):
     assert qwen3.inputs_bias and qwen3.self_attn.o_proj.bias
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("cut", "what"),
+    [({"num_attention_heads": 0, "num_key_value_heads": 0}, "attention"), ({"intermediate_size": 0}, "MLP")],
+)
+def test_a_layer_without_attention_or_mlp_is_refused_by_name(vllm, family, cut, what):
+    with pytest.raises(SpecError, match=f"layer 1 has no {what}, which vLLM's layers cannot leave out"):
+        build(family, {"1": cut})
+
+
 def test_a_model_without_cuts_keeps_its_configuration(vllm):
     model = build("qwen2", None)
     assert [x.heads for x in model.layers] == [8, 8, 8]

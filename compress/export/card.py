@@ -9,7 +9,8 @@ from typing import Any
 from ..models.exported.manifest import Manifest
 from ..models.gguf_file import ENDING
 from ..models.named import MODELS
-from ..output.formatting import names_of, number, sentence, share, table, value_text
+from ..output.formatting import kept_units, names_of, number, sentence, share, table, value_text
+from ..output.records import LayerCut
 from ..runs.records import damage
 from .constraint import sentence as rounding_sentence
 from .profiles import TOOLS, profile_named
@@ -47,7 +48,9 @@ def card(manifest: Manifest, name: str) -> str:
         model_name=name,
         eval_results=results or None,
     )
-    states = zip(TOOLS, profile_named(manifest.profile).runs, strict=True)
+    states = dict(zip(TOOLS, profile_named(manifest.profile).runs, strict=True))
+    if manifest.profile == "hf-hetero" and any(lacks_block(layer) for layer in manifest.layers):
+        states["vLLM"] = "no"
     rows = metric_rows(manifest)
     rounding = manifest.rounding
     template = Environment(finalize=_one_line, keep_trailing_newline=True).from_string(
@@ -61,7 +64,7 @@ def card(manifest: Manifest, name: str) -> str:
         profile=manifest.profile,
         base="prunekit's bundled model" if base.name == "bundled" else Path(base.name).name,
         revision=base.commit or base.revision,
-        runs=", ".join(f"{tool} ({state})" for tool, state in states if state != "no"),
+        runs=", ".join(f"{tool} ({state})" for tool, state in states.items() if state != "no"),
         results=_Block("\n".join(table(metric_heads(manifest), [[*map(_one_line, row)] for row in rows]))),
         damages=damages(manifest),
         layers=_Block("\n".join(_layers(manifest))),
@@ -131,13 +134,12 @@ def damages(manifest: Manifest) -> list[str]:
     return [line for found in manifest.metrics for line in damage(found.label, found.dense, found.exported)]
 
 
+def lacks_block(layer: LayerCut) -> bool:
+    """Whether a layer has lost its attention or its MLP alone."""
+    return [site.kept > 0 for site in layer.sites.values()].count(True) == 1
+
+
 def _layers(manifest: Manifest) -> list[str]:
     """The table of kept units."""
-    kinds = list(manifest.layers[0].sites) if manifest.layers else []
-    heads = {"attention": f"attention ({UNITS.get(manifest.attention_unit, 'units')})", "mlp": "MLP channels"}
-    kept = [layer.sites for layer in manifest.layers]
-    rows = [
-        (str(layer.layer), *(f"{sites[kind].kept} of {sites[kind].units}" for kind in kinds))
-        for layer, sites in zip(manifest.layers, kept, strict=True)
-    ]
-    return table(("layer", *(heads[kind] for kind in kinds)), rows)
+    heads = f"attention ({UNITS.get(manifest.attention_unit, 'units')})"
+    return kept_units(manifest.layers, heads, "MLP channels")

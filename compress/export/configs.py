@@ -62,15 +62,21 @@ def shortened(config: Any, layers: Sequence[LayerShape]) -> tuple[Any, list[Laye
     return config, [layers[number] for number in left]
 
 
-def check_whole(profile: str, layers: Sequence[LayerShape]) -> None:
-    """Raise :class:`SpecError` for a layer of which a part is left, in a format without empty blocks."""
+def lacking(layers: Sequence[LayerShape]) -> str | None:
+    """The first layer without attention or MLP, such as "layer 3 has no MLP"; None: every layer has both."""
     for index, layer in enumerate(layers):
         if not (layer.heads and layer.width):
-            what = "no attention" if not layer.heads else "no MLP"
-            raise SpecError(
-                f"profile {profile}: layer {index} has {what} left, and this format needs both in every layer; whole "
-                "layers may go (strategies shortgpt and sleb). Nearest: --profile hf-hetero"
-            )
+            return f"layer {index} has no {'MLP' if layer.heads else 'attention'}"
+    return None
+
+
+def check_whole(profile: str, layers: Sequence[LayerShape]) -> None:
+    """Raise :class:`SpecError` for a layer of which a part is left, in a format without empty blocks."""
+    if found := lacking(layers):
+        raise SpecError(
+            f"profile {profile}: {found} left, and this format needs both in every layer; whole layers may go "
+            "(strategies shortgpt and sleb). Nearest: --profile hf-hetero"
+        )
 
 
 # Profile hf-uniform

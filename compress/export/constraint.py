@@ -9,7 +9,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from ...registry import BlockStatistic, Site, SiteKind, SiteScores, SparsityAllocator, SpecError, Strategy
+from ...registry import (
+    BlockStatistic,
+    Site,
+    SiteKind,
+    SiteScores,
+    SparsityAllocator,
+    SpecError,
+    Strategy,
+    WeightStatistic,
+)
 from ..models.exported.manifest import Rounding, ScoreKept
 from ..output.formatting import share
 from ..pruning.prune import sites_within
@@ -75,6 +84,10 @@ class RoundedCounts(SparsityAllocator):
     @property
     def block_statistic(self) -> BlockStatistic | None:
         return self.allocator.block_statistic
+
+    @property
+    def weight_statistic(self) -> WeightStatistic | None:
+        return self.allocator.weight_statistic
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         counts = self.allocator.allocate(sites, ratio)

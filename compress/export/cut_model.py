@@ -111,6 +111,14 @@ def uneven_heads(layer: int, kv_heads: int, left: str) -> SpecError:
     )
 
 
+def constant_left(site: Site) -> SpecError:
+    """The error for a block that is gone and leaves its compensated mean."""
+    return SpecError(
+        f"{site.label} keeps nothing, and its compensated mean is a constant that no smaller model can hold; nearest: "
+        "--profile padded, or --set prune.compensate=none"
+    )
+
+
 def _check_even(config: Any, site: Site, kept: Sequence[int]) -> None:
     kv_heads = heads_of(config, site.layer)[1]
     per_group = [0] * kv_heads
@@ -133,7 +141,7 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
             raise SpecError(
                 "the model runs unpruned here; read its weights before remove(), and outside of dense() and suspended()"
             )
-        if opened.absent and place is _sliced:
+        if not len(opened.kept) and place is _sliced:
             _leave_out(found, cut)
             continue
         for linear, producer in cut.binding.producers:
@@ -155,10 +163,7 @@ def _leave_out(found: Tensors, cut: SiteCut) -> None:
     """Remove the tensors of a block that is not there; raises :class:`SpecError` for one that leaves a constant."""
     site = cut.site
     if cut.compensation.wanted:
-        raise SpecError(
-            f"{site.label} keeps nothing, and its compensated mean is a constant that no smaller model can hold; "
-            "nearest: --profile padded, or --set prune.compensate=none"
-        )
+        raise constant_left(site)
     norm = (f"{site.norm}.",) if cut.binding.own_norm else ()
     block = (*norm, f"{site.entry}.", f"{site.consumer}.", *(f"{producer.path}." for producer in site.producers))
     for name in [name for name in found if name.startswith(block)]:

@@ -50,7 +50,7 @@ from .measures import measure, record, repeatable
 from .profiles import Profile, check_freezing, profile_named
 from .reload import source_of
 from .weights import SHARD_SIZE, check_shard_size
-from .writing import check_possible, write_model
+from .writing import check_counts, check_possible, write_model
 
 
 def repeated(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
@@ -123,6 +123,7 @@ class Exporter:
         if statistics is not None and calibration is not None:
             calibration = calibration.model_copy(update={"statistics": statistics.used})
         with pruned, folder.open() as partial:
+            check_counts(profile, loaded.model, strategy, pruned.all_sites, pruned.counts)
             before = self._measure_before(loaded, pruned)
             if self.freeze is not None:
                 pruned.freeze(self.freeze, batches, self.progress)

@@ -11,11 +11,21 @@ from ...registry import Catalog, ModelError, Site, SiteScores, Strategy
 from ..models.architectures import PRUNED, heads_of
 from ..models.exported.manifest import GGUF
 from ..models.loading import Loaded
+from ..pruning.matching import Counts
 from ..pruning.prune import find_sites, sites_within
 from ..pruning.pruned import Pruned
-from .configs import add_code, fitted, hetero_config, homogeneous, padded_config, shortened, stock_config
+from .configs import add_code, fitted, hetero_config, homogeneous, lacking, padded_config, shortened, stock_config
 from .constraint import RoundedCounts
-from .cut_model import LayerShape, layer_shapes, padded_tensors, shapes_of, sliced_tensors, uneven_heads, without_layers
+from .cut_model import (
+    LayerShape,
+    constant_left,
+    layer_shapes,
+    padded_tensors,
+    shapes_of,
+    sliced_tensors,
+    uneven_heads,
+    without_layers,
+)
 from .dynamic_state import save_state
 from .profiles import Profile
 from .weights import SHARD_SIZE, write_weights
@@ -42,12 +52,14 @@ def write_model(
         notes = write_gguf(folder / GGUF, config, layers, tensors, tokenizer, name=name)
         tokenizer.save_pretrained(folder)
         return notes
+    without = None
     with _quiet():
         if profile.name == "padded":
             config = padded_config(pruned, tensors)
         else:
             shapes = layer_shapes(pruned, tensors)
-            config = _config(profile, *shortened(pruned.model.config, shapes))
+            config, layers = shortened(pruned.model.config, shapes)
+            config, without = _config(profile, config, layers), lacking(layers)
             tensors = without_layers(tensors, pruned.all_sites, shapes)
         # A file may say that the output layer is the embedding while the checkpoint has one of its own.
         config.tie_word_embeddings &= _output_name(pruned.model) not in tensors
@@ -61,7 +73,7 @@ def write_model(
         _save_generation(getattr(pruned.model, "generation_config", None), folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return ()
+    return () if without is None else (f"{without}, and vLLM's layers have both: run this folder with transformers",)
 
 
 def _output_name(model: Any) -> str:
@@ -85,7 +97,7 @@ def _save_generation(config: Any, folder: Path) -> None:
 def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog: Catalog) -> None:
     """Raise, before calibration, for a cut whose counts alone show that the profile cannot hold it.
 
-    If an allocator needs scores, the counts are not known yet; such a cut is checked before anything is written.
+    If an allocator looks at the model, the counts are not known yet; they are checked when the model has been pruned.
     """
     config = loaded.model.config
     if profile.name == "gguf":
@@ -98,16 +110,28 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
     inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
     if isinstance(strategy.allocator, RoundedCounts):
         strategy.allocator.check_reachable(inside)
-    if profile.name in ("padded", "dynamic") or strategy.allocator.looks_at_model:
+    if strategy.allocator.looks_at_model:
         return
-    counts = {(site.layer, site.kind): site.units for site in sites}
     kept = strategy.allocator.allocate([SiteScores(site) for site in inside], ratio or 0.0)
-    counts |= {(site.layer, site.kind): count for site, count in zip(inside, kept, strict=True)}
+    counts = {(site.layer, site.kind): count for site, count in zip(inside, kept, strict=True)}
+    check_counts(profile, loaded.model, strategy, sites, counts)
+
+
+def check_counts(profile: Profile, model: Any, strategy: Strategy, sites: Sequence[Site], counts: Counts) -> None:
+    """Raise :class:`SpecError` or :class:`ModelError` for numbers of kept units that the profile cannot hold.
+
+    ``sites`` are all of the model; those that are not among ``counts`` keep all of their units.
+    """
+    if profile.name in ("padded", "dynamic"):
+        return
+    config, parameters = model.config, dict(model.named_parameters())
+    counts = {(site.layer, site.kind): site.units for site in sites} | dict(counts)
     for site in sites:
         count, kv_heads = counts[site.layer, site.kind], heads_of(config, site.layer)[1]
         if site.query_heads_per_kv and count % kv_heads:
             raise uneven_heads(site.layer, kv_heads, str(count))
-    parameters = dict(loaded.model.named_parameters())
+        if not count and strategy.compensates:
+            raise constant_left(site)
 
     def has_bias(site: Site) -> bool:
         count = counts[site.layer, site.kind]

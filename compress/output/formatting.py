@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .reading import brief
-from .records import Ratio
+from .records import LayerCut, Ratio
 
 TIE = 0.01
 """Perplexities closer than this share are called equal, where nothing is known of their spread."""
@@ -172,3 +172,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     ]
     rule = "| " + " | ".join("-" * width for width in widths) + " |"
     return [lines[0], rule, *lines[1:]]
+
+
+def kept_units(layers: Sequence[LayerCut], attention: str, mlp: str) -> list[str]:
+    """A markdown table of the units that every layer keeps; the names are those of the columns."""
+    names = {"attention": attention, "mlp": mlp}
+    kinds = [kind for kind in names if any(kind in layer.sites for layer in layers)]
+    rows = [(str(layer.layer), *(layer.sites[k].text if k in layer.sites else "-" for k in kinds)) for layer in layers]
+    return table(("layer", *(names[kind] for kind in kinds)), rows)

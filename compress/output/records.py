@@ -138,6 +138,10 @@ class Kept(Record):
     kept: int = Field(ge=0)
     units: int = Field(ge=1, le=10**9)
 
+    @property
+    def text(self) -> str:
+        return f"{self.kept} of {self.units}"
+
 
 MOST_LAYERS = 10_000
 

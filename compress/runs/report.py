@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..output.formatting import accuracy_of, achieved, extent, fact, names_of, sentence, table, value_text
+from ..output.formatting import accuracy_of, achieved, extent, fact, kept_units, names_of, sentence, table, value_text
 from ..output.records import CompensationFacts, Value
 from .records import NOT_PRUNED, RunResult
 
@@ -70,13 +70,8 @@ def markdown(result: RunResult) -> str:
     ]
     if result.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in result.notes), ""]
-    units = {"attention": "attention (" + {"kv_group": "key/value groups"}.get(result.attention_unit, "heads") + ")"}
-    kinds = list(result.layers[0].sites) if result.layers else []
-    rows = [
-        (str(layer.layer), *(f"{layer.sites[kind].kept} of {layer.sites[kind].units}" for kind in kinds))
-        for layer in result.layers
-    ]
-    lines += ["## Kept units", "", *table(("layer", *(units.get(kind, kind) for kind in kinds)), rows), ""]
+    heads = {"kv_group": "key/value groups"}.get(result.attention_unit, "heads")
+    lines += ["## Kept units", "", *kept_units(result.layers, f"attention ({heads})", "mlp"), ""]
     lines += ["`resolved.yaml` in the same folder reruns to the same numbers.", ""]
     return "\n".join(lines)
 
