@@ -10,6 +10,8 @@ from prunekit.registry import DataError, ModelError, NonFiniteError, SpecError
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.test_empty_sites import GONE, by_hand, explicit, without
+
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "is_nonzero", "masked_select", "unique", "__bool__"}
 """Operations whose result the host has to wait for, which no CUDA graph can hold."""
 
@@ -169,6 +171,28 @@ def test_a_batch_that_is_not_finite_or_too_long_is_refused_all_the_same(make_mod
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
         with pytest.raises(DataError, match="longer than the history"):
             model(torch.cat([ids, ids], 1), use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_blocks_that_are_gone_are_left_out_of_the_graph(make_model, batches, quick, family):
+    model, ids = make_model(family), batches[0]["input_ids"]
+    reference = by_hand(model)
+    dense, expected = (each(ids, use_cache=False).logits for each in (model, reference))
+    with without(model, **COMPILED) as pruned:
+        found = model(ids, use_cache=False).logits
+        assert quick.frame_count == 1
+        with pruned.dense():
+            torch.testing.assert_close(model(ids, use_cache=False).logits, dense)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, found)
+        generated = [each.generate(ids[:2], max_new_tokens=3, do_sample=False) for each in (model, reference)]
+        assert torch.equal(*generated)
+    torch.testing.assert_close(found, expected)
+    assert (dense - expected).abs().max() > 0.1
+    with prune(model, "wanda_sp", calibration=batches, allocator=explicit(GONE), compensate="mean") as pruned:
+        expected = model(ids, use_cache=False).logits
+        with pruned.suspended(), prune(model, pruned.strategy, calibration=batches, **COMPILED):
+            torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("options", [{"merger": {"momentum": 1.0}}, {"merger": "probe_only"}])

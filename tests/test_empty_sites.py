@@ -1,17 +1,28 @@
 """Sites that keep nothing: their blocks are not computed, and the model is as if they were not there."""
 
 import copy
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.models.architectures import Llama
+from prunekit.compress.models.loading import Loaded
 from prunekit.compress.pruning.matching import Match
-from prunekit.registry import Site
+from prunekit.compress.runs.measuring import Measuring
+from prunekit.evaluators.cost import Cost, operations
+from prunekit.evaluators.latency import Latency
+from prunekit.evaluators.parts import MLP, PROJECTIONS, SCORES
+from prunekit.registry import Catalog
 from transformers import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 FAMILIES = ["llama-gqa", "qwen2", "qwen3", "opt"]
 GONE = [(0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp")]
 """A layer's attention, another's MLP, a whole layer; the first layer has no key/value cache."""
+PARTS_OF = {"attention": (PROJECTIONS, SCORES), "mlp": (MLP,)}
 
 
 def explicit(gone, layers=3):
@@ -209,8 +220,75 @@ def test_a_copy_of_the_model_has_its_own_absent_blocks(make_model, ids):
     assert torch.equal(other(ids).logits, expected) and torch.equal(model(ids).logits, dense)
 
 
-def test_what_an_entry_returns_is_said_by_its_site():
-    assert Site.__dataclass_fields__["returns"].default is None
+class ThreeValues(LlamaAttention):
+    """Returns three values, as older releases of transformers do."""
+
+    def forward(self, hidden_states, **kwargs):
+        return *super().forward(hidden_states, **kwargs), None
+
+
+class TwoValues(LlamaMLP):
+    """Returns two values, as an MLP with experts does."""
+
+    def forward(self, x):
+        return super().forward(x), x.sum()
+
+
+class OtherLayer(LlamaDecoderLayer):
+    """Takes them apart."""
+
+    def forward(self, hidden_states, **kwargs):
+        added, _, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + added
+        added, _ = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + added
+
+
+class OtherLlama(Llama):
+    """A Llama whose sites say what their entries return."""
+
+    name: Literal["other_llama"] = "other_llama"
+    model_types: tuple[str, ...] = ("other_llama",)
+
+    def sites(self, model, attention_unit):
+        values = {"attention": 3, "mlp": 2}
+        return [replace(site, returns=values[site.kind]) for site in super().sites(model, attention_unit)]
+
+
+@torch.no_grad()
+def test_an_absent_block_returns_as_many_values_as_its_site_says(make_model, ids, monkeypatch):
+    model = make_model("llama-gqa")
+    expected = by_hand(model)(ids).logits
+    for layer in model.model.layers:
+        layer.__class__, layer.self_attn.__class__, layer.mlp.__class__ = OtherLayer, ThreeValues, TwoValues
+    monkeypatch.setattr(model.config, "model_type", "other_llama", raising=False)
+    catalog = Catalog.discover()
+    (llama,) = [entry for entry in catalog.of_role("architectures") if entry.name == "llama"]
+    catalog.entries.append(replace(llama, name="other_llama", component=OtherLlama))
+    with without(model, catalog=catalog):
+        assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_cost_is_that_of_the_other_blocks_and_time_is_measured(make_model, ids, family):
+    model = make_model(family)
+    gone = {(part, layer) for layer, kind in GONE for part in PARTS_OF[kind]}
+    with without(model) as pruned:
+        expected = model(ids).logits
+        subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {})
+        found = operations(subject, ids)
+        with subject.dense():
+            dense = operations(subject, ids)
+        assert all(dense[key] for key in gone)
+        assert {key: n for key, n in found.items() if n} == {
+            key: n for key, n in dense.items() if n and key not in gone
+        }
+        cost = Cost(batch_size=2, length=16).evaluate(subject).values
+        assert cost["over_floor"] == 1 and cost["parameters"] == pruned.active_parameters()
+        time = Latency(batch_size=2, length=16, decode_steps=2, pairs=1, warmup=0).evaluate(subject)
+        assert min(time.values["prefill_seconds"], time.values["decode_seconds"]) > 0
+        assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "opt"])

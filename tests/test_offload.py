@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook
 from prunekit.compress import Exporter, Pipeline, PipelineSpec, prune
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.calibration.passes import no_progress
@@ -16,6 +17,8 @@ from prunekit.evaluators.passes import device_of
 from prunekit.registry import ModelError
 from prunekit.registry.tensors.devices import is_offloaded, places_of, stored_tensor
 from safetensors.torch import load_file
+
+from tests.test_empty_sites import by_hand, without
 
 MEASURED = [
     {"name": "perplexity", "window": 32, "limit": 4, "batch_size": 2},
@@ -121,6 +124,26 @@ def test_pruning_decides_and_computes_the_same(inside, offloaded, batches, strat
     (expected, kept), (found, kept_offloaded) = run(inside.model), run(offloaded.model)
     assert kept == kept_offloaded
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+@torch.no_grad()
+def test_blocks_that_are_gone_are_not_loaded(inside, offloaded, batches, monkeypatch):
+    gone = [(0, "attention"), (1, "mlp"), (2, "mlp"), (3, "attention"), (3, "mlp")]
+    expected, ids = by_hand(inside.model, gone), batches[0]["input_ids"]
+    options = dict(max_new_tokens=3, do_sample=False, pad_token_id=2)
+    model, before = offloaded.model, state_of(offloaded.model)
+    loaded, load = set(), AlignDevicesHook.pre_forward
+    with without(model, gone), monkeypatch.context() as patch:
+        patch.setattr(AlignDevicesHook, "pre_forward", lambda *args, **kw: loaded.add(args[1]) or load(*args, **kw))
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+        layers = [[linear in loaded for linear in (a.self_attn.o_proj, a.mlp.up_proj)] for a in model.model.layers]
+        assert layers == [[False, True], [True, False], [True, False], [False, False]]
+        assert torch.equal(model.generate(ids[:2], **options), expected.generate(ids[:2], **options))
+    assert torch.equal(model(ids).logits, inside.model(ids).logits) and state_of(model) == before
+    with without(model, gone, use="wanda_sp", calibration=batches, compensate="mean"):
+        found = model(ids).logits
+    with without(inside.model, gone, use="wanda_sp", calibration=batches, compensate="mean"):
+        assert torch.equal(inside.model(ids).logits, found)
 
 
 def test_full_batch_probing_gives_way_and_comes_back(inside, offloaded, batches):

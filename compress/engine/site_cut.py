@@ -339,12 +339,13 @@ class OpenCut:
         x (..., D) is what the block reads -> (..., O), which may be one row for all tokens.
         """
         linear = self.state.binding.consumer
+        if not self.state.compensation.wanted:
+            return x.new_zeros(linear.out_features).expand(*x.shape[:-1], -1)
         added = self._recall(linear, "bias")
         if added is None:
             with torch.no_grad(), weights_present(linear):
                 added = self._bias(linear, None)
-        if added is None:
-            return x.new_zeros(linear.out_features).expand(*x.shape[:-1], -1)
+        assert added is not None  # it is compensated
         return added.to(x).expand(*x.shape[:-1], -1)
 
     def _bias(self, linear: nn.Linear, weight: Tensor | None) -> Tensor | None:
