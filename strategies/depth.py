@@ -34,6 +34,7 @@ class DepthAllocator(SparsityAllocator):
     """An allocator that removes whole blocks."""
 
     whole_blocks: ClassVar[bool] = True
+    nested: ClassVar[bool] = True
     keep_first: int = Field(default=0, ge=0, description="layers at the beginning that stay in any case")
     keep_last: int = Field(default=0, ge=0, description="layers at the end that stay in any case")
 
@@ -67,7 +68,7 @@ class DepthAllocator(SparsityAllocator):
 class LowestInfluence(DepthAllocator):
     """Removes the layers that turn the residual stream least, all at once."""
 
-    paper: ClassVar[str] = "ShortGPT (Men et al., 2024), arXiv 2403.03853"
+    paper: ClassVar[str] = "ShortGPT (Men et al., Findings of ACL 2025), arXiv 2403.03853"
     name: Literal["lowest_influence"] = "lowest_influence"
 
     @property
@@ -84,7 +85,10 @@ class BlockByBlock(DepthAllocator):
     """Removes one block after the other: each time the one without which the measured loss is smallest."""
 
     measures: ClassVar[bool] = True
-    paper: ClassVar[str] = "SLEB (Song et al., ICML 2024), arXiv 2402.09025; BlockPruner (Zhong et al., 2024)"
+    paper: ClassVar[str] = (
+        "SLEB (Song et al., ICML 2024), arXiv 2402.09025; BlockPruner (Zhong et al., Findings of ACL 2025), arXiv "
+        "2406.10594"
+    )
     name: Literal["block_by_block"] = "block_by_block"
     blocks: Literal["layers", "sites"] = Field(
         default="layers", description="layers, or sites: attentions and MLPs one by one"
@@ -111,7 +115,7 @@ class BlockByBlock(DepthAllocator):
 class ShortGPT(Strategy):
     """ShortGPT: the layers with the lowest block influence go, all at once."""
 
-    paper: ClassVar[str] = "ShortGPT (Men et al., 2024), arXiv 2403.03853"
+    paper: ClassVar[str] = "ShortGPT (Men et al., Findings of ACL 2025), arXiv 2403.03853"
     name: Literal["shortgpt"] = "shortgpt"
     scorer: Scorer = MagnitudeScorer()
     allocator: SparsityAllocator = LowestInfluence()
@@ -131,7 +135,7 @@ class Sleb(Strategy):
 class BlockPruner(Strategy):
     """BlockPruner: attentions and MLPs go one by one, each time the one without which the measured loss is smallest."""
 
-    paper: ClassVar[str] = "BlockPruner (Zhong et al., 2024), arXiv 2406.10594"
+    paper: ClassVar[str] = "BlockPruner (Zhong et al., Findings of ACL 2025), arXiv 2406.10594"
     name: Literal["block_pruner"] = "block_pruner"
     scorer: Scorer = MagnitudeScorer()
     allocator: SparsityAllocator = BlockByBlock(blocks="sites")

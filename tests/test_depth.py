@@ -1,12 +1,17 @@
 """Depth strategies: the layers with the lowest influence, and the blocks without which the loss is smallest."""
 
+import json
+import re
+from typing import ClassVar
+
 import pytest
 import torch
+import yaml
 from prunekit.compress import prune
 from prunekit.compress.pruning.matching import Match
 from prunekit.registry import SpecError
 from prunekit.registry.checks import check_component
-from prunekit.strategies.depth import BlockByBlock, LowestInfluence
+from prunekit.strategies.depth import BlockByBlock, LowestInfluence, Sleb
 from torch.nn import functional
 
 LAYERS = 6
@@ -91,6 +96,28 @@ def test_a_ratio_out_of_reach_is_refused(model, batches):
         prune(model, "sleb", ratio=0.9, calibration=batches)
 
 
+@pytest.mark.parametrize("use", ["shortgpt", "block_pruner"])
+def test_a_run_names_what_is_gone(small_pipeline, tmp_path, command, use):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(small_pipeline(use=use, ratio=0.3)))
+    code, said = command("run", file, "--out", tmp_path / "out")
+    cut = json.loads((tmp_path / "out" / "results.json").read_text())["layers"]
+    gone = {kind: [layer["layer"] for layer in cut if not layer[kind]["kept"]] for kind in ("attention", "mlp")}
+    whole = [layer for layer in gone["attention"] if layer in gone["mlp"]]
+    assert code == 0 and (whole if use == "shortgpt" else gone["attention"] != gone["mlp"])
+    (note,) = re.findall(r"gone: [^)]*\)(?:, [^)]*\))*", said)
+    for what, layers in (("layers", whole), ("attentions", gone["attention"]), ("MLPs", gone["mlp"])):
+        alone = [layer for layer in layers if what == "layers" or layer not in whole]
+        assert (f"{len(alone)} of 3 {what} (layer" in note) == bool(alone)
+    assert f"- {note}" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_scores_of_units_are_not_gathered_for_whole_blocks(make_counting, batches):
+    model = make_counting(num_hidden_layers=LAYERS)
+    with prune(model, "llm_pruner", allocator="lowest_influence", ratio=0.4, calibration=batches) as pruned:
+        assert model.passes == len(batches) and len(gone(pruned)) == 4
+
+
 class InPart(LowestInfluence):
     """Keeps half of a block."""
 
@@ -98,8 +125,28 @@ class InPart(LowestInfluence):
         return [max(1, count // 2) if ratio else count for count in super().allocate(sites, 0)]
 
 
+class OtherEnd(LowestInfluence):
+    """Begins at the other end where more is to go."""
+
+    def allocate(self, sites, ratio):
+        counts = super().allocate(sites, ratio)
+        turned = [count for layer in zip(counts[-2::-2], counts[::-2], strict=True) for count in layer]
+        return counts if ratio < 0.3 else turned
+
+
+class WithScores(LowestInfluence):
+    """Asks for scores."""
+
+    needs_scores: ClassVar[bool] = True
+
+
 def test_the_contract():
-    for allocator in (LowestInfluence(), BlockByBlock(), BlockByBlock(blocks="sites")):
+    for allocator in (LowestInfluence(), BlockByBlock(), BlockByBlock(blocks="sites"), Sleb().allocator):
         check_component(allocator)
-    with pytest.raises(AssertionError, match="has whole_blocks true, and keeps"):
-        check_component(InPart())
+    for broken, message in (
+        (InPart(), "has whole_blocks true, and keeps"),
+        (OtherEnd(), "has nested true, and keeps more of"),
+        (WithScores(), "needs_scores and uses_scores must be false"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            check_component(broken)

@@ -287,7 +287,7 @@ def _learn(
     ``in_steps`` is the progress of what is repeated where units are chosen in several steps. ``known``: covariances.
     """
     strategy = engine.strategy
-    if strategy.scores_gradients:
+    if strategy.scores_gradients and not strategy.allocator.whole_blocks:
         gather_gradients(engine, batches, in_steps, {} if statistics is None else statistics.gradients(batches))
         if not strategy.compensates and not isinstance(statistics, StatisticsFile):
             return

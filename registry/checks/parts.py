@@ -273,20 +273,28 @@ def _copied(part: Tensor | Selection | None) -> Tensor | None:
 def check_allocation(allocator: SparsityAllocator) -> None:
     """Counts are whole numbers of the site's units; ratio 0 keeps all, and a larger ratio never keeps more.
 
-    An allocator may raise :class:`SpecError` for a ratio above one half. One that measures gets made-up losses.
+    With ``whole_blocks`` every count is 0 or all units; with ``nested`` no site keeps more at a larger ratio. An
+    allocator may raise :class:`SpecError` for a ratio above one half. One that measures gets made-up losses.
     """
+    expect(
+        not (allocator.whole_blocks and (allocator.needs_scores or allocator.uses_scores)),
+        allocator,
+        "has whole_blocks true, where no site is calibrated for scores: needs_scores and uses_scores must be false",
+    )
     expect(
         allocator.needs_scores or allocator.whole_blocks or not allocator.measures,
         allocator,
         "measures, so its needs_scores must be true: units are cut by their scores",
     )
-    sites = [some_site(kind, layer) for layer in (0, 1) for kind in ("attention", "mlp")]
+    layers = range(8 if allocator.whole_blocks else 2)  # of whole blocks the first and last ones may have to stay
+    sites = [some_site(kind, layer) for layer in layers for kind in ("attention", "mlp")]
     plain = [SiteScores(site) for site in sites]
     if allocator.weight_statistic is not None:
         plain = [replace(s, weight_statistic=2.0 + s.site.layer) for s in plain]
     if allocator.block_statistic is not None:
         plain = [
-            replace(s, block_statistic=0.1 + 0.2 * n, layer_statistic=0.4 - 0.1 * (n // 2)) for n, s in enumerate(plain)
+            replace(s, block_statistic=0.1 + 0.2 * n, layer_statistic=0.4 / (1 + s.site.layer))
+            for n, s in enumerate(plain)
         ]
     if allocator.needs_scores or allocator.uses_scores:
         _check_counts(allocator, [_calibrated(scores, seed) for seed, scores in enumerate(plain)])
@@ -295,7 +303,7 @@ def check_allocation(allocator: SparsityAllocator) -> None:
 
 
 def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> None:
-    sites, most = [each.site for each in scores], math.inf
+    sites, most, before = [each.site for each in scores], math.inf, [each.site.units for each in scores]
     allocate: Any = allocator.allocate
     extra = [_MadeUpLosses(sites)] if allocator.measures else []
     for ratio in (0.0, 0.1, 0.2, 0.4, 0.5, 0.9, 0.99) if allocator.takes_ratio else (0.0,):
@@ -315,6 +323,13 @@ def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> Non
         kept = sum(count * site.unit_parameters for site, count in zip(sites, counts, strict=True))
         expect(kept <= most, allocator, f"keeps more at ratio {ratio} than at a smaller one")
         most = kept
+        grown = [site.label for site, old, new in zip(sites, before, counts, strict=True) if new > old]
+        expect(
+            not (allocator.nested and grown),
+            allocator,
+            f"has nested true, and keeps more of {grown[:1]} at ratio {ratio} than at a smaller one",
+        )
+        before = counts
 
 
 class _MadeUpLosses:

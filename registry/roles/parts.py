@@ -195,6 +195,8 @@ class SparsityAllocator(Component):
     takes_ratio: ClassVar[bool] = True
     whole_blocks: ClassVar[bool] = False
     """Whether every site keeps all of its units or none. Then no site needs scores, and none is calibrated for them."""
+    nested: ClassVar[bool] = False
+    """Whether a larger ratio contains the cut of a smaller one: no site then keeps more."""
     measures: ClassVar[bool] = False
     """Whether it measures the model. Then ``needs_scores`` or ``whole_blocks`` is true, too, and it is called
     ``allocate(sites, ratio, evaluate)`` with an :class:`Evaluate`; declare ``evaluate: Evaluate | None = None``."""
