@@ -270,11 +270,11 @@ def test_an_absent_block_returns_as_many_values_as_its_site_says(make_model, ids
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
-def test_cost_is_that_of_the_other_blocks_and_time_is_measured(make_model, ids, family):
+@pytest.mark.parametrize(("family", "unit"), [("llama-gqa", "query_head"), ("opt", "kv_group")])
+def test_cost_is_that_of_the_other_blocks_and_time_is_measured(make_model, ids, family, unit):
     model = make_model(family)
     gone = {(part, layer) for layer, kind in GONE for part in PARTS_OF[kind]}
-    with without(model) as pruned:
+    with without(model, attention_unit=unit) as pruned:
         expected = model(ids).logits
         subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {})
         found = operations(subject, ids)
