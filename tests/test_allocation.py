@@ -3,7 +3,7 @@
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.pruning.prune import find_sites
+from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import Catalog, SiteScores, SpecError
 from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.allocation import Uniform, evenly_spread

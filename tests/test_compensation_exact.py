@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.pruning.prune import find_sites
+from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import Catalog, Scorer
 
 RATIO = 0.25

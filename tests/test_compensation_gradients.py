@@ -3,7 +3,7 @@
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.compress.pruning.prune import find_sites
+from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import Catalog
 
 COMPENSATIONS = ["mean", "probe_mean", "least_squares", {"name": "low_rank_least_squares", "rank": 8}]

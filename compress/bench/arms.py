@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ...registry import Catalog
-from ..pruning.prune import find_sites, prune
+from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
+from ..pruning.sites import find_sites
 from .presets import Preset
 from .public_code import FullWeightPPsp, IndexedSlice
 from .slicing import sharing_copy, sliced

@@ -1,10 +1,11 @@
 """What happens while a batch passes through a pruned model.
 
 Four things are known of a site, each in one place. Where it lies in the model is a ``SiteBinding``, which never
-changes. What is known from calibration and earlier batches is its ``SiteState``. The units that it computes with now,
-and the weights cut to them, are an ``OpenCut``. A ``SiteCut`` holds these three; all are in :mod:`.site_cut`. What
-holds for one batch alone is a ``Batch``, with a ``SiteBatch`` for every site, in :mod:`.batch`: it is made when the
-decoder is called, and dropped when the call ends. Other threads and copies of the model have batches of their own.
+changes; what is known from calibration and earlier batches is its ``SiteState`` (:mod:`.site_state`). The units that
+it computes with now, and the weights cut to them, are an ``OpenCut`` (:mod:`.open_cut`). A ``SiteCut`` holds these
+three (:mod:`.site_cut`). What holds for one batch alone is a ``Batch``, with a ``SiteBatch`` for every site, in
+:mod:`.batch`: it is made when the decoder is called, and dropped when the call ends. Other threads and copies of the
+model have batches of their own.
 
 One batch of a strategy that decides per batch:
 
@@ -17,7 +18,8 @@ One batch of a strategy that decides per batch:
     and mean are computed from that (:mod:`.probing`).
 6.  Score: the merger combines the statistic with history, the scorer scores the units, the highest are kept
     (:mod:`.decider`).
-7.  The site opens an ``OpenCut`` to these units, and its modules take the sizes of the smaller site (:mod:`.site_cut`).
+7.  The site opens an ``OpenCut`` to these units, and its modules take the sizes of the smaller site (:mod:`.site_cut`,
+    :mod:`.open_cut`).
 8.  Each producer (q/k/v, gate/up) gets its weight from the mask applier, and computes with it in one of three ways: in
     a fused product, with the probe's products reused, or with a copy (:mod:`.linears`, :mod:`.gathering`).
 9.  The block computes its smaller attention or MLP: the model's own code.

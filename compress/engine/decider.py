@@ -18,7 +18,8 @@ from .batch import SCORES, Decision, not_finite
 from .probing import Probe, SiteInput, pick_tokens
 from .runtime import Stages
 from .shapes import checked
-from .site_cut import SiteCut, SiteState
+from .site_cut import SiteCut
+from .site_state import SiteState
 
 
 class Decider:

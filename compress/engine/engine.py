@@ -26,10 +26,12 @@ from .generation import refuse
 from .hooks import DecoderForward, Hooks, save_dense
 from .kv_index import disable_kv_index, enable_kv_index
 from .learning import Learner
+from .open_cut import Shared
 from .probing import Prober
 from .rotary import restore_rotary, rotary_state
 from .runtime import Runtime
-from .site_cut import Shared, SiteBinding, SiteCut, SiteState
+from .site_cut import SiteCut
+from .site_state import SiteBinding, SiteState
 
 Learn = Callable[[SiteCut, Tensor, "Tensor | None"], None]
 """Takes a site, what enters its consumer (B, T, C), and the batch's real tokens (B, T) or None."""

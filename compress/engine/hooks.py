@@ -26,8 +26,9 @@ from .decider import Decider
 from .decode_cache import CacheDecisions, own_cache
 from .kv_index import enable_kv_index
 from .learning import Learner, commit
+from .open_cut import Shared
 from .probing import Prober, SiteInput
-from .site_cut import Shared, SiteCut
+from .site_cut import SiteCut
 from .weights import WeightsWatch
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ...registry import HistoryMerger, Statistic, Strategy
 from .batch import LEARNT, Batch
+from .open_cut import OpenCut
 from .probing import Prober
 from .runtime import Stages
 from .shapes import checked
-from .site_cut import OpenCut, SiteCut, SiteState
+from .site_cut import SiteCut
+from .site_state import SiteState
 
 
 def calibrate(state: SiteState, x: Tensor, valid: Tensor | None, every_mean: bool = False) -> None:

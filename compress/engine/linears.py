@@ -18,7 +18,8 @@ from ...registry.tensors.kernels import usable_on
 from .batch import Batch
 from .copying import Unpickled
 from .gathering import store_row_major
-from .site_cut import OpenCut, SiteCut
+from .open_cut import OpenCut
+from .site_cut import SiteCut
 
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -21,8 +21,8 @@ from ...registry import (
 )
 from ..models.exported.manifest import Rounding, ScoreKept
 from ..output.formatting import share
-from ..pruning.prune import sites_within
 from ..pruning.pruned import Pruned
+from ..pruning.sites import sites_within
 
 
 @dataclass(frozen=True)

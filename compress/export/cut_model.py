@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...registry import Producer, Site, SiteKind, SpecError
 from ...registry.tensors.devices import weights_present
-from ..engine.site_cut import OpenCut, SiteCut
+from ..engine.open_cut import OpenCut
+from ..engine.site_cut import SiteCut
 from ..models.architectures import heads_of
 from ..pruning.pruned import Pruned
 from .weights import PlannedTensor, Tensors, dense_tensors, written

@@ -12,8 +12,8 @@ from ..models.architectures import PRUNED, heads_of
 from ..models.exported.manifest import GGUF
 from ..models.loading import Loaded
 from ..pruning.matching import Counts
-from ..pruning.prune import find_sites, sites_within
 from ..pruning.pruned import Pruned
+from ..pruning.sites import find_sites, sites_within
 from .configs import add_code, fitted, hetero_config, homogeneous, lacking, padded_config, shortened, stock_config
 from .constraint import RoundedCounts
 from .cut_model import (

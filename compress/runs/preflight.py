@@ -16,7 +16,7 @@ from ..files.spec import PipelineSpec
 from ..files.yaml_file import parse_place
 from ..models import gguf_file
 from ..models.loading import ModelSource, place_of, usable_device
-from ..pruning.prune import sites_within
+from ..pruning.sites import sites_within
 
 Check = tuple[Place, Hashable, Callable[[], object]]
 """The place in the pipeline, what is checked (once, however many pipelines share it), and the check."""

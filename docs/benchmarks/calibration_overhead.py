@@ -19,7 +19,7 @@ from prunekit.compress.bench.presets import PRESETS
 from prunekit.compress.calibration.passes import calibrate, no_progress
 from prunekit.compress.engine.engine import Engine
 from prunekit.compress.files.reader import build_strategy
-from prunekit.compress.pruning.prune import find_sites
+from prunekit.compress.pruning.sites import find_sites
 from prunekit.evaluators.allocations import peak_bytes
 from prunekit.evaluators.timing import clock_of, processor
 from prunekit.registry import Catalog

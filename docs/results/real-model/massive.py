@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from prunekit.compress.pruning.prune import find_sites
+from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import Catalog, Scorer, Site
 from prunekit.strategies.pp import PPsp
 from prunekit.strategies.wanda_sp import WandaSpScorer

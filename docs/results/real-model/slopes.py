@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from prunekit.compress.calibration.shared import SharedStatistics
-from prunekit.compress.pruning.prune import find_sites
+from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import Catalog, Compensator, NoCompensation, Prepared, PruneWarning, SiteCovariance
 from prunekit.strategies.compensation import LeastSquares, Mean
 from sources import cutting, first_windows, loss, mixture, parser, run, started, static_perplexity, table

@@ -1,0 +1,199 @@
+"""Where a site lies in the model, and what is known of it from calibration and earlier batches.
+
+What it computes with now is in :mod:`.open_cut`. Letters: k kept units, C all channels, O outputs of the consumer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...registry import (
+    ChannelHistory,
+    GroupPart,
+    ModelError,
+    Producer,
+    Scorer,
+    Site,
+    SiteScores,
+    Strategy,
+)
+from ...registry.tensors.devices import device_of, weights_present
+from .choosing import Choice
+from .compensation import SiteCompensation
+from .weights import made_of, weights_version
+
+
+@dataclass(frozen=True, eq=False)
+class SiteBinding:
+    """Where a site lies in the model; it never changes."""
+
+    site: Site
+    entry: nn.Module
+    norm: nn.Module
+    consumer: nn.Linear
+    producers: tuple[tuple[nn.Linear, Producer], ...]
+    attributes: tuple[tuple[nn.Module, str, int, Any], ...]
+    """The sizes that the block's forward reads: module, name, size of one unit, and of the whole site."""
+    activation: nn.Module | None
+    own_norm: bool
+    """Whether the norm serves this site alone."""
+
+    @classmethod
+    def of(cls, site: Site, model: nn.Module, own_norm: bool = True) -> SiteBinding:
+        """Look up the site's modules in ``model``."""
+        find: Callable[[str], Any] = model.get_submodule
+        return cls(
+            site=site,
+            entry=find(site.entry),
+            norm=find(site.norm),
+            consumer=find(site.consumer),
+            producers=tuple((find(producer.path), producer) for producer in site.producers),
+            attributes=tuple(
+                (find(a.path), a.attribute, a.per_unit, getattr(find(a.path), a.attribute))
+                for a in site.shape_attributes
+            ),
+            activation=find(site.activation) if site.activation else None,
+            own_norm=own_norm,
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole block, its norm included."""
+        norm = [self.norm] if self.own_norm else []
+        modules = nn.ModuleList([*norm, self.entry, *(linear for linear, _ in self.producers), self.consumer])
+        return sum(parameter.numel() for parameter in modules.parameters())
+
+    def check_read(self, called: Set[nn.Module]) -> None:
+        """Raise :class:`ModelError` if the block has computed without calling all of its linear layers."""
+        linears = [*((linear, producer.path) for linear, producer in self.producers)]
+        linears.append((self.consumer, self.site.consumer))
+        unread = [path for linear, path in linears if linear not in called]
+        if unread:
+            forward = self.entry.forward
+            name = getattr(forward, "__qualname__", type(forward).__name__)
+            raise ModelError(
+                f"{self.site.label}: {self.site.entry} computed without calling {', '.join(unread)}, so that a cut "
+                f"there has no effect; its forward, {name}, may have been replaced (by fused kernels, say): undo that, "
+                "load the model again, or leave the layer out (skip_layers)"
+            )
+
+
+class SiteState:
+    """What is known of a site from calibration and earlier batches."""
+
+    def __init__(self, binding: SiteBinding, strategy: Strategy):
+        site = binding.site
+        self.binding = binding
+        self.statistic = strategy.scorer.statistic
+        """What the history keeps of the activations; None for scores of the weights alone, or of gradients."""
+        self.scores_producers = strategy.scorer.uses_producers
+        """Whether the score depends on the producers' weights."""
+        self.scores_gradients = strategy.scores_gradients
+        self.gradients: tuple[GroupPart, ...] = ()
+        """What the scorer made of the gradients of the site's matrices; empty before calibration, or if it reads
+        none."""
+        self.history = ChannelHistory(site.channels, device_of(binding.consumer))
+        self.compensation = SiteCompensation(site, strategy.compensate)
+        self.chooser = strategy.chooser
+        """What orders the units jointly, if the strategy's scorer does."""
+        self.choice: Choice | None = None
+        """The order that it has found."""
+        self.count = site.units
+        """Units that the site keeps, the same in every batch."""
+        self.whole = True
+        """Whether it keeps everything, so that there is nothing to decide."""
+        self.fixed: Tensor | None = None
+        """(k,) int64 ascending: the kept units where they are decided once."""
+        self.unscored = SiteScores(site)
+        """What an allocator gets of the site where it has no scores."""
+        self._prepared: tuple[tuple, Any] | None = None
+        self._mean_output: tuple[tuple, Tensor] | None = None
+
+    def keep(self, count: int) -> None:
+        """Keep ``count`` units from now on."""
+        self.count, self.whole = count, count >= self.binding.site.units
+
+    @property
+    def settled(self) -> bool:
+        """Whether it keeps everything or nothing, so that no batch decides."""
+        return self.whole or not self.count
+
+    def fix(self, kept: Tensor | None) -> None:
+        """Keep the units ``kept`` (k,) in every batch; None: they are decided per batch."""
+        self.fixed = kept
+
+    def describe_blocks(self, block: float, layer: float) -> None:
+        """Give the allocator these statistics of the site's block and of its layer."""
+        self.unscored = replace(self.unscored, block_statistic=block, layer_statistic=layer)
+
+    def describe_weights(self, layer: float) -> None:
+        """Give the allocator this statistic of the weights of the site's layer."""
+        self.unscored = replace(self.unscored, weight_statistic=layer)
+
+    def replace_history(self, history: ChannelHistory) -> None:
+        """Replace the history."""
+        self.history = history
+
+    def restore(self, history: ChannelHistory, count: int, fixed: Tensor | None) -> None:
+        """Use the results of an earlier calibration."""
+        self.replace_history(history)
+        self.keep(count)
+        self.fix(fixed)
+
+    def forget_weights(self) -> None:
+        """Compute anew what was computed from the weights."""
+        self._prepared = self._mean_output = None
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether there are scores before any batch: of the weights alone, of what calibration has shown, or of a
+        chooser."""
+        if self.chooser is not None:
+            return self.choice is not None
+        if self.scores_gradients:
+            return bool(self.gradients)
+        return self.statistic is None or self.history.positions > 0
+
+    @property
+    def calibrated(self) -> Any:
+        """What calibration has shown, as the scorer reads it: the statistic (C,), reduced gradients, or None."""
+        if self.scores_gradients:
+            return self.gradients
+        return None if self.statistic is None else self.history.summed()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the site's statistics, those of its compensation included."""
+        return self.history.bytes + self.compensation.bytes
+
+    def prepared(self, scorer: Scorer) -> Any:
+        """The weights' part of the score, computed once for as long as the weights stay what they are."""
+        known, linears = self._prepared, [self.binding.consumer]
+        if known is not None and torch.compiler.is_compiling():
+            return known[1]
+        if self.scores_producers:
+            linears += [linear for linear, _ in self.binding.producers]
+        version = tuple(map(weights_version, linears))
+        if known is None or known[0] != version:
+            prepare: Any = scorer.prepare
+            with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+                for linear in linears:
+                    stack.enter_context(weights_present(linear))
+                weight, *producers = [linear.weight.detach().float() for linear in linears]
+                more = (producers,) if self.scores_producers else ()
+                self._prepared = known = version, prepare(weight, self.binding.site, *more)
+        return known[1]
+
+    def mean_output(self, mean: Tensor) -> Tensor:
+        """``W @ mean`` (O,) float32 for the calibrated mean (C,), computed once for as long as W stays what it is."""
+        linear, known = self.binding.consumer, self._mean_output
+        version = made_of(linear)
+        if known is None or known[0] != version:
+            self._mean_output = known = version, linear.weight.float() @ mean
+        return known[1]
