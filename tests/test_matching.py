@@ -134,7 +134,7 @@ def test_an_allocator_without_a_ratio_is_refused(content):
 
 def test_a_ratio_that_costs_what_was_asked_is_not_searched():
     """An allocator may measure the model for every ratio that is tried."""
-    cost, match, tried = DecoderCost(1000.0, {(0, "mlp"): (1000, 1.0)}), Match("parameters"), []
+    cost, match, tried = DecoderCost(1000.0, {(0, "mlp"): (1000, 1.0, 1000.0)}), Match("parameters"), []
 
     def counts_at(ratio, off=0.0):
         tried.append(ratio)

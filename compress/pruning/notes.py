@@ -56,14 +56,13 @@ def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, rati
 def notes_on_blocks(sites: Sequence[Site], counts: Counts) -> list[str]:
     """One note on the whole layers, attentions and MLPs of which nothing is left."""
     gone = {site for site in sites if counts.get((site.layer, site.kind)) == 0}
-    layers = {site.layer for site in sites}
-    whole = layers - {site.layer for site in sites if site not in gone}
-    blocks = {
-        "layers": whole,
-        "attentions": {site.layer for site in gone if site.kind == "attention"} - whole,
-        "MLPs": {site.layer for site in gone if site.kind == "mlp"} - whole,
-    }
-    found = [f"{len(where)} of {len(layers)} {what} ({_runs(where)})" for what, where in blocks.items() if where]
+    whole = {site.layer for site in gone} - {site.layer for site in sites if site not in gone}
+    found = []
+    for what, kind in (("layers", None), ("attentions", "attention"), ("MLPs", "mlp")):
+        where = whole if kind is None else {site.layer for site in gone if site.kind == kind} - whole
+        total = len({site.layer for site in sites if kind in (None, site.kind)})
+        if where:
+            found.append(f"{len(where)} of {total} {what} ({_runs(where)})")
     return [f"gone: {', '.join(found)}"] if found else []
 
 
