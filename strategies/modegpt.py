@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import MemoryPlan, Order, Scorer, Site, SiteCovariance, hookimpl
-from .ridged import RidgedChooser, ridged
+from .ridged import RidgedChooser, inverse_of
 
 
 class ModegptChooser(RidgedChooser):
@@ -38,15 +38,15 @@ class ModegptChooser(RidgedChooser):
         if self.absolute:
             share = matrix.diagonal().mean() * covariance.tokens
             ridge = float((0.01 if ridge is None else ridge) / share.clamp(min=torch.finfo(share.dtype).tiny))
-        added, factor = ridged(covariance, ridge)
-        missing = (added * torch.cholesky_inverse(factor).diagonal()).view(site.units, -1).sum(1)
+        added, inverse = inverse_of(covariance, ridge)
+        missing = (added * inverse.diagonal()).view(site.units, -1).sum(1)
         units = missing.argsort(descending=True, stable=True)
         leverage = (site.unit_size - missing[units]).clamp(min=0)
         return Order(units.to(matrix.device), leverage.float().to(matrix.device))
 
     def memory_plan(self, site: Site) -> MemoryPlan:
-        """Two matrices (C, C) in double precision."""
-        return self._plan(8 * 2 * site.channels**2)
+        """One matrix (C, C) in double precision."""
+        return self._plan(8 * site.channels**2)
 
 
 @hookimpl

@@ -24,7 +24,7 @@ from ..registry import (
 from .allocation import Uniform
 from .application import Slice
 from .compensation.least_squares import LeastSquares
-from .ridged import RidgedChooser, ridged, working_place
+from .ridged import RidgedChooser, inverse_of
 
 BLOCK = 1024
 """Rows that are in double precision at once."""
@@ -43,7 +43,8 @@ class ObsChooser(RidgedChooser):
         default=64,
         ge=1,
         description="rounds in which all units of a site go, as many in each; after every round the others are judged "
-        "anew; 1: all by one judgement; as many as units: one by one",
+        "anew; 1: all by one judgement; as many as units: one by one. A site takes about 5/3 C^3 + O C^2 operations "
+        "in double precision, with up to C/64 rounds; more rounds take longer (docs/strategies.md)",
     )
     gradient: bool = Field(
         default=False,
@@ -58,19 +59,13 @@ class ObsChooser(RidgedChooser):
         a round are made by Cholesky's factor of ``P`` at its units, in the order in which these go; the rows of the
         solved weights are then the losses one by one.
         """
-        place, dense = working_place(covariance.matrix), weight.T.double()
-        ridge, factor = ridged(covariance, self.ridge)
-        target = self._target(covariance, dense.to(place), ridge)
-        inverse = torch.cholesky_inverse(factor)
-        del factor
-        values = inverse @ target if covariance.cross is not None else dense.to(place)
-        first_order = target if self.gradient else None
-        units, size = torch.arange(site.units, device=place), site.unit_size
+        ridge, inverse = inverse_of(covariance, self.ridge)
+        values, first_order = self._start(covariance, weight, inverse, ridge)
+        units, size = torch.arange(site.units, device=inverse.device), site.unit_size
         gone, losses = [], []
         for number in range(min(self.rounds, site.units)):
             count = _share(site.units, self.rounds, number)
-            scores = _losses_alone(inverse, values, first_order, size)
-            going = scores.argsort(stable=True)[:count]
+            going = _losses_alone(inverse, values, first_order, size).argsort(stable=True)[:count]
             staying = complement(going, len(units))
             drop, keep = site.columns(going), site.columns(staying)
             factor = torch.linalg.cholesky(inverse[drop[:, None], drop])
@@ -79,9 +74,9 @@ class ObsChooser(RidgedChooser):
             losses.append(lost.square().sum(1).view(-1, size).sum(1))
             if len(keep):
                 shared = torch.linalg.solve_triangular(factor, inverse[drop[:, None], keep], upper=False)
-                inverse = inverse[keep[:, None], keep].addmm_(shared.T, shared, alpha=-1)
-                values = values[keep].addmm_(shared.T, lost, alpha=-1)
-                first_order = None if first_order is None else first_order[keep]
+                inverse = _packed(inverse, keep, keep).addmm_(shared.T, shared, alpha=-1)
+                values = _packed(values, keep).addmm_(shared.T, lost, alpha=-1)
+                first_order = None if first_order is None else _packed(first_order, keep)
                 units = units[staying]
         loss = torch.cat(losses).cumsum(0)
         share = loss / loss[-1].clamp(min=torch.finfo(loss.dtype).tiny)
@@ -89,14 +84,35 @@ class ObsChooser(RidgedChooser):
         return Order(torch.cat(gone).to(device), share.float().to(device))
 
     def memory_plan(self, site: Site) -> MemoryPlan:
-        """Three matrices (C, C) and, with the first-order term or dense outputs, five (C, O) in double precision."""
-        return self._plan(8 * (3 * site.channels**2 + 5 * site.channels * site.outputs))
+        """In double precision a matrix (C, C), two or three (C, O), and what the channels of a round share with all."""
+        channels, inputs = site.channels, site.channels * site.outputs
+        going = -(-site.units // min(self.rounds, site.units)) * site.unit_size
+        of_outputs = (2 + self.gradient + (site.unit_size > 1)) * inputs
+        return self._plan(8 * (channels**2 + of_outputs + (2 * going + min(BLOCK, channels)) * channels))
 
-    def _target(self, covariance: SiteCovariance, dense: Tensor, ridge: Tensor) -> Tensor:
-        """The covariance of channels and outputs to fit, (C, O), the ridge included."""
+    def _start(
+        self, covariance: SiteCovariance, weight: Tensor, inverse: Tensor, ridge: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weights to begin with, and the covariance of channels and outputs where ``gradient`` needs it; (C, O)."""
+        values = weight.T.to(inverse.device, inverse.dtype, copy=True, memory_format=torch.contiguous_format)
+        if covariance.cross is None and not self.gradient:
+            return values, None
+        target = ridge * values
         known = covariance.matrix if covariance.cross is None else covariance.cross.T
-        products = [block.to(dense.device, dense.dtype) @ dense for block in known.split(BLOCK)]
-        return torch.cat(products).add_(ridge * dense)
+        for rows, block in zip(target.split(BLOCK), known.split(BLOCK), strict=True):
+            rows.addmm_(block.to(values.device, values.dtype), values)
+        if covariance.cross is not None:
+            torch.mm(inverse, target, out=values)
+        return values, target if self.gradient else None
+
+
+def _packed(matrix: Tensor, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+    """These rows and columns of a contiguous matrix, each ascending, in the memory of the matrix; None: all columns."""
+    width = matrix.shape[1] if columns is None else len(columns)
+    left = matrix.view(-1)[: len(rows) * width].view(-1, width)
+    for place, block in zip(left.split(BLOCK), rows.split(BLOCK), strict=True):  # rows move forward: none is lost
+        place.copy_(matrix[block] if columns is None else matrix[block[:, None], columns])
+    return left
 
 
 def _share(units: int, rounds: int, number: int) -> int:

@@ -41,24 +41,28 @@ def working_place(matrix: Tensor) -> torch.device:
     return torch.device("cpu") if matrix.device.type == "mps" else matrix.device
 
 
-def ridged(covariance: SiteCovariance, ridge: float | None) -> tuple[Tensor, Tensor]:
-    """The variance that is added, and Cholesky's factor (C, C) float64 of the covariance with it.
+def inverse_of(covariance: SiteCovariance, ridge: float | None) -> tuple[Tensor, Tensor]:
+    """The variance that is added, and the inverse (C, C) float64 of the covariance with it.
 
-    The share of the mean variance that was enough is reported as ``ridge``. Channels that never vary count as if the
-    mean variance were 1. Raises torch.linalg.LinAlgError where no ridge is enough.
+    Cholesky's factor and the inverse are computed in the memory of one matrix. The share of the mean variance that was
+    enough is reported as ``ridge``. Channels that never vary count as if the mean variance were 1. Raises
+    torch.linalg.LinAlgError where no ridge is enough.
     """
     if ridge is None:
         ridge = shrinkage_ridge(covariance.matrix, covariance.tokens / DEPENDENCE)
-    matrix = covariance.matrix.to(working_place(covariance.matrix), torch.float64)
-    variance, added = matrix.diagonal().mean(), matrix.new_zeros(())
+    place, known = working_place(covariance.matrix), covariance.matrix
+    variance = known.diagonal().to(place, torch.float64).mean()
     variance = torch.where(variance > 0, variance, 1.0)
+    # LAPACK stores columns: only then can its results take the place of what they are computed from.
+    matrix = torch.empty(known.shape, dtype=torch.float64, device=place).mT
+    info = torch.empty((), dtype=torch.int32, device=place)
     while True:
-        matrix.diagonal().add_(ridge * variance - added)
         added = ridge * variance
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed:
+        matrix.copy_(known.mT).diagonal().add_(added)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+        if not info:
             covariance.diagnostics["ridge"] = ridge
-            return added, factor
+            return added, torch.cholesky_inverse(matrix, out=matrix).mT
         if ridge >= LARGEST:
             raise LinAlgError(f"it is not positive definite, even with a ridge of {ridge:g} times the mean variance")
         ridge = min(ridge * GROWTH, LARGEST)

@@ -6,12 +6,27 @@ from typing import Literal
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import Catalog, Chooser, MemoryPlan, NonFiniteError, Order, SiteCovariance, SpecError
+from prunekit.compress.engine.choosing import choice_of
+from prunekit.compress.models.exported.classes import register
+from prunekit.registry import (
+    Catalog,
+    Chooser,
+    MemoryPlan,
+    ModelError,
+    NonFiniteError,
+    Order,
+    SingularError,
+    SiteCovariance,
+    SpecError,
+)
 from prunekit.registry.checks import check_component
 from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.compensation import LeastSquares
 from prunekit.strategies.modegpt import ModegptChooser
 from prunekit.strategies.obs import ObsChooser
+from transformers import AutoModelForCausalLM
+
+from tests.test_compensation_memory import passes, peak_of
 
 CHANNELS = 24
 
@@ -51,9 +66,10 @@ def brute_force(matrix, weight, size):
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_order_is_that_of_brute_force(kind, seed):
-    site, weight, known = some_site(kind), draw(20, CHANNELS, seed=seed), covariance_of(sample(seed=seed))
+@pytest.mark.parametrize(("seed", "tokens"), [(0, 300), (1, 300), (2, 15)])
+def test_the_order_is_that_of_brute_force(kind, seed, tokens):
+    """Also of 15 tokens, whose covariance of 24 channels only the ridge makes solvable."""
+    site, weight, known = some_site(kind), draw(20, CHANNELS, seed=seed), covariance_of(sample(tokens, seed))
     ridge = 1e-3 * known.matrix.diagonal().mean() * torch.eye(CHANNELS)
     order, losses = brute_force((known.matrix + ridge).double(), weight.double(), site.unit_size)
     found = ObsChooser(ridge=1e-3, rounds=CHANNELS).order(known, weight, site)
@@ -73,6 +89,32 @@ def test_losses_are_exact_whatever_the_rounds(rounds):
     lost = weight[:, gone].double()
     whole = (weight.double() @ matrix * weight.double()).sum()
     assert float(found.loss[8]) == pytest.approx(float((lost @ left * lost).sum() / whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("rounds", [1, 3, 24])
+def test_the_first_order_term_is_that_of_its_formula(kind, rounds):
+    """Half the loss plus the product with the dense model's G = H W, by a new inverse in every round."""
+    site, dense, known = some_site(kind), draw(20, CHANNELS).T.double(), covariance_of(sample())
+    h = (known.matrix + 1e-3 * known.matrix.diagonal().mean() * torch.eye(CHANNELS)).double()
+    left, order = list(range(site.units)), []
+    for number in range(min(rounds, site.units)):
+        channels = site.columns(torch.tensor(left))
+        inverse = torch.linalg.inv(h[channels][:, channels])
+        values = inverse @ h[channels] @ dense
+        scores = []
+        for place in range(len(left)):
+            g = slice(place * site.unit_size, (place + 1) * site.unit_size)
+            second = (values[g] * torch.linalg.solve(inverse[g, g], values[g])).sum()
+            scores.append(float(second / 2 + (values[g] * (h @ dense)[channels[g]]).sum()))
+        share = site.units * (number + 1) // min(rounds, site.units) - len(order)
+        going = sorted(range(len(left)), key=scores.__getitem__)[:share]
+        order += [left[place] for place in going]
+        left = [unit for place, unit in enumerate(left) if place not in going]
+    found = ObsChooser(ridge=1e-3, rounds=rounds, gradient=True).order(known, draw(20, CHANNELS), site)
+    assert found.units.tolist() == order
+    plain = ObsChooser(ridge=1e-3, rounds=rounds).order(covariance_of(sample()), draw(20, CHANNELS), site)
+    assert plain.units.tolist() != order
 
 
 def test_more_rounds_lose_less():
@@ -139,12 +181,20 @@ def test_modegpt_is_ridge_leverage(kind):
     assert order.units.tolist() == leverage.argsort().tolist()
 
 
-def test_an_indefinite_covariance_gets_a_larger_ridge():
+def test_a_covariance_that_rounding_makes_indefinite_gets_a_larger_ridge():
+    """A channel a thousand times as large as the others, and its copies: float32 loses the others' variances."""
+    loud = 1e4 * draw(300, 1, seed=3)
+    known = covariance_of(torch.cat([draw(300, CHANNELS - 6), loud + 1e-3 * draw(300, 6, seed=4)], 1))
+    assert torch.linalg.eigvalsh(known.matrix.double())[0] < 0
+    order = ObsChooser(ridge=1e-12).order(known, draw(20, CHANNELS), some_site("mlp"))
+    assert known.diagnostics["ridge"] > 1e-12 and order.flaw(CHANNELS) is None
+
+
+def test_what_no_ridge_makes_definite_names_the_site():
     known = covariance_of(sample())
-    known.matrix -= 0.01 * known.matrix.diagonal().mean() * torch.eye(CHANNELS)
-    few = SiteCovariance(known.matrix - 0.05 * known.matrix.diagonal().mean() * torch.eye(CHANNELS), 300, None, True)
-    ObsChooser(ridge=1e-4).order(few, draw(20, CHANNELS), some_site("mlp"))
-    assert few.diagnostics["ridge"] > 1e-4
+    known.matrix.fill_(1).diagonal().fill_(0.01)
+    with pytest.raises(SingularError, match=r"layer 0 mlp: scorer obs cannot solve .*raise its ridge, or use another"):
+        choice_of(ObsChooser(), some_site("mlp"), known, draw(20, CHANNELS))
 
 
 class Reversed(Chooser):
@@ -258,6 +308,137 @@ def test_the_covariance_is_gathered_once(make_model, batches, allocator):
         assert any("fewer than 2 for each channel" in note for note in pruned.notes) is False
     with prune(make_model("llama-gqa"), "obs", ratio=0.4, calibration=batches[:1], compensate=None) as pruned:
         assert any(note.startswith("scorer obs: the covariance was computed from 96 tokens") for note in pruned.notes)
+
+
+# Memory
+
+
+SMALL = 1_500_000 / 2**30
+"""GiB that hold the covariances of some sites of the tiny models, not of all."""
+
+
+@pytest.mark.parametrize("compensate", [None, {"name": "least_squares"}, {"name": "least_squares", "held_out": 2}])
+def test_orders_made_in_several_passes_are_those_of_one(make_model, batches, compensate):
+    model, found = make_model("llama-gqa"), []
+    for limit in (None, SMALL):
+        labels, progress = passes()
+        limits = None if compensate is None else {**compensate, "memory_gib": limit}
+        options = dict(scorer={"memory_gib": limit}, compensate=limits, sequential=False, progress=progress)
+        with prune(model, "obs", ratio=0.4, calibration=batches, **options) as pruned:
+            found.append((pruned.sites_kept, model(**batches[0]).logits))
+            assert all(cut.compensation.moments is None for cut in pruned._engine.cuts)
+        parts = [label for label in labels if ", part 1 of " in label]
+        # Without compensation the passes order units; with it others follow, for the covariances that were let go.
+        assert len(parts) == (0 if limit is None else 1 if compensate is None else 2)
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_site_that_does_not_fit_is_refused_with_its_needs(make_model, batches):
+    for sequential in (False, True):
+        with pytest.raises(ModelError, match=r"layer 0 attention: scorer obs needs 0.0625 MiB .*memory_gib.*another"):
+            options = dict(scorer={"memory_gib": 1e-4}, sequential=sequential)
+            prune(make_model("llama-gqa"), "obs", ratio=0.4, calibration=batches, **options)
+    with pytest.raises(ModelError, match=r"layer 0: sequential calibration gathers .*memory_gib"):
+        prune(make_model("llama-gqa"), "obs", ratio=0.4, calibration=batches, scorer={"memory_gib": SMALL * 0.8})
+
+
+def unit_of(size):
+    return replace(some_site("mlp"), units=384 // size, unit_size=size, outputs=128)
+
+
+@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.parametrize("options", [{}, {"rounds": 1}, {"rounds": 2, "gradient": True}, {"gradient": True}])
+@pytest.mark.parametrize("cross", [False, True])
+def test_what_obs_states_is_no_less_than_it_takes(size, options, cross):
+    matrix = torch.cov(draw(384, 600))
+    known = SiteCovariance(matrix, 600, None, True, cross=matrix.clone() if cross else None)
+    chooser, weight = ObsChooser(**options), draw(128, 384)
+    taken = peak_of(lambda: chooser.order(known, weight, unit_of(size)))
+    stated = chooser.memory_plan(unit_of(size)).working
+    assert taken <= stated < 1.8 * taken
+
+
+def test_modegpt_takes_one_matrix():
+    matrix = torch.cov(draw(384, 600))
+    chooser, known = ModegptChooser(ridge=0.1), SiteCovariance(matrix, 600, None, True)
+    taken = peak_of(lambda: chooser.order(known, draw(1, 384), unit_of(1)))
+    stated = chooser.memory_plan(unit_of(1)).working
+    assert stated == 8 * 384 * 384 and taken < 1.05 * stated
+
+
+# With other parts
+
+
+ALLOCATORS = {
+    "greedy": {"tokens": 96},
+    "sensitivity": {"tokens": 96, "levels": [0.4, 1.0]},
+    "evolutionary": {"tokens": 96, "generations": 2},
+    "explicit": {"attention": [0.5] * 3, "mlp": [0.3] * 3},
+}
+"""Options of allocators that need some, or take long without."""
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+@pytest.mark.parametrize("allocator", Catalog.discover(block="").names("allocators"))
+def test_every_allocator_works_with_a_chooser_or_is_refused_by_name(make_model, batches, allocator, unit):
+    model, options = make_model("llama-gqa"), {"name": allocator, **ALLOCATORS.get(allocator, {})}
+    ratio = None if allocator == "explicit" else 0.4
+    asked = dict(ratio=ratio, calibration=batches[:2], allocator=options, attention_unit=unit)
+    with prune(model, "obs", **asked) as pruned:
+        assert pruned.ratio.units_cut == pytest.approx(0.4, abs=0.1)
+        assert model(**batches[0]).logits.isfinite().all()
+        for cut in pruned._engine.cuts:
+            order = cut.state.choice
+            if order is not None and not cut.whole:
+                highest = order.units.topk(cut.count).indices.sort().values
+                assert tuple(highest.tolist()) == pruned.sites_kept[cut.site.layer, cut.site.kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_orders_as_float32_does(make_model, batches, dtype):
+    """Activations beyond 256, whose squares float16 does not hold."""
+    found = []
+    for precision in (dtype, torch.float32):
+        model = make_model("llama-gqa")
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(60)
+            layer.mlp.down_proj.weight.div_(60)
+        model = model.to(dtype).to(precision)
+        with prune(model, "obs", ratio=0.4, calibration=batches, sequential=False) as pruned:
+            assert model(**batches[0]).logits.isfinite().all()
+            choices = [cut.state.choice for cut in pruned._engine.cuts]
+            assert all(choice.units.dtype == torch.float32 for choice in choices)
+            found.append((choices, pruned.sites_kept))
+            loudest = max(float(inputs_of(model, f"model.layers.{n}.mlp.down_proj", batches).max()) for n in range(3))
+    assert loudest > 256
+    (half, kept), (full, expected) = found
+    for one, other in zip(half, full, strict=True):
+        ranks = [choice.units.argsort().argsort().double() for choice in (one, other)]
+        assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.98
+    assert all(len(set(kept[place]) & set(expected[place])) > 0.95 * len(kept[place]) for place in kept)
+
+
+def test_fewer_tokens_than_channels_are_noted_and_solved(make_model, batches):
+    model, few = make_model("llama-gqa"), [{"input_ids": batches[0]["input_ids"][:2]}]
+    for options in ({}, {"scorer": {"ridge": 1e-6}}):
+        with prune(model, "obs", ratio=0.4, calibration=few, **options) as pruned:
+            assert model(**batches[0]).logits.isfinite().all()
+            assert any("computed from 48 tokens, fewer than 2 for each channel" in note for note in pruned.notes)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("target", ["dense_weights", "dense_outputs"])
+def test_what_is_exported_computes_the_same(make_model, batches, tmp_path, family, target):
+    register()
+    model, ids = make_model(family), batches[0]["input_ids"]
+    options = dict(ratio=0.4, calibration=batches, compensate={"target": target})
+    with prune(model, "obs", **options) as pruned:
+        expected = model(ids).logits
+        shifts = [cut.compensation.shift for cut in pruned._engine.cuts]
+        folder = pruned.save(tmp_path / "out")
+    assert all((shift is not None and bool(shift.any())) == (target == "dense_outputs") for shift in shifts[2:])
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_cuts_of_more_are_within_those_of_less(make_model, batches):

@@ -210,6 +210,14 @@ def test_show_tells_every_option_of_every_role_of_that_name(command):
     refused(command("show", "wanda-sp"), "did you mean 'wanda_sp'?")
 
 
+def test_choosers_are_called_choosers(command):
+    shown = command("show", "obs").stdout
+    assert "obs  Strategy, from" in shown and "obs  Chooser (a scorer that orders units jointly), from" in shown
+    assert "Scorer, from" not in shown and "ppsp  Scorer, from" in command("show", "ppsp").stdout
+    listed = command("list", "scorers").stdout
+    assert listed.count("Chooser: ") == 2
+
+
 def test_show_says_that_a_name_is_provided_twice(command, tmp_path):
     for name in ("one.py", "two.py"):
         (tmp_path / name).write_text(PLUGIN)

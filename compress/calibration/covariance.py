@@ -166,12 +166,14 @@ def plan_of_compensation(cut: SiteCut, per_batch: bool) -> Plan:
 
 
 def plan_of_choice(cut: SiteCut, per_batch: bool = False) -> Plan:
-    """What ordering a site's units takes; the chooser gets a covariance of its own."""
+    """What ordering a site's units takes; the chooser gets a covariance of its own, and the weight in float32."""
     chooser, compensator, size = cut.state.chooser, cut.compensation.compensator, cut.site.channels
     assert chooser is not None  # only a strategy with a chooser asks
     matrices = compensator.covariance_parts + compensator.fits_dense_outputs if compensator.needs_covariance else 1
     moments, plan = ChannelMoments.bytes_of(size), chooser.memory_plan(cut.site)
     copies = (2 if compensator.fits_dense_outputs else 1) * moments
+    if cut.binding.consumer.weight.dtype != torch.float32:
+        copies += 4 * size * cut.site.outputs
     return Plan(
         matrices * moments, plan._replace(working=plan.working + copies), f"scorer {chooser.name}", "another scorer"
     )

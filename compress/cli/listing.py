@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
-from ...registry import ROLES, Catalog, Component, Entry, SpecError, near
+from ...registry import ROLES, Catalog, Chooser, Component, Entry, SpecError, near
 from ..files.reader import kind_of, role_in, visible
 from ..output import printing
 
@@ -26,8 +26,13 @@ def show_list(catalog: Catalog, role: str | None = None) -> None:
         raise SpecError(f"there is no role {role!r}{near(role, ROLES)}; there are {', '.join(ROLES)}")
     for each in [role] if role else ROLES:
         entries = catalog.of_role(each)
-        rows = [(entry.name, entry.component.summary().replace("``", ""), entry.provider) for entry in entries]
+        rows = [(entry.name, _line(entry.component), entry.provider) for entry in entries]
         printing.show_table((each, "", "provided by"), rows, left=3)
+
+
+def _line(component: type[Component]) -> str:
+    """What a component does, in one line."""
+    return f"{'Chooser: ' * issubclass(component, Chooser)}{component.summary()}".replace("``", "")
 
 
 def show_component(catalog: Catalog, name: str) -> None:
@@ -48,7 +53,8 @@ def show_component(catalog: Catalog, name: str) -> None:
 
 def _show(entry: Entry) -> None:
     component = entry.component
-    title = ROLES[entry.role].__name__
+    chooser = issubclass(component, Chooser)
+    title = "Chooser (a scorer that orders units jointly)" if chooser else ROLES[entry.role].__name__
     printing.out.print(f"[bold]{entry.name}[/bold]  {title}, from {entry.provider}", highlight=False)
     _say(component.summary(), 2)
     if entry.import_line:
