@@ -26,7 +26,7 @@ from .application import Slice
 from .compensation.least_squares import LeastSquares
 from .ridged import RidgedChooser, inverse_of
 
-BLOCK = 1024
+BLOCK = 256
 """Rows that are in double precision at once."""
 
 
@@ -65,19 +65,31 @@ class ObsChooser(RidgedChooser):
         gone, losses = [], []
         for number in range(min(self.rounds, site.units)):
             count = _share(site.units, self.rounds, number)
-            going = _losses_alone(inverse, values, first_order, size).argsort(stable=True)[:count]
-            staying = complement(going, len(units))
-            drop, keep = site.columns(going), site.columns(staying)
+            by_number = units.argsort()  # so that of equal losses the first unit goes first, wherever it lies
+            scores = _losses_alone(inverse, values, first_order, size)[by_number]
+            going = by_number[scores.argsort(stable=True)[:count]]
+            drop = site.columns(going)
             factor = torch.linalg.cholesky(inverse[drop[:, None], drop])
             lost = torch.linalg.solve_triangular(factor, values[drop], upper=False)
             gone.append(units[going])
             losses.append(lost.square().sum(1).view(-1, size).sum(1))
-            if len(keep):
-                shared = torch.linalg.solve_triangular(factor, inverse[drop[:, None], keep], upper=False)
-                inverse = _packed(inverse, keep, keep).addmm_(shared.T, shared, alpha=-1)
-                values = _packed(values, keep).addmm_(shared.T, lost, alpha=-1)
-                first_order = None if first_order is None else _packed(first_order, keep)
-                units = units[staying]
+            staying = len(units) - count
+            if not staying:
+                break
+            shared = torch.linalg.solve_triangular(factor, inverse[drop], upper=False)
+            # What stays at the end takes the places of what goes before it: little is copied.
+            to, others = going[going < staying], complement(going, len(units))
+            moving = others[others >= staying]
+            rows, moved = site.columns(to), site.columns(moving)
+            for matrix in (shared.T, inverse, inverse.T, values, first_order):
+                if matrix is not None:
+                    matrix[rows] = matrix[moved]
+            units[to] = units[moving]
+            units, left = units[:staying], staying * size
+            shared, inverse = shared[:, :left], inverse[:left, :left]
+            inverse.addmm_(shared.T, shared, alpha=-1)
+            values = values[:left].addmm_(shared.T, lost, alpha=-1)
+            first_order = None if first_order is None else first_order[:left]
         loss = torch.cat(losses).cumsum(0)
         share = loss / loss[-1].clamp(min=torch.finfo(loss.dtype).tiny)
         device = covariance.matrix.device
@@ -106,15 +118,6 @@ class ObsChooser(RidgedChooser):
         return values, target if self.gradient else None
 
 
-def _packed(matrix: Tensor, rows: Tensor, columns: Tensor | None = None) -> Tensor:
-    """These rows and columns of a contiguous matrix, each ascending, in the memory of the matrix; None: all columns."""
-    width = matrix.shape[1] if columns is None else len(columns)
-    left = matrix.view(-1)[: len(rows) * width].view(-1, width)
-    for place, block in zip(left.split(BLOCK), rows.split(BLOCK), strict=True):  # rows move forward: none is lost
-        place.copy_(matrix[block] if columns is None else matrix[block[:, None], columns])
-    return left
-
-
 def _share(units: int, rounds: int, number: int) -> int:
     """Units that go in a round, if so many rounds take as equal numbers as possible; at least one in each."""
     rounds = min(rounds, units)
@@ -127,8 +130,9 @@ def _losses_alone(inverse: Tensor, values: Tensor, first_order: Tensor | None, s
     if size == 1:
         losses = torch.linalg.vector_norm(values, dim=1).square() / inverse.diagonal()
     else:
-        blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        solved = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), values.view(units, size, -1), upper=False)
+        blocks = inverse.unflatten(1, (units, size)).unflatten(0, (units, size)).diagonal(dim1=0, dim2=2)
+        factors = torch.linalg.cholesky(blocks.permute(2, 0, 1))
+        solved = torch.linalg.solve_triangular(factors, values.view(units, size, -1), upper=False)
         losses = solved.square().sum((1, 2))
     if first_order is not None:
         losses = losses / 2 + (values * first_order).sum(1).view(units, size).sum(1)
