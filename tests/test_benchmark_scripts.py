@@ -130,3 +130,14 @@ def test_the_kernels_script_says_what_it_lacks():
     done = script("gpu_kernels.py")
     assert done.returncode == 1
     assert "no CUDA device is here" in done.stderr or "pip install triton" in done.stderr
+
+
+def test_choosing_is_measured_at_every_width():
+    script = SCRIPT.parents[1] / "results" / "methods" / "widths.py"
+    command = [sys.executable, str(script), "--channels", "64", "96", "--outputs", "32", "--threads", "1"]
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=one_core, timeout=300)
+    assert done.returncode == 0, done.stderr
+    head, *found = rows(done.stdout)
+    assert [row[:3] for row in found] == [["64", "32", "64"], ["96", "32", "64"]]
+    assert all(float(cell) >= 0 for row in found for cell in row[3:]) and len(head) == len(found[0])

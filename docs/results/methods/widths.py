@@ -6,7 +6,7 @@ Every width runs in a process of its own, on made-up inputs: latent variables wh
 noise in every channel, and channels of very different size, so that the covariance has full rank and a steep spectrum.
 The code is that of calibration: sums of products over the tokens, a copy of the covariance for the chooser, its order,
 and least squares for the share that stays. Memory is the most that the process takes while it orders, above what it
-took before, and the sums, which wait for least squares. The last column is what is stated before a run. The rate is
+took before, and the sums, which wait for least squares; the last column is what is stated before a run. The rate is
 that of 5/3 C^3 + O C^2 floating-point operations.
 """
 
