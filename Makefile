@@ -13,7 +13,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 4
 help:
 	@echo "make demo   prune the bundled model with every strategy and print the table (4 minutes)"
 	@echo "make demo-real  fetch SmolLM2-135M-Instruct (98 MB) and print the table for it (12 minutes on two cores)"
-	@echo "make test   run all tests (7 minutes on two cores)"
+	@echo "make test   run all tests (14 minutes on two cores)"
 	@echo "make test-fast  run the tests that are not marked slow (5 minutes on two cores)"
 	@echo "make test-real  fetch SmolLM2-135M-Instruct (98 MB) and test on it (3 minutes on two cores)"
 	@echo "make check  run the linter and the smoke tests (under a minute)"
