@@ -45,6 +45,12 @@ class Component(BaseModel):
         """Class and options: equal for components that do the same, and always hashable."""
         return type(self), self.model_dump_json(serialize_as_any=True)
 
+    @property
+    def identity_text(self) -> str:
+        """:attr:`identity` as text, the same in every process: part of the keys under which results are stored."""
+        kind, options = self.identity
+        return f"{kind.__module__}.{kind.__qualname__} {options}"
+
     @classmethod
     def summary(cls) -> str:
         """First line of the class's own docstring, shown by ``prunekit list``."""

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +12,11 @@ from prunekit.compress.ablation.command import ablate
 from prunekit.compress.ablation.store import Store
 from prunekit.compress.calibration.shared import SharedStatistics
 from prunekit.compress.runs.report import markdown
-from prunekit.registry import NonFiniteError, SiteScores, SpecError
+from prunekit.registry import NonFiniteError, SpecError
 from prunekit.registry.checks import check_component
-from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.evolutionary import Evolutionary
 
-HEAD, CHANNEL = 160, 40
-"""Parameters of a head and of a channel."""
+from tests.toy_sites import freed, places
 
 
 class Losses:
@@ -40,19 +37,6 @@ class Losses:
     @staticmethod
     def progress(items, label, total):
         return items
-
-
-def places(layers, heads=6, channels=24, head=HEAD, channel=CHANNEL):
-    sites = []
-    for layer, (kind, units, parameters) in itertools.product(
-        range(layers), (("attention", heads, head), ("mlp", channels, channel))
-    ):
-        sites.append(SiteScores(replace(some_site(kind, layer), units=units, unit_parameters=parameters)))
-    return sites
-
-
-def freed(sites, counts):
-    return sum((s.site.units - count) * s.site.unit_parameters for s, count in zip(sites, counts, strict=True))
 
 
 def weighted(sites, seed):

@@ -1,19 +1,14 @@
 """The allocator that cuts step by step: what it finds, and what it measures for it."""
 
-import itertools
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from prunekit.compress import prune
 from prunekit.compress.calibration.shared import SharedStatistics
-from prunekit.registry import SiteScores, SpecError
-from prunekit.registry.checks.parts import some_site
+from prunekit.registry import SpecError
 from prunekit.strategies.greedy import Greedy
 from prunekit.strategies.sensitivity import Sensitivity
 
-HEAD, CHANNEL = 160, 40
-"""Parameters of a head and of a channel."""
+from tests.toy_sites import HEAD, freed, places
 
 
 class Losses:
@@ -29,19 +24,6 @@ class Losses:
     @staticmethod
     def progress(items, label, total):
         return items
-
-
-def places(layers, heads=6, channels=24, head=HEAD, channel=CHANNEL):
-    sites = []
-    for layer, (kind, units, parameters) in itertools.product(
-        range(layers), (("attention", heads, head), ("mlp", channels, channel))
-    ):
-        sites.append(SiteScores(replace(some_site(kind, layer), units=units, unit_parameters=parameters)))
-    return sites
-
-
-def freed(sites, counts):
-    return sum((s.site.units - count) * s.site.unit_parameters for s, count in zip(sites, counts, strict=True))
 
 
 def eager(sites, of, steps):

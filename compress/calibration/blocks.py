@@ -47,8 +47,7 @@ def describe_blocks(
 
 
 def _key(statistic: BlockStatistic, block: Block) -> str:
-    kind, options = statistic.identity
-    return f"{kind.__module__}.{kind.__qualname__} {options} layer {block[0]} {block[1] or 'whole'}"
+    return f"{statistic.identity_text} layer {block[0]} {block[1] or 'whole'}"
 
 
 def _means(

@@ -66,8 +66,7 @@ def gather_gradients(engine: Engine, batches: Sequence[Batch], progress: Progres
 
 
 def _key(cut: SiteCut, scorer: GradientScorer) -> str:
-    kind, options = scorer.identity
-    return f"{cut.site.consumer} {cut.site.units} {kind.__module__}.{kind.__qualname__} {options}"
+    return f"{cut.site.consumer} {cut.site.units} {scorer.identity_text}"
 
 
 class Matrix:

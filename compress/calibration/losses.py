@@ -151,13 +151,12 @@ class CutLosses:
                 f"allocator {strategy.allocator.name} asks for the loss of {list(counts)!r:.200}; a candidate is a "
                 f"kept count for each of {len(cuts)} sites, between 0 and all of its units; fix the plugin"
             )
-        kind, options = strategy.scorer.identity
         cut_here = [
             f"{cut.site.consumer}={count or 'gone'}/{cut.site.units}"
             for cut, count in zip(cuts, counts, strict=True)
             if count < cut.site.units
         ]
-        key = " ".join([f"{kind.__module__}.{kind.__qualname__}", options, str(measure), *cut_here])
+        key = " ".join([strategy.scorer.identity_text, str(measure), *cut_here])
         return key if measure.objective == "loss" else f"{measure} {hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
     def _dropped(self, counts: Sequence[int]) -> Dropped:

@@ -36,9 +36,8 @@ def describe_weights(
     statistic = engine.strategy.allocator.weight_statistic
     if statistic is None or not engine.cuts:
         return
-    kind, options = statistic.identity
     layers = sorted({cut.site.layer for cut in engine.cuts})
-    keys = {layer: f"{kind.__module__}.{kind.__qualname__} {options} layer {layer}" for layer in layers}
+    keys = {layer: f"{statistic.identity_text} layer {layer}" for layer in layers}
     missing = [layer for layer in layers if keys[layer] not in known]
     if missing:
         linears = {layer: _linears(engine.layers[layer]) for layer in missing}
