@@ -19,6 +19,7 @@ from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stag
 from .roles.gradients import GradientScorer, GroupPart, MatrixGradient
 from .roles.hookspecs import ROLES, hookimpl
 from .roles.parts import (
+    MEASURED_LENGTH,
     Architecture,
     Evaluate,
     HistoryMerger,
@@ -41,6 +42,7 @@ from .tensors.weights import LayerWeight, WeightStatistic
 from .text import TextSource
 
 __all__ = [
+    "MEASURED_LENGTH",
     "ROLES",
     "STAGES",
     "Architecture",

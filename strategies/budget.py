@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_serializer
 from torch import Tensor
 
-from ..registry import Evaluate, Objective, Site, SparsityAllocator, SpecError
+from ..registry import MEASURED_LENGTH, Evaluate, Objective, Site, SparsityAllocator, SpecError
 
 WORST = 1e6
 """Nats per token that stand for an infinite loss."""
@@ -75,6 +75,7 @@ class MeasuringAllocator(SparsityAllocator):
     needs_scores: ClassVar[bool] = True
     measures: ClassVar[bool] = True
     tokens: int = Field(default=1024, ge=2, description="tokens of the calibration text that every cut is measured on")
+    length: int = Field(default=MEASURED_LENGTH, ge=2, description="most tokens of a row that are measured")
     objective: Objective = Field(
         default="loss",
         description="loss: of the next token; kl: divergence from the dense model's prediction of the next token",
@@ -88,7 +89,7 @@ class MeasuringAllocator(SparsityAllocator):
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: Any) -> dict[str, Any]:
         # These options are newer than stored trials, whose keys are made of what is written.
-        defaults = {key: type(self).model_fields[key].default for key in ("objective", "top_logits")}
+        defaults = {key: type(self).model_fields[key].default for key in ("length", "objective", "top_logits")}
         return {key: value for key, value in handler(self).items() if key not in defaults or value != defaults[key]}
 
     def _multiple(self, site: Site) -> int:
@@ -104,4 +105,4 @@ class MeasuringAllocator(SparsityAllocator):
     @property
     def _how(self) -> dict[str, Any]:
         """What is measured, as :class:`~prunekit.registry.Evaluate` takes it."""
-        return {} if self.objective == "loss" else {"objective": self.objective, "top_logits": self.top_logits}
+        return {"length": self.length, "objective": self.objective, "top_logits": self.top_logits}

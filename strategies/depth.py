@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ..registry import (
+    MEASURED_LENGTH,
     BlockInfluence,
     BlockStatistic,
     Evaluate,
@@ -94,6 +95,7 @@ class BlockByBlock(DepthAllocator):
         default="layers", description="layers, or sites: attentions and MLPs one by one"
     )
     tokens: int = Field(default=1024, ge=2, description="tokens of the calibration text that every cut is measured on")
+    length: int = Field(default=MEASURED_LENGTH, ge=2, description="most tokens of a row that are measured")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float, evaluate: Evaluate | None = None) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` for a ratio that too few blocks may go for."""
@@ -106,7 +108,7 @@ class BlockByBlock(DepthAllocator):
         alive = self._removable(sites, by_site=self.blocks == "sites")
         while alive:
             candidates = [[0 if place in block else n for place, n in enumerate(counts)] for block in alive]
-            losses = evaluate(candidates, self.tokens)
+            losses = evaluate(candidates, self.tokens, length=self.length)
             best = min(range(len(alive)), key=losses.__getitem__)
             counts = candidates[best]
             yield alive.pop(best)

@@ -85,13 +85,14 @@ def test_the_best_never_gets_worse_and_every_generation_is_recorded():
         (round_, generation, 0.125 / round_) for round_ in (1, 2) for generation in range(1, 7)
     ]
     assert sum(entry["measured"] for entry in losses.records) == len(losses.asked)
-    assert {entry["tokens"] for entry in losses.records} == {77} and losses.how[0] == {}
+    assert {entry["tokens"] for entry in losses.records} == {77} and losses.how[0]["objective"] == "loss"
 
 
 def test_survivors_are_found_in_stages_and_the_parent_joins_the_last_one():
     sites = places(4)
     losses = Losses(sites, weighted(sites, 1))
-    allocator = Evolutionary(generations=1, offspring=9, stages=((5, 10), (2, 20)), tokens=30, top_logits=8)
+    stages = ((5, 10), (2, 20))
+    allocator = Evolutionary(generations=1, offspring=9, stages=stages, tokens=30, length=40, top_logits=8)
     allocator.allocate(sites, 0.4, losses)
     assert [tokens for _, tokens in losses.asked] == [10] * 9 + [20] * 5 + [30] * 3
     offspring, second, third = losses.asked[:9], losses.asked[9:14], losses.asked[14:]
@@ -100,7 +101,7 @@ def test_survivors_are_found_in_stages_and_the_parent_joins_the_last_one():
     assert set(last) <= {counts for counts, _ in second} <= {counts for counts, _ in offspring}
     best = sorted((losses.of(1 - np.array(counts) / losses.units), counts) for counts, _ in offspring)[:2]
     assert last == [counts for _, counts in best]
-    assert losses.how[0] == {"objective": "kl", "top_logits": 8}
+    assert losses.how[0] == {"length": 40, "objective": "kl", "top_logits": 8}
 
 
 def test_rounds_stay_within_reach_of_their_beginning():

@@ -17,7 +17,7 @@ class Losses:
     def __init__(self, sites, of):
         self.units, self.of, self.asked = [scores.site.units for scores in sites], of, []
 
-    def __call__(self, candidates, tokens):
+    def __call__(self, candidates, tokens, **how):
         self.asked += [tuple(counts) for counts in candidates]
         return [float(self.of(1 - np.array(counts) / self.units)) for counts in candidates]
 

@@ -80,6 +80,18 @@ def test_a_loss_is_that_of_the_model_cut_to_these_counts(make_model, batches, fa
     )
 
 
+def test_the_first_tokens_of_a_row_are_measured_as_many_as_asked(make_model, batches):
+    model, statistics = make_model("llama-gqa"), SharedStatistics()
+    cut = (2, 192, 4, 50, 4, 192)
+    first = [{"input_ids": batch["input_ids"][:, :9]} for batch in batches]
+    allocator = Asking(candidates=(cut,))
+    with pruned_to(model, batches, allocator):
+        expected = loss_of(model, first)
+    whole = measured(model, batches, cut, statistics=statistics)
+    found = measured(model, batches, cut, how={"length": 9}, statistics=statistics)
+    assert found == pytest.approx([expected], abs=1e-5) and abs(found[0] - whole[0]) > 1e-3
+
+
 @contextmanager
 def pruned_to(model, batches, allocator):
     with prune(model, "wanda_sp", ratio=0.1, calibration=batches, allocator=allocator, applier="zero"):

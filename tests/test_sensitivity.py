@@ -47,7 +47,7 @@ def losses_of(sites, seed=0):
     random = np.random.default_rng(seed)
     weights = random.normal(1, 1, len(sites))
 
-    def evaluate(candidates, tokens):
+    def evaluate(candidates, tokens, **how):
         shares = 1 - np.array(candidates) / [scores.site.units for scores in sites]
         return (3 + shares**2 @ weights).tolist()
 
@@ -78,7 +78,7 @@ def test_the_budget_is_met_within_the_cheapest_unit(ratio, sizes):
 def test_sites_that_cost_least_are_cut_first():
     sites = places(3, 6, 24, HEAD, CHANNEL)
 
-    def evaluate(candidates, tokens):
+    def evaluate(candidates, tokens, **how):
         assert tokens == 77
         return [5 + sum(place * (6 - c[place]) for place in (0, 2, 4)) + 24 * 6 - sum(c[1::2]) for c in candidates]
 
@@ -104,7 +104,7 @@ def test_levels_that_leave_a_curve_open_are_refused(levels):
 
 def test_an_infinite_loss_is_the_last_choice():
     sites = places(2, 6, 24, HEAD, CHANNEL)
-    evaluate = lambda candidates, tokens: [float("inf") if c[0] < 6 else 3.0 for c in candidates]  # noqa: E731
+    evaluate = lambda candidates, tokens, **how: [float("inf") if c[0] < 6 else 3.0 for c in candidates]  # noqa: E731
     assert Sensitivity().allocate(sites, 0.5, evaluate)[0] == 6
 
 

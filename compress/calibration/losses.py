@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...registry import DataError, ModelError, NonFiniteError, Objective, SpecError, Strategy
+from ...registry import MEASURED_LENGTH, DataError, ModelError, NonFiniteError, Objective, SpecError, Strategy
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
 from ..engine.decider import keep_highest
@@ -28,9 +28,6 @@ from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from .passes import Batch, Progress, resumed
 from .zeroing import Dropped, channels_without, zeroed
-
-LONGEST = 256
-"""Most positions of a row that is measured."""
 
 LOGITS = 2**27
 """Most bytes of the logits of one pass, in float32."""
@@ -64,14 +61,17 @@ class Measure:
     """What is measured of a candidate."""
 
     tokens: int
+    length: int = MEASURED_LENGTH
+    """Most tokens of a row."""
     objective: Objective = "loss"
     top_logits: int = 0
     """The tokens, those that are likeliest by the dense model, whose logits are compared at a position; 0: all."""
 
     def __str__(self) -> str:
-        """As keys of stored losses have it; a loss is named by its tokens alone, as it always was."""
+        """As keys of stored losses have it, which do not name what was added to them later and is as it always was."""
+        tokens = f"{self.tokens}" if self.length == MEASURED_LENGTH else f"{self.tokens} by {self.length}"
         top = f" of {self.top_logits}" if self.top_logits else ""
-        return f"{self.tokens}" if self.objective == "loss" else f"{self.tokens} {self.objective}{top}"
+        return tokens if self.objective == "loss" else f"{tokens} {self.objective}{top}"
 
 
 class CutLosses:
@@ -92,14 +92,20 @@ class CutLosses:
         """What the allocator has recorded."""
 
     def __call__(
-        self, candidates: Sequence[Sequence[int]], tokens: int, *, objective: Objective = "loss", top_logits: int = 0
+        self,
+        candidates: Sequence[Sequence[int]],
+        tokens: int,
+        *,
+        length: int = MEASURED_LENGTH,
+        objective: Objective = "loss",
+        top_logits: int = 0,
     ) -> list[float]:
         if objective not in get_args(Objective):
             raise SpecError(
                 f"allocator {self._engine.strategy.allocator.name} asks for the objective {objective!r:.100}; there "
                 f"are {' and '.join(get_args(Objective))}; fix the plugin"
             )
-        measure = Measure(tokens, objective, top_logits if objective == "kl" else 0)
+        measure = Measure(tokens, length, objective, top_logits if objective == "kl" else 0)
         keys = [self._key(counts, measure) for counts in candidates]
         missing = {key: counts for key, counts in zip(keys, candidates, strict=True) if key not in self._known}
         if missing:
@@ -128,7 +134,7 @@ class CutLosses:
 
     def _parts(self, measure: Measure) -> list[MeasuredRows]:
         if measure not in self._rows:
-            rows = measured_rows(self._engine, self._batches, measure.tokens)
+            rows = measured_rows(self._engine, self._batches, measure.tokens, measure.length)
             states = sum(each["input_ids"].numel() for each in rows) * self._engine.embeddings.weight[0].nbytes
             kept = 2 * len(self._engine.layers) * states  # by MeasuredRows
             resumes = self._kept + kept <= OUTPUTS
@@ -274,12 +280,12 @@ def divergence(dense: Tensor, cut: Tensor, top: int = 0) -> float:
     return functional.kl_div(cut.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True).item()
 
 
-def measured_rows(engine: Engine, batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """About ``tokens`` of the calibration text, at least one row: the beginnings of rows, spread evenly over it.
+def measured_rows(engine: Engine, batches: Sequence[Batch], tokens: int, length: int) -> list[Batch]:
+    """About ``tokens`` of the calibration text, at least one row: the first ``length`` of rows, spread evenly over it.
 
     Without their padding; rows of different lengths are padded at the end.
     """
-    rows = [row for batch in batches for row in _real(batch) if len(row) > 1]
+    rows = [row for batch in batches for row in _real(batch, length) if len(row) > 1]
     if not rows:
         raise DataError(
             f"allocator {engine.strategy.allocator.name} measures the loss of the next token, and no row of the "
@@ -291,10 +297,10 @@ def measured_rows(engine: Engine, batches: Sequence[Batch], tokens: int) -> list
     return [_padded(chosen[start : start + at_once]) for start in range(0, len(chosen), at_once)]
 
 
-def _real(batch: Batch) -> list[Tensor]:
-    """The first real tokens of every row."""
+def _real(batch: Batch, length: int) -> list[Tensor]:
+    """The first ``length`` real tokens of every row."""
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    return [ids[real.bool()][:LONGEST] for ids, real in zip(batch["input_ids"], mask, strict=True)]
+    return [ids[real.bool()][:length] for ids, real in zip(batch["input_ids"], mask, strict=True)]
 
 
 def _padded(rows: Sequence[Tensor]) -> Batch:

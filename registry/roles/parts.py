@@ -156,6 +156,9 @@ class SiteScores:
     has none."""
 
 
+MEASURED_LENGTH = 256
+"""Most tokens of a row of the calibration text that a candidate is measured on, unless an allocator asks for more."""
+
 Objective = Literal["loss", "kl"]
 """What is measured of a cut model: the loss of the next token, or the divergence from the dense model's prediction."""
 
@@ -164,9 +167,17 @@ class Evaluate(Protocol):
     """What an allocator that measures gets: the loss of the model with some of its units cut."""
 
     def __call__(
-        self, candidates: Sequence[Sequence[int]], tokens: int, *, objective: Objective = "loss", top_logits: int = 0
+        self,
+        candidates: Sequence[Sequence[int]],
+        tokens: int,
+        *,
+        length: int = MEASURED_LENGTH,
+        objective: Objective = "loss",
+        top_logits: int = 0,
     ) -> list[float]:
         """The loss of every candidate, in nats per predicted token, on about ``tokens`` of the calibration text.
+
+        Of a row of the text at most the first ``length`` tokens are measured.
 
         A candidate is a kept count for every site, in the order of the allocator's ``sites``. Every site keeps the
         units with the highest calibrated scores; nothing is compensated. With the objective ``kl`` it is the divergence
