@@ -110,7 +110,12 @@ class ObsChooser(RidgedChooser):
         if covariance.cross is None and not self.gradient:
             return values, None
         target = ridge * values
-        known = covariance.matrix if covariance.cross is None else covariance.cross.T
+        known = covariance.matrix
+        if covariance.cross is not None:
+            of_channels, of_lag = covariance.cross.tensor_split([len(values)])
+            known = of_channels.T
+            if len(of_lag):
+                target += of_lag.T.to(target.device, target.dtype)
         for rows, block in zip(target.split(BLOCK), known.split(BLOCK), strict=True):
             rows.addmm_(block.to(values.device, values.dtype), values)
         if covariance.cross is not None:

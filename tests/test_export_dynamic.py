@@ -26,6 +26,8 @@ STRATEGIES = {
     "once, with a slope": ("wanda_sp", {"compensate": "least_squares"}),
     "reconstruct": ("reconstruct", {}),
     "fluctuation": ("pp", {"scorer": "fluctuation", "compensate": "mean"}),
+    "dense outputs": ("obs", {"compensate": {"target": "dense_outputs"}}),
+    "dense stream": ("obs", {"compensate": {"target": "dense_stream"}}),
     "skipped layer": ("pp", {"skip_layers": [0]}),
 }
 

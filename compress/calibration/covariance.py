@@ -158,25 +158,36 @@ def plan_of_compensation(cut: SiteCut, per_batch: bool) -> Plan:
     """What a site's compensation takes."""
     compensator, channels = cut.compensation.compensator, cut.site.channels
     dropped = (cut.site.units - cut.count) * cut.site.unit_size
-    matrices = compensator.covariance_parts + compensator.fits_dense_outputs
     needs = compensator.memory_plan(channels, dropped, per_batch)
-    return Plan(
-        matrices * ChannelMoments.bytes_of(channels), needs, f"compensator {compensator.name}", "compensate: mean"
-    )
+    if compensator.fits_dense_stream:  # the plan knows nothing of the outputs
+        of_lag = 4 * cut.site.outputs * (channels - dropped)
+        needs = needs._replace(working=needs.working + 3 * of_lag, held=needs.held + of_lag)
+    return Plan(_bytes_of_sums(cut), needs, f"compensator {compensator.name}", "compensate: mean")
 
 
 def plan_of_choice(cut: SiteCut, per_batch: bool = False) -> Plan:
     """What ordering a site's units takes; the chooser gets a covariance of its own, and the weight in float32."""
     chooser, compensator, size = cut.state.chooser, cut.compensation.compensator, cut.site.channels
     assert chooser is not None  # only a strategy with a chooser asks
-    matrices = compensator.covariance_parts + compensator.fits_dense_outputs if compensator.needs_covariance else 1
-    moments, plan = ChannelMoments.bytes_of(size), chooser.memory_plan(cut.site)
-    copies = (2 if compensator.fits_dense_outputs else 1) * moments
+    sums = _bytes_of_sums(cut) if compensator.needs_covariance else ChannelMoments.bytes_of(size)
+    plan, copies = chooser.memory_plan(cut.site), ChannelMoments.bytes_of(size) + 4 * _dense_rows(cut) * size
     if cut.binding.consumer.weight.dtype != torch.float32:
         copies += 4 * size * cut.site.outputs
-    return Plan(
-        matrices * moments, plan._replace(working=plan.working + copies), f"scorer {chooser.name}", "another scorer"
-    )
+    return Plan(sums, plan._replace(working=plan.working + copies), f"scorer {chooser.name}", "another scorer")
+
+
+def _bytes_of_sums(cut: SiteCut) -> int:
+    """What the sums for a site's compensation take while they are gathered."""
+    channels, parts = cut.site.channels, cut.compensation.compensator.covariance_parts
+    return parts * ChannelMoments.bytes_of(channels) + 4 * _dense_rows(cut) * channels
+
+
+def _dense_rows(cut: SiteCut) -> int:
+    """Rows of the covariance of the dense model's with a site's channels."""
+    compensator = cut.compensation.compensator
+    if not compensator.fits_dense_outputs:
+        return 0
+    return cut.site.channels + (cut.site.outputs if compensator.fits_dense_stream else 0)
 
 
 def plan_of_both(cut: SiteCut, per_batch: bool = False) -> Plan:

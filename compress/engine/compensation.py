@@ -43,7 +43,8 @@ class SiteCompensation:
     cross: CrossMoments | None = None
     """The same of the dense model's inputs with these, where dense outputs are fitted."""
     shift: Tensor | None = None
-    """(C,) float32: the dense model's mean less the pruned one's, where dense outputs are fitted."""
+    """(C,) float32: the dense model's mean less the pruned one's, where dense outputs are fitted; (C + O,) with the
+    mean lag where the dense residual stream is."""
     prepared: Prepared | None = None
     """What slopes are computed from, where cuts are made per batch."""
     fixed: Slope | None = None
@@ -104,14 +105,17 @@ class SiteCompensation:
         self.tokens, self.diagnostics = tokens, diagnostics
 
     def learn(self, x: Tensor, valid: Tensor | None, dense: Tensor | None = None) -> None:
-        """Add a calibration batch x (B, T, C) to the moments; dense (B, T, C): the same of the dense model."""
+        """Add a calibration batch x (B, T, C) to the moments.
+
+        dense (B, T, C): the same of the dense model; (B, T, C + O) with the lag of the residual stream.
+        """
         if self.moments is None:
             parts = [ChannelMoments(self.site.channels, x.device) for _ in range(self.compensator.covariance_parts)]
             self.moments = parts[0] if len(parts) == 1 else PartedMoments(parts, self.rows)
         with unautocast(x):
             self.moments.observe(x, valid)
             if dense is not None:
-                self.cross = self.cross or CrossMoments(self.site.channels, x.device)
+                self.cross = self.cross or CrossMoments(dense.shape[-1], self.site.channels, x.device)
                 self.cross.observe(dense, x, valid)
 
     def forget(self) -> None:
@@ -145,7 +149,7 @@ class SiteCompensation:
             moments.take_covariance(), moments.tokens, usual, kept is not None, parts, weight.detach(), moments.mean
         )
         if cross is not None:
-            self.shift = cross.dense - cross.pruned
+            self.shift = torch.cat([cross.dense[: len(cross.pruned)] - cross.pruned, cross.dense[len(cross.pruned) :]])
             covariance.cross = cross.take_covariance()
         if kept is not None and not len(kept):
             self.fixed = ()
@@ -166,15 +170,22 @@ class SiteCompensation:
     def folded(self, whole: Tensor, kept: Tensor) -> Tensor | None:
         """What the slope adds to the kept columns: ``W_cut @ slope`` (O, k) float32; None: nothing.
 
-        ``W @ slope`` where dense outputs are fitted. whole (O, C) is the consumer's weight; kept (k,).
+        ``W @ slope`` where dense outputs are fitted; where the dense residual stream is, with what the slope predicts
+        of the lag. whole (O, C) is the consumer's weight; kept (k,).
         """
         dropped = complement(kept, self.site.channels)
         with torch.no_grad():
             slope = self._slope(kept, dropped)
         if not slope:
             return None
-        added = (whole if self.compensator.fits_dense_outputs else whole.index_select(1, dropped)).float()
-        for factor in slope:
+        first, *others = slope
+        if self.compensator.fits_dense_outputs:
+            of_channels, of_lag = first.tensor_split([whole.shape[1]])
+            added = whole.float() @ of_channels
+            added = added + of_lag if len(of_lag) else added
+        else:
+            added = whole.index_select(1, dropped).float() @ first
+        for factor in others:
             added = added @ factor
         return added
 
@@ -263,7 +274,13 @@ class SiteCompensation:
     def target_mean(self, mean: Tensor) -> Tensor:
         """The means (C,) whose output through the whole weight is kept: those of the dense model where its outputs are
         fitted; mean (C,) is that of the inputs."""
-        return mean if self.shift is None else mean + self.shift
+        return mean if self.shift is None else mean + self.shift[: len(mean)]
+
+    @property
+    def lag(self) -> Tensor | None:
+        """The mean (O,) of the lag of the residual stream, which the site adds; None: nothing."""
+        of_lag = None if self.shift is None else self.shift[self.site.channels :]
+        return None if of_lag is None or not len(of_lag) else of_lag
 
     def bias(self, weight: Tensor, kept: Tensor, mean: Tensor, whole: Tensor) -> Tensor:
         """``W @ mean - W' @ mean[kept]`` (O,) float32: with it the mean output is what it was before the cut.

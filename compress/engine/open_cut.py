@@ -241,6 +241,8 @@ class OpenCut:
             else:
                 whole = state.mean_output(target)
             bias = whole if weight is None else state.compensation.bias(weight, self.columns, mean, whole)
+            if state.compensation.lag is not None:
+                bias = bias + state.compensation.lag
             if self.shares is not None:
                 there = mean[self.columns]
                 bias = state.compensation.share_of_bias(bias, self._added(linear), there, self.shares)

@@ -23,6 +23,7 @@ from ..calibration.passes import (
 )
 from ..calibration.shared import SharedStatistics, SomeMoments
 from ..calibration.statistics_file import StatisticsFile
+from ..calibration.streams import ResidualStreams
 from ..calibration.weights import describe_weights
 from ..calibration.zeroing import Dropped, channels_without, zeroed
 from ..engine.batch import Decision
@@ -126,18 +127,21 @@ def _decide_by_layer(engine: Engine, batches: list, progress: Progress) -> None:
     """Calibrate, choose, cut and compensate layer after layer, with the counts that sites have."""
     strategy, cuts = engine.strategy, engine.cuts
     dense: dict[SiteCut, Tensor] = {}
-    """What enters a site's consumer in the dense model, for the batch that passes now."""
+    """What enters a site's consumer in the dense model, for the batch that passes now; where its residual stream is
+    fitted, with that."""
+    streams = ResidualStreams(engine) if strategy.compensate.fits_dense_stream else None
     for cut in cuts:  # statistics of the dense model have served the allocator
         cut.state.replace_history(ChannelHistory(cut.site.channels, cut.history.device))
 
     def learn_dense(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
         if not cut.whole:
-            dense[cut] = x
+            dense[cut] = x if streams is None else streams.beside(cut, x)
 
     def learn(cut: SiteCut, x: Tensor, valid: Tensor | None) -> None:
         learn_statistics(cut.state, x, valid)
         if strategy.needs_covariance and not cut.whole:
-            cut.compensation.learn(x, valid, dense.pop(cut, None))
+            known = dense.pop(cut, None)
+            cut.compensation.learn(x, valid, known if streams is None or known is None else streams.lag(cut, known))
 
     def decide_layer(layer: int) -> None:
         for cut in cuts:
@@ -152,7 +156,8 @@ def _decide_by_layer(engine: Engine, batches: list, progress: Progress) -> None:
     if strategy.needs_covariance:
         check_layers(cuts)
     fits_dense = strategy.compensate.fits_dense_outputs
-    calibrate_sequentially(engine, batches, learn, decide_layer, progress, learn_dense if fits_dense else None)
+    with streams or nullcontext():
+        calibrate_sequentially(engine, batches, learn, decide_layer, progress, learn_dense if fits_dense else None)
 
 
 def _fix(engine: Engine, cut: SiteCut) -> None:

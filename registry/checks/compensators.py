@@ -15,6 +15,8 @@ from ..sites import complement
 from .parts import both_kinds, check_selection, draw, expect, expect_tensor, expect_unchanged, tensors_in
 
 CHANNELS = 24
+LAG = 8
+"""Rows of the lag where the dense residual stream is fitted."""
 BLOWN_UP = 1e3
 """Slopes that grow by more than this with the covariance's scale: regressions do not depend on it."""
 OVERSTATED = 1.1
@@ -99,6 +101,8 @@ def check_slope(compensator: Compensator) -> None:
                 once: bool = once,
             ) -> Slope:
                 cross = matrix.clone() if compensator.fits_dense_outputs else None
+                if cross is not None and compensator.fits_dense_stream:
+                    cross = torch.cat([cross, matrix[:LAG]])
                 given = SiteCovariance(matrix, 10 * CHANNELS, known, once, cross=cross)
                 return _sloped(compensator, given, kept, dropped)
 
@@ -125,7 +129,7 @@ def _sloped(compensator: Compensator, covariance: SiteCovariance, kept: Tensor, 
 def _check_slope(
     compensator: Compensator, when: str, made: Callable[[Tensor], Slope], kept: Tensor, dropped: Tensor
 ) -> None:
-    rows = CHANNELS if compensator.fits_dense_outputs else len(dropped)
+    rows = CHANNELS + LAG * compensator.fits_dense_stream if compensator.fits_dense_outputs else len(dropped)
     given = kept.clone(), dropped.clone()
     first = made(some_covariance())
     size = _largest(compensator, first, rows, len(kept))

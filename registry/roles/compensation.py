@@ -19,7 +19,7 @@ Slope = tuple[Tensor, ...]
 """Matrices whose product (d, k) predicts the dropped channels from the kept ones; an empty tuple: no prediction.
 
 Where dense outputs are fitted the product is (C, k): what it predicts of every channel, without the kept ones as they
-are.
+are. Where the dense residual stream is, it is (C + O, k), the last rows being what it predicts of the lag.
 """
 Prepared = Tensor | tuple[Tensor, ...]
 """What a compensator computes of a covariance, once per site."""
@@ -45,7 +45,7 @@ class SiteCovariance:
     """(C,) float32: the channels' means; empty where they are not known."""
     cross: Tensor | None = None
     """(C, C) float32: the covariance of the dense model's channels (rows) with these (columns), where dense outputs are
-    fitted."""
+    fitted. (C + O, C) where the dense residual stream is: the last rows are of the lag."""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """Numbers that a compensator adds for results; ``ridge``, a share of the mean variance, is also in the notes."""
 
@@ -83,6 +83,16 @@ class Compensator(Component):
 
         Needs ``sequential``. Calibration then runs the dense model, too, and :meth:`prepare` gets ``cross``. The
         product of a slope is (C, k), and the weight is ``W_kept + W @ slope``.
+        """
+        return False
+
+    @property
+    def fits_dense_stream(self) -> bool:
+        """Whether the residual stream of the dense model after the site is fitted: its outputs, and the lag.
+
+        The lag (O) is the residual stream of the dense model before the site less that of the pruned one. Needs
+        ``fits_dense_outputs``. Of ``cross`` and of the product of a slope the first C rows are as there, the last O
+        rows are of the lag: the weight is ``W_kept + W @ slope[:C] + slope[C:]``.
         """
         return False
 

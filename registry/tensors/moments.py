@@ -85,30 +85,33 @@ class ChannelMoments:
 
 @dataclass
 class CrossMoments:
-    """Running means (C,) of the dense and the pruned model's channels, and the covariance (C, C) of the first (rows)
-    with the second (columns), over the same real tokens, in float32."""
+    """Running means (R,) of something of the dense model and (C,) of the pruned model's channels, and the covariance
+    (R, C) of the first with the second, over the same real tokens, in float32."""
 
+    rows: int
     channels: int
     device: torch.device
     tokens: int = 0
     dense: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(C,): the dense model's mean; empty before the first token."""
+    """(R,): the dense model's mean; empty before the first token."""
     pruned: Tensor = field(default_factory=lambda: torch.empty(0))
     """(C,): the pruned model's mean; empty before the first token."""
     products: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(C, C): sums of products of deviations from the means; empty before the first token."""
+    """(R, C): sums of products of deviations from the means; empty before the first token."""
 
     def observe(self, dense: Tensor, pruned: Tensor, valid: Tensor | None) -> None:
-        """Add the tokens of both (B, T, C); valid (B, T) bool, or None where all are real."""
-        both = [x.reshape(-1, self.channels) if valid is None else x[valid] for x in (dense, pruned)]
+        """Add the tokens of both, (B, T, R) and (B, T, C); valid (B, T) bool, or None where all are real."""
+        both = [x.flatten(0, 1) if valid is None else x[valid] for x in (dense, pruned)]
         for first, second in zip(*(x.split(CHUNK) for x in both), strict=True):
             if len(first):
                 self._take(first.float(), second.float())
 
     def _take(self, dense: Tensor, pruned: Tensor) -> None:
         if not self.tokens:
-            self.dense, self.pruned = torch.zeros(2, self.channels, dtype=torch.float32, device=self.device)
-            self.products = torch.zeros(self.channels, self.channels, dtype=torch.float32, device=self.device)
+            self.dense, self.pruned = (
+                torch.zeros(size, dtype=torch.float32, device=self.device) for size in (self.rows, self.channels)
+            )
+            self.products = torch.zeros(self.rows, self.channels, dtype=torch.float32, device=self.device)
         own = dense.mean(0), pruned.mean(0)
         self.products.addmm_((dense - own[0]).T, pruned - own[1])
         steps, share = (own[0] - self.dense, own[1] - self.pruned), len(dense) / (self.tokens + len(dense))
@@ -117,11 +120,11 @@ class CrossMoments:
         self.tokens += len(dense)
 
     def covariance(self) -> Tensor:
-        """(C, C) float32, a tensor of its own; the sums stay."""
+        """(R, C) float32, a tensor of its own; the sums stay."""
         return self.products / self.tokens
 
     def take_covariance(self) -> Tensor:
-        """(C, C) float32, in the memory of the sums, which are dropped."""
+        """(R, C) float32, in the memory of the sums, which are dropped."""
         products, self.products = self.products, torch.empty(0)
         return products.div_(self.tokens)
 

@@ -151,21 +151,26 @@ class LeastSquares(Regression):
         description="where cuts are made per batch: pivot corrects the solution of the calibrated cut for the channels "
         "that differ, solve computes it anew (equal results); usual leaves the correction out",
     )
-    target: Literal["dense_weights", "dense_outputs"] = Field(
+    target: Literal["dense_weights", "dense_outputs", "dense_stream"] = Field(
         default="dense_weights",
         description="what is fitted on the inputs of the layers already pruned: what the dense weights make of these "
-        "inputs, or the outputs of the dense model, so that errors of earlier layers are compensated, too (sequential)",
+        "inputs; the outputs of the dense model, so that errors in these inputs are compensated, too; or its residual "
+        "stream, so that all errors of earlier layers are (both sequential)",
     )
 
     @property
     def fits_dense_outputs(self) -> bool:
-        return self.target == "dense_outputs"
+        return self.target != "dense_weights"
+
+    @property
+    def fits_dense_stream(self) -> bool:
+        return self.target == "dense_stream"
 
     @model_validator(mode="after")
     def _target_fits(self) -> LeastSquares:
         if self.fits_dense_outputs and (self.check or self.held_out):
             raise ValueError(
-                "target dense_outputs has no check and no held_out, which compare with what the dense weights make of "
+                f"target {self.target} has no check and no held_out, which compare with what the dense weights make of "
                 "the same inputs; set check to false and held_out to 0, or target to dense_weights"
             )
         return self
@@ -216,7 +221,7 @@ def _solve(covariance: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
 
 
 def _added(covariance: Tensor, cross: Tensor, kept: Tensor) -> Tensor:
-    """The regression of all dense channels on kept pruned ones, less the kept ones as they are; (C, k)."""
+    """The regression of all dense channels, and of the lag, on kept pruned channels, less these as they are; (R, k)."""
     factor = torch.linalg.cholesky(covariance[kept[:, None], kept])
     slope = torch.cholesky_solve(cross[:, kept].T, factor).T.contiguous()
     slope[kept, torch.arange(len(kept), device=kept.device)] -= 1
