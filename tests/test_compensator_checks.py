@@ -87,6 +87,11 @@ def refusing(self, covariance):
     raise SpecError("cannot")
 
 
+def without_lag(self, prepared, kept, dropped):
+    (found,) = LeastSquares.slope(self, prepared, kept, dropped)
+    return (found[:24],)
+
+
 def variant(base, **body):
     """A subclass of ``base`` with another body."""
     return type(f"Broken{base.__name__}", (base,), {"__module__": __name__, "__doc__": "Broken.", **body})
@@ -133,6 +138,10 @@ BROKEN = [
         "changes the prepared part",
     ),
     (variant(Good, slope=Compensator.slope), "has no slope (cut once)"),
+    (
+        variant(LeastSquares, target="dense_stream", __annotations__={"target": str}, slope=without_lag),
+        "matrix 1 of the slope as float32 (32, 12), found float32 (24, 12)",
+    ),
     (variant(Good, prepare=only_once), "has no slope (per batch)"),
     (variant(Good, needs_covariance=False, __annotations__={"needs_covariance": ClassVar[bool]}), "never be called"),
     (variant(Good, prepare=twice, slope=of_the_first), "prepares 4608 bytes for 24 channels"),
@@ -156,7 +165,10 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("component", [Good, Factored, LeastSquares, ProbeMean, planning(limit=1)])
+OF_TARGETS = [LeastSquares(target="dense_outputs"), LeastSquares(target="dense_stream")]
+
+
+@pytest.mark.parametrize("component", [Good, Factored, LeastSquares, *OF_TARGETS, ProbeMean, planning(limit=1)])
 def test_what_keeps_the_rules_passes(component):
     check_component(component)
 
