@@ -154,7 +154,7 @@ class Obs(Strategy):
     paper: ClassVar[str] = ObsChooser.paper
     name: Literal["obs"] = "obs"
     scorer: Scorer = ObsChooser()
-    allocator: SparsityAllocator = Uniform()
+    allocator: SparsityAllocator = Uniform(rounding="to_channels")
     applier: MaskApplier = Slice()
     compensate: Compensator = LeastSquares()
     sequential: bool = Field(default=True, description=Strategy.model_fields["sequential"].description)
