@@ -59,8 +59,8 @@ class Site:
 
     layer: int
     kind: SiteKind
-    norm: str
-    """Norm whose input is the residual stream, before the site."""
+    norm: str | None
+    """Norm whose input is the residual stream, before the site; None: the entry reads the residual stream itself."""
     entry: str
     """The site's first module: the attention, the MLP, or OPT's ``fc1``."""
     producers: tuple[Producer, ...]
@@ -81,6 +81,9 @@ class Site:
     returns: int | None = None
     """How many values the entry's forward returns: 1 for the block's output alone, more for a tuple that begins with
     it; None: 2 for an attention, 1 for an MLP. Where the site keeps nothing, the others are None."""
+    norm_serves_others: bool = False
+    """Whether modules outside the model's sites read the norm, too, such as routed experts. It is then computed even
+    where the site keeps nothing."""
 
     @property
     def channels(self) -> int:

@@ -86,8 +86,8 @@ def _seen(engine: Engine, see: See) -> Iterator[None]:
     read: dict[int, list[tuple[SiteKind, Tensor]]] = {}
     """By layer: what the norms of its sites have read."""
 
-    def enter(site: Site, norm: nn.Module, args: tuple) -> None:
-        read.setdefault(site.layer, []).append((site.kind, args[0]))
+    def enter(site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        read.setdefault(site.layer, []).append((site.kind, split(module, args, kwargs)[0]))
 
     def leave(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         leaving = output[0] if isinstance(output, tuple) else output
@@ -99,8 +99,8 @@ def _seen(engine: Engine, see: See) -> Iterator[None]:
 
     with ExitStack() as stack:
         for site in engine.all_sites:
-            norm = engine.model.get_submodule(site.norm)
-            stack.callback(norm.register_forward_pre_hook(partial(enter, site)).remove)
+            reads = engine.model.get_submodule(site.norm or site.entry)
+            stack.callback(reads.register_forward_pre_hook(partial(enter, site), with_kwargs=True).remove)
         for number, layer in enumerate(engine.layers):
             stack.callback(layer.register_forward_hook(partial(leave, number), with_kwargs=True).remove)
         yield

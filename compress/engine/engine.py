@@ -60,7 +60,8 @@ class Engine:
         self.cuts: list[SiteCut] = []
         norms = Counter(site.norm for site in all_sites or sites)
         for number, site in enumerate(sites):
-            binding = SiteBinding.of(site, model, own_norm=norms[site.norm] == 1)
+            own_norm = site.norm is not None and norms[site.norm] == 1 and not site.norm_serves_others
+            binding = SiteBinding.of(site, model, own_norm)
             self.cuts.append(SiteCut(number, binding, SiteState(binding, strategy), self.shared))
         found: Any = model.get_submodule(layers)
         self.stack = found
@@ -121,7 +122,8 @@ class Engine:
             return
         for cut in self.cuts:
             binding = cut.binding
-            self._hook(binding.norm.register_forward_pre_hook(hooks.enter_norm(cut)))
+            if binding.norm is not None:
+                self._hook(binding.norm.register_forward_pre_hook(hooks.enter_norm(cut)))
             self._hook(binding.entry.register_forward_pre_hook(hooks.enter_site(cut, prober), **before))
 
     def _adopt(self, linear: nn.Linear, path: str, cut: SiteCut, producer: Any = None) -> None:

@@ -160,9 +160,11 @@ class Hooks:
                 hooks.leave(hooks.cuts[cut.number - 1], batch)
             at_site = batch.sites[cut.number]
             residual, at_site.residual = at_site.residual, None
-            if residual is None:
-                raise hooks.no_norm(cut)
             hidden, arguments = split(module, args, kwargs)
+            if residual is None:
+                if cut.binding.norm is not None:
+                    raise hooks.no_norm(cut)
+                residual = hidden
             if not cut.settled:
                 known = None if batch.cache is None else hooks._cached.of(batch.cache, batch.layer, cut.binding.site)
                 if known is not None:

@@ -39,7 +39,7 @@ class SiteInput:
 
     def normed(self, cut: SiteCut) -> Tensor:
         """(B, T, D): the normed states."""
-        return cut.binding.norm.forward(self.residual) if self.hidden is None else self.hidden
+        return cut.binding.normed(self.residual) if self.hidden is None else self.hidden
 
 
 @dataclass(eq=False)
@@ -120,7 +120,7 @@ def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor
     """
     binding, valid = cut.binding, None
     if given.hidden is None:
-        chosen = binding.norm.forward(pick_tokens(given.residual, rows, positions))
+        chosen = binding.normed(pick_tokens(given.residual, rows, positions))
     else:
         chosen = pick_tokens(given.hidden, rows, positions)
     if given.valid is not None:

@@ -128,7 +128,7 @@ class SiteCut:
     def _leave_out(self) -> None:
         """Compute neither the norm nor the block. Where a block is not one module, its linear layers do it."""
         binding = self.binding
-        if binding.own_norm:
+        if binding.own_norm and binding.norm is not None:
             self._replaced.append(replace_forward(binding.norm, unchanged))
         if binding.activation is None:
             self._replaced.append(replace_forward(binding.entry, _added, self))

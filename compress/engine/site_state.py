@@ -35,7 +35,7 @@ class SiteBinding:
 
     site: Site
     entry: nn.Module
-    norm: nn.Module
+    norm: nn.Module | None
     consumer: nn.Linear
     producers: tuple[tuple[nn.Linear, Producer], ...]
     attributes: tuple[tuple[nn.Module, str, int, Any], ...]
@@ -51,7 +51,7 @@ class SiteBinding:
         return cls(
             site=site,
             entry=find(site.entry),
-            norm=find(site.norm),
+            norm=find(site.norm) if site.norm else None,
             consumer=find(site.consumer),
             producers=tuple((find(producer.path), producer) for producer in site.producers),
             attributes=tuple(
@@ -65,9 +65,13 @@ class SiteBinding:
     @property
     def parameters(self) -> int:
         """Parameters of the whole block, its norm included."""
-        norm = [self.norm] if self.own_norm else []
+        norm = [self.norm] if self.own_norm and self.norm is not None else []
         modules = nn.ModuleList([*norm, self.entry, *(linear for linear, _ in self.producers), self.consumer])
         return sum(parameter.numel() for parameter in modules.parameters())
+
+    def normed(self, residual: Tensor) -> Tensor:
+        """What the entry reads of the residual stream; (..., D) -> (..., D)."""
+        return residual if self.norm is None else self.norm.forward(residual)
 
     def check_read(self, called: Set[nn.Module]) -> None:
         """Raise :class:`ModelError` if the block has computed without calling all of its linear layers."""

@@ -91,7 +91,7 @@ def shapes_of(
 
 def without_layers(tensors: Tensors, sites: Sequence[Site], layers: Sequence[LayerShape]) -> Tensors:
     """``tensors`` under the names that they have where the layers that are gone do not count."""
-    stack = sites[0].norm.partition(f".{sites[0].layer}.")[0]
+    stack = sites[0].consumer.partition(f".{sites[0].layer}.")[0]
     left = [number for number, layer in enumerate(layers) if not layer.gone]
     moved = {f"{stack}.{number}.": f"{stack}.{place}." for place, number in enumerate(left)}
 

@@ -1,4 +1,4 @@
-"""Model families as data: the names and places of their prunable sites."""
+"""Where the prunable sites of a decoder are, by the names in its layers; more families are in :mod:`.families`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,29 @@ PRUNED = "prunekit_"
 
 
 class AttentionNames(BaseModel):
-    """Names inside a decoder layer: separate query, key, value and output projections."""
+    """Names inside a decoder layer: query, key, value and output projections, separate or in one layer."""
 
     model_config = ConfigDict(frozen=True)
 
-    norm: str
+    norm: str | None
+    """None: the attention reads the residual stream itself, which is normalized after it."""
     module: str
     query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
+    key: str | None = "k_proj"
+    """None: the layers of ``query`` and ``value`` make the keys, too, head by head."""
+    value: str | None = "v_proj"
+    """None: the layer of ``query`` makes the values, too, head by head."""
     output: str = "o_proj"
+    query_parts: int = 1
+    """How many vectors of the head size the layer of ``query`` makes for each head, one after the other: 3 where it
+    makes query, key and value. 0: the number of its rows says it, as in latent attention (MLA), where heads of queries
+    and values have other sizes."""
+    latent_query: str | None = None
+    """The layer that is used instead of ``query`` where the model has it: it makes queries of a latent (MLA)."""
     head_count: str | None = None
     """Attribute of the module that its forward reads as the number of heads, if there is one."""
+    kv_head_count: str | None = None
+    """The same for key/value heads."""
 
 
 class MlpNames(BaseModel):
@@ -35,19 +46,32 @@ class MlpNames(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    norm: str
+    norm: str | None
+    """None: the MLP reads the residual stream itself, which is normalized after it."""
     entry: str
     producers: tuple[str, ...]
     consumer: str
     activation: str | None = None
     """The activation's name if the MLP is not a module: its first half is ``activation(producer(x))``."""
+    fused: bool = False
+    """Whether one layer makes gate and up: all rows of the gate, then all of up."""
+    parallel_norm: str | None = None
+    """The norm that is read where the layer has no ``norm``: in parallel blocks that of the attention."""
+    beside_experts: bool = False
+    """Whether it is a shared expert: routed experts read the same norm."""
 
 
 class PreNormDecoder(Architecture):
-    """A decoder whose layers normalize the residual stream before attention and before the MLP."""
+    """A decoder whose layers contain an attention and an MLP, each under the same names in every layer.
+
+    A layer may lack one of them where :attr:`leaves` says what it has instead.
+    """
 
     attention: AttentionNames
-    mlp: MlpNames
+    mlp: MlpNames | None
+    """None: no layer has an MLP that can be cut."""
+    other_mlps: tuple[MlpNames, ...] = ()
+    """Other forms of the MLP; a layer has the first that is there."""
 
     def sites(self, model: nn.Module, attention_unit: AttentionUnit) -> list[Site]:
         layers = range(sum(1 for _ in model.get_submodule(self.layers).children()))
@@ -61,57 +85,87 @@ class PreNormDecoder(Architecture):
     def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site | None:
         names, layer = self.attention, f"{self.layers}.{index}"
         module = f"{layer}.{names.module}"
-        query, key, value, output = (f"{module}.{n}" for n in (names.query, names.key, names.value, names.output))
         heads, kv_heads = heads_of(model.config, index)
-        if not heads:
-            return None  # an exported model without this attention
-        size = head_size(model.config)
-        per_group = heads // kv_heads
-        if unit == "kv_group" or per_group == 1:
-            units, unit_size = kv_heads, per_group * size
-            producers: tuple[Producer, ...] = (
-                Producer(query, (Rows(0, unit_size),)),
-                Producer(key, (Rows(0, size),)),
-                Producer(value, (Rows(0, size),)),
-            )
-            picks = 0
-        else:
-            units, unit_size = heads, size
-            producers = (Producer(query, (Rows(0, size),)),)
-            picks = per_group
-        attributes = (ShapeAttribute(module, names.head_count, unit_size // size),) if names.head_count else ()
+        if not heads or (self.leaves and not _has(model, f"{module}.{names.output}")):
+            return None  # an exported model without this attention, or a mixer of another kind
+        if names.key is None:
+            kv_heads = heads
+        per_group, size = heads // kv_heads, _linear(model, f"{module}.{names.output}").in_features // heads
+        query = names.query
+        if names.latent_query is not None and _has(model, f"{module}.{names.latent_query}"):
+            query = names.latent_query
+        whole_groups = unit == "kv_group" or per_group == 1
+        units = kv_heads if whole_groups else heads
+        made = [(query, names.query_parts * heads * size), (names.key, kv_heads * size), (names.value, kv_heads * size)]
+        producers = []
+        for name, rows in made[: None if whole_groups else 1]:
+            if name is not None:
+                path = f"{module}.{name}"
+                rows = rows if names.query_parts else _linear(model, path).out_features
+                producers.append(Producer(path, (Rows(0, rows // units),)))
+        sizes = [(names.head_count, heads // units), (names.kv_head_count if whole_groups else None, 1)]
+        check_by_head(model.get_submodule(module), module, heads, kv_heads, size, latent=not names.query_parts)
         return _site(
             model,
             layer=index,
             kind="attention",
-            norm=f"{layer}.{names.norm}",
+            norm=f"{layer}.{names.norm}" if names.norm else None,
             entry=module,
-            producers=producers,
-            consumer=output,
+            producers=tuple(producers),
+            consumer=f"{module}.{names.output}",
             units=units,
-            unit_size=unit_size,
-            shape_attributes=attributes,
-            query_heads_per_kv=picks,
+            unit_size=heads // units * size,
+            shape_attributes=tuple(ShapeAttribute(module, name, each) for name, each in sizes if name),
+            query_heads_per_kv=0 if whole_groups else per_group,
         )
 
     def _mlp_site(self, model: nn.Module, index: int) -> Site | None:
-        names, layer = self.mlp, f"{self.layers}.{index}"
-        consumer = f"{layer}.{names.consumer}"
+        layer = f"{self.layers}.{index}"
+        forms = [*([self.mlp] if self.mlp else []), *self.other_mlps]
+        names = next((form for form in forms if _has(model, f"{layer}.{form.consumer}")), None)
         config: Any = model.config
-        if config.model_type.startswith(PRUNED) and not _has(model, consumer):
-            return None  # an exported model without this MLP
+        if names is None:
+            if self.leaves or config.model_type.startswith(PRUNED):
+                return None  # experts alone, or an exported model without this MLP
+            names = forms[0]
+        consumer, norm = f"{layer}.{names.consumer}", names.norm
+        if norm is not None and names.parallel_norm and getattr(model.get_submodule(layer), norm, None) is None:
+            norm = names.parallel_norm
+        width = _linear(model, consumer).in_features
+        segments = tuple(Rows(part * width, 1) for part in range(1 + names.fused))
         return _site(
             model,
             layer=index,
             kind="mlp",
-            norm=f"{layer}.{names.norm}",
+            norm=f"{layer}.{norm}" if norm else None,
             entry=f"{layer}.{names.entry}",
-            producers=tuple(Producer(f"{layer}.{name}", (Rows(0, 1),)) for name in names.producers),
+            producers=tuple(Producer(f"{layer}.{name}", segments) for name in names.producers),
             consumer=consumer,
-            units=_linear(model, consumer).in_features,
+            units=width,
             unit_size=1,
             activation=f"{layer}.{names.activation}" if names.activation else None,
+            norm_serves_others=names.beside_experts,
         )
+
+
+def check_by_head(attention: nn.Module, path: str, heads: int, kv_heads: int, size: int, latent: bool) -> None:
+    """Raise :class:`ModelError` for weights that belong to heads and are in no linear layer: norms of each head, sinks.
+
+    A cut of heads would leave them as they are.
+    """
+    by_head = {heads, kv_heads} | (set() if latent else {heads * size, kv_heads * size})
+    by_head -= {1, size}
+    for name, module in attention.named_modules():
+        if hasattr(module, "in_features"):
+            continue
+        found = [own for own, tensor in module.named_parameters(recurse=False) if by_head & {*tensor.shape}]
+        if isinstance(module, nn.ModuleList) and len(module) in by_head:
+            found.append("")
+        if found:
+            raise ModelError(
+                f"{'.'.join(part for part in (path, name, found[0]) if part)} has an entry for each head, which no cut "
+                "of heads changes here; this model needs an architecture adapter of its own"
+            )
 
 
 def heads_of(config: Any, layer: int) -> tuple[int, int]:
@@ -129,8 +183,10 @@ def head_size(config: Any) -> int:
 
 def _has(model: nn.Module, path: str) -> bool:
     """Whether the model has a linear layer there."""
-    owner, _, name = path.rpartition(".")
-    return hasattr(getattr(model.get_submodule(owner), name, None), "in_features")
+    try:
+        return hasattr(model.get_submodule(path), "in_features")
+    except AttributeError:
+        return False
 
 
 def _linear(model: nn.Module, path: str) -> Any:

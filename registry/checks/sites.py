@@ -25,15 +25,22 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
     sites = architecture.sites(model, attention_unit)
     wanted = [(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]
     found = [(site.layer, site.kind) for site in sites]
-    expect(found == wanted, architecture, f"must list sites layer by layer, attention before MLP, found {found}")
+    in_order = bool(found) and found == [place for place in wanted if place in found]
+    expect(in_order, architecture, f"must list sites layer by layer, attention before MLP, found {found}")
+    missing = [f"layer {layer} {kind}" for layer, kind in wanted if (layer, kind) not in found]
+    expect(
+        not missing or bool(architecture.leaves),
+        architecture,
+        f"lists no site for {', '.join(missing)}; say in leaves what such layers have instead, or list it",
+    )
     for site in sites:
         weight = model.get_submodule(site.consumer).get_parameter("weight")
         shape = (site.outputs, site.channels)
         real = tuple(weight.shape)
         expect(real == shape, architecture, f"{site.label}: {site.consumer} is {real}, the site says {shape}")
-        paths = (site.norm, site.entry, *((site.activation,) if site.activation else ()))
-        for path in paths:
-            model.get_submodule(path)
+        for path in (site.norm, site.entry, site.activation):
+            if path is not None:
+                model.get_submodule(path)
         unit, parameters = torch.tensor([0]), site.unit_size * site.outputs
         for producer in site.producers:
             linear: Any = model.get_submodule(producer.path)
@@ -72,14 +79,22 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
         for site in sites:
             producers = [producer.path for producer in site.producers]
             calls_of = {path: _call(architecture, site, path, model, first) for path in _paths(site)}
-            norm, entry, consumer = (calls_of[path] for path in (site.norm, site.entry, site.consumer))
+            norm, entry, consumer = (calls_of.get(path or "", -1) for path in (site.norm, site.entry, site.consumer))
             fits = norm < entry and all(entry <= calls_of[path] < consumer for path in producers)
+            before_it = f"{site.norm}, then " if site.norm else ""
             expect(
                 fits,
                 architecture,
-                f"{site.label}: a pass must call {site.norm}, then {site.entry}, then {', '.join(producers)}, then "
+                f"{site.label}: a pass must call {before_it}{site.entry}, then {', '.join(producers)}, then "
                 f"{site.consumer}; it calls them in another order",
             )
+            if site.norm is not None:
+                normed, read = first[norm][0].forward(*first[norm][1]), _read(*first[entry])
+                expect(
+                    normed.numel() == read.numel() and torch.equal(normed.reshape(read.shape), read),
+                    architecture,
+                    f"{site.label}: {site.entry} does not read what {site.norm} returns",
+                )
             if site.activation is not None:
                 continue
             before = _lengths(cache)
@@ -104,9 +119,18 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
 
 
 def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any], takes_others: bool) -> None:
-    names = list(inspect.signature(type(entry).forward).parameters)[1:]
+    names = _parameters(entry)
     arguments = without_caches({**dict(zip(names, args, strict=False)), **kwargs})
     entry.forward(arguments.pop(names[0]), **arguments if takes_others else {})
+
+
+def _read(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a block reads: its first argument."""
+    return args[0] if args else kwargs[_parameters(entry)[0]]
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _lengths(cache: Any) -> list[int]:
@@ -114,7 +138,8 @@ def _lengths(cache: Any) -> list[int]:
 
 
 def _paths(site: Site) -> list[str]:
-    return [site.norm, site.entry, *(producer.path for producer in site.producers), site.consumer]
+    norm = [site.norm] if site.norm else []
+    return [*norm, site.entry, *(producer.path for producer in site.producers), site.consumer]
 
 
 def _call(architecture: Architecture, site: Site, path: str, model: nn.Module, calls: Sequence[Call]) -> int:

@@ -264,6 +264,11 @@ class Architecture(Component):
     """``config.model_type`` values it serves."""
     layers: str
     """Path of the decoder layers' list."""
+    form: str = ""
+    """What its layers have that Llama's have not, in a few words such as "parallel blocks"."""
+    leaves: str = ""
+    """What large part of the layers no site cuts, such as "routed experts". A layer may then lack one of its two sites.
+    Empty: every layer has both."""
 
     @abstractmethod
     def sites(self, model: nn.Module, attention_unit: AttentionUnit) -> list[Site]:
