@@ -99,7 +99,8 @@ def identity(spec: PipelineSpec, folder: Path) -> dict[str, Any]:
         if (place / spec.model.gguf).is_file():
             data["model"]["name"] = _relative(place, folder)
             data["model"]["gguf"] += f"{BEFORE_SHA256}{content(place / spec.model.gguf)}"
-    for section, key in ((data["model"], "gguf"), (data["model"], "tokenizer"), (data, "match")):
+    model = data["model"]
+    for section, key in ((model, "gguf"), (model, "tokenizer"), (data, "match"), (data, "architecture")):
         if section[key] is None:  # keys that version 0.1 did not have
             del section[key]
     return plain(_without_paths(data, folder))

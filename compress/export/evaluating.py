@@ -188,7 +188,8 @@ def _read(
         file.data["prune"] = dict(UNPRUNED)
     elif manifest is not None and manifest.profile == "dynamic":
         recipe = reload.recipe_of(path, plugins)
-        data = {key: recipe.model_dump(mode="json", serialize_as_any=True)[key] for key in ("model", "runtime", "seed")}
+        kept = ("model", "architecture", "runtime", "seed")
+        data = {key: recipe.model_dump(mode="json", serialize_as_any=True)[key] for key in kept}
         prune = recipe.prune.model_dump(mode="json", serialize_as_any=True)
         data["prune"] = {"use": prune.pop("name"), **prune}
         file = YamlFile(Path("evaluate"), "", data, {})

@@ -104,6 +104,7 @@ def recipe_of(folder: Path, plugins: Sequence[str | Path] = ()) -> PipelineSpec:
         data = plain_data(read_text(path), RECIPE)
         listed = data.pop("plugins", None) or []
         wanted = {key: data[key] for key in ("model", "prune", "runtime", "seed")}
+        wanted["architecture"] = data.get("architecture")  # which older recipes do not have
     except (OSError, ValueError, SpecError, AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path} is missing or damaged ({type(error).__name__}: {error}); export again") from error
     try:

@@ -26,6 +26,7 @@ from ...registry import (
 )
 from ...registry.component import wrong_kind
 from ..engine.runtime import Runtime
+from ..models.likeness import Like
 from ..output.reading import LARGEST, shown
 from . import moved
 
@@ -97,6 +98,12 @@ def build_runtime(runtime: Runtime | Mapping[str, Any] | None) -> Runtime:
     """A :class:`Runtime` from options; raises :class:`SpecError` naming every mistake at once."""
     reader = Reader(Catalog())
     return reader.result(reader.model(Runtime, {} if runtime is None else runtime, ("runtime",)), "runtime")
+
+
+def build_architecture(architecture: Like | Mapping[str, Any]) -> Like:
+    """A :class:`Like` from options; raises :class:`SpecError` naming every mistake at once."""
+    reader = Reader(Catalog())
+    return reader.result(reader.model(Like, architecture, ("architecture",)), "architecture")
 
 
 class Reader:

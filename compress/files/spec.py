@@ -13,6 +13,7 @@ from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, nea
 from ...registry.text import is_saved_dataset
 from ..bundled import TEXTS
 from ..engine.runtime import Runtime
+from ..models.likeness import Like
 from ..models.loading import ModelSource
 from ..models.named import BUNDLED, MODELS
 from ..output.reading import path_problem, shown
@@ -122,6 +123,12 @@ class PipelineSpec(BaseModel):
         "dense decoder's, within 0.5%",
     )
 
+    architecture: Like | None = Field(
+        default=None,
+        description="for a model of an unknown type: the family whose names its layers have, such as {like: llama}; "
+        "checked on the model before anything is pruned",
+    )
+
     _catalog: Catalog | None = PrivateAttr(None)
 
     @field_validator("evaluate")
@@ -151,8 +158,9 @@ class PipelineSpec(BaseModel):
 
     @property
     def catalog(self) -> Catalog:
-        """The components that the spec was read with."""
-        return self._catalog or Catalog.discover(self.plugins)
+        """The components that the spec was read with; with ``architecture``, of all architectures that one alone."""
+        found = self._catalog or Catalog.discover(self.plugins)
+        return found if self.architecture is None else self.architecture.only(found)
 
     @classmethod
     def load(
@@ -255,6 +263,11 @@ class SpecReader(Reader):
             raw = {key: value for key, value in raw.items() if not self._refused(cls, key, value, place)}
         if isinstance(raw, Mapping) and issubclass(cls, TextSource):
             raw = self._text(dict(raw), place)
+        if cls is Like and isinstance(raw, Mapping) and isinstance(raw.get("like"), str):
+            try:
+                Like(like=raw["like"]).entry(self.catalog)
+            except SpecError as error:
+                self.mistake((*place, "like"), str(error))
         if cls is ModelSource and isinstance(raw, str):
             raw = {"name": raw}
         if isinstance(raw, Mapping) and cls is ModelSource:

@@ -58,7 +58,7 @@ class MlpNames(BaseModel):
     parallel_norm: str | None = None
     """The norm that is read where the layer has no ``norm``: in parallel blocks that of the attention."""
     beside_experts: bool = False
-    """Whether it is a shared expert: routed experts read the same norm."""
+    """Whether it is a shared expert, and routed experts read the same norm."""
 
 
 class PreNormDecoder(Architecture):
@@ -246,7 +246,7 @@ class Opt(PreNormDecoder):
 
     def sites(self, model: nn.Module, attention_unit: AttentionUnit) -> list[Site]:
         config: Any = model.config
-        if not config.do_layer_norm_before:
+        if not getattr(config, "do_layer_norm_before", True):
             raise ModelError(
                 "this OPT has post-norm layers (do_layer_norm_before=False, as OPT-350m): its residual stream is not "
                 "the norm's input, by which the probe ranks; use another OPT size"

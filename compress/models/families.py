@@ -43,7 +43,7 @@ def mlp(first: str, consumer: str, **changes: Any) -> dict[str, Any]:
 
 
 def expert(path: str, **changes: Any) -> tuple[MlpNames]:
-    """A shared expert at ``path``, beside routed ones: with Llama's linear layers, or with other ``changes``."""
+    """A shared expert at ``path``, next to routed ones: with Llama's linear layers, or with other ``changes``."""
     producers = (f"{path}.gate_proj", f"{path}.up_proj")
     names = {"entry": path, "producers": producers, "consumer": f"{path}.down_proj", "beside_experts": True, **changes}
     return (Llama().mlp.model_copy(update=names),)

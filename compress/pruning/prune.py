@@ -5,18 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ...registry import (
+    AttentionUnit,
     Catalog,
     DataError,
     PruneWarning,
     SpecError,
     Strategy,
 )
+from ...registry.checks.sites import check_sites, check_tokens
 from ...registry.tensors.tokens import check_token_ids
 from ..calibration.covariance import share_out
 from ..calibration.losses import check_output_layer
@@ -31,11 +33,12 @@ from ..calibration.statistics_file import StatisticsFile
 from ..engine.ahead import check_attention, check_same_attention
 from ..engine.engine import Engine
 from ..engine.runtime import Runtime
-from ..files.reader import build_runtime, build_strategy
+from ..files.reader import build_architecture, build_runtime, build_strategy
+from ..models.likeness import ANY, Like, with_types
 from .deciding import decide
 from .matching import Match
 from .pruned import Pruned
-from .sites import find_sites, sites_within
+from .sites import architectures_in, find_sites, misfit, sites_within
 
 
 def prune(
@@ -49,6 +52,7 @@ def prune(
     statistics: SharedStatistics | StatisticsFile | str | Path | None = None,
     runtime: Runtime | Mapping[str, Any] | None = None,
     match: Match | None = None,
+    architecture: Like | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune a loaded causal language model in place; undo with :meth:`Pruned.remove` or ``with``.
@@ -62,6 +66,8 @@ def prune(
     ``runtime`` is a :class:`~prunekit.compress.Runtime`, or a mapping of its options: how to compute, not what.
     With ``match`` the strategy gets the ratio at which the decoder costs ``1 - ratio`` of the dense one; a cost that no
     ratio has within half a percent is refused (:class:`SpecError`).
+    ``architecture``, such as ``{"like": "llama"}``, names the family whose names the layers of a model of an unknown
+    type have; the model then runs on a few tokens first, and is refused if a cut is not right (:class:`ModelError`).
 
     What is worth knowing of the cut is in :attr:`Pruned.notes`, and warned of (:class:`PruneWarning`).
 
@@ -70,7 +76,10 @@ def prune(
     is then as it was.
     """
     catalog = Catalog.discover() if catalog is None else catalog
+    if architecture is not None:
+        catalog = build_architecture(architecture).only(catalog)
     chosen = build_strategy(catalog, strategy, options)
+    catalog = proven(model, catalog, chosen.attention_unit)
     if isinstance(statistics, (str, Path)):
         statistics = StatisticsFile(Path(statistics))
     if isinstance(statistics, StatisticsFile) and chosen.sequential and chosen.needs_calibration:
@@ -125,3 +134,31 @@ def engine_of(
     if strategy.decides_ahead:
         check_same_attention(model)
     return Engine(model, layers, sites, strategy, trace, all_sites, runtime), ratio
+
+
+def proven(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> Catalog:
+    """The catalog whose architecture serves this model's type, where the user has named one for every model.
+
+    A pass over 12 random tokens must call what the sites name, and compute with half of the units what it computes with
+    all while the others weigh nothing. Raises :class:`ModelError` where it does not.
+    """
+    known = architectures_in(catalog)
+    if len(known) != 1 or ANY not in known[0][1].model_types:
+        return catalog
+    (entry, architecture), whole = known[0], cast(Any, model)
+    find_sites(model, catalog, unit)
+    ids, served = check_tokens(whole), with_types(catalog, entry, whole.config.model_type)
+    try:
+        check_sites(architecture, model, unit)
+        with warnings.catch_warnings(), torch.no_grad(), evaluating(model):
+            warnings.simplefilter("ignore", PruneWarning)
+            logits = [whole(input_ids=ids).logits]
+            for applier in ("slice", "zero"):
+                with prune(model, "magnitude", ratio=0.5, applier=applier, catalog=served, attention_unit=unit):
+                    logits.append(whole(input_ids=ids).logits)
+    except (AssertionError, AttributeError, RuntimeError) as error:  # what a block raises that reads another size
+        raise misfit(entry, model, error) from error
+    dense, sliced, zeroed = logits
+    if (sliced - zeroed).norm() > 0.05 * (dense - zeroed).norm():
+        raise misfit(entry, model, "without half of its units it computes something else than while they weigh nothing")
+    return served

@@ -18,6 +18,7 @@ from ...registry import (
 )
 from ...registry.catalog import Entry
 from ..models.architectures import PRUNED
+from ..models.likeness import ANY, advice
 
 
 def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple[str, list[Site]]:
@@ -34,28 +35,45 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
             f"{type(inner).__name__}, before it is wrapped"
         )
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    known: list[tuple[Entry, Architecture]] = []
-    for entry in catalog.of_role("architectures"):
-        made: Any = entry.component
-        known.append((entry, made()))
-    serving = [(entry, architecture) for entry, architecture in known if kind in architecture.model_types]
+    known = architectures_in(catalog)
+    serving = [each for each in known if kind in each[1].model_types or ANY in each[1].model_types]
     if len(serving) > 1:
         both = " and ".join(f"{entry.name} (plugin {entry.plugin} of {entry.provider})" for entry, _ in serving)
         raise ModelError(f"model type {kind!r} is served by architectures {both}; switch one off with PRUNEKIT_BLOCK")
     if serving:
-        _, architecture = serving[0]
+        entry, architecture = serving[0]
         try:
-            return architecture.layers, architecture.sites(model, unit)
+            sites = architecture.sites(model, unit)
         except AttributeError as error:
+            if ANY in architecture.model_types:
+                raise misfit(entry, model, error) from error
             raise ModelError(
                 f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
                 f"built differently ({error}); {_instead(model, architecture.layers)}"
             ) from error
+        if not sites:
+            raise ModelError(f"architecture {architecture.name} finds nothing in this {type(model).__name__} to prune")
+        return architecture.layers, sites
     served = [kind for _, architecture in known for kind in architecture.model_types if not kind.startswith(PRUNED)]
-    raise ModelError(
-        f"no architecture serves model type {kind!r}; served are {', '.join(served) or 'none'}. "
-        f"{_inner_model(model, served)}Write one as a plugin: a prunekit.registry.Architecture with the model's names "
-        "(docs/plugins.md)"
+    remedy = _inner_model(model, served) or advice(model, str(kind), [architecture for _, architecture in known])
+    listed = f"prunekit families lists the {len(served)} that are served"
+    raise ModelError(f"no architecture serves model type {kind!r}; {listed}. {remedy or WRITE_ONE}")
+
+
+WRITE_ONE = "Write one as a plugin: a prunekit.registry.Architecture with the model's names (docs/architectures.md)"
+
+
+def architectures_in(catalog: Catalog) -> list[tuple[Entry, Architecture]]:
+    """The architectures of a catalog, with who provides them."""
+    classes: list[tuple[Entry, Any]] = [(entry, entry.component) for entry in catalog.of_role("architectures")]
+    return [(entry, made()) for entry, made in classes]
+
+
+def misfit(entry: Entry, model: nn.Module, reason: Any) -> ModelError:
+    """The error for an architecture that the user names and that is not this model's."""
+    return ModelError(
+        f"architecture.like: {entry.name} does not fit this {type(model).__name__} ({reason}); name another one of "
+        "prunekit families, or write an architecture (docs/architectures.md)"
     )
 
 
@@ -82,7 +100,7 @@ def _inner_model(model: nn.Module, served: Sequence[str]) -> str:
         return ""
     return (
         f"Its {text.model_type} language model can be pruned alone: with config = model.config.get_text_config() "
-        f"and backbone = model.model.language_model, {_WRAP}. "
+        f"and backbone = model.model.language_model, {_WRAP}"
     )
 
 

@@ -71,10 +71,8 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
 
     A probe runs the block again, without the key/value cache. It must compute the same, and leave the cache as it is.
     """
-    embeddings = model.get_input_embeddings()
-    ids = torch.randint(embeddings.num_embeddings, (2, 6), generator=torch.Generator().manual_seed(0))
     with recorded(model) as calls:
-        output = model(input_ids=ids.to(embeddings.weight.device), use_cache=True)
+        output = model(input_ids=check_tokens(model), use_cache=True)
         first, cache = list(calls), cache_among(output)
         for site in sites:
             producers = [producer.path for producer in site.producers]
@@ -116,6 +114,13 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
                 f"{site.label}: {site.entry} computes something else when it is called again without the key/value "
                 "cache, as a probe does",
             )
+
+
+def check_tokens(model: Any) -> torch.Tensor:
+    """12 random tokens for a model; (2, 6) int64."""
+    embeddings = model.get_input_embeddings()
+    ids = torch.randint(embeddings.num_embeddings, (2, 6), generator=torch.Generator().manual_seed(0))
+    return ids.to(embeddings.weight.device)
 
 
 def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any], takes_others: bool) -> None:
