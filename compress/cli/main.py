@@ -177,6 +177,24 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")], plugin: PluginFil
     listing.show_component(_catalog(plugin), name)
 
 
+def families(
+    plugin: PluginFiles = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
+) -> None:
+    """List the model types that can be pruned.
+
+    With what their layers have that Llama's have not, what is left whole, and what they can be exported to.
+    """
+    import json
+
+    from . import families as listed
+
+    catalog = _catalog(plugin)
+    if as_json:
+        return typer.echo(json.dumps(listed.as_data(catalog), indent=2))
+    listed.show(catalog)
+
+
 def schema(
     plugin: PluginFiles = None,
     ablation: Annotated[bool, typer.Option("--ablation", help="The schema of ablation files instead.")] = False,
@@ -199,6 +217,7 @@ COMMANDS: Commands = {
     "validate": validate,
     "list": list_components,
     "show": show,
+    "families": families,
     "schema": schema,
 }
 for name, command in COMMANDS.items():

@@ -89,8 +89,9 @@ def advice(model: nn.Module, kind: str, known: Iterable[Architecture]) -> str:
     names = guessed_names(stack[0], _width(model))
     if names is None:
         return ""
-    decoders = [each for each in known if isinstance(each, PreNormDecoder) and not each.leaves]
-    order = sorted(decoders, key=lambda each: (len(_missing(each, stack[0])), each.name != "llama"))
+    decoders = [each for each in known if isinstance(each, PreNormDecoder)]
+    plain = [each for each in decoders if each.mlp is not None and not (each.other_mlps or each.leaves)]
+    order = sorted(plain, key=lambda each: (len(_missing(each, stack[0])), each.name != "llama"))
     found = order[0] if order else Llama()
     missing = _missing(found, stack[0])
     place = "" if found.layers == path else f", layers: {path}"

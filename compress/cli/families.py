@@ -1,0 +1,71 @@
+"""What ``prunekit families`` prints: the model types that are served."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...registry import Catalog
+from ..export.support import profiles_for
+from ..models.likeness import types_of
+from ..output import printing
+
+TESTED = (
+    "on tiny random models, by four strategies: what is cut equals what is zeroed, padded or not, in generation too"
+)
+EVERY = ("padded", "dynamic")
+"""Formats that hold every model, and do not make it smaller on disk."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model type that is served."""
+
+    model_type: str
+    architecture: str
+    provider: str
+    layers: str
+    """What its layers have that Llama's have not; empty: nothing."""
+    leaves: str
+    """What large part of the layers is never cut; empty: nothing."""
+    exports: list[str]
+    tested: str
+    """How prunekit's tests prove it; empty for a type that a plugin serves."""
+    installed: bool
+    """Whether the installed transformers has the type."""
+
+
+def served(catalog: Catalog) -> list[Served]:
+    """All model types that the catalog's architectures serve, sorted by name."""
+    from transformers import CONFIG_MAPPING
+
+    found = []
+    for entry in catalog.of_role("architectures"):
+        made: Any = entry.component
+        architecture = made()
+        about = (entry.name, entry.provider, architecture.form, architecture.leaves)
+        tested = TESTED if entry.provider.startswith("prunekit ") else ""
+        for kind in types_of(entry):
+            found.append(Served(kind, *about, profiles_for(kind), tested, kind in CONFIG_MAPPING))
+    return sorted(found, key=lambda each: each.model_type)
+
+
+def show(catalog: Catalog) -> None:
+    """Print the served model types as a table."""
+    found = served(catalog)
+    rows = []
+    for each in found:
+        smaller = ", ".join(name for name in each.exports if name not in EVERY)
+        ours = "yes" if each.tested else f"no, by {each.provider}"
+        name = each.model_type if each.installed else f"{each.model_type} (not in this transformers)"
+        rows.append((name, each.layers or "as Llama", each.leaves or "-", smaller or "-", ours))
+    printing.show_table(("model type", "layers", "left whole", "smaller exports", "tested"), rows, left=5)
+    printing.say(f"{len(found)} model types. Exports {' and '.join(EVERY)} hold every one. Tested: {TESTED}.")
+    printing.say(
+        "Another type whose layers look like one of these: architecture: {like: TYPE} (docs/architectures.md)."
+    )
+
+
+def as_data(catalog: Catalog) -> list[dict[str, Any]]:
+    """The served model types as plain data."""
+    return [asdict(each) for each in served(catalog)]
