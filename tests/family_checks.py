@@ -136,8 +136,8 @@ def check_family(
     """Check every case (:func:`cover` by default) on a model, whose weights are made random first.
 
     Sliced equals zeroed, and one wrong unit does not. Full-batch probing's decisions are computed again from what the
-    dense consumers read. Generated tokens are the oracle's. After removal the model is bit-identical, and no key of the
-    state dict has changed. ``options`` are those of :func:`~prunekit.compress.prune`.
+    dense consumers read. Generated tokens are the oracle's. Blocks that keep nothing add nothing. After removal the
+    model is bit-identical, and no key of the state dict has changed. ``options`` are those of ``prune``.
     """
     catalog = Catalog.discover(block="") if catalog is None else catalog
     randomise(model)
@@ -165,6 +165,8 @@ def check_family(
                 if case.padding != "right":
                     check_generation(case, pruned, oracle, ids, call["attention_mask"])
             assert torch.equal(model(**call).logits, dense), f"{case}: the model computes otherwise after removal"
+    with torch.no_grad():
+        check_absent(case, model, oracle, ids, catalog, **options)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -192,9 +194,27 @@ def check_logits(case: Case, number: int, pruned, oracle: Oracle, call: dict) ->
     assert moved > 5 * allowed, f"{case}: a wrong unit in {site.label} moves the logits by {moved:.2g} alone"
 
 
+def check_absent(case: Case, model: nn.Module, oracle: Oracle, ids: torch.Tensor, catalog: Catalog, **options) -> None:
+    """A model without its first attention and its last MLP computes as if these added nothing."""
+    places = [place(site) for site in oracle.sites]
+    attentions, mlps = ([each for each in places if each[1] == kind] for kind in ("attention", "mlp"))
+    gone, layers = [*attentions[:1], *mlps[-1:]], 1 + places[-1][0]
+    shares = {kind: [float((layer, kind) in gone) for layer in range(layers)] for kind in ("attention", "mlp")}
+    allocator = {"name": "explicit", **shares}
+    options |= dict(allocator=allocator, attention_unit=case.unit, catalog=catalog, trace=True)
+    with prune(model, "magnitude", **options) as pruned:
+        assert [where for where, count in pruned.counts.items() if not count] == sorted(gone)
+        call = dict(input_ids=ids, use_cache=False)
+        oracle.zero(kept_of(pruned))
+        expected = oracle.model(**call).logits
+        difference, allowed = (pruned.model(**call).logits - expected).abs().max(), TOLERANCE * expected.abs().max()
+        assert difference <= allowed, f"without {gone}: logits are {difference:.2g} off, allowed is {allowed:.2g}"
+        check_generation(case, pruned, oracle, ids, None)
+
+
 def kept_of(pruned) -> dict:
     """The units that every site computed with in the last batch, by layer and kind."""
-    last = [record for record in pruned.trace if record["batch"] == pruned.trace[-1]["batch"]]
+    last = [record for record in pruned.trace if record["batch"] == pruned.trace[-1]["batch"]]  # or none at all
     return {**{place(site): range(site.units) for site in pruned.all_sites}, **pruned.sites_kept} | {
         (record["layer"], record["kind"]): record["kept"] for record in last
     }

@@ -128,9 +128,7 @@ def test_models_that_cannot_be_cut(make_model, batches):
     import transformers
 
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=97)
-    with pytest.raises(
-        ModelError, match=r"no architecture serves model type 'gpt2'; served are llama, mistral, qwen2, qwen3, opt\."
-    ):
+    with pytest.raises(ModelError, match=r"no architecture serves model type 'gpt2'; prunekit families lists"):
         prune(transformers.GPT2LMHeadModel(config), "magnitude", ratio=0.4)
     with pytest.raises(ModelError, match="has post-norm layers"):
         prune(make_model("opt", do_layer_norm_before=False), "magnitude", ratio=0.4)

@@ -4,13 +4,25 @@ A new line of the table of families brings its own test. Where the general recip
 ``CONFIGS`` says what differs.
 """
 
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from prunekit.compress import prune
+from prunekit.compress.export.configs import hetero_config, stock_config
+from prunekit.compress.export.cut_model import LayerShape
+from prunekit.compress.export.support import profiles_for
 from prunekit.compress.models.architectures import PRUNED
-from prunekit.registry import Catalog
+from prunekit.compress.models.likeness import types_of
+from prunekit.registry import Catalog, ModelError, Producer, Rows
+from prunekit.registry.checks import check_sites
+from torch import nn
 
-from tests.family_checks import check_family, cover
+from tests.family_checks import ALL, PADDINGS, STRATEGIES, UNITS, check_family, cover, randomise
 
 RECIPE = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
@@ -25,7 +37,7 @@ TYPES = [kind for each in ARCHITECTURES for kind in each.model_types if not kind
 
 WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 MLA = dict(
-    q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, num_key_value_heads=8,
+    q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, num_key_value_heads=8,
     head_dim=None,
 )  # fmt: skip
 MOE = dict(
@@ -86,9 +98,178 @@ def tiny(kind: str, **changes):
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def served(kind: str):
+    """The architecture of a model type; skips the test where the installed transformers lacks the type."""
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    (found,) = [each for each in ARCHITECTURES if kind in each.model_types]
+    return found
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_family(kind):
     """12 of the 48 combinations of strategy, unit, attention and padding; four types together run all of them."""
-    if kind not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    check_family(tiny(kind), cover(TYPES.index(kind)), CATALOG)
+    architecture, model = served(kind), tiny(kind).eval()
+    for unit in UNITS:
+        check_sites(architecture, model, unit)
+    check_family(model, cover(TYPES.index(kind)), CATALOG)
+
+
+def test_four_turns_run_all_combinations():
+    turns = [cover(turn) for turn in range(4)]
+    assert {case for turn in turns for case in turn} == set(ALL)
+    for cases in turns:
+        assert {(case.strategy, case.padding) for case in cases} == set(product(STRATEGIES, PADDINGS))
+        for strategy in STRATEGIES:
+            mine = [case for case in cases if case.strategy == strategy]
+            assert len({case.unit for case in mine}) == len({case.attention for case in mine}) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "deepseek_v3"])
+def test_all_combinations(kind):
+    check_family(tiny(kind), ALL, CATALOG)
+
+
+@pytest.mark.parametrize("kind", ["cohere", "glm4", "deepseek_v3"])
+def test_wide_models_where_the_order_of_sums_matters(kind):
+    served(kind)
+    sizes = dict(hidden_size=256, intermediate_size=1600, num_attention_heads=16, num_key_value_heads=16)
+    check_family(tiny(kind, **sizes), cover()[::3], CATALOG)
+
+
+def test_parallel_blocks_of_stablelm():
+    check_family(tiny("stablelm", use_parallel_residual=True), cover()[::4], CATALOG)
+
+
+def test_latent_attention_without_a_latent_of_queries():
+    served("deepseek_v3")
+    check_family(tiny("deepseek_v3", q_lora_rank=None), cover()[::4], CATALOG)
+
+
+# What is wrong is found.
+
+
+def without_size(site):
+    return replace(site, shape_attributes=())
+
+
+def norm_of_the_other(site):
+    return replace(site, norm=site.norm.replace("post_attention_layernorm", "input_layernorm"))
+
+
+def two_parts(site):
+    """Interleaved rows taken for those of all queries, then of all keys, then of all values."""
+    if site.kind == "mlp":
+        return site
+    (producer,) = site.producers
+    size = producer.segments[0].per_unit // 3
+    return replace(site, producers=(Producer(producer.path, tuple(Rows(part * 32, size) for part in range(3))),))
+
+
+def norm_alone(site):
+    return replace(site, norm_serves_others=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "found"),
+    [
+        ("stablelm", without_size, "shape"),
+        ("granite", norm_of_the_other, "does not read what"),
+        ("persimmon", two_parts, "off the zeroed model's"),
+        ("solar_open", norm_alone, "without .* logits are"),
+    ],
+)
+def test_a_wrong_adapter_fails(kind, change, found):
+    architecture = type(served(kind))
+
+    class Wrong(architecture):
+        def sites(self, model, attention_unit):
+            return [change(site) for site in super().sites(model, attention_unit)]
+
+    others = [entry for entry in CATALOG.entries if entry.component is not architecture]
+    (mine,) = [entry for entry in CATALOG.entries if entry.component is architecture]
+    catalog, model = Catalog([*others, replace(mine, component=Wrong)]), tiny(kind).eval()
+    with pytest.raises((AssertionError, RuntimeError), match=found):
+        check_sites(Wrong(), model)
+        check_family(model, cover(), catalog)
+
+
+def test_layers_lack_a_site_only_where_the_architecture_says_so():
+    mixtral, model = served("mixtral"), tiny("mixtral").eval()
+    check_sites(mixtral, model)
+    with pytest.raises(AssertionError, match="lists no site for layer 0 mlp, layer 1 mlp; say in leaves what"):
+        check_sites(mixtral.model_copy(update={"leaves": ""}), model)
+
+
+@pytest.mark.parametrize("name", ["sinks", "per_head"])
+def test_weights_of_heads_that_no_cut_changes_are_refused(name):
+    model = randomise(tiny("llama"))
+    attention = model.model.layers[1].self_attn
+    if name == "sinks":
+        attention.sinks = nn.Parameter(torch.zeros(4))
+    else:
+        attention.per_head = nn.ModuleList(nn.LayerNorm(8) for _ in range(4))
+    with pytest.raises(ModelError, match=rf"model\.layers\.1\.self_attn\.{name} has an entry for each head"):
+        prune(model, "magnitude", ratio=0.4, catalog=CATALOG)
+
+
+# What is listed.
+
+
+def rows_of_the_page() -> list[str]:
+    page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    table = page.split("| model types | layers | left whole |\n|---|---|---|\n")[1].split("\n\n")[0]
+    return table.splitlines()
+
+
+def test_the_page_lists_the_table():
+    ours = [entry for entry in CATALOG.of_role("architectures") if entry.provider.startswith("prunekit ")]
+    rows = []
+    for entry in ours:
+        made, types = entry.component(), ", ".join(f"`{kind}`" for kind in types_of(entry))
+        rows.append(f"| {types} | {made.form or 'as Llama'} | {made.leaves or '-'} |")
+    assert rows_of_the_page() == rows, "the table of docs/architectures.md should be:\n" + "\n".join(rows)
+
+
+def test_the_command_lists_all_types(command, tmp_path):
+    code, output = command("families", "--json")
+    listed = json.loads(output)
+    assert code == 0 and [each["model_type"] for each in listed] == sorted(TYPES)
+    assert len(listed) >= 54 and all(each["tested"] for each in listed)
+    (mixtral,) = [each for each in listed if each["model_type"] == "mixtral"]
+    assert mixtral["architecture"] == "mixtral" and mixtral["exports"] == ["padded", "dynamic"]
+    page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    (tmp_path / "biogpt.py").write_text(page.split("```python\n")[1].split("```")[0])
+    code, output = command("families", "--plugin", tmp_path / "biogpt.py")
+    assert code == 0 and f"{len(TYPES) + 1} model types" in output
+    assert "biogpt two-layer MLP" in output
+
+
+def test_the_family_of_the_page_takes_ten_lines(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    source = page.split("```python\n")[1].split("```")[0]
+    row = source.split("import hookimpl\n\n")[1].split("\n\n\n")[0]
+    assert "biogpt" not in TYPES and len(row.splitlines()) <= 10
+    (tmp_path / "biogpt.py").write_text(source)
+    catalog = Catalog.discover(files=[tmp_path / "biogpt.py"], block="")
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_key_value_heads=None)
+    model = tiny("biogpt", **dropout).eval()
+    check_sites(catalog.get("architectures", "biogpt")(), model)
+    check_family(model, cover(), catalog)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_exports_are_what_the_exports_take(kind):
+    """The list says what hf-uniform and hf-hetero do with a configuration of the type."""
+    served(kind)
+    config = tiny(kind).config
+    heads = config.num_attention_heads
+    shapes = [LayerShape(heads, getattr(config, "num_key_value_heads", heads), 48, False, False)] * 2
+    for profile, make in (("hf-uniform", stock_config), ("hf-hetero", hetero_config)):
+        try:
+            make(config, shapes)
+            takes = True
+        except ModelError:
+            takes = False
+        assert (profile in profiles_for(kind)) == takes, profile

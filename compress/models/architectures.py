@@ -125,7 +125,7 @@ class PreNormDecoder(Architecture):
         names = next((form for form in forms if _has(model, f"{layer}.{form.consumer}")), None)
         config: Any = model.config
         if names is None:
-            if self.leaves or config.model_type.startswith(PRUNED):
+            if not forms or self.leaves or config.model_type.startswith(PRUNED):
                 return None  # experts alone, or an exported model without this MLP
             names = forms[0]
         consumer, norm = f"{layer}.{names.consumer}", names.norm
