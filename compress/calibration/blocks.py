@@ -87,7 +87,8 @@ def _seen(engine: Engine, see: See) -> Iterator[None]:
     """By layer: what the norms of its sites have read."""
 
     def enter(site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        read.setdefault(site.layer, []).append((site.kind, split(module, args, kwargs)[0]))
+        stream = args[0] if site.norm else split(module, args, kwargs)[0]
+        read.setdefault(site.layer, []).append((site.kind, stream))
 
     def leave(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         leaving = output[0] if isinstance(output, tuple) else output

@@ -40,7 +40,7 @@ class Like(BaseModel):
     def entry(self, catalog: Catalog) -> Entry:
         """The architecture that is meant; raises :class:`SpecError` for none or several."""
         known = catalog.of_role("architectures")
-        found = [each for each in known if self.like in types_of(each)] or [e for e in known if e.name == self.like]
+        found = [e for e in known if e.name == self.like] or [e for e in known if self.like in types_of(e)]
         if len(found) == 1:
             return found[0]
         if found:

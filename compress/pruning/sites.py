@@ -39,7 +39,10 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
     serving = [each for each in known if kind in each[1].model_types or ANY in each[1].model_types]
     if len(serving) > 1:
         both = " and ".join(f"{entry.name} (plugin {entry.plugin} of {entry.provider})" for entry, _ in serving)
-        raise ModelError(f"model type {kind!r} is served by architectures {both}; switch one off with PRUNEKIT_BLOCK")
+        raise ModelError(
+            f"model type {kind!r} is served by architectures {both}; switch one off with PRUNEKIT_BLOCK, or name one, "
+            f"as architecture: {{like: {serving[-1][0].name}}}"
+        )
     if serving:
         entry, architecture = serving[0]
         try:
