@@ -122,6 +122,9 @@ def test_two_architectures_for_one_model_type(make_model, tmp_path):
     catalog = Catalog.discover(files=[file])
     with pytest.raises(ModelError, match=r"'llama' is served by architectures llama .* and mine .*PRUNEKIT_BLOCK"):
         prune(make_model("llama-gqa"), "magnitude", ratio=0.4, catalog=catalog)
+    model = make_model("llama-gqa")
+    with prune(model, "magnitude", ratio=0.4, catalog=catalog, architecture={"like": "mine"}) as pruned:
+        assert pruned.counts[0, "mlp"] < 192
 
 
 def test_models_that_cannot_be_cut(make_model, batches):

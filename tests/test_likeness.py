@@ -79,6 +79,15 @@ def test_models_without_an_attention_get_no_lines():
     assert message_of(model).endswith("with the model's names (docs/architectures.md)")
 
 
+def test_a_module_that_is_no_language_model_is_refused():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+
+    assert "no architecture serves model type None" in message_of(Own())
+
+
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 @pytest.mark.parametrize(("make", "like"), [(renamed, {"like": "llama"}), (biogpt, {"like": "opt"})])
 def test_a_model_is_pruned_like_a_known_one(make, like, unit):

@@ -108,7 +108,9 @@ def default_text(info: FieldInfo) -> str:
         value = {"name": value.name, **options} if options else value.name
     elif isinstance(value, BaseModel):
         value = value.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(value, tuple):
+        value = [each.model_dump(mode="json") if isinstance(each, BaseModel) else each for each in value]
     if isinstance(value, str) and "\n" in value:
         return f", default {json.dumps(value)}"
-    written = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000)
+    written = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return ", default " + written.removesuffix("\n").removesuffix("...").strip()

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import nn
 
-from ...registry import Architecture, Catalog, ModelError, SpecError, near
+from ...registry import Architecture, Catalog, SpecError, near
 from ...registry.catalog import Entry
 from .architectures import PRUNED, Llama, PreNormDecoder
 
@@ -83,7 +83,7 @@ def advice(model: nn.Module, kind: str, known: Iterable[Architecture]) -> str:
     """
     lists = [(path, stack) for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList)]
     stacks = [(path, stack) for path, stack in lists if len({type(layer) for layer in stack}) == 1]
-    if not stacks:
+    if not stacks or not hasattr(model, "get_input_embeddings"):
         return ""
     path, stack = max(stacks, key=lambda found: sum(each.numel() for each in found[1].parameters()))
     names = guessed_names(stack[0], _width(model))
@@ -103,7 +103,7 @@ def advice(model: nn.Module, kind: str, known: Iterable[Architecture]) -> str:
         said = f"It looks like {found.name}{f' with {more}' if more else ''}; "
         try:
             found.model_copy(update={"layers": path}).sites(model, "kv_group")
-        except (ModelError, AttributeError) as error:
+        except Exception as error:  # any model may come here
             said, run = f"{said[:-2]}, but {error}; ", ""
     lines = LINES.format(fields=_fields(kind, path, names))
     return f"{said}{run}write these lines into a plugin, with the names corrected (docs/architectures.md):\n\n{lines}"
@@ -144,7 +144,7 @@ def guessed_names(layer: nn.Module, width: int) -> dict[str, dict[str, Any]] | N
 
 
 def _width(model: Any) -> int:
-    return model.get_input_embeddings().embedding_dim
+    return model.get_input_embeddings().weight.shape[-1]
 
 
 def _linears(module: nn.Module) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, rati
 def notes_on_blocks(sites: Sequence[Site], counts: Counts) -> list[str]:
     """One note on the whole layers, attentions and MLPs of which nothing is left."""
     gone = {site for site in sites if counts.get((site.layer, site.kind)) == 0}
-    whole = {site.layer for site in gone} - {site.layer for site in sites if site not in gone or site.norm_serves_others}
+    left = {site.layer for site in sites if site not in gone or site.norm_serves_others}
+    whole = {site.layer for site in gone} - left
     found = []
     for what, kind in (("layers", None), ("attentions", "attention"), ("MLPs", "mlp")):
         where = whole if kind is None else {site.layer for site in gone if site.kind == kind} - whole
