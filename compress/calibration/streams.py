@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import ModelError
+from ..engine.batch import split
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 
@@ -37,7 +38,8 @@ class ResidualStreams:
     def __enter__(self) -> ResidualStreams:
         for cut in self._engine.cuts:
             norm, consumer = cut.binding.norm, cut.binding.consumer
-            self._stack.callback(norm.register_forward_pre_hook(partial(self._reads, cut)).remove)
+            reads = cut.binding.entry if norm is None else norm
+            self._stack.callback(reads.register_forward_pre_hook(partial(self._reads, cut), with_kwargs=True).remove)
             self._stack.callback(consumer.register_forward_hook(partial(self._adds, cut)).remove)
         for layer in {cut.site.layer for cut in self._engine.cuts}:
             module = self._engine.layers[layer]
@@ -59,8 +61,8 @@ class ResidualStreams:
     def _like(self, x: Tensor, stream: Tensor) -> Tensor:
         return stream.reshape(*x.shape[:2], -1).to(x.device)
 
-    def _reads(self, cut: SiteCut, norm: nn.Module, args: tuple) -> None:
-        self._before[cut] = args[0].detach()
+    def _reads(self, cut: SiteCut, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._before[cut] = (args[0] if cut.site.norm else split(module, args, kwargs)[0]).detach()
 
     def _adds(self, cut: SiteCut, consumer: nn.Module, args: tuple, output: Tensor) -> None:
         if cut.site.layer not in self._right:
