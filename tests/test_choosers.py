@@ -27,6 +27,7 @@ from prunekit.strategies.obs import ObsChooser
 from transformers import AutoModelForCausalLM
 
 from tests.test_compensation_memory import passes, peak_of
+from tests.test_families import served, tiny
 
 CHANNELS = 24
 
@@ -563,3 +564,26 @@ def test_a_stream_that_a_site_does_not_add_to_as_it_is_is_refused(make_model, ba
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 1
     prune(model, "obs", ratio=0.4, calibration=batches, compensate={"target": "dense_outputs"}).remove()
+
+
+@pytest.mark.parametrize(
+    ("kind", "added"),
+    {
+        "starcoder2": True,
+        "opt": True,
+        "gemma2": False,  # a norm follows
+        "granite": False,  # a factor
+        "cohere": False,  # parallel blocks
+        "exaone4": False,  # a norm follows, none comes before
+        "qwen2_moe": False,  # routed experts next to the shared one
+    }.items(),
+)
+def test_the_residual_stream_is_fitted_only_where_sites_add_to_it(kind, added):
+    served(kind)
+    model, ids = tiny(kind).eval(), torch.randint(64, (8, 12), generator=torch.Generator().manual_seed(0))
+    options = dict(ratio=0.3, calibration=[{"input_ids": ids}], compensate={"target": "dense_stream"})
+    if added:
+        prune(model, "obs", **options).remove()
+        return
+    with pytest.raises(ModelError, match="is not added to the residual stream as it is"):
+        prune(model, "obs", **options)

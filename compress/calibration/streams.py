@@ -25,7 +25,8 @@ class ResidualStreams:
     """Sees the residual stream before every site, for the batch that passes; a context manager.
 
     A layer that passes raises :class:`ModelError` where the output of a site is not added to the stream as it is: where
-    a norm or a factor follows, or where both sites read the same stream. A lag cannot be compensated there.
+    a norm or a factor follows, both sites read the same stream, or routed experts add to it. A lag cannot be
+    compensated there.
     """
 
     def __init__(self, engine: Engine):
@@ -80,7 +81,8 @@ class ResidualStreams:
             if not float(difference.float().norm()) <= EQUAL * float(added.float().norm()):
                 raise ModelError(
                     f"{cut.site.label}: what {cut.site.consumer} returns is not added to the residual stream as it is "
-                    "(a norm or a factor follows, or attention and MLP read the same stream), so the stream of the "
-                    "dense model cannot be fitted; nothing was pruned. Use target: dense_outputs"
+                    "(a norm or a factor follows, both sites read the same stream, or another part of the layer adds "
+                    "to it), so the stream of the dense model cannot be fitted; nothing was pruned. Use target: "
+                    "dense_outputs"
                 )
         self._right.add(layer)
