@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..registry import Evaluator, Measurement, Site, SiteKind, Subject, hookimpl
+from ..registry import Evaluator, Measurement, Site, SiteKind, Subject, hookimpl, linear_at
 from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, Key, attributed
 from .passes import OneBatch, clamped, prefill, setting, short_pass
 
@@ -135,7 +135,8 @@ def sliced_operations(
         cut = 0 if units is None else site.units - len(units)
         if cut:
             whole = cut == site.units
-            total -= 2 * tokens * (weights_of_block(model, site) if whole else cut * weights_of_unit(model, site))
+            weights = weights_of_block(model, site) if whole else cut * weights_of_unit(model, site)
+            total -= round(2 * tokens * site.reached * weights)
             if site.kind == "attention":
                 total -= dense.get((SCORES, site.layer), 0) * cut // site.units
     return total
@@ -149,14 +150,20 @@ def weights_of_block(model: Any, site: Site) -> int:
 def linears_of_block(model: Any, site: Site) -> list[Any]:
     """The linear layers that go with a site that keeps nothing."""
     paths = [*(producer.path for producer in site.producers), site.consumer]
+    linears = [linear_at(model, path) for path in paths]
     inside = [m for m in model.get_submodule(site.entry).modules() if hasattr(m, "in_features")]
-    return list(dict.fromkeys([*map(model.get_submodule, paths), *inside]))
+    return list(dict.fromkeys([*linears, *(inside if site.expert is None else ())]))
 
 
 def weights_of_unit(model: Any, site: Site) -> int:
-    """Number of linear weights of one unit, without biases."""
+    """Number of linear weights of one unit, without biases; of a whole expert those that every token reads.
+
+    A token reads as many experts as before, so that a whole expert saves its rows of the router alone.
+    """
+    if site.router is not None:
+        return round(sum(p.numel() for p in model.get_submodule(site.router).parameters()) / site.units / site.reached)
     rows = (
-        (sum(segment.per_unit for segment in producer.segments), model.get_submodule(producer.path).in_features)
+        (sum(segment.per_unit for segment in producer.segments), linear_at(model, producer.path).in_features)
         for producer in site.producers
     )
     return sum(count * width for count, width in rows) + site.unit_size * site.outputs

@@ -112,7 +112,8 @@ def module_keys(subject: Subject) -> dict[nn.Module, Key]:
         else:
             paths = [*linears, *([site.activation] if site.activation else [])]
             keys[entry] = MLP, site.layer
-            keys.update(dict.fromkeys(map(model.get_submodule, paths), (MLP, site.layer)))
+            if not site.routed:  # an expert's matrices are not modules
+                keys.update(dict.fromkeys(map(model.get_submodule, paths), (MLP, site.layer)))
     head = model.get_output_embeddings() if subject.sites else None
     if head is not None:
         keys[head] = HEAD, None

@@ -32,12 +32,13 @@ from .roles.parts import (
     SparsityAllocator,
 )
 from .roles.strategy import PaddingOf, Strategy
-from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, complement
+from .sites import AttentionUnit, ExpertUnit, Producer, Rows, ShapeAttribute, Site, SiteGroup, SiteKind, complement
 from .tensors.blocks import BlockInfluence, BlockStatistic
+from .tensors.experts import ExpertLinear, expert_linears, expert_sites, linear_at
 from .tensors.history_storage import HistoryStorage
 from .tensors.moments import ChannelMoments
 from .tensors.reductions import position_means, position_sums, token_norms
-from .tensors.statistics import ChannelHistory, Fluctuation, MeanSquare, Statistic, merge_mean, per_row
+from .tensors.statistics import ChannelHistory, ExpertStatistic, Fluctuation, MeanSquare, Statistic, merge_mean, per_row
 from .tensors.weights import LayerWeight, WeightStatistic
 from .text import TextSource
 
@@ -59,6 +60,9 @@ __all__ = [
     "Entry",
     "Evaluate",
     "Evaluator",
+    "ExpertLinear",
+    "ExpertStatistic",
+    "ExpertUnit",
     "Fluctuation",
     "GradientScorer",
     "GroupPart",
@@ -90,6 +94,7 @@ __all__ = [
     "SingularError",
     "Site",
     "SiteCovariance",
+    "SiteGroup",
     "SiteKind",
     "SiteScores",
     "Slope",
@@ -103,7 +108,10 @@ __all__ = [
     "TextSource",
     "WeightStatistic",
     "complement",
+    "expert_linears",
+    "expert_sites",
     "hookimpl",
+    "linear_at",
     "merge_mean",
     "near",
     "per_row",

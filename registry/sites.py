@@ -8,8 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SiteKind = Literal["attention", "mlp"]
+SiteKind = str
+"""``attention``, ``mlp``, ``expert0``, ``expert1`` ... for the channels of a routed expert, ``experts`` for whole
+experts. Layer and kind together are the key of a site."""
+SiteGroup = Literal["attention", "mlp", "expert", "experts"]
 AttentionUnit = Literal["kv_group", "query_head"]
+ExpertUnit = Literal["channels", "whole", "keep"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,11 @@ class ShapeAttribute:
 
 @dataclass(frozen=True)
 class Site:
-    """One place that can be cut: a decoder layer's attention or its MLP.
+    """One place that can be cut: a decoder layer's attention, its MLP, a routed expert, or its set of routed experts.
 
-    Paths are module names from the model's root. C = ``units * unit_size`` channels enter the consumer.
+    Paths are module names from the model's root. Those of an expert's matrices have a tensor and a number after the
+    module: ``...mlp.experts:down_proj:3`` (:func:`~prunekit.registry.linear_at`). C = ``units * unit_size`` channels
+    enter the consumer.
     """
 
     layer: int
@@ -84,14 +90,34 @@ class Site:
     norm_serves_others: bool = False
     """Whether modules outside the model's sites read the norm, too, such as routed experts. It is then computed even
     where the site keeps nothing."""
+    expert: int | None = None
+    """The expert's number, where the channels are those of a routed expert: only some tokens reach them."""
+    router: str | None = None
+    """The router's path, where the units are whole experts: its rows and biases are cut along."""
+    least: int = 0
+    """Units that must stay, such as the experts that the router chooses for every token."""
+    reached: float = 1.0
+    """The share of the tokens that reach a unit on average."""
 
     @property
     def channels(self) -> int:
         return self.units * self.unit_size
 
     @property
+    def group(self) -> SiteGroup:
+        """The kind without an expert's number: sites of a group have units of the same sort."""
+        if self.expert is not None:
+            return "expert"
+        return "attention" if self.kind == "attention" else "experts" if self.router is not None else "mlp"
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is of routed experts, which a router chooses for every token."""
+        return self.expert is not None or self.router is not None
+
+    @property
     def label(self) -> str:
-        return f"layer {self.layer} {self.kind}"
+        return f"layer {self.layer} {self.kind}" if self.expert is None else f"layer {self.layer} expert {self.expert}"
 
     def columns(self, units: Tensor) -> Tensor:
         """Consumer columns (channels) of ``units``; (k,) int64 -> (k * unit_size,) int64."""

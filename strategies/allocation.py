@@ -9,7 +9,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ..registry import Site, SiteKind, SiteScores, SparsityAllocator, SpecError, hookimpl
+from ..registry import Site, SiteGroup, SiteKind, SiteScores, SparsityAllocator, SpecError, hookimpl
+
+GROUPS: tuple[SiteGroup, ...] = ("attention", "mlp", "expert", "experts")
 
 EXACT = 1e-9
 """Shares this close to a whole number of units are whole: 0.3 * 10 is not below 3."""
@@ -23,7 +25,8 @@ def kept_width(units: int, dropped: int, multiple: int) -> int:
 class Uniform(SparsityAllocator):
     """The same share of units from every site; with the largest remainders the model loses the ratio, within one unit.
 
-    Every site drops the whole units of its share. Then sites drop one more until the sites of a kind (attention, MLP)
+    Every site drops the whole units of its share. Then sites drop one more until the sites of a kind (attention, MLP,
+    routed expert)
     together have lost the ratio: those with the largest remainders, and of equal ones those whose next unit has the
     smallest share of the site's scores. Where there are no scores before the cut (``sequential``, or no calibration),
     they are spread evenly over depth. Every site keeps a unit.
@@ -49,14 +52,15 @@ class Uniform(SparsityAllocator):
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` where channels cannot make up for whole heads."""
         counts, share = [scores.site.units for scores in sites], ratio
-        meets = {"attention": self.rounding == "largest_remainder", "mlp": self.rounding != "down"}
-        for kind, multiple in (("attention", 1), ("mlp", self.mlp_multiple)):
-            places = [place for place, scores in enumerate(sites) if scores.site.kind == kind]
+        for kind in GROUPS:
+            multiple = self.mlp_multiple if kind in ("mlp", "expert") else 1
+            meets = self.rounding == "largest_remainder" or (kind != "attention" and self.rounding != "down")
+            places = [place for place, scores in enumerate(sites) if scores.site.group == kind]
             if kind == "mlp" and self.rounding == "to_channels":
                 share = _left_to_channels([scores.site for scores in sites], counts, ratio)
             here = [sites[place] for place in places]
             kept = [_rounded_up(scores.site.units, share, multiple) for scores in here]
-            if meets[kind]:
+            if meets:
                 kept = apportioned(here, [share] * len(here), multiple)
             for place, count in zip(places, kept, strict=True):
                 counts[place] = count
@@ -70,7 +74,7 @@ def _left_to_channels(sites: Sequence[Site], counts: Sequence[int], ratio: float
     """
     total = sum(site.units * site.unit_parameters for site in sites)
     of_heads = sum((site.units - count) * site.unit_parameters for site, count in zip(sites, counts, strict=True))
-    of_mlps = sum(site.units * site.unit_parameters for site in sites if site.kind == "mlp")
+    of_mlps = sum(site.units * site.unit_parameters for site in sites if site.group != "attention")
     left = ratio * total - of_heads
     if left > 0 and left >= of_mlps:
         raise SpecError(
@@ -133,7 +137,9 @@ class Explicit(SparsityAllocator):
     takes_ratio: ClassVar[bool] = False
     name: Literal["explicit"] = "explicit"
     attention: tuple[float, ...] = Field(description="share of attention units to cut, one number per layer")
-    mlp: tuple[float, ...] = Field(description="share of MLP channels to cut, one number per layer")
+    mlp: tuple[float, ...] = Field(
+        description="share of MLP channels to cut, those of routed experts too, one number per layer"
+    )
 
     @field_validator("attention", "mlp")
     @classmethod
@@ -154,7 +160,8 @@ class Explicit(SparsityAllocator):
                     f"but the model has a layer {site.layer}"
                 )
             counts.append(site.units - math.floor(ratios[site.layer] * site.units + EXACT))
-        self._check_places({(scores.site.layer, scores.site.kind) for scores in sites})
+        groups = ((scores.site.layer, scores.site.group) for scores in sites)
+        self._check_places({(layer, "attention" if group == "attention" else "mlp") for layer, group in groups})
         return counts
 
     def _check_places(self, present: set[tuple[int, SiteKind]]) -> None:

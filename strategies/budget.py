@@ -94,7 +94,7 @@ class MeasuringAllocator(SparsityAllocator):
 
     def _multiple(self, site: Site) -> int:
         """The number whose multiples a site may keep."""
-        return self.mlp_multiple if site.kind == "mlp" else 1
+        return self.mlp_multiple if site.group in ("mlp", "expert") else 1
 
     def _measuring(self, evaluate: Evaluate | None) -> Evaluate:
         """``evaluate``; raises :class:`SpecError` if there is none."""

@@ -193,7 +193,7 @@ class Space:
         for _ in range(DRAWS if len(counts) > 1 else 0):
             pair = random.choice(len(counts), size=2, replace=False)
             other, dear = sorted(map(int, pair), key=lambda n: self.sites[n].unit_parameters)
-            if not self.across_kinds and self.sites[other].kind != self.sites[dear].kind:
+            if not self.across_kinds and self.sites[other].group != self.sites[dear].group:
                 continue
             kept = list(counts)
             kept[dear] = self._near(dear, kept[dear] + int(random.choice((-1, 1))) * self._size(dear, step))

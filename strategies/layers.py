@@ -21,7 +21,7 @@ from ..registry import (
     WeightStatistic,
     hookimpl,
 )
-from .allocation import apportioned
+from .allocation import GROUPS, apportioned
 
 TINY = 1e-9
 """A share of the ratio that is rounding."""
@@ -49,8 +49,9 @@ class LayerShares(SparsityAllocator):
         wanted = self.shares(layers, ratio) if ratio else np.zeros(len(layers))
         of_layer = dict(zip(sorted(first), wanted, strict=True))
         counts = [scores.site.units for scores in sites]
-        for kind, multiple in (("attention", 1), ("mlp", self.mlp_multiple)):
-            places = [place for place, scores in enumerate(sites) if scores.site.kind == kind]
+        for kind in GROUPS:
+            multiple = self.mlp_multiple if kind in ("mlp", "expert") else 1
+            places = [place for place, scores in enumerate(sites) if scores.site.group == kind]
             here = [sites[place] for place in places]
             units = np.array([scores.site.units for scores in here], dtype=float)
             most = np.minimum(self.maximum, np.maximum(0, 1 - multiple / np.maximum(units, 1)))

@@ -22,7 +22,7 @@ class RandomScorer(Scorer):
 
     def prepare(self, weight: Tensor, site: Site) -> Tensor:
         """Uniform draws; (O, C) -> (C,)."""
-        number = 2 * site.layer + (site.kind == "mlp")
+        number = 2 * site.layer + (site.kind != "attention") + (0 if site.expert is None else 2**40 * (1 + site.expert))
         generator = torch.Generator().manual_seed((self.seed * 100_003 + number) % 2**63)
         return torch.rand(weight.shape[1], generator=generator).to(weight.device)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import get_max_memory
 
-from ...registry import ChannelMoments, DataError, MemoryPlan, ModelError
+from ...registry import ChannelMoments, DataError, MemoryPlan, ModelError, SingularError
 from ...registry.tensors.devices import device_of, weights_present
 from ..engine.choosing import choice_of
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
+from .experts import unit_moments
 from .passes import Batch, Progress, calibrate_sites
 from .shared import SomeMoments
 
@@ -101,9 +102,22 @@ def share_out(engine: Engine, batches: list[Batch]) -> None:
 def choose(engine: Engine, cut: SiteCut) -> None:
     """Have the chooser order a site's units by its moments, which stay."""
     consumer, chooser = cut.binding.consumer, cut.state.chooser
+    unreached = cut.site.expert is not None and cut.compensation.moments is None
     if chooser is not None:
+        if unreached:
+            cut.compensation.take(unit_moments(cut.site.channels, cut.history.device))
         with weights_present(consumer):
-            cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), consumer.weight)
+            try:
+                cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), consumer.weight)
+            except SingularError:
+                if cut.site.expert is None:
+                    raise
+                unit = unit_moments(cut.site.channels, cut.history.device)  # too few tokens have reached it
+                cut.compensation.take(unit)
+                cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), consumer.weight)
+        if unreached:
+            cut.state.unreached, cut.state.choice = True, replace(cut.state.choice, tokens=None)
+            cut.compensation.forget()
 
 
 def finalize(engine: Engine, cut: SiteCut) -> None:

@@ -109,4 +109,5 @@ class SomeMoments(UserDict[str, ChannelMoments]):
 
 def _place(cut: SiteCut) -> Place:
     statistic = cut.state.statistic
-    return cut.site.consumer, None if statistic is None else statistic.identity
+    weighted = " router_weights" if cut.state.router_weights else ""
+    return cut.site.consumer + weighted, None if statistic is None else statistic.identity

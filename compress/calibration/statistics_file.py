@@ -138,6 +138,8 @@ class StatisticsFile:
 
     def _history(self, file: Any, metadata: dict[str, str], cut: SiteCut) -> ChannelHistory:
         place, found = _place(cut), {}
+        if cut.site.routed and metadata[f"{place}.tokens"] == "0.0":  # no token has reached it
+            return ChannelHistory(cut.site.channels, cut.history.device)
         channels, stored = cut.site.channels, set(file.keys())
         for name in PARTS if cut.state.statistic is not None else ("mean",):
             if f"{place}.{name}" not in stored:
@@ -216,9 +218,12 @@ def _place(cut: SiteCut) -> str:
     statistic = cut.state.statistic
     if statistic is None:
         return f"{cut.site.consumer}:none"
+    weighted = ":router_weights" if cut.state.router_weights else ""
     cls, options = statistic.identity
     module = MODULES.get(cls.__module__, cls.__module__)
-    return f"{cut.site.consumer}:{module}.{cls.__qualname__}:{json.dumps(json.loads(options), sort_keys=True)}"
+    return (
+        f"{cut.site.consumer}:{module}.{cls.__qualname__}:{json.dumps(json.loads(options), sort_keys=True)}{weighted}"
+    )
 
 
 def _short(value: str | None) -> str:

@@ -110,6 +110,10 @@ class SiteBatch:
     """The site's linear layers that were called; probes do not count."""
     learnt: tuple[Tensor, Tensor] | None = None
     """Columns (c,) and what history becomes there (T, c), once the batch has passed."""
+    tokens: Tensor | None = None
+    """(n,) int64: the tokens, of B * T, that enter a routed expert; None where all do."""
+    weights: Tensor | None = None
+    """(n,) float32: the router's weights of these tokens, where statistics are weighted by them."""
 
 
 class Batch:
@@ -146,6 +150,20 @@ class Batch:
         self.passed = True
         self.observe = self.probe = None
         self.attention_arguments, self.checks = {}, FiniteChecks()
+
+    def seen(self, number: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What enters a site's consumer, and its real tokens: (B, T, c) and (B, T) bool, or None where all are real.
+
+        Of a routed expert it is (n, 1, c), for its n real tokens: as a batch of n rows with one position. Of whole
+        experts it is (n, 2, E) as it is.
+        """
+        at_site, valid = self.sites[number], self.valid_on(x.device)
+        if at_site.tokens is None:
+            return x.reshape(*self.shape, x.shape[-1]), valid
+        if at_site.weights is not None:
+            x = x.float() * at_site.weights[:, None]
+        real = x if valid is None else x[valid.reshape(-1)[at_site.tokens]]
+        return real[:, None] if real.dim() == 2 else real, None
 
     def valid_on(self, device: torch.device) -> Tensor | None:
         """The batch's real tokens on the device where a layer computes: the batch may come from another one."""

@@ -22,8 +22,8 @@ class Choice:
     """(C,) float32: the scores of the units, repeated for their channels."""
     units: Tensor
     """(U,) float32: scores, all different; the lowest goes first."""
-    tokens: int
-    """Tokens that the covariance was computed from."""
+    tokens: int | None
+    """Tokens that the covariance was computed from; None where none reached the site."""
     diagnostics: dict[str, float]
     """Numbers that the chooser has reported."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -155,7 +156,7 @@ class SiteCompensation:
             self.fixed = ()
             return
         finite = bool(torch.isfinite(covariance.matrix.diagonal()).all())
-        with unautocast(covariance.matrix):
+        with unautocast(covariance.matrix), self._few_tokens():
             prepared = self._solved(lambda: self.compensator.prepare(covariance), finite)
             self.diagnostics = covariance.diagnostics
             if prepared is None:
@@ -240,9 +241,21 @@ class SiteCompensation:
         return () if self.prepared is None else self._slope_of(self.prepared, kept, dropped)
 
     def _slope_of(self, prepared: Prepared, kept: Tensor, dropped: Tensor) -> Slope:
-        slope = self._solved(lambda: self.compensator.slope(prepared, kept, dropped))
+        slope: Slope = ()
+        with self._few_tokens():
+            slope = self._solved(lambda: self.compensator.slope(prepared, kept, dropped))
         self.fell_back = self.fell_back or not slope
         return slope
+
+    @contextmanager
+    def _few_tokens(self) -> Iterator[None]:
+        """Within it a routed expert whose covariance cannot be solved falls back to the mean: few tokens reach some."""
+        try:
+            yield
+        except SingularError:
+            if self.site.expert is None:
+                raise
+            self.fell_back = True
 
     def _solved(self, solve: Callable[[], Solved], finite: bool = True) -> Solved:
         try:

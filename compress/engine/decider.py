@@ -64,7 +64,7 @@ class Decider:
         """Merge the probe's statistic with history, score the units, and keep the highest."""
         merger, state, positions = self.strategy.merger, cut.state, probe.positions
         assert merger is not None  # without one the units are decided once
-        if merger.uses_history and given.residual.shape[1] > state.history.positions:
+        if merger.uses_history and given.residual.shape[1] > max(state.history.positions, cut.binding.site.routed):
             raise DataError(
                 f"a batch of {given.residual.shape[1]} positions is longer than the history, which calibration filled "
                 f"for {state.history.positions}; calibrate with sequences of at least {given.residual.shape[1]} "
@@ -72,7 +72,14 @@ class Decider:
             )
         with self.stages.score:
             history = state.history.at(positions.reshape(-1)) if merger.uses_history else None
-            merged = merger.merge(probe.statistic, history, cut.binding.site)
+            if probe.reached:
+                merged = merger.merge(probe.statistic, history, cut.binding.site)
+            else:
+                merged = (
+                    history
+                    if history is not None
+                    else torch.ones(1, cut.binding.site.channels, device=given.residual.device)
+                )
             shape = (positions.numel(), cut.binding.site.channels)
             checked(merged, shape, "merge", "history merger", merger, cut.binding.site)
             if given.valid is not None and positions.dim() == 2:

@@ -21,6 +21,7 @@ from .compiling import CompiledForward
 from .copying import Hook
 from .decider import Decider
 from .decode_cache import cache_indices
+from .experts import route_through
 from .gathering import store_column_major, store_row_major
 from .generation import refuse
 from .hooks import DecoderForward, Hooks, save_dense
@@ -98,7 +99,9 @@ class Engine:
             self._undo.append(cut.close)
             for linear, producer in cut.binding.producers:
                 self._adopt(linear, producer.path, cut, producer)
-            self._adopt(cut.binding.consumer, cut.site.consumer, cut)
+            if cut.site.router is None:
+                self._adopt(cut.binding.consumer, cut.site.consumer, cut)
+        self._undo += route_through(self.model, self.cuts, hooks)
         if self.strategy.applier.resizes and any(cut.site.query_heads_per_kv for cut in self.cuts):
             hooks.indexes = self.model
             self._undo.append(partial(disable_kv_index, self.model))
@@ -122,6 +125,8 @@ class Engine:
             return
         for cut in self.cuts:
             binding = cut.binding
+            if cut.site.routed:  # its module decides for all experts of the layer
+                continue
             if binding.norm is not None:
                 self._hook(binding.norm.register_forward_pre_hook(hooks.enter_norm(cut)))
             self._hook(binding.entry.register_forward_pre_hook(hooks.enter_site(cut, prober), **before))
@@ -251,7 +256,7 @@ class Engine:
             batch = running.batch
             if batch is not None and cut in chosen:
                 with torch.no_grad():
-                    learn(cut, x.detach().reshape(*batch.shape, x.shape[-1]), batch.valid_on(x.device))
+                    learn(cut, *batch.seen(cut.number, x.detach()))
 
         outer = self.hooks.calibrate_with(observe)
         try:

@@ -27,7 +27,7 @@ from .decode_cache import CacheDecisions, own_cache
 from .kv_index import enable_kv_index
 from .learning import Learner, commit
 from .open_cut import Shared
-from .probing import Prober, SiteInput
+from .probing import Probe, Prober, SiteInput
 from .site_cut import SiteCut
 from .weights import WeightsWatch
 
@@ -53,7 +53,7 @@ class Hooks:
         self._batches = 0
         self._calibration: Observe | None = None
         self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
-        self._cached = CacheDecisions(decider.strategy, cuts)
+        self.cached = CacheDecisions(decider.strategy, cuts)
         self._side = SideStreams(shared.runtime.overlap)
         self.weights = WeightsWatch(cuts)
 
@@ -122,7 +122,7 @@ class Hooks:
                     hooks.check_cache(index, arguments)
                 batch.cache, batch.layer, batch.cached = cache_among(arguments), index, 0
                 if batch.cache is not None:
-                    batch.cached = hooks._cached.enter(batch.cache, index, batch.shape[1], pruning, decides)
+                    batch.cached = hooks.cached.enter(batch.cache, index, batch.shape[1], pruning, decides)
                     if any(cut.absent and cut.site.kind == "attention" for cut in mine):
                         count_tokens(own_cache(batch.cache), index, split(layer, args, kwargs)[0])
                 is_step = batch.cached and batch.shape[1] == 1
@@ -166,7 +166,7 @@ class Hooks:
                     raise hooks.no_norm(cut)
                 residual = hidden
             if not cut.settled:
-                known = None if batch.cache is None else hooks._cached.of(batch.cache, batch.layer, cut.binding.site)
+                known = None if batch.cache is None else hooks.cached.of(batch.cache, batch.layer, cut.binding.site)
                 if known is not None:
                     cut.open(*known, stays=True)
                     return
@@ -179,7 +179,7 @@ class Hooks:
                 decided = decision.kept, decision.probe_mean, decision.shares
                 cut.open(*decided, stays=hooks.stays(cut, batch))
                 if batch.cache is not None:
-                    hooks._cached.remember(batch.cache, batch.layer, cut.binding.site, decided)
+                    hooks.cached.remember(batch.cache, batch.layer, cut.binding.site, decided)
                 if hooks.trace is not None and not batch.passed:
                     hooks.record(cut, decision, batch)
             following = hooks._following[cut.number]
@@ -200,7 +200,11 @@ class Hooks:
 
     def decide(self, cut: SiteCut, given: SiteInput, prober: Prober) -> Decision:
         """Probe and decide; a site whose units are decided once is probed for compensation alone."""
-        probe, fixed = prober.probe(cut, given), cut.state.fixed
+        return self.decide_by(cut, given, prober.probe(cut, given))
+
+    def decide_by(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Decision:
+        """Decide by the result of a probe."""
+        fixed = cut.state.fixed
         if fixed is None:
             decision = self.decider.decide(cut, given, probe)
         else:
@@ -243,9 +247,11 @@ class Hooks:
         batch, open_cut, learner = self.shared.running.batch, cut.open_cut, self.learner
         if batch is None or learner is None or open_cut is None or batch.cached or not len(open_cut.kept):
             return
-        x = x.detach().reshape(*batch.shape, x.shape[-1])
+        x, valid = batch.seen(cut.number, x.detach())
+        if not len(x):
+            return
         with torch.no_grad(), self._side.work(x):
-            learnt = batch.sites[cut.number].learnt = learner.observe(cut, open_cut, x, batch)
+            learnt = batch.sites[cut.number].learnt = learner.observe(cut, open_cut, x, valid, batch.checks)
         if self._side.used and learnt is not None:
             self._side.share(*learnt)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...registry import HistoryMerger, Statistic, Strategy
-from .batch import LEARNT, Batch
+from .batch import LEARNT, Batch, FiniteChecks
 from .open_cut import OpenCut
 from .probing import Prober
 from .runtime import Stages
@@ -49,12 +49,13 @@ class Learner:
             return None
         return cls(strategy, merger, statistic, stages)
 
-    def observe(self, cut: SiteCut, open_cut: OpenCut, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    def observe(
+        self, cut: SiteCut, open_cut: OpenCut, x: Tensor, valid: Tensor | None, checks: FiniteChecks
+    ) -> tuple[Tensor, Tensor] | None:
         """The kept channels (c,), and what history becomes there (T, c), after a batch x (B, T, c or C); None: it stays
-        what it is."""
+        what it is. valid (B, T) bool: the real tokens; None where all are."""
         with self.stages.history:
             columns, history, length = open_cut.columns, cut.state.history, x.shape[1]
-            valid = batch.valid_on(x.device)
             if x.shape[-1] != len(columns):
                 x = x.index_select(2, columns)
             mean = None if history.mean is None else history.mean[columns]
@@ -71,7 +72,7 @@ class Learner:
             if counted is not None:
                 # A position where every row is padding keeps its history.
                 updated = torch.where((counts > 0)[:, None], updated, known)
-            batch.checks.add(updated, LEARNT, cut.binding.site)
+            checks.add(updated, LEARNT, cut.binding.site)
             return columns, updated
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...registry import ModelError, Producer, Selection
+from ...registry import ExpertLinear, ModelError, Producer, Selection
 from ...registry.tensors.devices import is_offloaded
 from ...registry.tensors.kernels import usable_on
 from .batch import Batch
@@ -64,6 +64,10 @@ class ProducerLinear(SiteLinear):
         return functional.linear(x, weight, bias)
 
 
+class ExpertProducer(ProducerLinear, ExpertLinear):
+    """Computes the channels of a routed expert; it is part of no model, and its experts' module calls it."""
+
+
 class ConsumerLinear(SiteLinear):
     """Reads a site's channels: o_proj, down_proj, fc2."""
 
@@ -93,6 +97,10 @@ class ConsumerLinear(SiteLinear):
         with self.site_cut.shared.running.one_at_a_time.lock:
             store_row_major(self)
             super()._save_to_state_dict(*args, **kwargs)
+
+
+class ExpertConsumer(ConsumerLinear, ExpertLinear):
+    """Reads the channels of a routed expert."""
 
 
 def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:
@@ -126,7 +134,8 @@ def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | 
     """
     if isinstance(linear, SiteLinear):
         raise ModelError(f"{path} is already part of a pruned model; call remove() on that one first")
-    if type(linear) is not nn.Linear:
+    is_expert = type(linear) is ExpertLinear
+    if not is_expert and type(linear) is not nn.Linear:
         kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
         remedy = (
             "merge the adapter first (model = model.merge_and_unload())"
@@ -137,7 +146,7 @@ def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | 
             f"{path} is a {kind}, not a plain nn.Linear (quantised and adapter layers cannot be cut); {remedy}"
         )
     unplain = [name for name, tensor in linear.named_parameters() if type(tensor) is not nn.Parameter]
-    if unplain:
+    if unplain and not is_expert:
         tensor = linear.get_parameter(unplain[0])
         raise ModelError(
             f"{path}.{unplain[0]} is a {type(tensor).__module__}.{type(tensor).__qualname__}, not a plain tensor "
@@ -149,7 +158,10 @@ def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | 
             f"{path}: something has replaced the forward of this nn.Linear on the layer itself, so a cut would never "
             "run; undo that first, or load the model again"
         )
-    _turn_into(linear, ConsumerLinear if producer is None else ProducerLinear)
+    if is_expert:
+        linear.__class__ = ExpertConsumer if producer is None else ExpertProducer
+    else:
+        _turn_into(linear, ConsumerLinear if producer is None else ProducerLinear)
     linear.__dict__["site_cut"] = site_cut
     if producer is not None:
         linear.__dict__["producer"] = producer
@@ -159,7 +171,10 @@ def release(linear: nn.Module, site_cut: SiteCut) -> None:
     """Undo :func:`adopt`, where the layer is still this site's."""
     if linear.__dict__.get("site_cut") is not site_cut:
         return
-    _turn_into(linear, nn.Linear)
+    if isinstance(linear, ExpertLinear):
+        linear.__class__ = ExpertLinear
+    else:
+        _turn_into(linear, nn.Linear)
     for name in ("site_cut", "producer"):
         linear.__dict__.pop(name, None)
     _drop_plain_forward(linear)

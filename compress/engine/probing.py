@@ -58,6 +58,8 @@ class Probe:
     """(b, t, C): what enters the consumer, where compensation checks its shares."""
     real: Tensor | None = None
     """(b, t) bool: the real tokens among them; None where all are."""
+    reached: bool = True
+    """Whether any token of the probe reaches the site; a routed expert may get none."""
 
 
 class Prober:
@@ -78,13 +80,7 @@ class Prober:
     def probe(self, cut: SiteCut, given: SiteInput) -> Probe:
         """Choose the probe's tokens, and run the site's first half on them if the merger or compensation needs it."""
         strategy, valid, batch = self.strategy, given.valid, given.batch
-        with self.stages.select:
-            states = given.residual if self.selector.looks_at == "residual" else given.normed(cut)
-            counted = None if valid is None else strategy.counted(valid)
-            rows, positions = self.selector.select(states, counted, batch.generator or self.generator)
-            checked(rows, (len(rows),), "select (rows)", "probe selector", self.selector, cut.binding.site)
-            shape = (len(rows), positions.shape[-1])[2 - positions.dim() :]
-            checked(positions, shape, "select (positions)", "probe selector", self.selector, cut.binding.site)
+        rows, positions = self.select(cut, given)
         probe = Probe(rows, positions)
         if self._statistic is not None or self._uses_mean:
             with self.stages.probe:
@@ -101,6 +97,38 @@ class Prober:
                     batch.checks.add(probe.mean, PROBED, cut.site)
                 if strategy.compensate.checks_shares:
                     probe.states, probe.real = x, real
+        return probe
+
+    def select(self, cut: SiteCut, given: SiteInput) -> tuple[Tensor, Tensor]:
+        """Choose the probe's tokens: rows (b,) and positions (t,) or (b, t)."""
+        with self.stages.select:
+            states = given.residual if self.selector.looks_at == "residual" else given.normed(cut)
+            counted = None if given.valid is None else self.strategy.counted(given.valid)
+            rows, positions = self.selector.select(states, counted, given.batch.generator or self.generator)
+            checked(rows, (len(rows),), "select (rows)", "probe selector", self.selector, cut.binding.site)
+            shape = (len(rows), positions.shape[-1])[2 - positions.dim() :]
+            checked(positions, shape, "select (positions)", "probe selector", self.selector, cut.binding.site)
+        return rows, positions
+
+    @torch.no_grad()
+    def probe_of(self, cut: SiteCut, x: Tensor, weights: Tensor | None, batch: Batch) -> Probe:
+        """The probe of a routed expert, from what enters its consumer for the probe's tokens that reach it, (n, C).
+
+        weights (n,): the router's, where statistics are weighted by them.
+        """
+        nowhere = torch.zeros(1, dtype=torch.int64, device=x.device)
+        probe = Probe(nowhere, nowhere, reached=len(x) > 0)
+        with self.stages.probe:
+            if probe.reached and self._statistic is not None:
+                weighted = x if weights is None else x.float() * weights[:, None]
+                probe.statistic = self.strategy.measure(
+                    self._statistic, weighted[:, None], None, cut.state.history.mean
+                )
+            if probe.reached and self._uses_mean:
+                probe.mean = x.float().mean(0)
+                batch.checks.add(probe.mean, PROBED, cut.site)
+                if self.strategy.compensate.checks_shares:
+                    probe.states = x[None]
         return probe
 
 

@@ -95,7 +95,8 @@ class SiteCut:
             open_cut = self.cut_to(kept, stays)
             self.open_cut, self._suspended, self.computed = open_cut, None, kept
             if open_cut.absent:
-                self._leave_out()
+                if not self.site.routed:  # other experts of the block stay
+                    self._leave_out()
             elif self.shared.applier.resizes:
                 binding = self.binding
                 for module, name, per_unit, _ in binding.attributes:

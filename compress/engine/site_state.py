@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ...registry import (
     Site,
     SiteScores,
     Strategy,
+    linear_at,
 )
 from ...registry.tensors.devices import device_of, weights_present
 from .choosing import Choice
@@ -47,7 +49,7 @@ class SiteBinding:
     @classmethod
     def of(cls, site: Site, model: nn.Module, own_norm: bool = True) -> SiteBinding:
         """Look up the site's modules in ``model``."""
-        find: Callable[[str], Any] = model.get_submodule
+        find: Callable[[str], Any] = partial(linear_at, model)
         return cls(
             site=site,
             entry=find(site.entry),
@@ -65,6 +67,8 @@ class SiteBinding:
     @property
     def parameters(self) -> int:
         """Parameters of the whole block, its norm included."""
+        if self.site.expert is not None:
+            return sum(p.numel() for linear, _ in (*self.producers, (self.consumer, None)) for p in linear.parameters())
         norm = [self.norm] if self.own_norm and self.norm is not None else []
         modules = nn.ModuleList([*norm, self.entry, *(linear for linear, _ in self.producers), self.consumer])
         return sum(parameter.numel() for parameter in modules.parameters())
@@ -102,6 +106,10 @@ class SiteState:
         self.gradients: tuple[GroupPart, ...] = ()
         """What the scorer made of the gradients of the site's matrices; empty before calibration, or if it reads
         none."""
+        self.router_weights = strategy.router_weights and site.expert is not None
+        """Whether statistics are weighted by the router."""
+        self.unreached = False
+        """Whether calibration has reached this routed expert by no token, so that its units are scored by weights."""
         self.history = ChannelHistory(site.channels, device_of(binding.consumer))
         self.compensation = SiteCompensation(site, strategy.compensate)
         self.chooser = strategy.chooser
@@ -169,7 +177,7 @@ class SiteState:
         """What calibration has shown, as the scorer reads it: the statistic (C,), reduced gradients, or None."""
         if self.scores_gradients:
             return self.gradients
-        return None if self.statistic is None else self.history.summed()
+        return None if self.statistic is None else self.statistic.summed(self.history)
 
     @property
     def bytes(self) -> int:

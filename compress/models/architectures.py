@@ -7,7 +7,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ...registry import Architecture, AttentionUnit, ModelError, Producer, Rows, ShapeAttribute, Site, hookimpl
+from ...registry import (
+    Architecture,
+    AttentionUnit,
+    ExpertUnit,
+    ModelError,
+    Producer,
+    Rows,
+    ShapeAttribute,
+    Site,
+    hookimpl,
+)
+from .experts import sites_of_experts
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -81,6 +92,9 @@ class PreNormDecoder(Architecture):
             for site in (self._attention_site(model, index, attention_unit), self._mlp_site(model, index))
             if site is not None
         ]
+
+    def expert_sites(self, model: nn.Module, unit: ExpertUnit) -> list[Site]:
+        return sites_of_experts(model, self.layers, unit)
 
     def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site | None:
         names, layer = self.attention, f"{self.layers}.{index}"

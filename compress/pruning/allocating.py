@@ -78,6 +78,11 @@ def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, m
                 f"allocator {allocator.name} keeps {count} of {each.site.units} units at {each.site.label}; "
                 "it must keep between 0 and all"
             )
+        if count < each.site.least:
+            raise SpecError(
+                f"allocator {allocator.name} keeps {count} of {each.site.units} units at {each.site.label}, and the "
+                f"router chooses {each.site.least} for every token; lower the ratio"
+            )
         if allocator.whole_blocks and 0 < count < each.site.units:
             raise SpecError(
                 f"allocator {allocator.name} keeps {count} of {each.site.units} units at {each.site.label}, and says "

@@ -14,6 +14,7 @@ from ...registry import (
 )
 from ..calibration.blocks import describe_blocks
 from ..calibration.covariance import check_layers, choose, finalize, gather_covariances, order_units
+from ..calibration.experts import score_unreached
 from ..calibration.gradients import gather_gradients
 from ..calibration.passes import (
     Progress,
@@ -63,6 +64,7 @@ def decide(
                 allocate(engine, target, batches, measured, progress, None)
                 if batches is not None:
                     _learn_again(engine, batches, in_steps)
+                    score_unreached(engine.cuts)
         found = allocate(engine, ratio, batches, measured, progress, match)
     if strategy.sequential and batches is not None:
         _decide_by_layer(engine, batches, progress)
@@ -100,6 +102,8 @@ def _learn(
         statistics.calibrate(engine, batches, progress)
     elif strategy.calibrates_channels:
         calibrate(engine, batches, progress)
+    if strategy.calibrates_channels:
+        score_unreached(engine.cuts)
     if strategy.chooser is not None and not strategy.allocator.whole_blocks:
         order_units(engine, batches, progress, known)
 
@@ -144,6 +148,7 @@ def _decide_by_layer(engine: Engine, batches: list, progress: Progress) -> None:
             cut.compensation.learn(x, valid, known if streams is None or known is None else streams.lag(cut, known))
 
     def decide_layer(layer: int) -> None:
+        score_unreached([cut for cut in cuts if cut.site.layer == layer])
         for cut in cuts:
             if cut.site.layer == layer:
                 if not cut.whole:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ...evaluators.cost import linears_of_block, weights_of_block, weights_of_unit
-from ...registry import Site, SiteKind, SpecError
+from ...registry import Site, SiteKind, SpecError, expert_linears
 from ..output.formatting import share
 from ..output.records import MatchFacts, What
 
@@ -58,19 +58,30 @@ class DecoderCost:
     @classmethod
     def of(cls, model: nn.Module, layers: Iterable[nn.Module], sites: Sequence[Site], match: Match) -> DecoderCost:
         """The cost that ``match`` counts; ``sites`` are all of the model."""
+        layers = list(layers)
         linears: list[Any] = [m for layer in layers for m in layer.modules() if hasattr(m, "in_features")]
+        of_experts = {place: expert_linears(layer) for place, layer in enumerate(layers)}
+        linears += [linear for each in of_experts.values() for linear in each]
         weights = sum(linear.in_features * linear.out_features for linear in linears)
         if match.what == "parameters":
             biases = sum(linear.bias.numel() for linear in linears if linear.bias is not None)
             units = {(s.layer, s.kind): (s.units, float(s.unit_parameters), _parameters(model, s)) for s in sites}
             return cls(float(weights + biases), units)
         scores = {(site.layer, site.kind): 4 * match.length * (site.kind == "attention") for site in sites}
+        reached = {site.layer: site.reached for site in sites if site.routed}
+        for place, each in of_experts.items():  # a token reaches only some of them
+            if each and place not in reached:
+                raise SpecError(
+                    "match: how many operations the routed experts take is not known where they are left out (experts: "
+                    "keep); match parameters instead"
+                )
+            weights -= sum(linear.weight.numel() for linear in each) * (1 - reached.get(place, 0))
         dense = 2 * weights + sum(scores[site.layer, site.kind] * site.channels for site in sites)
         found = {}
         for s in sites:
             of_scores = scores[s.layer, s.kind]
-            unit = 2 * weights_of_unit(model, s) + of_scores * s.unit_size
-            block = 2 * weights_of_block(model, s) + of_scores * s.channels
+            unit = 2 * s.reached * weights_of_unit(model, s) + of_scores * s.unit_size
+            block = 2 * s.reached * weights_of_block(model, s) + of_scores * s.channels
             found[s.layer, s.kind] = s.units, float(unit), float(block)
         return cls(float(dense), found)
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from ...registry import Compensator, NoCompensation, Site, SiteKind, SiteScores, SpecError, Strategy
+from ...registry import Compensator, NoCompensation, Site, SiteGroup, SiteScores, SpecError, Strategy
+from ..calibration.experts import unreached_experts
 from ..engine.choosing import Choice
 from ..engine.compensation import SiteCompensation
-from ..output.formatting import achieved, extent, share
+from ..engine.site_cut import SiteCut
+from ..output.formatting import achieved, extent, ranges, share
 from ..output.records import MatchFacts, Ratio
 from .matching import Counts
 
@@ -67,11 +69,26 @@ def notes_on_blocks(sites: Sequence[Site], counts: Counts) -> list[str]:
     return [f"gone: {', '.join(found)}"] if found else []
 
 
+def notes_on_experts(cuts: Sequence[SiteCut]) -> list[str]:
+    """One note that names the routed experts that calibration has reached by no token."""
+    found: dict[int, list[int]] = {}
+    for cut in cuts:
+        for number in unreached_experts(cut):
+            found.setdefault(cut.site.layer, []).append(number)
+    if not found:
+        return []
+    places = [f"layer {layer}: {ranges(numbers)}" for layer, numbers in sorted(found.items())]
+    if len(places) > MOST_RUNS:
+        places[MOST_RUNS:] = [f"and {len(places) - MOST_RUNS} more layers"]
+    done = "count as unused" if any(cut.site.router for cut in cuts) else "have their channels scored by weights alone"
+    return [f"calibration reached no token of experts ({'; '.join(places)}), which {done}; calibrate with more text"]
+
+
 def _alike(sites: Iterable[Site]) -> list[list[Site]]:
     """Sites of the same kind and the same units, in groups."""
-    groups: dict[tuple[SiteKind, int, bool], list[Site]] = {}
+    groups: dict[tuple[SiteGroup, int, bool], list[Site]] = {}
     for site in sites:
-        groups.setdefault((site.kind, site.units, _is_grouped(site)), []).append(site)
+        groups.setdefault((site.group, site.units, _is_grouped(site)), []).append(site)
     return list(groups.values())
 
 
@@ -100,13 +117,16 @@ def _least(strategy: Strategy, sites: Sequence[Site], inside: Sequence[Site], al
 
 def _rounding(site: Site, layers: int, cut: float, least: float | None) -> str:
     """The note on ``layers`` sites like ``site`` that lose nothing; ``least`` is the smallest ratio that cuts any."""
-    many = "MLP channels" if site.kind == "mlp" else "key/value groups" if _is_grouped(site) else "attention heads"
+    heads_of = "key/value groups" if _is_grouped(site) else "attention heads"
+    names = {"attention": heads_of, "mlp": "MLP channels", "expert": "channels of an expert", "experts": "experts"}
+    many = names[site.group]
     heads = "attention_unit: query_head" if _is_grouped(site) else ""
     larger = "" if least is None else f"a ratio of at least {least:g}"
     remedies = [heads, "a smaller multiple" if cut * site.units >= 1 else "", larger]
     use = " or ".join(filter(None, remedies))
     return (
-        f"{share(cut)} of {site.units} {many} rounds to none, so all are kept in {layers} layer{'s' * (layers > 1)}"
+        f"{share(cut)} of {site.units} {many} rounds to none, so all are kept in {layers} "
+        f"{'expert' if site.group == 'expert' else 'layer'}{'s' * (layers > 1)}"
         f"{'; use ' if use else ''}{use}"
     )
 
@@ -178,12 +198,12 @@ def _places(sites: Iterable[Solved], with_channels: bool = False) -> str:
     """Such as "layers 1 to 7 mlp (172 channels) and layers 0, 2 attention (64 channels)"."""
 
     def key(here: Solved) -> tuple:
-        return here.site.kind, here.site.channels if with_channels else None
+        return here.site.group, here.site.channels if with_channels else None
 
     places = []
-    for (kind, channels), group in groupby(sorted(sites, key=key), key):
+    for (name, channels), group in groupby(sorted(sites, key=key), key):
         layers = _runs(here.site.layer for here in group)
-        places.append(f"{layers} {kind}" + (f" ({channels:,} channels)" if with_channels else ""))
+        places.append(f"{layers} {name}" + (f" ({channels:,} channels)" if with_channels else ""))
     return " and ".join(places)
 
 

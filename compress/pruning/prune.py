@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from ...registry import (
     Catalog,
     DataError,
     PruneWarning,
+    Site,
     SpecError,
     Strategy,
 )
@@ -127,8 +128,9 @@ def engine_of(
     model: nn.Module, strategy: Strategy, catalog: Catalog, trace: list | None, runtime: Runtime
 ) -> tuple[Engine, float | None]:
     """The engine on the model's sites, nothing decided yet, and the share that sites that are not skipped must lose."""
-    layers, all_sites = find_sites(model, catalog, strategy.attention_unit)
+    layers, all_sites = find_sites(model, catalog, strategy.attention_unit, strategy.experts)
     sites, ratio = sites_within(strategy, all_sites, layers=1 + max(site.layer for site in all_sites))
+    _check_experts(strategy, all_sites, runtime)
     if strategy.probes_with is not None:
         check_attention(model)
     if strategy.decides_ahead:
@@ -162,3 +164,25 @@ def proven(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> Catalog:
     if (sliced - zeroed).norm() > 0.05 * (dense - zeroed).norm():
         raise misfit(entry, model, "without half of its units it computes something else than while they weigh nothing")
     return served
+
+
+def _check_experts(strategy: Strategy, sites: Sequence[Site], runtime: Runtime) -> None:
+    """Raise :class:`SpecError` for what does not work where channels of routed experts are sites."""
+    if not any(site.expert is not None for site in sites):
+        return
+    allocator = strategy.allocator
+    for who, found in (
+        (f"scorer {strategy.scorer.name}, which takes gradients of a site's matrices", strategy.scores_gradients),
+        (f"allocator {allocator.name}, which measures linear layers", allocator.weight_statistic is not None),
+        (f"runtime.compile: {runtime.compile}", runtime.compile is not None),
+        (
+            f"compensator {strategy.compensate.name}, which divides the text into parts by rows or compares the dense "
+            "model's inputs with the pruned one's, token by token",
+            strategy.compensate.covariance_parts > 1 or strategy.compensate.fits_dense_outputs,
+        ),
+    ):
+        if found:
+            raise SpecError(
+                f"experts: {who}, does not work for routed experts; leave them whole (experts: keep), or use "
+                "another strategy, such as wanda_sp"
+            )

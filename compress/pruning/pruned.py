@@ -19,7 +19,7 @@ from ..output.formatting import achieved
 from ..output.records import MatchFacts, Ratio
 from .freezing import Freeze, frozen_units
 from .matching import DecoderCost, Match
-from .notes import about_compensation, notes_on, notes_on_blocks, notes_on_cut, ratio_of
+from .notes import about_compensation, notes_on, notes_on_blocks, notes_on_cut, notes_on_experts, ratio_of
 
 
 class Pruned:
@@ -129,7 +129,8 @@ class Pruned:
         gone = notes_on_blocks(self.all_sites, self.counts)
         on_cut = notes_on_cut(self.strategy, self.all_sites, self.counts, self.ratio)
         choices = [cut.state.choice for cut in self._engine.cuts if cut.state.choice is not None]
-        return *gone, *on_cut, *notes_on([cut.compensation for cut in self._engine.cuts], choices)
+        unreached = notes_on_experts(self._engine.cuts) if self.strategy.needs_calibration else []
+        return *gone, *on_cut, *unreached, *notes_on([cut.compensation for cut in self._engine.cuts], choices)
 
     def about_compensation(self) -> dict[str, Any] | None:
         """The compensator with its options, tokens of its covariances, labels of sites that fell back; None: none."""

@@ -11,6 +11,7 @@ from ...registry import (
     Architecture,
     AttentionUnit,
     Catalog,
+    ExpertUnit,
     ModelError,
     Site,
     SpecError,
@@ -21,8 +22,13 @@ from ..models.architectures import PRUNED
 from ..models.likeness import ANY, advice
 
 
-def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple[str, list[Site]]:
-    """Path of the decoder layers and all sites, by the architecture that serves the model's type."""
+def find_sites(
+    model: nn.Module, catalog: Catalog, unit: AttentionUnit, experts: ExpertUnit = "channels"
+) -> tuple[str, list[Site]]:
+    """Path of the decoder layers and all sites, by the architecture that serves the model's type.
+
+    ``experts``: whether channels of routed experts are sites, too, whole experts are the only ones, or none are.
+    """
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"model: expected a loaded model, found {model!r:.80}; load it with transformers' "
@@ -46,7 +52,8 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
     if serving:
         entry, architecture = serving[0]
         try:
-            sites = architecture.sites(model, unit)
+            others = [] if experts == "whole" else architecture.sites(model, unit)
+            routed = [] if experts == "keep" else architecture.expert_sites(model, experts)
         except AttributeError as error:
             if ANY in architecture.model_types:
                 raise misfit(entry, model, error) from error
@@ -54,6 +61,12 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
                 f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
                 f"built differently ({error}); {_instead(model, architecture.layers)}"
             ) from error
+        if experts == "whole" and not routed:
+            raise ModelError(
+                f"experts: whole removes routed experts, and architecture {architecture.name} knows none of this "
+                f"{type(model).__name__} ({kind}); use a strategy that cuts heads and channels, such as wanda_sp"
+            )
+        sites = sorted([*others, *routed], key=lambda site: site.layer)
         if not sites:
             raise ModelError(f"architecture {architecture.name} finds nothing in this {type(model).__name__} to prune")
         return architecture.layers, sites

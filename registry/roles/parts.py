@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..component import Component
-from ..sites import AttentionUnit, Site
+from ..sites import AttentionUnit, ExpertUnit, Site
 from ..tensors.blocks import BlockStatistic
 from ..tensors.statistics import MeanSquare, Statistic
 from ..tensors.weights import WeightStatistic
@@ -276,3 +276,11 @@ class Architecture(Component):
 
         Raises :class:`~prunekit.registry.ModelError` where this model's shapes cannot be cut.
         """
+
+    def expert_sites(self, model: nn.Module, unit: ExpertUnit) -> list[Site]:
+        """The sites of routed experts, layer by layer, with channels or whole experts as units; none: it has none.
+
+        :func:`~prunekit.registry.expert_sites` makes those of one layer.
+        Raises :class:`~prunekit.registry.ModelError` where these experts cannot be cut.
+        """
+        return []

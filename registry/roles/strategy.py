@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 from torch import Tensor, nn
 
 from ..component import Component, wrong_signature
-from ..sites import AttentionUnit, Site
+from ..sites import AttentionUnit, ExpertUnit, Site
 from ..tensors.history_storage import HistoryStorage
-from ..tensors.statistics import Statistic
+from ..tensors.statistics import ExpertStatistic, Statistic
 from .choosing import Chooser
 from .compensation import Compensator, NoCompensation
 from .gradients import GradientScorer
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, missing_argument
 
 PaddingOf = Callable[[Tensor], Tensor | None]
+
+
+LATER = {"experts": "channels", "router_weights": False}
+"""Options that are newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
 
 
 class Strategy(Component):
@@ -34,6 +38,16 @@ class Strategy(Component):
         default="kv_group",
         description="kv_group cuts a key/value head with its query heads (all four projections and the KV cache); "
         "query_head cuts query heads only, which saves less under grouped-query attention",
+    )
+    experts: ExpertUnit = Field(
+        default="channels",
+        description="routed experts: channels cuts channels inside every expert, as in any MLP; whole removes whole "
+        "experts with their rows of the router, and nothing else of the model; keep leaves them as they are",
+    )
+    router_weights: bool = Field(
+        default=False,
+        description="experts: channels: weight the activations of a token by the router's weight of its expert before "
+        "statistics are computed",
     )
     scorer: Scorer
     allocator: SparsityAllocator
@@ -114,7 +128,40 @@ class Strategy(Component):
             )
         if self.decides_in_steps:
             self._check_steps()
+        self._check_experts()
         return self
+
+    def _check_experts(self) -> None:
+        """Raise :class:`ValueError` for what cannot be done with routed experts."""
+        statistic, whole = self.scorer.statistic, self.experts == "whole"
+        by_expert = isinstance(statistic, ExpertStatistic)
+        if by_expert and not whole:
+            raise ValueError(f"scorer {self.scorer.name} scores whole experts: set experts to whole")
+        others = {
+            f"scorer {self.scorer.name}, which scores channels; use one of whole experts, such as reap": (
+                (statistic is not None and not by_expert) or self.scores_gradients or self.chooser is not None
+            ),
+            "a selector: experts are removed once; set selector and merger to null": self.probes_with is not None,
+            f"compensator {self.compensate.name}, which works on channels; set compensate to null": self.compensates,
+            f"applier {self.applier.name}, which leaves the router's rows; use slice": not self.applier.resizes,
+            f"allocator {self.allocator.name}, which works by zeroes or on whole blocks; use uniform": (
+                self.allocator.measures or self.allocator.whole_blocks
+            ),
+            "sequential: true": self.sequential,
+            "router_weights: true": self.router_weights,
+        }
+        for other, found in others.items():
+            if whole and found:
+                raise ValueError(f"experts: whole excludes {other}")
+        if self.router_weights and (self.compensates or getattr(statistic, "tracks_mean", False)):
+            raise ValueError(
+                "router_weights: true weights every statistic, and a mean that is compensated must be that of the "
+                "plain activations; set compensate to null and choose a scorer without a mean, or set router_weights to false"
+            )
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: Any) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in LATER or value != LATER[key]}
 
     def _check_steps(self) -> None:
         """Raise :class:`ValueError` for what excludes choosing units in several steps."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -136,6 +136,10 @@ class Statistic(Component):
         ``mean`` (c,) is the history's mean of these channels, where there is one.
         """
 
+    def summed(self, history: ChannelHistory) -> Tensor:
+        """What a scorer gets of the history: the statistic summed over all positions, (C,) float32."""
+        return history.summed()
+
 
 class MeanSquare(Statistic):
     """Mean over rows of x^2 at each position (PP and Wanda-sp)."""
@@ -179,6 +183,39 @@ class Fluctuation(Statistic):
             tokens = x.shape[0] * x.shape[1] if valid is None else valid.sum().clamp(min=1)
             mean = counted.sum((0, 1)) / tokens
         return position_means(x, valid, square=True, centre=mean)
+
+
+class ExpertStatistic(Statistic):
+    """Mean over the tokens of a value of every routed expert, for scorers of whole experts.
+
+    Its x is (n, 2, E) float32 for n real tokens: the router's weight of each expert, 0 where the token does not reach
+    it, and the L2 norm of the expert's output. The table (2, E) has the value's mean over all tokens, and the share of
+    the tokens that reach the expert.
+    """
+
+    over_all: ClassVar[bool] = False
+    """Whether the mean is over all tokens; false: over those that reach the expert."""
+
+    @abstractmethod
+    def value(self, weights: Tensor, norms: Tensor) -> Tensor:
+        """What counts of a token; router weights and output norms (n, E) -> (n, E), all float32."""
+
+    def observe(self, history: ChannelHistory, x: Tensor, valid: Tensor | None) -> None:
+        table = self.measure(x, valid, None)
+        counts = torch.full((2,), float(len(x)), device=x.device)
+        merge_mean(history, table * counts[:, None], counts)
+
+    def measure(self, x: Tensor, valid: Tensor | None, mean: Tensor | None) -> Tensor:
+        """Mean value and share of the tokens of each expert; (n, 2, E) -> (2, E) float32."""
+        weights, norms = x.float().unbind(1)
+        reached = weights != 0
+        values = self.value(weights, norms).masked_fill(~reached, 0)
+        return torch.stack([values, reached.float()]).sum(1) / max(len(x), 1)
+
+    def summed(self, history: ChannelHistory) -> Tensor:
+        """(E,) float32; 0 for an expert that calibration has not reached."""
+        value, share = history.table
+        return value if self.over_all else torch.where(share > 0, value / share, 0)
 
 
 def per_row(sums: Tensor, counts: Tensor) -> Tensor:

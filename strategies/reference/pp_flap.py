@@ -84,12 +84,14 @@ class PPReferenceFlapAllocator(SparsityAllocator):
         for scores in sites:
             z = standardised(scores, self._group(scores))
             dropped = int(int((z <= threshold).sum()) / len(z) * scores.site.units)
-            counts.append(kept_width(scores.site.units, dropped, self.mlp_multiple if scores.site.kind == "mlp" else 1))
+            counts.append(
+                kept_width(scores.site.units, dropped, self.mlp_multiple if scores.site.kind != "attention" else 1)
+            )
         return counts
 
     def _group(self, scores: SiteScores) -> int:
         site = scores.site
-        if site.kind == "mlp":
+        if site.kind != "attention":
             return 1
         if site.channels % self.group:
             raise SpecError(
@@ -101,7 +103,7 @@ class PPReferenceFlapAllocator(SparsityAllocator):
     def _head_price(self, sites: Sequence[SiteScores]) -> float:
         """Multiplications of a head, score products included, relative to those of an MLP channel."""
         attention = next((s.site for s in sites if s.site.kind == "attention"), None)
-        mlp = next((s.site for s in sites if s.site.kind == "mlp"), None)
+        mlp = next((s.site for s in sites if s.site.kind != "attention"), None)
         if attention is None or mlp is None:
             return 1.0
         length, hidden, size = self.sequence_length, attention.outputs, attention.unit_size

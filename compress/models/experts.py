@@ -1,0 +1,77 @@
+"""Where the routed experts of model families are: names inside a decoder layer, by model type."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ...registry import ExpertUnit, Site, expert_sites
+
+
+class ExpertNames(NamedTuple):
+    """Names inside a decoder layer. A layer without these experts has a dense MLP."""
+
+    block: str = "mlp"
+    """The block that calls router and experts."""
+    router: str = "gate"
+    """The router, in the block."""
+    norm: str = "post_attention_layernorm"
+    """The norm whose input is the residual stream, before the block."""
+    experts: str = "experts"
+    """The module with the 3-D tensors, in the block."""
+
+
+USUAL = ExpertNames()
+
+EXPERTS: dict[str, ExpertNames] = {
+    **dict.fromkeys(
+        [
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "olmoe",
+            "deepseek_v3",
+            "glm4_moe",
+            "dots1",
+            "mellum",
+            "hunyuan_v1_moe",
+        ],
+        USUAL,
+    ),
+    "gpt_oss": ExpertNames(router="router"),
+    "phimoe": ExpertNames(router="router"),
+    "granitemoe": ExpertNames(block="block_sparse_moe", router="router"),
+    "jamba": ExpertNames(block="feed_forward", router="router", norm="pre_ff_layernorm"),
+}
+"""Families whose experts can be cut, each by the names of its layers."""
+
+
+def sites_of_experts(model: Any, layers: str, unit: ExpertUnit) -> list[Site]:
+    """The sites of a model's routed experts, layer by layer; none for a family that is not in :data:`EXPERTS`.
+
+    Raises :class:`~prunekit.registry.ModelError` for experts that cannot be cut.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    names = EXPERTS.get(config.model_type)
+    if names is None or unit == "keep":
+        return []
+    stack: Any = model.get_submodule(layers)
+    return [
+        site
+        for index, layer in enumerate(stack)
+        if _has_experts(layer, names)
+        for site in _of_layer(model, f"{layers}.{index}", index, names, unit)
+    ]
+
+
+def _of_layer(model: Any, path: str, index: int, names: ExpertNames, unit: ExpertUnit) -> list[Site]:
+    block = f"{path}.{names.block}"
+    return expert_sites(
+        model, index, f"{path}.{names.norm}", f"{block}.{names.experts}", f"{block}.{names.router}", unit
+    )
+
+
+def _has_experts(layer: nn.Module, names: ExpertNames) -> bool:
+    return hasattr(getattr(layer, names.block, None), names.experts)

@@ -1,0 +1,173 @@
+"""Tiny random models with routed experts, and an own computation of what pruning them must give."""
+
+import copy
+from functools import cache
+from typing import Literal
+
+import torch
+import transformers
+from prunekit.compress.models.architectures import AttentionNames, MlpNames, PreNormDecoder
+from prunekit.registry import Catalog
+from prunekit.registry.catalog import Entry
+from torch import nn
+
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    moe_intermediate_size=24,
+    num_experts_per_tok=2,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+MLA = dict(q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+GROUPED = dict(n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, n_routed_experts=6)
+FAMILIES = {
+    "mixtral": dict(num_local_experts=6),
+    "qwen2_moe": dict(num_experts=6, shared_expert_intermediate_size=40),
+    "qwen3_moe": dict(num_experts=6, norm_topk_prob=True),
+    "olmoe": dict(num_experts=6),
+    "gpt_oss": dict(num_local_experts=6, layer_types=["sliding_attention", "full_attention"], sliding_window=8),
+    "deepseek_v3": dict(**GROUPED, **MLA, num_key_value_heads=4),
+    "phimoe": dict(num_local_experts=6),
+    "granitemoe": dict(num_local_experts=6),
+    "jamba": dict(num_experts=6, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0)
+    | dict(mamba_d_state=4, mamba_d_conv=2, mamba_expand=1, mamba_dt_rank=4, use_mamba_kernels=False),
+    "glm4_moe": dict(**GROUPED),
+    "dots1": dict(**GROUPED),
+    "hunyuan_v1_moe": dict(num_experts=6, moe_topk=2, moe_intermediate_size=None),
+    "mellum": dict(num_experts=6),
+    "qwen3_next": dict(
+        num_experts=6, shared_expert_intermediate_size=40, layer_types=["linear_attention", "full_attention"]
+    )
+    | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
+}
+"""Model types, with what their configurations need besides :data:`SIZES`."""
+
+NORMS = dict(norm="input_layernorm")
+PLAIN = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "dots1", "glm4_moe")
+"""Families whose attention has separate projections."""
+
+
+class PlainMoe(PreNormDecoder):
+    """Attention with separate projections, and routed experts."""
+
+    name: Literal["plain_moe"] = "plain_moe"
+    model_types: tuple[str, ...] = PLAIN
+    layers: str = "model.layers"
+    attention: AttentionNames = AttentionNames(norm="input_layernorm", module="self_attn")
+    mlp: MlpNames = MlpNames(norm="post_attention_layernorm", entry="mlp", producers=(), consumer="mlp.down_proj")
+
+    def _mlp_site(self, model, index):
+        return None
+
+
+class ExpertsOnly(PlainMoe):
+    """Routed experts alone."""
+
+    name: Literal["experts_only"] = "experts_only"
+    model_types: tuple[str, ...] = tuple(family for family in FAMILIES if family not in PLAIN)
+
+    def sites(self, model, attention_unit):
+        return []
+
+
+@cache
+def catalog():
+    """All components, with architectures for the families that none of them serves."""
+    found = Catalog.discover()
+    served = {kind for entry in found.of_role("architectures") for kind in entry.component().model_types}
+    for made in (PlainMoe, ExpertsOnly):
+        kinds = tuple(kind for kind in made.model_fields["model_types"].default if kind not in served)
+        made.model_fields["model_types"].default = kinds
+        made.model_rebuild(force=True)
+        found.entries.append(Entry("architectures", made.model_fields["name"].default, made, "tests", "tests"))
+    return found
+
+
+def is_supported(family):
+    return family in transformers.CONFIG_MAPPING
+
+
+@cache
+def built(family, seed=0, **more):
+    """A tiny random model of a family; all 1-D tensors are random, too. Never prune it without ``remove()``."""
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **dict(more)})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "A_log" in name or "dt_" in name:
+                continue
+            scale = 0.25 if parameter.dim() > 1 else 0.3
+            parameter.normal_(0, scale)
+            if parameter.dim() == 1 and "norm" in name:
+                parameter.add_(1)
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.normal_(0, 0.2)
+    return model.requires_grad_(False)
+
+
+def experts_of(model):
+    """By layer: the module with the 3-D tensors."""
+    found = {}
+    for layer, module in enumerate(model.model.layers):
+        holders = [m for m in module.modules() if isinstance(getattr(m, "down_proj", None), nn.Parameter)]
+        if holders:
+            found[layer] = holders[0]
+    return found
+
+
+def columns(experts, number):
+    """What reads the channels of an expert, (D, I); writing to it writes to the model."""
+    down = experts.down_proj[number]
+    return down.t() if getattr(experts, "is_transposed", False) else down
+
+
+def zeroed(model, kept, more=()):
+    """A copy of the dense model whose experts read none of the dropped channels; ``kept`` by (layer, kind)."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, experts in experts_of(copied).items():
+            for number in range(len(experts.down_proj)):
+                weight = columns(experts, number)
+                dropped = sorted(
+                    set(range(weight.shape[1])) - set(kept.get((layer, f"expert{number}"), range(weight.shape[1])))
+                )
+                weight[:, dropped] = 0
+        for layer, module in enumerate(copied.model.layers):
+            units = kept.get((layer, "attention"))
+            if units is not None:
+                attention = module.self_attn.o_proj.weight
+                groups = module.self_attn.k_proj.weight.shape[0] // 8
+                size = attention.shape[1] // groups
+                for unit in set(range(groups)) - set(units):
+                    attention[:, unit * size : (unit + 1) * size] = 0
+    return copied
+
+
+def batches(count=3, rows=4, length=12, seed=1, padded=True):
+    """Calibration batches; the last row is padded on the left."""
+    random = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(3, 64, (rows, length), generator=random)
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[-1, : length // 2] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def logits(model, batch):
+    """Of the real tokens, (n, V)."""
+    with torch.no_grad():
+        return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
