@@ -22,24 +22,12 @@ class ExpertNames(NamedTuple):
     """The module with the 3-D tensors, in the block."""
 
 
-USUAL = ExpertNames()
+BY_SOFTMAX = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "mellum", "hunyuan_v1_moe")
+BY_SIGMOID = ("deepseek_v3", "glm4_moe", "dots1")
+"""Their routers have a bias for each expert, which is added for choosing alone."""
 
 EXPERTS: dict[str, ExpertNames] = {
-    **dict.fromkeys(
-        [
-            "mixtral",
-            "qwen2_moe",
-            "qwen3_moe",
-            "qwen3_next",
-            "olmoe",
-            "deepseek_v3",
-            "glm4_moe",
-            "dots1",
-            "mellum",
-            "hunyuan_v1_moe",
-        ],
-        USUAL,
-    ),
+    **dict.fromkeys((*BY_SOFTMAX, *BY_SIGMOID), ExpertNames()),
     "gpt_oss": ExpertNames(router="router"),
     "phimoe": ExpertNames(router="router"),
     "granitemoe": ExpertNames(block="block_sparse_moe", router="router"),

@@ -172,7 +172,7 @@ def expert_sites(
     routing = model.get_submodule(router)
     _check_groups(routing, model.get_submodule(router.rpartition(".")[0]), router)
     each = sum(tensor[0].numel() for tensor in holder.parameters(recurse=False) if len(tensor) == count)
-    rows = sum(tensor[0].numel() for tensor in tensors_of_router(routing, count).values())
+    rows = sum(t[0].numel() for t in tensors_of_router(routing, count).values() if isinstance(t, nn.Parameter))
     whole = Site(
         kind="experts",
         producers=(),
