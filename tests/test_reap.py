@@ -72,7 +72,7 @@ def test_scores_are_those_of_the_papers(family):
     for batch in batches():
         calls, handles = {}, []
         for layer, experts in experts_of(model).items():
-            take = lambda _, args, layer=layer: calls.__setitem__(layer, args)  # noqa: E731
+            take = lambda _, args, layer=layer, calls=calls: calls.__setitem__(layer, args)  # noqa: E731
             handles.append(experts.register_forward_pre_hook(take))
         with torch.no_grad():
             model(**batch, use_cache=False)

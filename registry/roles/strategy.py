@@ -156,8 +156,8 @@ class Strategy(Component):
         if self.router_weights and (self.compensates or getattr(statistic, "tracks_mean", False)):
             raise ValueError(
                 "router_weights: true weights every statistic, and a mean that is compensated must be that of the "
-                "plain activations; set compensate to null and choose a scorer without a mean, or set router_weights to "
-                "false"
+                "plain activations; set compensate to null and choose a scorer without a mean, or set router_weights "
+                "to false"
             )
 
     @model_serializer(mode="wrap")
