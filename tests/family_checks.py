@@ -135,6 +135,8 @@ def check_family(
 ) -> None:
     """Check every case (:func:`cover` by default) on a model, whose weights are made random first.
 
+    Routed experts are left out: tests/test_experts.py checks them.
+
     Sliced equals zeroed, and one wrong unit does not. Full-batch probing's decisions are computed again from what the
     dense consumers read. Generated tokens are the oracle's. Blocks that keep nothing add nothing. After removal the
     model is bit-identical, and no key of the state dict has changed. ``options`` are those of ``prune``.
@@ -146,7 +148,8 @@ def check_family(
     ids, *texts = (torch.randint(3, vocabulary, (ROWS, LENGTH), generator=generator) for _ in range(3))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     oracles = {
-        unit: Oracle(model, find_sites(model, catalog, unit)[1]) for unit in {case.unit for case in cases or ALL}
+        unit: Oracle(model, find_sites(model, catalog, unit, "keep")[1])
+        for unit in {case.unit for case in cases or ALL}
     }
     for number, case in enumerate(cover() if cases is None else cases):
         oracle = oracles[case.unit]
@@ -157,7 +160,7 @@ def check_family(
             dense = model(**call).logits
             with prune(
                 model, case.strategy, ratio=ratio, calibration=texts, catalog=catalog, trace=True,
-                attention_unit=case.unit, compensate="none", **options,
+                attention_unit=case.unit, compensate="none", experts="keep", **options,
                 **({"merger": "probe_only"} if case.strategy == "full_batch_probing" else {}),
             ) as pruned:  # fmt: skip
                 assert list(model.state_dict()) == list(before), f"{case}: keys of the state dict changed"

@@ -44,6 +44,12 @@ FAMILIES = {
     "dots1": dict(**GROUPED),
     "hunyuan_v1_moe": dict(num_experts=6, moe_topk=2, moe_intermediate_size=None),
     "mellum": dict(num_experts=6),
+    "granitemoeshared": dict(num_local_experts=6, shared_intermediate_size=40),
+    "exaone_moe": GROUPED | dict(mlp_layer_types=["dense", "sparse"], num_experts=6, num_shared_experts=1),
+    "ernie4_5_moe": dict(moe_num_experts=6, moe_k=2, moe_layer_start_index=1, use_bias=True),
+    "solar_open": GROUPED,
+    "hy_v3": GROUPED | dict(mlp_layer_types=["dense", "sparse"], num_experts=6, num_shared_experts=1),
+    "glm4_moe_lite": GROUPED | MLA | dict(mlp_layer_types=["dense", "sparse"], num_key_value_heads=4),
     "qwen3_next": dict(
         num_experts=6, shared_expert_intermediate_size=40, layer_types=["linear_attention", "full_attention"]
     )
@@ -51,29 +57,15 @@ FAMILIES = {
 }
 """Model types, with what their configurations need besides :data:`SIZES`."""
 
-NORMS = dict(norm="input_layernorm")
-PLAIN = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "dots1", "glm4_moe")
-"""Families whose attention has separate projections."""
 
-
-class PlainMoe(PreNormDecoder):
-    """Attention with separate projections, and routed experts."""
-
-    name: Literal["plain_moe"] = "plain_moe"
-    model_types: tuple[str, ...] = PLAIN
-    layers: str = "model.layers"
-    attention: AttentionNames = AttentionNames(norm="input_layernorm", module="self_attn")
-    mlp: MlpNames = MlpNames(norm="post_attention_layernorm", entry="mlp", producers=(), consumer="mlp.down_proj")
-
-    def _mlp_site(self, model, index):
-        return None
-
-
-class ExpertsOnly(PlainMoe):
-    """Routed experts alone."""
+class ExpertsOnly(PreNormDecoder):
+    """Routed experts alone, of the families that no architecture serves."""
 
     name: Literal["experts_only"] = "experts_only"
-    model_types: tuple[str, ...] = tuple(family for family in FAMILIES if family not in PLAIN)
+    model_types: tuple[str, ...] = ()
+    layers: str = "model.layers"
+    attention: AttentionNames = AttentionNames(norm=None, module="self_attn")
+    mlp: MlpNames | None = None
 
     def sites(self, model, attention_unit):
         return []
@@ -81,14 +73,12 @@ class ExpertsOnly(PlainMoe):
 
 @cache
 def catalog():
-    """All components, with architectures for the families that none of them serves."""
+    """All components, with an architecture for the families that none of them serves."""
     found = Catalog.discover()
     served = {kind for entry in found.of_role("architectures") for kind in entry.component().model_types}
-    for made in (PlainMoe, ExpertsOnly):
-        kinds = tuple(kind for kind in made.model_fields["model_types"].default if kind not in served)
-        made.model_fields["model_types"].default = kinds
-        made.model_rebuild(force=True)
-        found.entries.append(Entry("architectures", made.model_fields["name"].default, made, "tests", "tests"))
+    ExpertsOnly.model_fields["model_types"].default = tuple(family for family in FAMILIES if family not in served)
+    ExpertsOnly.model_rebuild(force=True)
+    found.entries.append(Entry("architectures", "experts_only", ExpertsOnly, "tests", "tests"))
     return found
 
 
@@ -132,25 +122,18 @@ def columns(experts, number):
     return down.t() if getattr(experts, "is_transposed", False) else down
 
 
-def zeroed(model, kept, more=()):
-    """A copy of the dense model whose experts read none of the dropped channels; ``kept`` by (layer, kind)."""
+def zeroed(model, kept, sites):
+    """A copy of the dense model whose consumers read none of the dropped channels; ``kept`` by (layer, kind)."""
     copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer, experts in experts_of(copied).items():
-            for number in range(len(experts.down_proj)):
-                weight = columns(experts, number)
-                dropped = sorted(
-                    set(range(weight.shape[1])) - set(kept.get((layer, f"expert{number}"), range(weight.shape[1])))
-                )
-                weight[:, dropped] = 0
-        for layer, module in enumerate(copied.model.layers):
-            units = kept.get((layer, "attention"))
-            if units is not None:
-                attention = module.self_attn.o_proj.weight
-                groups = module.self_attn.k_proj.weight.shape[0] // 8
-                size = attention.shape[1] // groups
-                for unit in set(range(groups)) - set(units):
-                    attention[:, unit * size : (unit + 1) * size] = 0
+    for site in sites:
+        if site.expert is None:
+            weight = copied.get_submodule(site.consumer).weight
+        else:
+            weight = columns(experts_of(copied)[site.layer], site.expert)
+        dropped = sorted(set(range(site.units)) - set(kept[site.layer, site.kind]))
+        size = weight.shape[1] // site.units
+        with torch.no_grad():
+            weight.view_as(weight).unflatten(1, (site.units, size))[:, dropped] = 0
     return copied
 
 

@@ -30,9 +30,10 @@ def smaller(model, kept):
     for layer, experts in experts_of(model).items():
         units = torch.tensor(kept[layer, "experts"])
         for name, tensor in state.items():
-            mine = name.startswith(f"model.layers.{layer}.") and len(tensor) == len(experts.down_proj)
-            if mine and (".experts." in name or ".gate." in name or ".router." in name):
-                state[name] = tensor[units]
+            own = (".experts.", ".gate.", ".router.", "_bias")
+            if name.startswith(f"model.layers.{layer}.") and any(part in name for part in own):
+                dims = [dim for dim, size in enumerate(tensor.shape) if size == len(experts.down_proj)]
+                state[name] = tensor.index_select(dims[0], units) if dims else tensor
     made.load_state_dict(state)
     return made
 

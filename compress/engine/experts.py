@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import ModelError
-from ...registry.tensors.experts import activated, count_of, normed, plain_expert, tensors_of_router
+from ...registry.tensors.experts import activated, count_of, normed, plain_expert, tensors_by_expert
 from .batch import Batch, ProbeRun
 from .copying import Unpickled
 from .hooks import Hooks
@@ -168,7 +168,9 @@ class RoutedExperts(Unpickled):
         if batch.cached:
             return None
         if residual is None:
-            raise hooks.no_norm(first)
+            if first.binding.norm is not None:
+                raise hooks.no_norm(first)
+            residual = states
         given = hooks.input_of(first, batch, residual, states, {})
         with torch.no_grad():
             rows, positions = hooks.prober.select(first, given)
@@ -238,12 +240,13 @@ def cut_router(block: nn.Module, router: nn.Module, count: int, kept: Tensor) ->
     numbers = [
         (module, name) for module in modules for name, value in vars(module).items() if _counts(name, value, count)
     ]
-    tensors = tensors_of_router(router, count)
+    tensors = tensors_by_expert(block, router, count)
     try:
         for module, name in numbers:
             vars(module)[name] = len(kept)
-        for (module, name), tensor in tensors.items():  # before the parameter, which stays where it is
-            vars(module)[name] = tensor.index_select(0, kept.to(tensor.device))
+        for (module, name), dim in tensors.items():  # it is found before the parameter, which stays where it is
+            tensor = getattr(module, name)
+            vars(module)[name] = tensor.index_select(dim, kept.to(tensor.device))
         yield
     finally:
         for module, name in numbers:
@@ -267,7 +270,7 @@ def route_through(model: nn.Module, cuts: Sequence[SiteCut], hooks: Hooks) -> li
         if site.router is not None:
             block, router = model.get_submodule(site.entry.rpartition(".")[0]), model.get_submodule(site.router)
             undo.append(_put(block, site.entry, partial(RoutedBlock, block, router, mine[0])))
-        elif hooks.prober is not None:
+        elif hooks.prober is not None and mine[0].binding.norm is not None:
             undo.append(mine[0].binding.norm.register_forward_pre_hook(hooks.enter_norm(mine[0])).remove)
     return undo
 

@@ -18,7 +18,7 @@ from ...registry import (
     Site,
     hookimpl,
 )
-from .experts import sites_of_experts
+from .experts import EXPERTS, sites_of_experts
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -75,7 +75,7 @@ class MlpNames(BaseModel):
 class PreNormDecoder(Architecture):
     """A decoder whose layers contain an attention and an MLP, each under the same names in every layer.
 
-    A layer may lack one of them where :attr:`leaves` says what it has instead.
+    A layer may lack one of them where it has routed experts, or where :attr:`leaves` says what it has instead.
     """
 
     attention: AttentionNames
@@ -96,11 +96,16 @@ class PreNormDecoder(Architecture):
     def expert_sites(self, model: nn.Module, unit: ExpertUnit) -> list[Site]:
         return sites_of_experts(model, self.layers, unit)
 
+    @property
+    def _has_others(self) -> bool:
+        """Whether a layer may lack an attention or an MLP."""
+        return bool(self.leaves) or not EXPERTS.keys().isdisjoint(self.model_types)
+
     def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site | None:
         names, layer = self.attention, f"{self.layers}.{index}"
         module = f"{layer}.{names.module}"
         heads, kv_heads = heads_of(model.config, index)
-        if not heads or (self.leaves and not _has(model, f"{module}.{names.output}")):
+        if not heads or (self._has_others and not _has(model, f"{module}.{names.output}")):
             return None  # an exported model without this attention, or a mixer of another kind
         if names.key is None:
             kv_heads = heads
@@ -139,7 +144,7 @@ class PreNormDecoder(Architecture):
         names = next((form for form in forms if _has(model, f"{layer}.{form.consumer}")), None)
         config: Any = model.config
         if names is None:
-            if not forms or self.leaves or config.model_type.startswith(PRUNED):
+            if not forms or self._has_others or config.model_type.startswith(PRUNED):
                 return None  # experts alone, or an exported model without this MLP
             names = forms[0]
         consumer, norm = f"{layer}.{names.consumer}", names.norm

@@ -16,21 +16,21 @@ class ExpertNames(NamedTuple):
     """The block that calls router and experts."""
     router: str = "gate"
     """The router, in the block."""
-    norm: str = "post_attention_layernorm"
-    """The norm whose input is the residual stream, before the block."""
+    norm: str | None = "post_attention_layernorm"
+    """The norm whose input is the residual stream, before the block; None: the block reads that stream itself."""
     experts: str = "experts"
     """The module with the 3-D tensors, in the block."""
 
 
-BY_SOFTMAX = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "mellum", "hunyuan_v1_moe")
-BY_SIGMOID = ("deepseek_v3", "glm4_moe", "dots1")
+BY_SOFTMAX = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "mellum", "hunyuan_v1_moe", "ernie4_5_moe")
+BY_SIGMOID = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "exaone_moe", "solar_open", "hy_v3")
 """Their routers have a bias for each expert, which is added for choosing alone."""
 
 EXPERTS: dict[str, ExpertNames] = {
     **dict.fromkeys((*BY_SOFTMAX, *BY_SIGMOID), ExpertNames()),
     "gpt_oss": ExpertNames(router="router"),
     "phimoe": ExpertNames(router="router"),
-    "granitemoe": ExpertNames(block="block_sparse_moe", router="router"),
+    **dict.fromkeys(("granitemoe", "granitemoeshared"), ExpertNames(block="block_sparse_moe", router="router")),
     "jamba": ExpertNames(block="feed_forward", router="router", norm="pre_ff_layernorm"),
 }
 """Families whose experts can be cut, each by the names of its layers."""
@@ -55,10 +55,8 @@ def sites_of_experts(model: Any, layers: str, unit: ExpertUnit) -> list[Site]:
 
 
 def _of_layer(model: Any, path: str, index: int, names: ExpertNames, unit: ExpertUnit) -> list[Site]:
-    block = f"{path}.{names.block}"
-    return expert_sites(
-        model, index, f"{path}.{names.norm}", f"{block}.{names.experts}", f"{block}.{names.router}", unit
-    )
+    block, norm = f"{path}.{names.block}", f"{path}.{names.norm}" if names.norm else None
+    return expert_sites(model, index, norm, f"{block}.{names.experts}", f"{block}.{names.router}", unit)
 
 
 def _has_experts(layer: nn.Module, names: ExpertNames) -> bool:

@@ -13,8 +13,6 @@ from pydantic import create_model
 from ...registry import Architecture, hookimpl
 from .architectures import PRUNED, Llama, MlpNames, PreNormDecoder
 
-EXPERTS = "routed experts"
-
 
 def family(types: str, **changes: Any) -> type[PreNormDecoder]:
     """The architecture of some model types, separated by spaces; it bears the name of the first.
@@ -58,7 +56,7 @@ INTERLEAVED = {"query": "query_key_value", "key": None, "value": None, "query_pa
 GRANITE_EXPERT = expert(
     "shared_mlp", producers=("shared_mlp.input_linear",), consumer="shared_mlp.output_linear", fused=True
 )
-SHARED_EXPERTS: dict[str, Any] = {"other_mlps": expert("mlp.shared_experts"), "leaves": EXPERTS}
+SHARED_EXPERTS: dict[str, Any] = {"other_mlps": expert("mlp.shared_experts")}
 
 FAMILIES: tuple[type[PreNormDecoder], ...] = (
     # Only the names of modules.
@@ -97,12 +95,12 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         form="query, key and value interleaved in one layer, two-layer MLP",
     ),
     family("youtu minicpm3", attention=LATENT, form="MLA"),
-    # Mixtures of experts.
-    family("mixtral phimoe granitemoe", mlp=None, form="no dense MLP", leaves=EXPERTS),
-    family("qwen3_moe mellum", form="dense MLP in some layers", leaves=EXPERTS),
-    family("qwen2_moe", other_mlps=expert("mlp.shared_expert"), form="shared expert", leaves=EXPERTS),
-    family("hunyuan_v1_moe", other_mlps=expert("mlp.shared_mlp"), form="shared expert", leaves=EXPERTS),
-    family("granitemoeshared", mlp=None, other_mlps=GRANITE_EXPERT, form="shared expert, fused", leaves=EXPERTS),
+    # Mixtures of experts; the routed ones are in :mod:`.experts`.
+    family("mixtral phimoe granitemoe", mlp=None, form="no dense MLP"),
+    family("qwen3_moe mellum", form="dense MLP in some layers"),
+    family("qwen2_moe", other_mlps=expert("mlp.shared_expert"), form="shared expert"),
+    family("hunyuan_v1_moe", other_mlps=expert("mlp.shared_mlp"), form="shared expert"),
+    family("granitemoeshared", mlp=None, other_mlps=GRANITE_EXPERT, form="shared expert, fused"),
     family("dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3", **SHARED_EXPERTS, form="shared expert"),
     family("deepseek_v3 glm4_moe_lite", attention=LATENT, **SHARED_EXPERTS, form="MLA, shared expert"),
 )

@@ -139,9 +139,17 @@ def activated(experts: Any, made: Tensor) -> Tensor:
 
 
 def expert_sites(
-    model: nn.Module, layer: int, norm: str, experts: str, router: str, unit: ExpertUnit, top_k: int | None = None
+    model: nn.Module,
+    layer: int,
+    norm: str | None,
+    experts: str,
+    router: str,
+    unit: ExpertUnit,
+    top_k: int | None = None,
 ) -> list[Site]:
     """The sites of one layer's routed experts, by the paths of its norm, its experts and its router.
+
+    ``norm`` is None where the block reads the residual stream itself.
 
     ``channels``: a site for every expert, whose units are its I channels. ``whole``: one site, whose units are the E
     experts; those that the router chooses for every token, ``top_k`` (None: the router's attribute), must stay.
@@ -169,10 +177,11 @@ def expert_sites(
             )
             for number in range(count)
         ]
-    routing = model.get_submodule(router)
-    _check_groups(routing, model.get_submodule(router.rpartition(".")[0]), router)
+    routing, block = model.get_submodule(router), model.get_submodule(router.rpartition(".")[0])
+    _check_groups(routing, block, router)
     each = sum(tensor[0].numel() for tensor in holder.parameters(recurse=False) if len(tensor) == count)
-    rows = sum(t[0].numel() for t in tensors_of_router(routing, count).values() if isinstance(t, nn.Parameter))
+    tensors = [getattr(*owned) for owned in tensors_by_expert(block, routing, count)]
+    rows = sum(tensor.numel() // count for tensor in tensors if isinstance(tensor, nn.Parameter))
     whole = Site(
         kind="experts",
         producers=(),
@@ -192,13 +201,14 @@ Owned = tuple[nn.Module, str]
 """A module, and the name of a tensor of it."""
 
 
-def tensors_of_router(router: nn.Module, count: int) -> dict[Owned, Tensor]:
-    """The parameters and buffers of a router that have an entry for each of ``count`` experts."""
+def tensors_by_expert(block: nn.Module, router: nn.Module, count: int) -> dict[Owned, int]:
+    """The parameters and buffers of a router that have an entry for each of ``count`` experts, and in which dimension:
+    (E, ...), or (1, E). Some are in the block that calls it."""
     return {
-        (module, name): tensor
-        for module in router.modules()
+        (module, name): 0 if len(tensor) == count else 1
+        for module in dict.fromkeys([block, *router.modules()])
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        if tensor.dim() and len(tensor) == count
+        if tensor.dim() and (len(tensor) == count or tensor.shape == (1, count))
     }
 
 
