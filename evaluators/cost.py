@@ -171,8 +171,9 @@ def weights_of_unit(model: Any, site: Site) -> int:
 
 def formulas() -> dict[Any, Any]:
     """Operation -> formula of its arguments' shapes, for ``FlopCounterMode(custom_mapping=...)``."""
+    places = (torch.ops.aten, torch.ops.transformers)
     return {
-        getattr(torch.ops.aten, name): formula for name, formula in FORMULAS.items() if hasattr(torch.ops.aten, name)
+        getattr(place, name): formula for name, formula in FORMULAS.items() for place in places if hasattr(place, name)
     }
 
 
@@ -184,6 +185,11 @@ def _attention(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
 def _added_product(start: Size, left: Size, right: Size, **_: Any) -> int:
     """(..., m, k) by (..., k, n), in place: torch counts only the product that makes a new tensor."""
     return 2 * prod(left) * right[-1]
+
+
+def _grouped_product(left: Size, right: Size, *_: Any, **__: Any) -> int:
+    """Rows (S, k) of routed experts, each by the matrix of one: (E, k, n)."""
+    return 2 * prod(left[-2:]) * right[-1] * (left[0] if len(left) == len(right) == 3 else 1)
 
 
 def _matrix_vector(matrix: Size, vector: Size, **_: Any) -> int:
@@ -249,6 +255,8 @@ def _right_sides(matrix: Size, right: Size) -> int:
 FORMULAS: dict[str, Any] = {
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "_grouped_mm": _grouped_product,
+    "grouped_mm_fallback": _grouped_product,
     "addmm_": _added_product,
     "baddbmm_": _added_product,
     "mv": _matrix_vector,
@@ -266,7 +274,7 @@ FORMULAS: dict[str, Any] = {
     "_linalg_solve_ex": _solve,
     "linalg_inv_ex": _inverse,
 }
-"""Name in ``torch.ops.aten``, if this version of torch has it -> formula of the arguments' shapes."""
+"""Name in ``torch.ops.aten`` or ``torch.ops.transformers``, if it is there -> formula of the arguments' shapes."""
 
 
 @hookimpl

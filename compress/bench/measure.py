@@ -144,8 +144,8 @@ def _kept(arms: Sequence[Arm]) -> dict[str, str]:
         return {}
     kept, units = Counter[str](), Counter[str]()
     for site in pruned.sites:
-        kept[site.kind] += pruned.counts[site.layer, site.kind]
-        units[site.kind] += site.units
+        kept[site.group] += pruned.counts[site.layer, site.kind]
+        units[site.group] += site.units
     return {kind: f"{kept[kind]} of {units[kind]}" for kind in sorted(units)}
 
 

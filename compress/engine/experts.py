@@ -30,8 +30,7 @@ an expert, E experts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import ModelError
-from ...registry.tensors.experts import activated, count_of, normed, plain_expert, tensors_by_expert
+from ...registry.tensors.experts import activated, count_of, cut_router, normed, plain_expert
 from .batch import Batch, ProbeRun
 from .copying import Unpickled
 from .hooks import Hooks
@@ -231,32 +230,6 @@ class RoutedBlock(Unpickled):
             return self.forward(*args, **kwargs)
         with cut_router(self.block, self.router, self.cut.site.units, kept):
             return self.forward(*args, **kwargs)
-
-
-@contextmanager
-def cut_router(block: nn.Module, router: nn.Module, count: int, kept: Tensor) -> Iterator[None]:
-    """Within it a router of ``count`` experts has only the rows, biases and counts of those that are kept (k,)."""
-    modules = dict.fromkeys([block, *router.modules()])
-    numbers = [
-        (module, name) for module in modules for name, value in vars(module).items() if _counts(name, value, count)
-    ]
-    tensors = tensors_by_expert(block, router, count)
-    try:
-        for module, name in numbers:
-            vars(module)[name] = len(kept)
-        for (module, name), dim in tensors.items():  # it is found before the parameter, which stays where it is
-            tensor = getattr(module, name)
-            vars(module)[name] = tensor.index_select(dim, kept.to(tensor.device))
-        yield
-    finally:
-        for module, name in numbers:
-            vars(module)[name] = count
-        for module, name in tensors:
-            vars(module).pop(name, None)
-
-
-def _counts(name: str, value: Any, count: int) -> bool:
-    return "expert" in name and type(value) is int and value == count
 
 
 def route_through(model: nn.Module, cuts: Sequence[SiteCut], hooks: Hooks) -> list[Callable[[], Any]]:

@@ -10,7 +10,7 @@ from ...registry import SpecError
 from ..output.folders import RunFolder
 from ..pruning.pruned import Pruned
 from .profiles import profile_named
-from .writing import write_model
+from .writing import check_experts, write_model
 
 SAVED = ("hf-hetero", "hf-uniform", "padded")
 """Profiles that need nothing but the model."""
@@ -29,6 +29,7 @@ def save(pruned: Pruned, folder: str | os.PathLike[str], profile: str, tokenizer
             f"pruned.save: strategy {pruned.strategy.name} decides per batch, and a file has one cut; call "
             "pruned.freeze(...) first, or write it with prunekit export --profile dynamic"
         )
+    check_experts(chosen, pruned.all_sites)
     target = RunFolder(Path(folder), what="saved model")
     if os.path.lexists(target.target):
         raise SpecError(f"pruned.save: {target.target} exists; name a folder that does not exist yet")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...registry import Catalog, ModelError, Site, SiteScores, Strategy
+from ...registry import Catalog, ModelError, Site, SiteScores, SpecError, Strategy
 from ..models.architectures import PRUNED, heads_of
 from ..models.exported.manifest import GGUF
 from ..models.loading import Loaded
@@ -106,7 +106,8 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
 
         check_supported(homogeneous(config))
         read_vocabulary(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings)
-    _, sites = find_sites(loaded.model, catalog, strategy.attention_unit)
+    _, sites = find_sites(loaded.model, catalog, strategy.attention_unit, strategy.experts)
+    check_experts(profile, sites)
     inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
     if isinstance(strategy.allocator, RoundedCounts):
         strategy.allocator.check_reachable(inside)
@@ -117,11 +118,21 @@ def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog
     check_counts(profile, loaded.model, strategy, sites, counts)
 
 
+def check_experts(profile: Profile, sites: Sequence[Site]) -> None:
+    """Raise :class:`SpecError` for a cut of routed experts, which no profile writes."""
+    if any(site.routed for site in sites):
+        raise SpecError(
+            f"profile {profile.name}: a model whose routed experts are cut cannot be written; use it where it was "
+            "pruned, or leave its experts whole (experts: keep)"
+        )
+
+
 def check_counts(profile: Profile, model: Any, strategy: Strategy, sites: Sequence[Site], counts: Counts) -> None:
     """Raise :class:`SpecError` or :class:`ModelError` for numbers of kept units that the profile cannot hold.
 
     ``sites`` are all of the model; those that are not among ``counts`` keep all of their units.
     """
+    check_experts(profile, sites)
     if profile.name in ("padded", "dynamic"):
         return
     config, parameters = model.config, dict(model.named_parameters())

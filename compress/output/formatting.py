@@ -176,7 +176,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def kept_units(layers: Sequence[LayerCut], attention: str, mlp: str) -> list[str]:
     """A markdown table of the units that every layer keeps; the names are those of the columns."""
-    names = {"attention": attention, "mlp": mlp}
+    names = {"attention": attention, "mlp": mlp, "experts": "experts"}
     kinds = [kind for kind in names if any(kind in layer.sites for layer in layers)]
     rows = [(str(layer.layer), *(layer.sites[k].text if k in layer.sites else "-" for k in kinds)) for layer in layers]
+    if any(layer.expert_channels for layer in layers):
+        names["each expert"] = "channels of each expert"
+        kinds.append("each expert")
+        rows = [(*row, _of_each(layer)) for row, layer in zip(rows, layers, strict=True)]
     return table(("layer", *(names[kind] for kind in kinds)), rows)
+
+
+def _of_each(layer: LayerCut) -> str:
+    """Such as "14 of 24", or "12 to 16 of 24", where experts of a layer differ."""
+    if not layer.expert_channels:
+        return "-"
+    counts = [each.kept for each in layer.expert_channels]
+    least, most = min(counts), max(counts)
+    return f"{least if least == most else f'{least} to {most}'} of {layer.expert_channels[0].units}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
 
 from ...registry import SiteKind
 from .folders import plain
@@ -145,6 +145,13 @@ class Kept(Record):
 
 MOST_LAYERS = 10_000
 
+EXPERTS = ("experts", "expert_channels")
+
+
+def is_expert(kind: SiteKind) -> bool:
+    """Whether it is the kind of one routed expert, such as expert3."""
+    return kind.startswith("expert") and kind != "experts"
+
 
 class LayerCut(Record):
     """Kept units of one layer; ``None`` for a site that the layer does not have."""
@@ -152,12 +159,29 @@ class LayerCut(Record):
     layer: int = Field(ge=0)
     attention: Kept | None = None
     mlp: Kept | None = None
+    experts: Kept | None = None
+    """Whole routed experts, where they are the units."""
+    expert_channels: list[Kept] = Field(default_factory=list)
+    """Channels of every routed expert, where they are."""
+
+    @classmethod
+    def of(cls, layer: int, sites: Mapping[SiteKind, Kept]) -> LayerCut:
+        """The record of a layer, from its sites by their kind; those of experts are in order."""
+        channels = [kept for kind, kept in sites.items() if is_expert(kind)]
+        others = {kind: kept for kind, kept in sites.items() if not is_expert(kind)}
+        return cls.model_validate({"layer": layer, **others} | ({"expert_channels": channels} if channels else {}))
 
     @property
     def sites(self) -> dict[SiteKind, Kept]:
         """Kept units by the kind of the site."""
-        kinds: dict[SiteKind, Kept | None] = {"attention": self.attention, "mlp": self.mlp}
-        return {kind: kept for kind, kept in kinds.items() if kept is not None}
+        kinds: dict[SiteKind, Kept | None] = {"attention": self.attention, "mlp": self.mlp, "experts": self.experts}
+        channels = {f"expert{number}": kept for number, kept in enumerate(self.expert_channels)}
+        return {kind: kept for kind, kept in kinds.items() if kept is not None} | channels
+
+    @model_serializer(mode="wrap")
+    def _without_experts(self, handler: Any) -> dict[str, Any]:
+        # Layers without experts are written as they always were.
+        return {key: value for key, value in handler(self).items() if key not in EXPERTS or value}
 
 
 class Cut(Record):

@@ -49,7 +49,7 @@ def about_cut(pruned: Pruned) -> Cut:
         ratio=pruned.ratio,
         compensation=None if compensation is None else CompensationFacts(**compensation),
         attention_unit=pruned.strategy.attention_unit,
-        layers=[LayerCut(layer=index, **layers[index]) for index in sorted(layers)],
+        layers=[LayerCut.of(index, layers[index]) for index in sorted(layers)],
     )
 
 

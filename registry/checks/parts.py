@@ -27,7 +27,7 @@ from ..roles.parts import (
 )
 from ..sites import Producer, Rows, Site, SiteKind
 from ..tensors.blocks import BlockStatistic
-from ..tensors.statistics import ChannelHistory, Statistic
+from ..tensors.statistics import ChannelHistory, ExpertStatistic, Statistic
 from ..tensors.weights import LayerWeight, WeightStatistic
 
 UNITS, UNIT_SIZE = 6, 4
@@ -175,6 +175,9 @@ def check_statistic(scorer: Scorer) -> None:
     if statistic is None:
         return
     expect(isinstance(statistic, Statistic), scorer, f"must have a Statistic or None, found {statistic!r}")
+    if isinstance(statistic, ExpertStatistic):
+        check_expert_statistic(statistic)
+        return
     history = ChannelHistory(3, torch.device("cpu"))
     for seed, dtype in enumerate((torch.float32, torch.float16)):
         statistic.observe(history, draw(4, 5, 3, seed=seed).to(dtype), None)
@@ -186,6 +189,23 @@ def check_statistic(scorer: Scorer) -> None:
     expect(bool((measured >= 0).all()), statistic, "measures something negative")
     again = statistic.measure(x.masked_fill(~valid[..., None], 1e4), valid, history.mean)
     expect(torch.equal(measured, again), statistic, "looks at padded tokens")
+
+
+def check_expert_statistic(statistic: ExpertStatistic) -> None:
+    """It values every expert by its own column alone, and a text in two batches gives what it gives in one."""
+    x = torch.stack([draw(12, 3, seed=1).abs(), draw(12, 3, seed=2).square()], 1)
+    x[torch.arange(12), :, torch.arange(12) % 3] = 0  # a token does not reach every expert
+    whole, parts = (ChannelHistory(3, torch.device("cpu")) for _ in range(2))
+    statistic.observe(whole, x, None)
+    for part in x.split(5):
+        statistic.observe(parts, part, None)
+    found = expect_tensor(statistic.summed(whole), statistic, "summed", (3,))
+    same = torch.allclose(found, statistic.summed(parts), rtol=1e-4, atol=1e-6)
+    expect(same, statistic, "gives something else where a text is read in two batches")
+    turned = ChannelHistory(3, torch.device("cpu"))
+    statistic.observe(turned, x.flip(2), None)
+    same = torch.allclose(found, statistic.summed(turned).flip(0), rtol=1e-4, atol=1e-6)
+    expect(same, statistic, "values an expert by its number or by other experts: turned around, they get other values")
 
 
 def padding_masks(batch: int, length: int) -> Iterator[Tensor | None]:

@@ -13,6 +13,7 @@ from torch import nn
 from ..roles.parts import Architecture
 from ..sites import AttentionUnit, Site
 from ..tensors.caches import cache_among, without_caches
+from .experts import check_experts
 from .parts import expect
 
 
@@ -59,6 +60,7 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
             stated = site.units * attribute.per_unit
             expect(value == stated, architecture, f"{attribute.path}.{attribute.attribute} is {value}, not {stated}")
     check_pass(architecture, model, sites)
+    check_experts(architecture, model)
 
 
 Call = tuple[nn.Module, tuple, dict[str, Any]]

@@ -8,6 +8,7 @@ layout the last two sizes change places. The rows of gate and up lie one after t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -210,6 +211,32 @@ def tensors_by_expert(block: nn.Module, router: nn.Module, count: int) -> dict[O
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         if tensor.dim() and (len(tensor) == count or tensor.shape == (1, count))
     }
+
+
+@contextmanager
+def cut_router(block: nn.Module, router: nn.Module, count: int, kept: Tensor) -> Iterator[None]:
+    """Within it a router of ``count`` experts has only the rows, biases and counts of those that are kept (k,)."""
+    modules = dict.fromkeys([block, *router.modules()])
+    numbers = [
+        (module, name) for module in modules for name, value in vars(module).items() if _counts(name, value, count)
+    ]
+    tensors = tensors_by_expert(block, router, count)
+    try:
+        for module, name in numbers:
+            vars(module)[name] = len(kept)
+        for (module, name), dim in tensors.items():  # it is found before the parameter, which stays where it is
+            tensor = getattr(module, name)
+            vars(module)[name] = tensor.index_select(dim, kept.to(tensor.device))
+        yield
+    finally:
+        for module, name in numbers:
+            vars(module)[name] = count
+        for module, name in tensors:
+            vars(module).pop(name, None)
+
+
+def _counts(name: str, value: Any, count: int) -> bool:
+    return "expert" in name and type(value) is int and value == count
 
 
 def _holds_experts(module: nn.Module) -> bool:

@@ -1,0 +1,89 @@
+"""Mixtures of experts from pipeline files: costs, reports, refusals of exports, and results that are read again."""
+
+import json
+
+import pytest
+import transformers
+from prunekit.compress import Pipeline, PipelineSpec, prune
+from prunekit.compress.bundled import MODEL
+from prunekit.compress.output.records import LayerCut
+from prunekit.registry import SpecError
+
+from tests.moe_models import batches, built, catalog
+
+PERPLEXITY = {"name": "perplexity", "window": 32, "limit": 4, "batch_size": 2}
+COST = {"name": "cost", "length": 16, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    built("qwen3_moe", vocab_size=4096).save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def content(folder):
+    def make(**prune):
+        return {
+            "model": {"name": str(folder), "device": "cpu"},
+            "calibration": {"sequences": 4, "length": 32},
+            "prune": prune,
+            "evaluate": [PERPLEXITY, COST],
+        }
+
+    return make
+
+
+@pytest.mark.parametrize("use", ["reap", "expert_frequency", "wanda_sp", "pp"])
+def test_run(content, tmp_path, use):
+    more = {"skip_layers": []} if use == "pp" else {}
+    ratio = 0.25 if use == "wanda_sp" else 1 / 3
+    results = Pipeline(content(use=use, ratio=ratio, **more)).run(tmp_path / "run")
+    data = json.loads((results.folder / "results.json").read_text())
+    perplexity, cost = data["metrics"]
+    assert perplexity["dense"]["perplexity"] != perplexity["pruned"]["perplexity"]
+    whole = use in ("reap", "expert_frequency")
+    report = (results.folder / "report.md").read_text()
+    layer = data["layers"][0]
+    if whole:
+        assert layer["experts"] == {"kept": 4, "units": 6}
+        assert "| 4 of 6" in report and "| experts" in report
+        experts = 2 * 6 * 3 * 24 * 32 + 2 * 6 * 32
+        assert cost["dense"]["parameters"] - cost["pruned"]["parameters"] == experts / 3
+        assert cost["pruned"]["flops_ratio"] == pytest.approx(1, abs=0.01)
+    else:
+        assert len(layer["expert_channels"]) == 6
+        assert "channels of each expert" in report
+        assert cost["pruned"]["flops_ratio"] < 1 or use == "pp"
+    read = LayerCut.model_validate(layer)
+    assert read.sites["experts" if whole else "expert5"].kept == (4 if whole else layer["expert_channels"][5]["kept"])
+    again = Pipeline(PipelineSpec.load(results.folder / "resolved.yaml")).run(tmp_path / "again")
+    assert again.metrics["perplexity.perplexity"] == results.metrics["perplexity.perplexity"]
+
+
+def test_flops_of_a_cut_are_those_of_the_tokens_that_reach_it(content, tmp_path):
+    """A token reaches 2 of 6 experts: what is counted agrees with what a smaller model would take."""
+    results = Pipeline(content(use="magnitude", ratio=0.5, attention_unit="kv_group")).run(tmp_path / "run")
+    cost, sliced = (results.metrics[f"cost.{name}"]["pruned"] for name in ("flops_ratio", "floor_ratio"))
+    assert cost < 0.97
+    assert 1 - cost == pytest.approx(1 - sliced, rel=0.05)
+
+
+@pytest.mark.parametrize("what", ["parameters", "flops"])
+def test_a_cost_can_be_matched(what):
+    model = built("qwen3_moe")
+    from prunekit.compress.pruning.matching import Match
+
+    match = Match(what, 16, 2) if what == "flops" else Match(what)
+    with prune(model, "wanda_sp", ratio=0.3, calibration=batches(), catalog=catalog(), match=match) as pruned:
+        assert pruned.matched.cost == pytest.approx(0.7, abs=0.005)
+
+
+def test_experts_cannot_be_exported(tmp_path):
+    for strategy in ("wanda_sp", "reap"):
+        with prune(built("qwen3_moe"), strategy, ratio=1 / 3, calibration=batches(), catalog=catalog()) as pruned:
+            with pytest.raises(SpecError, match="routed experts are cut cannot be written"):
+                pruned.save(tmp_path / "out", profile="hf-uniform")
+    assert not (tmp_path / "out").exists()
