@@ -94,12 +94,12 @@ class PreNormDecoder(Architecture):
         ]
 
     def expert_sites(self, model: nn.Module, unit: ExpertUnit) -> list[Site]:
-        return sites_of_experts(model, self.layers, unit)
+        return sites_of_experts(model, self.layers, unit, self.name)
 
     @property
     def _has_others(self) -> bool:
         """Whether a layer may lack an attention or an MLP."""
-        return bool(self.leaves) or not EXPERTS.keys().isdisjoint(self.model_types)
+        return bool(self.leaves) or not EXPERTS.keys().isdisjoint((self.name, *self.model_types))
 
     def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site | None:
         names, layer = self.attention, f"{self.layers}.{index}"
