@@ -140,13 +140,29 @@ def test_pp_routes_the_probe_as_the_router_says(family, strategy):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_generation_keeps_the_units_of_the_prompt(family, strategy):
     model = built(family)
-    ids = batches(1, rows=2, seed=9, padded=False)[0]["input_ids"]
+    ids = batches(1, rows=1, length=4, seed=9, padded=False)[0]["input_ids"]
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     with cut(model, strategy, skip_layers=[]) as pruned:
         got = model.generate(ids, **options)
         kept, sites = pruned.kept(), pruned.sites
+    # Every expert is decided with the prompt, those that no token of it reaches, too: a later token may reach them.
+    assert all(len(kept[site.layer, site.kind]) < site.units for site in sites if site.expert is not None)
     assert torch.equal(got, zeroed(model, kept, sites).generate(ids, **options))
     assert not torch.equal(got, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_interleaved_generations_keep_their_units(family):
+    model, plain = built(family), copy.deepcopy(built(family))
+    texts = [batches(1, rows=1, seed=seed, padded=False)[0]["input_ids"] for seed in (21, 22)]
+    with cut(model, "pp", skip_layers=[]) as pruned, torch.no_grad():
+        runs = [(model(ids, use_cache=True), pruned.kept()) for ids in texts]
+        assert runs[0][1] != runs[1][1]
+        for ids, (output, kept) in zip(texts, runs, strict=True):
+            step = output.logits[:, -1:].argmax(-1)
+            got = model(step, past_key_values=output.past_key_values).logits
+            want = zeroed(plain, kept, pruned.sites)(torch.cat([ids, step], 1), use_cache=False).logits[:, -1:]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_that_calibration_never_reached_are_scored_by_weights_and_named():

@@ -74,12 +74,10 @@ class Decider:
             history = state.history.at(positions.reshape(-1)) if merger.uses_history else None
             if probe.reached:
                 merged = merger.merge(probe.statistic, history, cut.binding.site)
+            elif history is not None:
+                merged = history
             else:
-                merged = (
-                    history
-                    if history is not None
-                    else torch.ones(1, cut.binding.site.channels, device=given.residual.device)
-                )
+                merged = torch.ones(1, cut.binding.site.channels, device=given.residual.device)
             shape = (positions.numel(), cut.binding.site.channels)
             checked(merged, shape, "merge", "history merger", merger, cut.binding.site)
             if given.valid is not None and positions.dim() == 2:
