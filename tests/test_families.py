@@ -197,9 +197,15 @@ def test_a_wrong_adapter_fails(kind, change, found):
 
 def test_layers_lack_a_site_only_where_the_architecture_says_so():
     mixtral, model = served("mixtral"), tiny("mixtral").eval()
+
+    class WithoutExperts(type(mixtral)):
+        def expert_sites(self, model, unit):
+            return []
+
     check_sites(mixtral, model)
+    check_sites(WithoutExperts(leaves="routed experts"), model)
     with pytest.raises(AssertionError, match="lists no site for layer 0 mlp, layer 1 mlp; say in leaves what"):
-        check_sites(mixtral.model_copy(update={"leaves": ""}), model)
+        check_sites(WithoutExperts(), model)
 
 
 @pytest.mark.parametrize("name", ["sinks", "per_head"])

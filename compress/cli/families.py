@@ -60,7 +60,10 @@ def show(catalog: Catalog) -> None:
         name = each.model_type if each.installed else f"{each.model_type} (not in this transformers)"
         rows.append((name, each.layers or "as Llama", each.leaves or "-", smaller or "-", ours))
     printing.show_table(("model type", "layers", "left whole", "smaller exports", "tested"), rows, left=5)
-    printing.say(f"{len(found)} model types. Exports {' and '.join(EVERY)} hold every one. Tested: {TESTED}.")
+    printing.say(
+        f"{len(found)} model types. Exports {' and '.join(EVERY)} hold every one, a mixture of experts with experts: "
+        f"keep. Tested: {TESTED}."
+    )
     printing.say(
         "Another type whose layers look like one of these: architecture: {like: TYPE} (docs/architectures.md)."
     )

@@ -97,9 +97,14 @@ class PreNormDecoder(Architecture):
         return sites_of_experts(model, self.layers, unit, self.name)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether some layers have routed experts."""
+        return not EXPERTS.keys().isdisjoint((self.name, *self.model_types))
+
+    @property
     def _has_others(self) -> bool:
         """Whether a layer may lack an attention or an MLP."""
-        return bool(self.leaves) or not EXPERTS.keys().isdisjoint((self.name, *self.model_types))
+        return bool(self.leaves) or self.has_experts
 
     def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site | None:
         names, layer = self.attention, f"{self.layers}.{index}"

@@ -90,7 +90,9 @@ def advice(model: nn.Module, kind: str, known: Iterable[Architecture]) -> str:
     if names is None:
         return ""
     decoders = [each for each in known if isinstance(each, PreNormDecoder)]
-    plain = [each for each in decoders if each.mlp is not None and not (each.other_mlps or each.leaves)]
+    plain = [
+        each for each in decoders if each.mlp is not None and not (each.other_mlps or each.leaves or each.has_experts)
+    ]
     order = sorted(plain, key=lambda each: (len(_missing(each, stack[0])), each.name != "llama"))
     found = order[0] if order else Llama()
     missing = _missing(found, stack[0])

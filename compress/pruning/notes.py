@@ -58,7 +58,8 @@ def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, rati
 def notes_on_blocks(sites: Sequence[Site], counts: Counts) -> list[str]:
     """One note on the whole layers, attentions and MLPs of which nothing is left."""
     gone = {site for site in sites if counts.get((site.layer, site.kind)) == 0}
-    left = {site.layer for site in sites if site not in gone or site.norm_serves_others}
+    routed = {site.layer for site in sites if site.routed}
+    left = {s.layer for s in sites if s not in gone or (s.norm_serves_others and s.layer not in routed)}
     whole = {site.layer for site in gone} - left
     found = []
     for what, kind in (("layers", None), ("attentions", "attention"), ("MLPs", "mlp")):

@@ -83,9 +83,12 @@ def _check_call(architecture: Architecture, model: Any, experts: nn.Module, site
     if site.least >= site.units:
         return
     chosen: list[Tensor] = []
-    handle = experts.register_forward_pre_hook(
-        lambda _, args: chosen.append(args[1]) or (args[0], args[1] * 0, args[2])
-    )
+
+    def choose_first(_: nn.Module, args: tuple) -> tuple:
+        chosen.append(args[1])
+        return args[0], args[1] * 0, args[2]
+
+    handle = experts.register_forward_pre_hook(choose_first)
     entered, _ = calls[router.rpartition(".")[0]]
     try:
         with cut_router(block, model.get_submodule(router), site.units, torch.arange(1, site.units)):
