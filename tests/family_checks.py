@@ -204,7 +204,7 @@ def check_absent(case: Case, model: nn.Module, oracle: Oracle, ids: torch.Tensor
     gone, layers = [*attentions[:1], *mlps[-1:]], 1 + places[-1][0]
     shares = {kind: [float((layer, kind) in gone) for layer in range(layers)] for kind in ("attention", "mlp")}
     allocator = {"name": "explicit", **shares}
-    options |= dict(allocator=allocator, attention_unit=case.unit, catalog=catalog, trace=True)
+    options |= dict(allocator=allocator, attention_unit=case.unit, catalog=catalog, trace=True, experts="keep")
     with prune(model, "magnitude", **options) as pruned:
         assert [where for where, count in pruned.counts.items() if not count] == sorted(gone)
         call = dict(input_ids=ids, use_cache=False)
