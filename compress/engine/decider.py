@@ -64,7 +64,11 @@ class Decider:
         """Merge the probe's statistic with history, score the units, and keep the highest."""
         merger, state, positions = self.strategy.merger, cut.state, probe.positions
         assert merger is not None  # without one the units are decided once
-        if merger.uses_history and given.residual.shape[1] > max(state.history.positions, cut.binding.site.routed):
+        if (
+            merger.uses_history
+            and cut.binding.site.expert is None
+            and given.residual.shape[1] > state.history.positions
+        ):
             raise DataError(
                 f"a batch of {given.residual.shape[1]} positions is longer than the history, which calibration filled "
                 f"for {state.history.positions}; calibrate with sequences of at least {given.residual.shape[1]} "

@@ -247,10 +247,10 @@ class Hooks:
         batch, open_cut, learner = self.shared.running.batch, cut.open_cut, self.learner
         if batch is None or learner is None or open_cut is None or batch.cached or not len(open_cut.kept):
             return
-        x, valid = batch.seen(cut.number, x.detach())
-        if not len(x):
-            return
         with torch.no_grad(), self._side.work(x):
+            x, valid = batch.seen(cut.number, x.detach())
+            if not len(x):  # no real token reaches this expert
+                return
             learnt = batch.sites[cut.number].learnt = learner.observe(cut, open_cut, x, valid, batch.checks)
         if self._side.used and learnt is not None:
             self._side.share(*learnt)
