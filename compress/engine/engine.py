@@ -100,9 +100,10 @@ class Engine:
                 self._adopt(linear, producer.path, cut, producer)
             self._adopt(cut.binding.consumer, cut.site.consumer, cut)
         if self.strategy.applier.resizes and any(cut.site.query_heads_per_kv for cut in self.cuts):
-            hooks.indexes = self.model
-            self._undo.append(partial(disable_kv_index, self.model))
-            enable_kv_index(self.model)
+            # A model inside another one, which may compute its images' attention in another way.
+            hooks.indexes = self.decoder if hasattr(self.decoder, "set_attn_implementation") else self.model
+            self._undo.append(partial(disable_kv_index, hooks.indexes))
+            enable_kv_index(hooks.indexes)
         learn_parameters([self.decoder, *self.layers, *(cut.binding.entry for cut in self.cuts)])
         self._wrap_decoder()
         self._undo += refuse(self.model, hooks)

@@ -34,6 +34,7 @@ from ..engine.ahead import check_attention, check_same_attention
 from ..engine.engine import Engine
 from ..engine.runtime import Runtime
 from ..files.reader import build_architecture, build_runtime, build_strategy
+from ..models.given import model_in
 from ..models.likeness import ANY, Like, with_types
 from .deciding import decide
 from .matching import Match
@@ -93,6 +94,7 @@ def prune(
             f"runtime.compile: {how.compile} and a trace exclude each other: a trace reads every decision, a compiled "
             "pass runs through; leave one of them out"
         )
+    model = model_in(model)
     engine, ratio = engine_of(model, chosen, catalog, [] if trace else None, how)
     try:
         check_output_layer(model, chosen)
