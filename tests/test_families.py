@@ -35,6 +35,8 @@ CATALOG = Catalog.discover(block="")
 ARCHITECTURES = [entry.component() for entry in CATALOG.of_role("architectures")]
 TYPES = [kind for each in ARCHITECTURES for kind in each.model_types if not kind.startswith(PRUNED)]
 
+INSIDE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+
 WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 MLA = dict(
     q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, num_key_value_heads=8,

@@ -1,17 +1,14 @@
 """Language models inside of models that also read images: found, pruned, loaded and exported."""
 
 import copy
-from typing import Literal
 
 import pytest
 import torch
 import transformers
 from prunekit.compress import Pipeline, prune
-from prunekit.compress.models.architectures import AttentionNames, Llama, MlpNames
 from prunekit.compress.models.language import auto_class
 from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import Catalog, ModelError
-from prunekit.registry.catalog import Entry
 
 TEXT = dict(
     vocab_size=64,
@@ -140,27 +137,9 @@ def call(family, seed=0):
     return found
 
 
-class Gemma3Text(Llama):
-    """Gemma 3's language model: Llama's names, and norms of its own."""
-
-    name: Literal["gemma3_text_for_tests"] = "gemma3_text_for_tests"
-    model_types: tuple[str, ...] = ("gemma3_text",)
-    attention: AttentionNames = AttentionNames(norm="input_layernorm", module="self_attn")
-    mlp: MlpNames = MlpNames(
-        norm="pre_feedforward_layernorm",
-        entry="mlp",
-        producers=("mlp.gate_proj", "mlp.up_proj"),
-        consumer="mlp.down_proj",
-    )
-
-
 @pytest.fixture(scope="module")
 def catalog():
-    found = Catalog.discover(block="")
-    served = {kind for entry in found.of_role("architectures") for kind in entry.component().model_types}
-    if "gemma3_text" not in served:
-        found.entries.append(Entry("architectures", "gemma3_text_for_tests", Gemma3Text, "tests", "tests"))
-    return found
+    return Catalog.discover(block="")
 
 
 class Oracle:

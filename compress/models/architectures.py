@@ -11,9 +11,6 @@ from ...registry import Architecture, AttentionUnit, ModelError, Producer, Rows,
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
-TEXT_OF_QWEN_VL = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
-"""Language models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: as Qwen2 and Qwen3, with rotary embeddings of their own."""
-
 PRUNED = "prunekit_"
 """Prefix of the model types of exported models whose layers have different shapes."""
 
@@ -223,7 +220,7 @@ class Llama(PreNormDecoder):
     """Llama 1, 2, 3.x, Mistral, Qwen2 and Qwen3, also pruned: q/k/v/o and gate/up/down projections."""
 
     name: Literal["llama"] = "llama"
-    model_types: tuple[str, ...] = (*LLAMA_LIKE, *TEXT_OF_QWEN_VL, *(PRUNED + family for family in LLAMA_LIKE))
+    model_types: tuple[str, ...] = (*LLAMA_LIKE, *(PRUNED + family for family in LLAMA_LIKE))
     layers: str = "model.layers"
     attention: AttentionNames = AttentionNames(norm="input_layernorm", module="self_attn")
     mlp: MlpNames = MlpNames(

@@ -80,6 +80,7 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         form="two-layer MLP",
     ),
     family("exaone4", attention={"norm": None}, mlp={"norm": None}, form="post-norm"),
+    family("qwen2_vl_text qwen2_5_vl_text qwen3_vl_text", form="inside of a model that also reads images"),
     # Layers of other shapes.
     family("glm", mlp=GATE_UP, form="fused gate_up"),
     family("glm4", mlp=GATE_UP, form="fused gate_up, sandwich norms"),

@@ -76,6 +76,7 @@ def prune(
     :class:`DataError` (calibration missing or unusable), :class:`NonFiniteError` (NaN or infinity met); the model
     is then as it was.
     """
+    model = model_in(model)
     catalog = Catalog.discover() if catalog is None else catalog
     if architecture is not None:
         catalog = build_architecture(architecture).only(catalog)
@@ -94,7 +95,6 @@ def prune(
             f"runtime.compile: {how.compile} and a trace exclude each other: a trace reads every decision, a compiled "
             "pass runs through; leave one of them out"
         )
-    model = model_in(model)
     engine, ratio = engine_of(model, chosen, catalog, [] if trace else None, how)
     try:
         check_output_layer(model, chosen)
