@@ -29,6 +29,7 @@ from .roles.parts import (
     Scorer,
     Selection,
     SiteScores,
+    SizeFields,
     SparsityAllocator,
 )
 from .roles.strategy import PaddingOf, Strategy
@@ -92,6 +93,7 @@ __all__ = [
     "SiteCovariance",
     "SiteKind",
     "SiteScores",
+    "SizeFields",
     "Slope",
     "SparsityAllocator",
     "SpecError",

@@ -239,8 +239,9 @@ def _check_origin(source: ModelSource, place: str, check: bool) -> None:
     if adapter is not None:
         raise origin.adapter_found(source.label)
     origin.check_config(config, source.label, source.attention)
-    if str(config.get("model_type", "")).startswith(PRUNED):
-        classes.register()
+    kind = str(config.get("model_type", ""))
+    if kind.startswith(PRUNED):
+        classes.register(kind.removeprefix(PRUNED))
 
 
 def _placed(
@@ -317,15 +318,36 @@ def _config(source: ModelSource, place: str, options: dict[str, Any]) -> Any:
 
 def _size(source: ModelSource, place: str, dtype: str, options: dict[str, Any]) -> int:
     """Bytes of the model, computed from its configuration."""
-    config = _config(source, place, options)
+    kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    return _empty(source, place, _config(source, place, options), **kind).get_memory_footprint()
+
+
+def _empty(source: ModelSource, place: str, config: Any, **kind: Any) -> Any:
+    """The model without values."""
     try:
-        code = {"trust_remote_code": source.trust_remote_code}
         with torch.device("meta"):
-            kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-            model = auto_class(config).from_config(config, **kind, **code)
+            return auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code, **kind)
     except Exception as error:
         raise ModelError(_loading_failed("model", source, place, error)) from error
-    return model.get_memory_footprint()
+
+
+def outline_of(source: ModelSource) -> nn.Module | None:
+    """The model without values, by its configuration alone; None where that is not known without a download.
+
+    Raises :class:`ModelError` for a configuration of which no model can be made.
+    """
+    try:
+        place = place_of(source)
+    except ModelError:
+        return None  # loading says what is wrong
+    if source.gguf is not None and not Path(place).is_file():
+        return None
+    if _gguf(place) is None:
+        _check_origin(source, place, check=False)
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if source.revision is not None:
+        options["revision"] = source.revision
+    return _empty(source, place, _config(source, place, options))
 
 
 def fingerprint(model: nn.Module) -> str:
