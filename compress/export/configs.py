@@ -90,6 +90,11 @@ def own_config(dense: Any, layer: LayerShape, family: Family) -> Any:
     """
     config, sizes = copy.deepcopy(dense), family.sizes
     text = config.get_text_config()
+    if sizes.head_size is None and layer.heads not in (None, getattr(text, sizes.heads)):
+        raise SpecError(
+            f"profile hf-uniform: {layer.heads} of {getattr(text, sizes.heads)} heads were to be kept, but "
+            f"{type(config).__name__} ties heads to the hidden size; {family.nearest('hf-uniform')}; or cut MLPs alone"
+        )
     if layer.heads is not None:
         setattr(text, sizes.heads, layer.heads)
         if sizes.kv_heads is not None:

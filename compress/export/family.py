@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...registry import Architecture, Catalog, ModelError, Producer, Site, SiteKind, SizeFields
+from ...registry.checks.sites import wrong_size
 from ...registry.sites import owned_norms
 from ..models.exported import classes
 from ..models.language import auto_class
@@ -112,6 +113,9 @@ class Family:
                 f"architecture {self.architecture.name} does not say which fields of the configuration hold the sizes "
                 "of a layer (sizes, docs/plugins.md)"
             )
+        wrong = wrong_size(self.sizes, self.text, self.sites)
+        if wrong is not None:
+            return f"no field of the configuration holds the sizes of all layers: {wrong}"
         if profile == "hf-uniform":
             return None
         if self.is_inside:

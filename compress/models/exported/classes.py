@@ -91,5 +91,6 @@ def homogeneous(config: Any) -> Any:
 
 def carried(config: Any, cls: type) -> dict[str, Any]:
     """The fields of ``config`` that a configuration of class ``cls`` has too."""
-    known = {field.name for field in dataclasses.fields(cls)} - NOT_CARRIED
-    return {key: value for key, value in config.to_dict().items() if key in known}
+    known = sorted({field.name for field in dataclasses.fields(cls)} - NOT_CARRIED)
+    stored, other = config.to_dict(), config.attribute_map  # some fields are stored under another name
+    return {key: stored[other.get(key, key)] for key in known if other.get(key, key) in stored}
