@@ -4,17 +4,16 @@ import pytest
 import torch
 import transformers
 from prunekit.compress import prune
+from prunekit.compress.export.support import profiles_for
 from prunekit.compress.models.exported import classes
 from prunekit.registry import ModelError, SpecError
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tests.family_checks import randomise
-from tests.test_families import CATALOG, INSIDE, TYPES, tiny
+from tests.test_families import CATALOG, INSIDE, TYPES, served, tiny
 
-SHARED_EXPERTS = "dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3 deepseek_v3 glm4_moe_lite qwen2_moe"
-OTHER_WIDTHS = dict.fromkeys(
-    SHARED_EXPERTS.split(), "no field of the configuration holds the sizes of all layers: intermediate_size is 48"
-)
+SHARED_EXPERTS = "dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3 deepseek_v3 glm4_moe_lite"
+WITHOUT_FIELDS = dict.fromkeys(SHARED_EXPERTS.split(), "names no fields of the configuration that hold the sizes")
+OTHER_WIDTHS = WITHOUT_FIELDS | {"qwen2_moe": "shared_expert_intermediate_size is 24, and layer 0 mlp has 48 units"}
 REFUSED = {
     "hf-hetero": OTHER_WIDTHS,
     "hf-uniform": OTHER_WIDTHS
@@ -48,12 +47,12 @@ def uneven(model):
 @pytest.mark.parametrize("profile", ["hf-hetero", "hf-uniform"])
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in INSIDE])
 def test_a_smaller_model_reloads_with_equal_logits(kind, profile, tmp_path):
-    if kind not in CONFIG_MAPPING_NAMES:
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    served(kind)
     changes = {"phi": dict(qk_layernorm=False), "youtu": dict(tie_word_embeddings=False)}  # the second is not read back
     model = randomise(tiny(kind, **changes.get(kind, {})))
     ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(1))
     options = uneven(model) if profile == "hf-hetero" else {"ratio": 0.5}
+    assert (profile in profiles_for(kind, served(kind))) == (kind not in WITHOUT_FIELDS)
     with prune(model, "magnitude", catalog=CATALOG, **options) as pruned:
         if kind in REFUSED[profile]:
             with pytest.raises((SpecError, ModelError), match=REFUSED[profile][kind]):

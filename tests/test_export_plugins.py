@@ -80,7 +80,7 @@ def test_a_plugin_that_says_no_sizes_is_refused_before_loading(outside, tmp_path
     spec = outside("granite", sizes="sizes: SizeFields | None = None")
     monkeypatch.setattr(exporting, "load", None)
     for profile in ("hf-hetero", "hf-uniform"):
-        says = f"profile {profile}: architecture outside_granite does not say which fields.*nearest: --profile padded"
+        says = f"profile {profile}: architecture outside_granite names no fields.*nearest: --profile padded"
         with pytest.raises(ModelError, match=says):
             Exporter(spec, profile, tmp_path / "out").export()
     with pytest.raises(ModelError, match=r"granite models cannot be written.*profile padded or dynamic"):

@@ -110,8 +110,8 @@ class Family:
         """Why hf-uniform or hf-hetero cannot write smaller models of this family; None: as far as known, it can."""
         if self.architecture.sizes is None:
             return (
-                f"architecture {self.architecture.name} does not say which fields of the configuration hold the sizes "
-                "of a layer (sizes, docs/plugins.md)"
+                f"architecture {self.architecture.name} names no fields of the configuration that hold the sizes of "
+                "all layers (sizes, docs/plugins.md)"
             )
         wrong = wrong_size(self.sizes, self.text, self.sites)
         if wrong is not None:

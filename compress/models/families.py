@@ -58,7 +58,8 @@ INTERLEAVED = {"query": "query_key_value", "key": None, "value": None, "query_pa
 GRANITE_EXPERT = expert(
     "shared_mlp", producers=("shared_mlp.input_linear",), consumer="shared_mlp.output_linear", fused=True
 )
-SHARED_EXPERTS: dict[str, Any] = {"other_mlps": expert("mlp.shared_experts"), "leaves": EXPERTS}
+SHARED_EXPERTS: dict[str, Any] = {"other_mlps": expert("mlp.shared_experts"), "leaves": EXPERTS, "sizes": None}
+"""The first layers of such models have MLPs of another width, and no field of the configuration holds both."""
 
 FAMILIES: tuple[type[PreNormDecoder], ...] = (
     # Only the names of modules.
@@ -103,7 +104,13 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
     # Mixtures of experts.
     family("mixtral phimoe granitemoe", mlp=None, form="no dense MLP", leaves=EXPERTS),
     family("qwen3_moe mellum", form="dense MLP in some layers", leaves=EXPERTS),
-    family("qwen2_moe", other_mlps=expert("mlp.shared_expert"), form="shared expert", leaves=EXPERTS),
+    family(
+        "qwen2_moe",
+        other_mlps=expert("mlp.shared_expert"),
+        sizes={"width": "shared_expert_intermediate_size"},
+        form="shared expert",
+        leaves=EXPERTS,
+    ),
     family("hunyuan_v1_moe", other_mlps=expert("mlp.shared_mlp"), form="shared expert", leaves=EXPERTS),
     family(
         "granitemoeshared",
