@@ -97,7 +97,7 @@ def own_config(dense: Any, layer: LayerShape, family: Family) -> Any:
         )
     if layer.heads is not None:
         setattr(text, sizes.heads, layer.heads)
-        if sizes.kv_heads is not None:
+        if sizes.kv_heads is not None and hasattr(text, sizes.kv_heads):
             setattr(text, sizes.kv_heads, layer.kv_heads)
         if sizes.head_size is not None:
             setattr(text, sizes.head_size, head_size(dense.get_text_config(), sizes))

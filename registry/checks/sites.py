@@ -67,11 +67,11 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
 
 def wrong_size(fields: SizeFields, config: Any, sites: Sequence[Site]) -> str | None:
     """What a language model's configuration says otherwise than its sites, of key/value groups and MLP channels."""
-    for name in (fields.heads, *((fields.kv_heads,) if fields.kv_heads else ()), fields.width):
+    for name in (fields.heads, fields.width):
         if not hasattr(config, name):
             return f"the configuration has no field {name}"
     heads = getattr(config, fields.heads)
-    groups = (getattr(config, fields.kv_heads) if fields.kv_heads else None) or heads
+    groups = (getattr(config, fields.kv_heads, None) if fields.kv_heads else None) or heads
     for site in sites:
         attends = site.kind == "attention"
         field = (fields.kv_heads or fields.heads) if attends else fields.width

@@ -264,7 +264,7 @@ class SizeFields(BaseModel):
 
     heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
-    """None: the family has as many key/value heads as query heads."""
+    """None, or a field that is not there: the family has as many key/value heads as query heads."""
     width: str = "intermediate_size"
     """MLP channels."""
     head_size: str | None = "head_dim"
