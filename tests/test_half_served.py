@@ -1,4 +1,4 @@
-"""Families of which a large part is never cut: said everywhere, and a ratio that is one of the decoder."""
+"""Families of which a large part is never cut: named everywhere, and a ratio that is one of the decoder."""
 
 from typing import Literal
 
