@@ -29,6 +29,7 @@ from .roles.parts import (
     Scorer,
     Selection,
     SiteScores,
+    SizeFields,
     SparsityAllocator,
 )
 from .roles.strategy import PaddingOf, Strategy
@@ -97,6 +98,7 @@ __all__ = [
     "SiteGroup",
     "SiteKind",
     "SiteScores",
+    "SizeFields",
     "Slope",
     "SparsityAllocator",
     "SpecError",

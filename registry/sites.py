@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,6 +124,13 @@ class Site:
     def columns(self, units: Tensor) -> Tensor:
         """Consumer columns (channels) of ``units``; (k,) int64 -> (k * unit_size,) int64."""
         return Rows(0, self.unit_size).of(units)
+
+
+def owned_norms(sites: Sequence[Site]) -> set[str]:
+    """The norms that nothing but one site reads: they go where that site keeps nothing."""
+    read = Counter(site.norm for site in sites if site.norm is not None)
+    others = {site.norm for site in sites if site.norm_serves_others}
+    return {norm for norm, times in read.items() if times == 1} - others
 
 
 def complement(chosen: Tensor, count: int) -> Tensor:

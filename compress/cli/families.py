@@ -46,7 +46,7 @@ def served(catalog: Catalog) -> list[Served]:
         about = (entry.name, entry.provider, architecture.form, architecture.leaves)
         tested = TESTED if entry.provider.startswith("prunekit ") else ""
         for kind in types_of(entry):
-            found.append(Served(kind, *about, profiles_for(kind), tested, kind in CONFIG_MAPPING))
+            found.append(Served(kind, *about, profiles_for(kind, architecture), tested, kind in CONFIG_MAPPING))
     return sorted(found, key=lambda each: each.model_type)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -11,6 +11,7 @@ from ...registry import ROLES, Catalog
 from ..ablation.grid import field_names
 from ..ablation.study import StudyFile
 from ..files.spec import PipelineSpec
+from ..output.records import Of
 
 REFERENCE = "#/$defs/"
 
@@ -66,7 +67,9 @@ def _mark(definition: dict[str, Any], role: str) -> None:
         compensate = properties["compensate"]  # null means the component none
         about = {key: compensate.pop(key) for key in ("default", "description") if key in compensate}
         properties["compensate"] = {**about, "anyOf": [compensate, {"type": "null"}]}
-        definition["properties"] = {"use": properties.pop("name"), **properties}
+        about_of = "what the ratio is a share of; decoder: of the decoder's parameters, as with match: parameters"
+        of = {"enum": list(get_args(Of)), "default": "units", "description": about_of}
+        definition["properties"] = {"use": properties.pop("name"), **properties, "of": of}
         required.insert(0, "use")
     elif role == "evaluators" or required:
         required.insert(0, "name")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import ChannelHistory, Site, Strategy
+from ...registry.sites import owned_norms
 from . import linears
 from .batch import Mode, learn_parameters
 from .checkpointing import restore_checkpoint
@@ -59,10 +59,9 @@ class Engine:
         self.model, self.strategy, self.all_sites = model, strategy, tuple(all_sites)
         self.shared = Shared.of(strategy.applier, Runtime() if runtime is None else runtime)
         self.cuts: list[SiteCut] = []
-        norms = Counter(site.norm for site in all_sites or sites)
+        norms = owned_norms(all_sites or sites)
         for number, site in enumerate(sites):
-            own_norm = site.norm is not None and norms[site.norm] == 1 and not site.norm_serves_others
-            binding = SiteBinding.of(site, model, own_norm)
+            binding = SiteBinding.of(site, model, own_norm=site.norm in norms)
             self.cuts.append(SiteCut(number, binding, SiteState(binding, strategy), self.shared))
         found: Any = model.get_submodule(layers)
         self.stack = found
@@ -103,9 +102,10 @@ class Engine:
                 self._adopt(cut.binding.consumer, cut.site.consumer, cut)
         self._undo += route_through(self.model, self.cuts, hooks)
         if self.strategy.applier.resizes and any(cut.site.query_heads_per_kv for cut in self.cuts):
-            hooks.indexes = self.model
-            self._undo.append(partial(disable_kv_index, self.model))
-            enable_kv_index(self.model)
+            # A model inside another one, which may compute its images' attention in another way.
+            hooks.indexes = self.decoder if hasattr(self.decoder, "set_attn_implementation") else self.model
+            self._undo.append(partial(disable_kv_index, hooks.indexes))
+            enable_kv_index(hooks.indexes)
         learn_parameters([self.decoder, *self.layers, *(cut.binding.entry for cut in self.cuts)])
         self._wrap_decoder()
         self._undo += refuse(self.model, hooks)

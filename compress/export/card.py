@@ -136,7 +136,8 @@ def damages(manifest: Manifest) -> list[str]:
 
 def lacks_block(layer: LayerCut) -> bool:
     """Whether a layer has lost its attention or its MLP alone."""
-    return [site.kept > 0 for site in layer.sites.values()].count(True) == 1
+    left = {site.kept > 0 for site in layer.sites.values()}
+    return left == {True, False}
 
 
 def _layers(manifest: Manifest) -> list[str]:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...registry import ModelError, SpecError
+from ...registry import ModelError, SiteKind, SpecError
 from ...registry.tensors.tokens import context_of
-from ..models.architectures import PRUNED, head_size
+from ..models.architectures import head_size
 from ..models.exported import classes
+from ..models.language import auto_class
 from ..pruning.pruned import Pruned
 from .cut_model import LayerShape
+from .family import Family
 from .weights import PlannedTensor, Tensors
-
-NOT_CARRIED = {"model_type", "architectures", "auto_map", "per_layer_config", "transformers_version", "_name_or_path"}
 
 WITHOUT_WINDOW = ("llama", "mistral", "qwen2")
 """Families that compute the same function if no sliding window is in force; their classes allow different shapes."""
@@ -34,17 +34,6 @@ def window_in_force(config: Any) -> bool:
     return used and inside and "sliding_attention" in kinds
 
 
-def homogeneous(config: Any) -> Any:
-    """The family's stock configuration for one with a shape for every layer; any other is returned as it is."""
-    if not config.model_type.startswith(PRUNED):
-        return config
-    import transformers
-
-    cls = type(transformers.AutoConfig.for_model(classes.family_of(config)))
-    size = {"head_dim": config.head_dim} if hasattr(config, "head_dim") else {}  # not every class has this field
-    return cls(**{**_carried(config, cls), **size})
-
-
 def shortened(config: Any, layers: Sequence[LayerShape]) -> tuple[Any, list[LayerShape]]:
     """The configuration and the shapes without the layers of which nothing is left.
 
@@ -55,18 +44,19 @@ def shortened(config: Any, layers: Sequence[LayerShape]) -> tuple[Any, list[Laye
         raise SpecError("nothing is left of any layer, and no model has none; lower the ratio")
     if len(left) == len(layers):
         return config, list(layers)
-    config = copy.deepcopy(homogeneous(config))
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[number] for number in left]
-    config.num_hidden_layers = len(left)
+    config = copy.deepcopy(classes.homogeneous(config))
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[number] for number in left]
+    text.num_hidden_layers = len(left)
     return config, [layers[number] for number in left]
 
 
 def lacking(layers: Sequence[LayerShape]) -> str | None:
     """The first layer without attention or MLP, such as "layer 3 has no MLP"; None: every layer has both."""
     for index, layer in enumerate(layers):
-        if not (layer.heads and layer.width):
-            return f"layer {index} has no {'MLP' if layer.heads else 'attention'}"
+        if 0 in (layer.heads, layer.width):
+            return f"layer {index} has no {'attention' if layer.heads == 0 else 'MLP'}"
     return None
 
 
@@ -82,20 +72,63 @@ def check_whole(profile: str, layers: Sequence[LayerShape]) -> None:
 # Profile hf-uniform
 
 
-def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
-    """The configuration of a stock class for layers of one shape.
+def uniform_config(dense: Any, layers: Sequence[LayerShape], family: Family) -> Any:
+    """The configuration of a stock class for layers of one shape, that of ``dense`` or of another family.
+
+    Raises :class:`SpecError` or :class:`ModelError` naming the nearest profile.
+    """
+    check_whole("hf-uniform", layers)
+    layer, dense = _uniform_layer(layers), classes.homogeneous(dense)
+    ruled = dense.model_type in (*WITHOUT_WINDOW, "qwen3", "opt")
+    return stock_config(dense, layer, len(layers)) if ruled else own_config(dense, layer, family)
+
+
+def own_config(dense: Any, layer: LayerShape, family: Family) -> Any:
+    """The configuration of the family's own class, with the sizes of ``layer`` and flags for the biases that it has.
+
+    Raises :class:`SpecError` where the class refuses them.
+    """
+    config, sizes = copy.deepcopy(dense), family.sizes
+    text = config.get_text_config()
+    if sizes.head_size is None and layer.heads not in (None, getattr(text, sizes.heads)):
+        raise SpecError(
+            f"profile hf-uniform: {layer.heads} of {getattr(text, sizes.heads)} heads were to be kept, but "
+            f"{type(config).__name__} ties heads to the hidden size; {family.nearest('hf-uniform')}; or cut MLPs alone"
+        )
+    if layer.heads is not None:
+        setattr(text, sizes.heads, layer.heads)
+        if sizes.kv_heads is not None and hasattr(text, sizes.kv_heads):
+            setattr(text, sizes.kv_heads, layer.kv_heads)
+        if sizes.head_size is not None:
+            setattr(text, sizes.head_size, head_size(dense.get_text_config(), sizes))
+    if layer.width is not None:
+        setattr(text, sizes.width, layer.width)
+    biases: dict[SiteKind, bool] = {"attention": layer.attention_bias, "mlp": layer.mlp_bias}
+    for kind, biased in biases.items():
+        if biased and not family.has_bias(kind) and hasattr(text, f"{kind}_bias"):
+            setattr(text, f"{kind}_bias", True)
+    try:
+        return type(config).from_dict(config.to_dict())
+    except Exception as error:  # every class has rules of its own
+        raise SpecError(
+            f"profile hf-uniform: {type(config).__name__} refuses {_shape(layer)} ("
+            f"{' '.join(str(error).split())[:200]}); {family.nearest('hf-uniform')}"
+        ) from error
+
+
+def stock_config(dense: Any, layer: LayerShape, layers: int) -> Any:
+    """The configuration of a stock class for ``layers`` layers of one shape, of families that servers know well.
 
     It is the family's own class if that class, and the servers that load it, allow the shape. Otherwise it is Llama for
     head counts that divide the hidden size, Mistral for other head counts, and Granite, with multipliers of 1, for
-    other head counts with biases. Raises :class:`SpecError` or :class:`ModelError` naming the nearest profile.
+    other head counts with biases. Raises :class:`SpecError` naming the nearest profile.
     """
     import transformers
 
-    check_whole("hf-uniform", layers)
-    layer, family, dense = _uniform_layer(layers), classes.family_of(dense), homogeneous(dense)
+    family = dense.model_type
     if family == "opt":
         if layer.heads != dense.num_attention_heads:
-            raise SpecError(_opt_heads(layer.heads, dense.num_attention_heads, len(layers)))
+            raise SpecError(_opt_heads(layer.heads, dense.num_attention_heads, layers))
         return _changed(dense, {"ffn_dim": layer.width})
     sizes = {
         "num_attention_heads": layer.heads,
@@ -112,11 +145,6 @@ def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
                 "--profile hf-hetero, or --set prune.compensate=none"
             )
         return _changed(dense, sizes)
-    if family not in WITHOUT_WINDOW:
-        raise ModelError(
-            f"profile hf-uniform: model type {family!r} is not known to have a stock class for pruned shapes; nearest: "
-            "--profile padded, or --profile dynamic"
-        )
     # vLLM's Qwen2 takes the hidden size divided by the number of heads as head size.
     whole_heads = layer.heads == dense.num_attention_heads
     divides = dense.hidden_size % layer.heads == 0
@@ -147,10 +175,18 @@ def stock_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
 
 
 def _uniform_layer(layers: Sequence[LayerShape]) -> LayerShape:
-    """The shape of all layers; raises :class:`SpecError` naming the first layer that differs."""
+    """The shape of all layers; raises :class:`SpecError` naming the first layer that differs.
+
+    Layers without a site of a kind have any shape there.
+    """
     first = layers[0]
+    for layer in layers[1:]:
+        heads = layer if first.heads is None else first
+        width = layer.width if first.width is None else first.width
+        first = replace(first, heads=heads.heads, kv_heads=heads.kv_heads, width=width)
     for index, layer in enumerate(layers):
-        if (layer.heads, layer.kv_heads, layer.width) != (first.heads, first.kv_heads, first.width):
+        alike = (layer.heads, layer.kv_heads) in ((None, None), (first.heads, first.kv_heads))
+        if not alike or layer.width not in (None, first.width):
             raise SpecError(
                 f"profile hf-uniform: layer {index} keeps {_shape(layer)}, layer 0 {_shape(first)}; a stock class has "
                 "one shape for all layers. Nearest: --profile hf-hetero, or prune all layers alike: no skip_layers, "
@@ -161,10 +197,11 @@ def _uniform_layer(layers: Sequence[LayerShape]) -> LayerShape:
 
 
 def _shape(layer: LayerShape) -> str:
-    return f"{layer.heads} query heads, {layer.kv_heads} key/value heads and {layer.width} channels"
+    heads = None if layer.heads is None else f"{layer.heads} query heads, {layer.kv_heads} key/value heads"
+    return " and ".join(filter(None, [heads, None if layer.width is None else f"{layer.width} channels"]))
 
 
-def _opt_heads(kept: int, heads: int, layers: int) -> str:
+def _opt_heads(kept: int | None, heads: int, layers: int) -> str:
     whole = "[" + ", ".join(["0"] * layers) + "]"
     return (
         f"profile hf-uniform: {kept} of OPT's {heads} heads were to be kept, but its stock class ties heads to the "
@@ -176,32 +213,31 @@ def _opt_heads(kept: int, heads: int, layers: int) -> str:
 # Profile hf-hetero
 
 
-def hetero_config(dense: Any, layers: Sequence[LayerShape]) -> Any:
+def hetero_config(dense: Any, layers: Sequence[LayerShape], family: Family) -> Any:
     """A configuration with a shape for every layer; raises :class:`ModelError` for a family without such a class."""
-    family = classes.family_of(dense)
-    configs = {m.config_class.model_type.removeprefix(PRUNED): m.config_class for m in classes.model_classes()}
-    if family not in configs:
-        raise ModelError(
-            f"profile hf-hetero: there is no model class for {family!r}; there are {', '.join(configs)}. Nearest: "
-            "--profile padded keeps the original class, --profile dynamic needs none"
-        )
-    classes.register()
-    cls = configs[family]
-    values = _carried(dense, cls)
-    # Biases that the whole family has need no flag.
-    attention = values.get("enable_bias", False) or values.get("attention_bias", False)
-    mlp = values.get("enable_bias", False) or values.get("mlp_bias", False)
+    model = classes.class_of(family.kind)
+    classes.register(family.kind)
+    cls, sizes = model.config_class, family.sizes
+    values = classes.carried(dense, cls)
     overrides: dict[int, dict[str, Any]] = {}
     for index, layer in enumerate(layers):
-        overrides[index] = {"num_attention_heads": layer.heads, cls.width: layer.width}
-        if "num_key_value_heads" in values:
-            overrides[index]["num_key_value_heads"] = layer.kv_heads
-        if layer.attention_bias and not attention:
-            overrides[index]["attention_output_bias"] = True
-        if layer.mlp_bias and not mlp:
-            overrides[index]["mlp_output_bias"] = True
-    if "num_key_value_heads" in values:
-        values["head_dim"] = head_size(dense)
+        mine: dict[str, Any] = {}
+        if layer.heads is not None:
+            mine[sizes.heads] = layer.heads
+            if sizes.kv_heads in values:
+                mine[sizes.kv_heads] = layer.kv_heads
+        if layer.width is not None:
+            mine[sizes.width] = layer.width
+        # Biases that the whole family has need no flag.
+        if layer.attention_bias and not family.has_bias("attention"):
+            mine["attention_output_bias"] = True
+        if layer.mlp_bias and not family.has_bias("mlp"):
+            mine["mlp_output_bias"] = True
+        overrides[index] = mine
+    if sizes.head_size is not None:
+        values[sizes.head_size] = head_size(dense, sizes)
+    if model not in classes.model_classes():
+        values["pruned_blocks"] = family.blocks
     return cls(**values, per_layer_config=overrides)
 
 
@@ -223,34 +259,33 @@ def padded_config(pruned: Pruned, tensors: Tensors) -> Any:
 
     Raises :class:`SpecError` for a class without a place for them.
     """
-    config = copy.deepcopy(pruned.model.config)
+    config: Any = copy.deepcopy(pruned.model.config)
+    text = config.get_text_config()
     added = tensors.keys() - pruned.model.state_dict().keys()
     for site in pruned.sites:
         if f"{site.consumer}.bias" not in added:
             continue
         key = f"{site.kind}_bias"
-        if not hasattr(config, key):
+        if not hasattr(text, key):
             raise SpecError(
                 f"profile padded: compensation gives {site.consumer} a bias, and {type(pruned.model).__name__} has "
                 "no place for one; nearest: --profile hf-hetero, or --set prune.compensate=none"
             )
-        setattr(config, key, True)
+        setattr(text, key, True)
     return config
 
 
 # All profiles
 
 
-def fitted(config: Any, tensors: Tensors) -> Tensors:
+def fitted(config: Any, tensors: Tensors, nearest: str) -> Tensors:
     """``tensors`` with zeros for the further biases of a model of ``config``; all others must match.
 
     Writes the model's class into ``config`` and removes any reference to code. Raises :class:`ModelError` naming the
-    first tensor that does not fit.
+    first tensor that does not fit, and ``nearest``, what to do instead.
     """
-    import transformers
-
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     config.architectures = [type(model).__name__]
     config.__dict__.pop("auto_map", None)
     parameters = dict(model.named_parameters())  # tied ones are named once
@@ -261,25 +296,17 @@ def fitted(config: Any, tensors: Tensors) -> Tensors:
             dtype = found[f"{name.removesuffix('bias')}weight"].dtype
             found[name] = PlannedTensor(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
         if name in found and found[name].shape != shape:
-            raise _unfit(model, f"{name} is {found[name].shape}, and {shape} was expected")
+            raise _unfit(model, f"{name} is {found[name].shape}, and {shape} was expected", nearest)
         if name not in found:
-            raise _unfit(model, f"{name} is missing")
+            raise _unfit(model, f"{name} is missing", nearest)
     over = found.keys() - parameters.keys() - dict(model.named_buffers()).keys()
     if over:
-        raise _unfit(model, f"there is no place for {min(over)}")
+        raise _unfit(model, f"there is no place for {min(over)}", nearest)
     return found
 
 
-def _unfit(model: Any, what: str) -> ModelError:
-    return ModelError(
-        f"the pruned weights do not fit a {type(model).__name__}: {what}; export with --profile hf-hetero or padded"
-    )
-
-
-def _carried(config: Any, cls: type) -> dict[str, Any]:
-    """The fields of ``config`` that a configuration of class ``cls`` has too."""
-    known = {field.name for field in dataclasses.fields(cls)} - NOT_CARRIED
-    return {key: value for key, value in config.to_dict().items() if key in known}
+def _unfit(model: Any, what: str, nearest: str) -> ModelError:
+    return ModelError(f"the pruned weights do not fit a {type(model).__name__}: {what}; {nearest}")
 
 
 def _changed(dense: Any, changes: dict[str, Any]) -> Any:
@@ -290,4 +317,4 @@ def _changed(dense: Any, changes: dict[str, Any]) -> Any:
 
 
 def _of_class(cls: type, dense: Any, changes: dict[str, Any]) -> Any:
-    return cls(**{**_carried(dense, cls), **changes})
+    return cls(**{**classes.carried(dense, cls), **changes})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import Producer, Site, SiteKind, SpecError
+from ...registry import Producer, Site, SiteKind, SizeFields, SpecError
+from ...registry.sites import owned_norms
 from ...registry.tensors.devices import weights_present
 from ..engine.open_cut import OpenCut
 from ..engine.site_cut import SiteCut
-from ..models.architectures import heads_of
+from ..models.architectures import FIELDS, heads_of, layer_config
+from ..models.language import text_config
 from ..pruning.pruned import Pruned
 from .weights import PlannedTensor, Tensors, dense_tensors, written
 
@@ -23,21 +25,26 @@ from .weights import PlannedTensor, Tensors, dense_tensors, written
 class LayerShape:
     """The shape of a decoder layer."""
 
-    heads: int
-    """Query heads; 0: no attention."""
-    kv_heads: int
+    heads: int | None
+    """Query heads; 0: no attention; None: an attention or another mixer that is not a site."""
+    kv_heads: int | None
     """Key/value heads."""
-    width: int
-    """MLP channels; 0: no MLP."""
+    width: int | None
+    """MLP channels; 0: no MLP; None: an MLP or experts that are not a site."""
     attention_bias: bool
     """Whether the attention's output projection has a bias."""
     mlp_bias: bool
     """Whether the MLP's output projection has a bias."""
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Query heads, key/value heads and MLP channels."""
+        return self.heads or 0, self.kv_heads or 0, self.width or 0
+
+    @property
     def gone(self) -> bool:
         """Whether nothing of the layer is left."""
-        return not (self.heads or self.width)
+        return self.heads == 0 == self.width
 
 
 Place = Callable[[Tensor, Tensor, int], Tensor]
@@ -55,38 +62,60 @@ def padded_tensors(pruned: Pruned) -> Tensors:
     return _tensors(pruned, _zero_filled, lambda count, whole: whole)
 
 
-def layer_shapes(pruned: Pruned, tensors: Tensors) -> list[LayerShape]:
+def layer_shapes(pruned: Pruned, tensors: Tensors, fields: SizeFields = FIELDS) -> list[LayerShape]:
     """The shape of every layer, skipped layers included.
 
     Raises :class:`SpecError` if the key/value heads keep different numbers of query heads, which no format can hold.
     """
-    config, kept = pruned.model.config, pruned.sites_kept
+    kept = pruned.sites_kept
     for site in pruned.all_sites:
         if site.query_heads_per_kv:
-            _check_even(config, site, kept[site.layer, "attention"])
+            _check_even(site, kept[site.layer, "attention"])
     counts = {place: len(units) for place, units in kept.items()}
-    return shapes_of(config, pruned.all_sites, counts, lambda site: f"{site.consumer}.bias" in tensors)
+    config = text_config(pruned.model)
+    return shapes_of(config, pruned.all_sites, counts, lambda site: f"{site.consumer}.bias" in tensors, fields)
 
 
 def shapes_of(
-    config: Any, sites: Sequence[Site], counts: Mapping[tuple[int, SiteKind], int], has_bias: Callable[[Site], bool]
+    config: Any,
+    sites: Sequence[Site],
+    counts: Mapping[tuple[int, SiteKind], int],
+    has_bias: Callable[[Site], bool],
+    fields: SizeFields = FIELDS,
 ) -> list[LayerShape]:
-    """The shape of every layer, from the kept units of its sites and from the biases of their consumers."""
+    """The shape of every layer, from the kept units of its sites and from the biases of their consumers.
+
+    ``config`` is that of the language model, with the shapes before the cut in ``fields``.
+    """
     by_place = {(site.layer, site.kind): site for site in sites}
     shapes = []
-    for layer in range(1 + max(layer for layer, _ in by_place)):
+    for layer in range(config.num_hidden_layers):
         attention, mlp = by_place.get((layer, "attention")), by_place.get((layer, "mlp"))
-        heads = kv_heads = 0
-        count, width = (counts.get((layer, kind), 0) for kind in ("attention", "mlp"))
-        if attention is not None and count:
-            heads, kv_heads = heads_of(config, layer)
-            if attention.query_heads_per_kv:
-                heads = count
-            else:
-                heads, kv_heads = count * (heads // kv_heads), count
         biases = (site is not None and has_bias(site) for site in (attention, mlp))
-        shapes.append(LayerShape(heads, kv_heads, width, *biases))
+        heads = _heads_left(attention, counts, *heads_of(config, layer, fields))
+        shapes.append(LayerShape(*heads, _width_left(mlp, counts, layer_config(config, layer), fields), *biases))
     return shapes
+
+
+def _heads_left(
+    site: Site | None, counts: Mapping[tuple[int, SiteKind], int], heads: int, kv_heads: int
+) -> tuple[int | None, int | None]:
+    """Query and key/value heads of a layer that had ``heads`` and ``kv_heads``."""
+    if site is None:
+        return (None, None) if heads else (0, 0)
+    count = counts[site.layer, "attention"]
+    if not count or site.query_heads_per_kv:
+        return count, kv_heads if count else 0
+    return count * (heads // kv_heads), count
+
+
+def _width_left(
+    site: Site | None, counts: Mapping[tuple[int, SiteKind], int], config: Any, fields: SizeFields
+) -> int | None:
+    """MLP channels of a layer of this configuration."""
+    if site is not None:
+        return counts[site.layer, "mlp"]
+    return 0 if getattr(config, fields.width, None) == 0 else None
 
 
 def without_layers(tensors: Tensors, sites: Sequence[Site], layers: Sequence[LayerShape]) -> Tensors:
@@ -120,8 +149,8 @@ def constant_left(site: Site) -> SpecError:
     )
 
 
-def _check_even(config: Any, site: Site, kept: Sequence[int]) -> None:
-    kv_heads = heads_of(config, site.layer)[1]
+def _check_even(site: Site, kept: Sequence[int]) -> None:
+    kv_heads = site.units // site.query_heads_per_kv
     per_group = [0] * kv_heads
     for unit in kept:
         per_group[unit // site.query_heads_per_kv] += 1
@@ -160,15 +189,53 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
     return found
 
 
+def cut_shapes(
+    model: nn.Module,
+    sites: Sequence[Site],
+    counts: Mapping[tuple[int, SiteKind], int],
+    has_bias: Callable[[Site], bool],
+) -> Tensors:
+    """The tensors of the smaller model, without values: what :func:`sliced_tensors` will give for these counts."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes |= {name: tuple(shapes_of_buffer) for name, shapes_of_buffer in _persistent(model)}
+    norms = owned_norms(sites)
+    for site in sites:
+        count = counts[site.layer, site.kind]
+        if not count:
+            for name in _block(shapes, site, site.norm in norms):
+                del shapes[name]
+            continue
+        for producer in site.producers:
+            rows = count * sum(segment.per_unit for segment in producer.segments)
+            for name in (f"{producer.path}.weight", f"{producer.path}.bias"):
+                if name in shapes:
+                    shapes[name] = (rows, *shapes[name][1:])
+        shapes[f"{site.consumer}.weight"] = (site.outputs, count * site.unit_size)
+        if has_bias(site):
+            shapes[f"{site.consumer}.bias"] = (site.outputs,)
+    dtype = torch.float32
+    return {name: PlannedTensor(shape, dtype, partial(torch.empty, shape)) for name, shape in shapes.items()}
+
+
+def _persistent(model: nn.Module) -> Iterable[tuple[str, torch.Size]]:
+    """Names and shapes of the buffers that are in the state dict."""
+    state = model.state_dict().keys()
+    return ((name, buffer.shape) for name, buffer in model.named_buffers() if name in state)
+
+
 def _leave_out(found: Tensors, cut: SiteCut) -> None:
     """Remove the tensors of a block that is not there; raises :class:`SpecError` for one that leaves a constant."""
-    site = cut.site
     if cut.compensation.wanted:
-        raise constant_left(site)
-    norm = (f"{site.norm}.",) if cut.binding.own_norm else ()
-    block = (*norm, f"{site.entry}.", f"{site.consumer}.", *(f"{producer.path}." for producer in site.producers))
-    for name in [name for name in found if name.startswith(block)]:
+        raise constant_left(cut.site)
+    for name in _block(found, cut.site, cut.binding.own_norm):
         del found[name]
+
+
+def _block(names: Iterable[str], site: Site, with_norm: bool) -> list[str]:
+    """The tensors among ``names`` that go with a block."""
+    paths = [site.entry, site.consumer, *(producer.path for producer in site.producers)]
+    paths += [site.norm] if with_norm and site.norm else []
+    return [name for name in names if name.startswith(tuple(f"{path}." for path in paths))]
 
 
 def _producer(cut: OpenCut, linear: nn.Linear, producer: Producer, place: Place, which: int) -> Tensor:

@@ -30,7 +30,7 @@ from ..models.exported.manifest import (
     write_kept,
     write_manifest,
 )
-from ..models.loading import Loaded, fingerprint, load
+from ..models.loading import Loaded, fingerprint, load, outline_of
 from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Cut
 from ..pruning.freezing import MEANINGS, Freeze
@@ -45,12 +45,13 @@ from . import dynamic_state
 from .card import card
 from .comparing import check_tokenizer, compared, logits_of, some_tokens
 from .constraint import rounding
+from .family import Family
 from .licence import copy_licence_files, licence_of
 from .measures import measure, record, repeatable
 from .profiles import Profile, check_freezing, profile_named
 from .reload import source_of
 from .weights import SHARD_SIZE, check_shard_size
-from .writing import check_counts, check_possible, write_model
+from .writing import check_counts, check_possible, check_vocabulary, write_model
 
 
 def repeated(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
@@ -94,10 +95,15 @@ class Exporter:
         folder = RunFolder(Path(self.out), self.overwrite, "exported folder", MANIFEST)
         self._check_options(profile, folder)
         strategy = profile.constraint(self.multiple).on(spec.prune)
+        outline = outline_of(spec.model)
+        if outline is not None:
+            check_possible(profile, outline, strategy, spec.catalog)
         loaded = load(spec.model)
         self._check_run(loaded)
         check_lengths(spec.model_copy(update={"evaluate": repeatable(spec.evaluate)}), loaded)
-        check_possible(profile, loaded, strategy, spec.catalog)
+        if outline is None:
+            check_possible(profile, loaded.model, strategy, spec.catalog)
+        check_vocabulary(profile, loaded)
         torch.manual_seed(spec.seed)
         calibrates = spec.prune.needs_calibration
         batches, calibration = None, None
@@ -123,7 +129,8 @@ class Exporter:
         if statistics is not None and calibration is not None:
             calibration = calibration.model_copy(update={"statistics": statistics.used})
         with pruned, folder.open() as partial:
-            check_counts(profile, loaded.model, strategy, pruned.all_sites, pruned.counts)
+            family = Family.of(loaded.model.config, spec.catalog)
+            check_counts(profile, loaded.model, strategy, pruned.all_sites, pruned.counts, family)
             before = self._measure_before(loaded, pruned)
             if self.freeze is not None:
                 pruned.freeze(self.freeze, batches, self.progress)

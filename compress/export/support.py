@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from ...registry import ModelError
-from ..models.architectures import PRUNED
+from ...registry import Architecture, ModelError
 from ..models.exported import classes
-from .configs import WITHOUT_WINDOW
 from .gguf.file import MODEL_TYPES
 from .profiles import PROFILES
 
-STOCK = (*WITHOUT_WINDOW, "qwen3", "opt")
-"""Model types with a stock class for the shapes of a pruned model."""
 
-
-def profiles_for(kind: str) -> list[str]:
+def profiles_for(kind: str, architecture: Architecture) -> list[str]:
     """The names of the formats that can hold a pruned model of type ``kind``, in the order of ``export --list``."""
+    smaller = architecture.sizes is not None
+    can = {"hf-uniform": smaller, "hf-hetero": smaller and _has_class(kind), "gguf": kind in MODEL_TYPES}
+    return [profile.name for profile in PROFILES if can.get(profile.name, True)]
+
+
+def _has_class(kind: str) -> bool:
     try:
-        own_shapes = {made.config_class.model_type.removeprefix(PRUNED) for made in classes.model_classes()}
-    except ModelError:  # the installed transformers has no configurations with a shape for every layer
-        own_shapes = set()
-    limited = {"hf-uniform": STOCK, "hf-hetero": own_shapes, "gguf": MODEL_TYPES}
-    return [profile.name for profile in PROFILES if kind in limited.get(profile.name, (kind,))]
+        classes.class_of(kind)
+    except ModelError:
+        return False
+    return True

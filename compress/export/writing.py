@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import Catalog, ModelError, Site, SiteScores, SpecError, Strategy
-from ..models.architectures import PRUNED, heads_of
+from ..models.architectures import PRUNED
+from ..models.exported import classes
 from ..models.exported.manifest import GGUF
+from ..models.language import text_config
 from ..models.loading import Loaded
 from ..pruning.matching import Counts
 from ..pruning.pruned import Pruned
 from ..pruning.sites import find_sites, sites_within
-from .configs import add_code, fitted, hetero_config, homogeneous, lacking, padded_config, shortened, stock_config
+from .configs import add_code, fitted, hetero_config, lacking, padded_config, shortened, uniform_config
 from .constraint import RoundedCounts
 from .cut_model import (
     LayerShape,
     constant_left,
+    cut_shapes,
     layer_shapes,
     padded_tensors,
     shapes_of,
@@ -27,8 +30,9 @@ from .cut_model import (
     without_layers,
 )
 from .dynamic_state import save_state
+from .family import Family
 from .profiles import Profile
-from .weights import SHARD_SIZE, write_weights
+from .weights import SHARD_SIZE, Tensors, write_weights
 
 
 def write_model(
@@ -47,23 +51,24 @@ def write_model(
         from .gguf.file import write_gguf
 
         shapes = layer_shapes(pruned, tensors)
-        config, layers = shortened(homogeneous(pruned.model.config), shapes)
+        config, layers = shortened(classes.homogeneous(pruned.model.config), shapes)
         tensors = without_layers(tensors, pruned.all_sites, shapes)
         notes = write_gguf(folder / GGUF, config, layers, tensors, tokenizer, name=name)
         tokenizer.save_pretrained(folder)
         return notes
     without = None
+    family = Family.of(pruned.model.config, pruned.catalog)
+    if profile.name != "padded":
+        family.check(profile.name)
     with _quiet():
         if profile.name == "padded":
             config = padded_config(pruned, tensors)
         else:
-            shapes = layer_shapes(pruned, tensors)
+            shapes = layer_shapes(pruned, tensors, family.sizes)
             config, layers = shortened(pruned.model.config, shapes)
-            config, without = _config(profile, config, layers), lacking(layers)
+            config, without = _config(profile, config, layers, family), lacking(layers)
             tensors = without_layers(tensors, pruned.all_sites, shapes)
-        # A file may say that the output layer is the embedding while the checkpoint has one of its own.
-        config.tie_word_embeddings &= _output_name(pruned.model) not in tensors
-        tensors = fitted(config, tensors)
+        tensors = _fitted(config, pruned.model, tensors, family.nearest(profile.name))
         config.dtype = pruned.model.dtype
         config._name_or_path = ""
         if config.model_type.startswith(PRUNED):
@@ -74,6 +79,12 @@ def write_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return () if without is None else (f"{without}, and vLLM's layers have both: run this folder with transformers",)
+
+
+def _fitted(config: Any, model: Any, tensors: Tensors, nearest: str) -> Tensors:
+    # A file may say that the output layer is the embedding while the checkpoint has one of its own.
+    config.tie_word_embeddings &= _output_name(model) not in tensors
+    return fitted(config, tensors, nearest)
 
 
 def _output_name(model: Any) -> str:
@@ -94,28 +105,27 @@ def _save_generation(config: Any, folder: Path) -> None:
         ) from error
 
 
-def check_possible(profile: Profile, loaded: Loaded, strategy: Strategy, catalog: Catalog) -> None:
-    """Raise, before calibration, for a cut whose counts alone show that the profile cannot hold it.
+def check_possible(profile: Profile, model: Any, strategy: Strategy, catalog: Catalog) -> None:
+    """Raise for a family, or a cut whose counts alone show it, that the profile cannot hold; nothing is computed.
 
-    If an allocator looks at the model, the counts are not known yet; they are checked when the model has been pruned.
+    ``model`` needs no values. If an allocator looks at the model, the counts are not known yet; they are checked when
+    the model has been pruned.
     """
-    config = loaded.model.config
+    family = Family.of(model.config, catalog)
     if profile.name == "gguf":
-        from .gguf.file import check_supported
-        from .gguf.tokenizer import read_vocabulary
-
-        check_supported(homogeneous(config))
-        read_vocabulary(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings)
-    _, sites = find_sites(loaded.model, catalog, strategy.attention_unit, strategy.experts)
+        _check_gguf(family)
+    elif profile.name in ("hf-uniform", "hf-hetero"):
+        family.check(profile.name)
+    layers, sites = find_sites(model, catalog, strategy.attention_unit, strategy.experts)
     check_experts(profile, sites)
-    inside, ratio = sites_within(strategy, sites, layers=1 + max(site.layer for site in sites))
+    inside, ratio = sites_within(strategy, sites, len(model.get_submodule(layers)))
     if isinstance(strategy.allocator, RoundedCounts):
         strategy.allocator.check_reachable(inside)
     if strategy.allocator.looks_at_model:
         return
     kept = strategy.allocator.allocate([SiteScores(site) for site in inside], ratio or 0.0)
     counts = {(site.layer, site.kind): count for site, count in zip(inside, kept, strict=True)}
-    check_counts(profile, loaded.model, strategy, sites, counts)
+    check_counts(profile, model, strategy, sites, counts, family)
 
 
 def check_experts(profile: Profile, sites: Sequence[Site]) -> None:
@@ -127,7 +137,25 @@ def check_experts(profile: Profile, sites: Sequence[Site]) -> None:
         )
 
 
-def check_counts(profile: Profile, model: Any, strategy: Strategy, sites: Sequence[Site], counts: Counts) -> None:
+def _check_gguf(family: Family) -> None:
+    """Raise for a family that llama.cpp does not compute, naming the profiles that can write it."""
+    from .gguf.file import CONVERT, check_supported
+
+    smaller = [profile for profile in ("hf-hetero", "hf-uniform") if family.refusal(profile) is None]
+    check_supported(family.config, CONVERT if len(smaller) == 2 else ", ".join([*smaller, "padded or dynamic"]))
+
+
+def check_vocabulary(profile: Profile, loaded: Loaded) -> None:
+    """Raise :class:`ModelError` for a tokenizer that the profile cannot hold."""
+    if profile.name == "gguf":
+        from .gguf.tokenizer import read_vocabulary
+
+        read_vocabulary(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings)
+
+
+def check_counts(
+    profile: Profile, model: Any, strategy: Strategy, sites: Sequence[Site], counts: Counts, family: Family
+) -> None:
     """Raise :class:`SpecError` or :class:`ModelError` for numbers of kept units that the profile cannot hold.
 
     ``sites`` are all of the model; those that are not among ``counts`` keep all of their units.
@@ -135,12 +163,14 @@ def check_counts(profile: Profile, model: Any, strategy: Strategy, sites: Sequen
     check_experts(profile, sites)
     if profile.name in ("padded", "dynamic"):
         return
-    config, parameters = model.config, dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     counts = {(site.layer, site.kind): site.units for site in sites} | dict(counts)
     for site in sites:
-        count, kv_heads = counts[site.layer, site.kind], heads_of(config, site.layer)[1]
-        if site.query_heads_per_kv and count % kv_heads:
-            raise uneven_heads(site.layer, kv_heads, str(count))
+        count = counts[site.layer, site.kind]
+        if site.query_heads_per_kv:
+            kv_heads = site.units // site.query_heads_per_kv
+            if count % kv_heads:
+                raise uneven_heads(site.layer, kv_heads, str(count))
         if not count and strategy.compensates:
             raise constant_left(site)
 
@@ -149,18 +179,21 @@ def check_counts(profile: Profile, model: Any, strategy: Strategy, sites: Sequen
         own = f"{site.consumer}.bias" in parameters and count > 0
         return own or (count < site.units and strategy.compensates)
 
-    config, layers = shortened(config, shapes_of(config, sites, counts, has_bias))
+    shapes = shapes_of(text_config(model), sites, counts, has_bias, family.sizes)
+    config, layers = shortened(model.config, shapes)
     if profile.name == "gguf":
         from .gguf.file import check_layers
 
         check_layers(layers)
-    else:
-        with _quiet():
-            _config(profile, config, layers)
+        return
+    with _quiet():
+        tensors = without_layers(cut_shapes(model, sites, counts, has_bias), sites, shapes)
+        _fitted(_config(profile, config, layers, family), model, tensors, family.nearest(profile.name))
 
 
-def _config(profile: Profile, dense: Any, layers: Sequence[LayerShape]) -> Any:
-    return stock_config(dense, layers) if profile.name == "hf-uniform" else hetero_config(dense, layers)
+def _config(profile: Profile, dense: Any, layers: Sequence[LayerShape], family: Family) -> Any:
+    make = uniform_config if profile.name == "hf-uniform" else hetero_config
+    return make(dense, layers, family)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..models.likeness import Like
 from ..models.loading import ModelSource
 from ..models.named import BUNDLED, MODELS
 from ..output.reading import path_problem, shown
-from ..output.records import What
+from ..output.records import Of, What
 from .reader import Mistake, Model, Place, Reader, seed_parts, with_rows, with_seed
 from .yaml_file import YamlFile, apply_settings, read_yaml
 from .yaml_plain import Dumper
@@ -214,6 +214,7 @@ class PipelineSpec(BaseModel):
         data = dict(data, plugins=files)
         for section in [key for key, value in data.items() if value is None]:
             del data[section]
+        _take_of(data, reader)
         data.setdefault("evaluate", list(DEFAULT_EVALUATORS))
         spec = reader.result(reader.model(cls, data, ()), label, at)
         seeded = {
@@ -245,6 +246,19 @@ class PipelineSpec(BaseModel):
         data["prune"] = {"use": data["prune"].pop("name"), **data["prune"]}
         data["output"] = {"dir": None, "trace": self.output.trace, "overwrite": False}
         return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+
+
+def _take_of(data: dict[str, Any], reader: Reader) -> None:
+    """Replace ``of: decoder`` in the section ``prune`` by ``match: parameters``, which it means."""
+    prune = data.get("prune")
+    if not isinstance(prune, Mapping) or "of" not in prune:
+        return
+    data["prune"] = {key: value for key, value in prune.items() if key != "of"}
+    found = prune["of"]
+    if found not in get_args(Of):
+        reader.mistake(("prune", "of"), f"a ratio is one of {' or '.join(get_args(Of))} (found {shown(found)})")
+    elif found == "decoder" and data.setdefault("match", "parameters") != "parameters":
+        reader.mistake(("prune", "of"), "decoder counts parameters, and match another cost; leave one of them out")
 
 
 NAMES_OF_FOLDERS = {(ModelSource, key) for key in ("name", "gguf", "tokenizer", "offload_folder")} | {(Output, "dir")}

@@ -16,6 +16,7 @@ from ...registry import (
     Rows,
     ShapeAttribute,
     Site,
+    SizeFields,
     hookimpl,
 )
 from .experts import EXPERTS, sites_of_experts
@@ -81,6 +82,7 @@ class PreNormDecoder(Architecture):
     attention: AttentionNames
     mlp: MlpNames | None
     """None: no layer has an MLP that can be cut."""
+    sizes: SizeFields | None = SizeFields()
     other_mlps: tuple[MlpNames, ...] = ()
     """Other forms of the MLP; a layer has the first that is there."""
 
@@ -94,7 +96,9 @@ class PreNormDecoder(Architecture):
         ]
 
     def expert_sites(self, model: nn.Module, unit: ExpertUnit) -> list[Site]:
-        return sites_of_experts(model, self.layers, unit, self.name)
+        config: Any = model.config
+        kind = config.get_text_config().model_type.removeprefix(PRUNED)
+        return sites_of_experts(model, self.layers, unit, kind if kind in EXPERTS else self.name)
 
     @property
     def has_experts(self) -> bool:
@@ -192,17 +196,25 @@ def check_by_head(attention: nn.Module, path: str, heads: int, kv_heads: int, si
             )
 
 
-def heads_of(config: Any, layer: int) -> tuple[int, int]:
-    """Numbers of query and key/value heads of a layer; in a pruned model they can differ between layers."""
-    if getattr(config, "is_heterogeneous", False):
-        config = config.per_layer_config[layer]
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
+def layer_config(config: Any, layer: int) -> Any:
+    """The configuration of a layer; in a pruned model layers can have their own."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
-def head_size(config: Any) -> int:
+FIELDS = SizeFields()
+
+
+def heads_of(config: Any, layer: int, fields: SizeFields = FIELDS) -> tuple[int, int]:
+    """Numbers of query and key/value heads of a layer."""
+    config = layer_config(config, layer)
+    heads = getattr(config, fields.heads)
+    return heads, (getattr(config, fields.kv_heads, None) if fields.kv_heads else None) or heads
+
+
+def head_size(config: Any, fields: SizeFields = FIELDS) -> int:
     """Number of channels of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    stated = getattr(config, fields.head_size, None) if fields.head_size else None
+    return stated or config.hidden_size // getattr(config, fields.heads)
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -261,6 +273,7 @@ class Opt(PreNormDecoder):
     name: Literal["opt"] = "opt"
     model_types: tuple[str, ...] = ("opt", PRUNED + "opt")
     layers: str = "model.decoder.layers"
+    sizes: SizeFields | None = SizeFields(kv_heads=None, width="ffn_dim", head_size=None)
     attention: AttentionNames = AttentionNames(
         norm="self_attn_layer_norm", module="self_attn", output="out_proj", head_count="num_heads"
     )

@@ -8,6 +8,9 @@ from torch import nn
 
 from ...registry import ExpertUnit, Site, expert_sites
 
+ROUTED = "routed experts"
+"""What a family or a strategy that does not cut them leaves whole."""
+
 
 class ExpertNames(NamedTuple):
     """Names inside a decoder layer. A layer without these experts has a dense MLP."""
@@ -36,14 +39,12 @@ EXPERTS: dict[str, ExpertNames] = {
 """Families whose experts can be cut, each by the names of its layers."""
 
 
-def sites_of_experts(model: Any, layers: str, unit: ExpertUnit, like: str = "") -> list[Site]:
-    """The sites of a model's routed experts, layer by layer; none for a family that is not in :data:`EXPERTS`.
+def sites_of_experts(model: Any, layers: str, unit: ExpertUnit, kind: str) -> list[Site]:
+    """The sites of a model's routed experts, layer by layer; none for a model type that is not in :data:`EXPERTS`.
 
-    A model type that is not there may have the names of the type ``like``.
     Raises :class:`~prunekit.registry.ModelError` for experts that cannot be cut.
     """
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    names = EXPERTS.get(config.model_type) or EXPERTS.get(like)
+    names = EXPERTS.get(kind)
     if names is None or unit == "keep":
         return []
     stack: Any = model.get_submodule(layers)

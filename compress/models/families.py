@@ -56,7 +56,8 @@ INTERLEAVED = {"query": "query_key_value", "key": None, "value": None, "query_pa
 GRANITE_EXPERT = expert(
     "shared_mlp", producers=("shared_mlp.input_linear",), consumer="shared_mlp.output_linear", fused=True
 )
-SHARED_EXPERTS: dict[str, Any] = {"other_mlps": expert("mlp.shared_experts")}
+SHARED_EXPERTS: dict[str, Any] = {"other_mlps": expert("mlp.shared_experts"), "sizes": None}
+"""The first layers of such models have MLPs of another width, and no field of the configuration holds both."""
 
 FAMILIES: tuple[type[PreNormDecoder], ...] = (
     # Only the names of modules.
@@ -78,6 +79,7 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         form="two-layer MLP",
     ),
     family("exaone4", attention={"norm": None}, mlp={"norm": None}, form="post-norm"),
+    family("qwen2_vl_text qwen2_5_vl_text qwen3_vl_text", form="inside of a model that also reads images"),
     # Layers of other shapes.
     family("glm", mlp=GATE_UP, form="fused gate_up"),
     family("glm4", mlp=GATE_UP, form="fused gate_up, sandwich norms"),
@@ -86,21 +88,34 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         "stablelm",
         attention={"head_count": "num_heads", "kv_head_count": "num_key_value_heads"},
         mlp={"parallel_norm": "input_layernorm"},
+        sizes={"head_size": None},
         form="parallel blocks where the configuration says so",
     ),
     family(
         "persimmon",
         attention=INTERLEAVED | {"head_count": "num_heads"},
         mlp=mlp("dense_h_to_4h", "dense_4h_to_h"),
+        sizes={"kv_heads": None, "head_size": None},
         form="query, key and value interleaved in one layer, two-layer MLP",
     ),
     family("youtu minicpm3", attention=LATENT, form="MLA"),
     # Mixtures of experts; the routed ones are in :mod:`.experts`.
     family("mixtral phimoe granitemoe", mlp=None, form="no dense MLP"),
     family("qwen3_moe mellum", form="dense MLP in some layers"),
-    family("qwen2_moe", other_mlps=expert("mlp.shared_expert"), form="shared expert"),
+    family(
+        "qwen2_moe",
+        other_mlps=expert("mlp.shared_expert"),
+        sizes={"width": "shared_expert_intermediate_size"},
+        form="shared expert",
+    ),
     family("hunyuan_v1_moe", other_mlps=expert("mlp.shared_mlp"), form="shared expert"),
-    family("granitemoeshared", mlp=None, other_mlps=GRANITE_EXPERT, form="shared expert, fused"),
+    family(
+        "granitemoeshared",
+        mlp=None,
+        other_mlps=GRANITE_EXPERT,
+        sizes={"width": "shared_intermediate_size"},
+        form="shared expert, fused",
+    ),
     family("dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3", **SHARED_EXPERTS, form="shared expert"),
     family("deepseek_v3 glm4_moe_lite", attention=LATENT, **SHARED_EXPERTS, form="MLA, shared expert"),
 )

@@ -1,4 +1,4 @@
-"""Loads a causal language model and its tokenizer from the package, a folder, a GGUF or the Hugging Face hub."""
+"""Loads a language model, alone or inside another one, with its tokenizer: from the package, disk or hub."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from .architectures import PRUNED
 from .device_map import MaxMemory
 from .exported import classes
 from .exported.manifest import MANIFEST, check_files, read_manifest
+from .given import check_predicts
+from .language import auto_class
 
 
 class ModelSource(BaseModel):
@@ -237,23 +239,24 @@ def _check_origin(source: ModelSource, place: str, check: bool) -> None:
     if adapter is not None:
         raise origin.adapter_found(source.label)
     origin.check_config(config, source.label, source.attention)
-    if str(config.get("model_type", "")).startswith(PRUNED):
-        classes.register()
+    kind = str(config.get("model_type", ""))
+    if kind.startswith(PRUNED):
+        classes.register(kind.removeprefix(PRUNED))
 
 
 def _placed(
     source: ModelSource, place: str, device: torch.device, dtype: str, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The model on its device, or spread over devices and disk, and transformers' report on its loading."""
-    import transformers
-
     chosen: dict[str, Any] = {}
+    config = _config(source, place, options)
+    check_predicts(config)
     if source.attention is not None:
         # Without the configuration's object, an _attn_implementation in config.json would win over the user's choice.
-        chosen = {"config": _config(source, place, options), "attn_implementation": source.attention}
+        chosen = {"config": config, "attn_implementation": source.attention}
     file = _gguf(place)
     if file is not None:
-        chosen["config"] = gguf_file.config_of(file)
+        chosen["config"] = config
         options = gguf_file.loading_options()
     spread: dict[str, Any] = {}
     folder = None
@@ -264,7 +267,7 @@ def _placed(
         spread = {"device_map": "auto", "max_memory": budgets, "offload_folder": folder}
     try:
         with device_map.quiet_loading(), nullcontext(place) if file is None else gguf_file.alone(file) as where:
-            found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            found: Any = auto_class(config).from_pretrained(
                 where,
                 dtype=dtype,
                 output_loading_info=True,
@@ -315,17 +318,36 @@ def _config(source: ModelSource, place: str, options: dict[str, Any]) -> Any:
 
 def _size(source: ModelSource, place: str, dtype: str, options: dict[str, Any]) -> int:
     """Bytes of the model, computed from its configuration."""
-    import transformers
+    kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    return _empty(source, place, _config(source, place, options), **kind).get_memory_footprint()
 
-    config = _config(source, place, options)
+
+def _empty(source: ModelSource, place: str, config: Any, **kind: Any) -> Any:
+    """The model without values."""
     try:
-        code = {"trust_remote_code": source.trust_remote_code}
         with torch.device("meta"):
-            kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-            model = transformers.AutoModelForCausalLM.from_config(config, **kind, **code)
+            return auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code, **kind)
     except Exception as error:
         raise ModelError(_loading_failed("model", source, place, error)) from error
-    return model.get_memory_footprint()
+
+
+def outline_of(source: ModelSource) -> nn.Module | None:
+    """The model without values, by its configuration alone; None where that is not known without a download.
+
+    Raises :class:`ModelError` for a configuration of which no model can be made.
+    """
+    try:
+        place = place_of(source)
+    except ModelError:
+        return None  # loading says what is wrong
+    if source.gguf is not None and not Path(place).is_file():
+        return None
+    if _gguf(place) is None:
+        _check_origin(source, place, check=False)
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if source.revision is not None:
+        options["revision"] = source.revision
+    return _empty(source, place, _config(source, place, options))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -79,6 +79,10 @@ What = Literal["parameters", "flops"]
 """What a decoder's cost is counted in."""
 
 
+Of = Literal["units", "decoder"]
+"""What a ratio is a share of."""
+
+
 class MatchFacts(Record):
     """The ratio that a strategy was given so that its decoder costs what was asked, and what it costs."""
 
@@ -109,6 +113,10 @@ class Ratio(Record):
     """Of the parameters of all sites."""
     decoder_parameters_cut: float | None = None
     """Of the parameters of the linear layers of all decoder layers; None in older files."""
+    model_parameters_cut: float | None = None
+    """Of all parameters of the model, embeddings and towers included; None in older files."""
+    left_whole: str | None = None
+    """What large part of the layers no site cuts, such as "routed experts"."""
     matched: MatchFacts | None = None
     """Where the decoder's cost was to be matched."""
 

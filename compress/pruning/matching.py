@@ -123,6 +123,20 @@ def nearest(match: Match, cost: DecoderCost, counts_at: Callable[[float], Counts
     return min(tried, key=lambda found: (abs(found.cost - (1 - asked)), abs(found.ratio - asked)))
 
 
+def check_reachable(cost: DecoderCost, sites: Sequence[Site], asked: float, left: str) -> None:
+    """Raise :class:`SpecError`, before anything is computed, for more parameters than ``sites`` have.
+
+    They are those of layers that are not skipped. ``left``: what large part of the layers no site cuts.
+    """
+    most = cost.lost({(site.layer, site.kind): 0 for site in sites})
+    if asked > most + NEAR:
+        why = f"; left whole: {left}" if left else ""
+        raise SpecError(
+            f"match: a ratio of {asked:g} of the decoder's parameters is out of reach: {100 * most:.1f}% of them are "
+            f"in blocks that can be cut{why}. Ask for less, or skip fewer layers"
+        )
+
+
 def is_near(found: MatchFacts, asked: float) -> bool:
     """Whether the cost is what was asked, within :data:`NEAR`."""
     return abs(found.cost - (1 - asked)) <= NEAR

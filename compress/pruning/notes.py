@@ -20,12 +20,21 @@ FAR = 0.02
 
 
 def ratio_of(
-    sites: Sequence[Site], counts: Counts, asked: float | None, decoder: float, matched: MatchFacts | None
+    sites: Sequence[Site],
+    counts: Counts,
+    asked: float | None,
+    decoder: float,
+    matched: MatchFacts | None,
+    parameters: int,
+    left: str,
 ) -> Ratio:
     """The cut as requested and as achieved, over all sites of the model, those of skipped layers too.
 
-    ``decoder`` is the share of the decoder's parameters that is cut.
+    ``decoder`` is the share of the decoder's parameters that is cut, ``parameters`` the number of the whole model's,
+    ``left`` what large part of the layers no site cuts.
     """
+    known: dict[str, Any] = {} if matched is None else {"matched": matched}
+    known |= {"left_whole": left} if left else {}
     kept = {site: counts.get((site.layer, site.kind), site.units) for site in sites}
     lost = sum((site.units - kept[site]) * site.unit_parameters for site in sites)
     return Ratio(
@@ -33,7 +42,8 @@ def ratio_of(
         units_cut=round(sum(1 - kept[site] / site.units for site in sites) / len(sites), 6),
         prunable_parameters_cut=round(lost / sum(site.units * site.unit_parameters for site in sites), 6),
         decoder_parameters_cut=round(decoder, 6),
-        **({} if matched is None else {"matched": matched}),
+        model_parameters_cut=round(lost / parameters, 6),
+        **known,
     )
 
 
@@ -53,6 +63,19 @@ def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, rati
     if far and not ratio.matched:  # a matched cost takes what share of the units it takes
         notes.append(achieved(ratio))
     return notes
+
+
+def notes_on_what_is_left(ratio: Ratio) -> list[str]:
+    """One note where no site cuts a large part of the layers."""
+    if ratio.left_whole is None:
+        return []
+    shares = (ratio.units_cut, ratio.parameters_cut, ratio.model_parameters_cut or 0.0)
+    units, decoder, model = (f"{100 * cut:.1f}%" for cut in shares)
+    remedy = "" if ratio.matched else "; with of: decoder the ratio is a share of the decoder's parameters"
+    return [
+        f"left whole: {ratio.left_whole}. The cut is {units} of the units, {decoder} of the decoder's parameters and "
+        f"{model} of the model's{remedy}"
+    ]
 
 
 def notes_on_blocks(sites: Sequence[Site], counts: Counts) -> list[str]:

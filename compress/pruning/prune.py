@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -35,11 +35,13 @@ from ..engine.ahead import check_attention, check_same_attention
 from ..engine.engine import Engine
 from ..engine.runtime import Runtime
 from ..files.reader import build_architecture, build_runtime, build_strategy
+from ..models.given import model_in
 from ..models.likeness import ANY, Like, with_types
+from ..output.records import Of
 from .deciding import decide
-from .matching import Match
+from .matching import DecoderCost, Match, check_reachable
 from .pruned import Pruned
-from .sites import architectures_in, find_sites, misfit, sites_within
+from .sites import architectures_in, find_sites, left_whole, misfit, sites_within
 
 
 def prune(
@@ -53,6 +55,7 @@ def prune(
     statistics: SharedStatistics | StatisticsFile | str | Path | None = None,
     runtime: Runtime | Mapping[str, Any] | None = None,
     match: Match | None = None,
+    of: Of = "units",
     architecture: Like | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pruned:
@@ -66,7 +69,8 @@ def prune(
     is none, or an object that several prunings of one model share.
     ``runtime`` is a :class:`~prunekit.compress.Runtime`, or a mapping of its options: how to compute, not what.
     With ``match`` the strategy gets the ratio at which the decoder costs ``1 - ratio`` of the dense one; a cost that no
-    ratio has within half a percent is refused (:class:`SpecError`).
+    ratio has within half a percent is refused (:class:`SpecError`). ``of="decoder"`` is ``match`` for the parameters:
+    the ratio is then a share of the decoder's parameters.
     ``architecture``, such as ``{"like": "llama"}``, names the family whose names the layers of a model of an unknown
     type have; the model then runs on a few tokens first, and is refused if a cut is not right (:class:`ModelError`).
 
@@ -76,6 +80,11 @@ def prune(
     :class:`DataError` (calibration missing or unusable), :class:`NonFiniteError` (NaN or infinity met); the model
     is then as it was.
     """
+    model = model_in(model)
+    if of not in get_args(Of):
+        raise SpecError(f"of: a ratio is one of {' or '.join(get_args(Of))}, found {of!r:.100}")
+    if of == "decoder" and match is None:
+        match = Match("parameters")
     catalog = Catalog.discover() if catalog is None else catalog
     if architecture is not None:
         catalog = build_architecture(architecture).only(catalog)
@@ -97,6 +106,10 @@ def prune(
     engine, ratio = engine_of(model, chosen, catalog, [] if trace else None, how)
     try:
         check_output_layer(model, chosen)
+        if match is not None and match.what == "parameters":
+            cost = DecoderCost.of(model, engine.layers, engine.all_sites, match)
+            left = left_whole(model, catalog, chosen.experts)
+            check_reachable(cost, [cut.site for cut in engine.cuts], chosen.ratio or 0.0, left)
         batches = None
         if chosen.needs_calibration:
             if calibration is None:
@@ -129,7 +142,7 @@ def engine_of(
 ) -> tuple[Engine, float | None]:
     """The engine on the model's sites, nothing decided yet, and the share that sites that are not skipped must lose."""
     layers, all_sites = find_sites(model, catalog, strategy.attention_unit, strategy.experts)
-    sites, ratio = sites_within(strategy, all_sites, layers=1 + max(site.layer for site in all_sites))
+    sites, ratio = sites_within(strategy, all_sites, len(cast(Any, model.get_submodule(layers))))
     _check_experts(strategy, all_sites, runtime)
     if strategy.probes_with is not None:
         check_attention(model)

@@ -19,7 +19,16 @@ from ..output.formatting import achieved
 from ..output.records import MatchFacts, Ratio
 from .freezing import Freeze, frozen_units
 from .matching import DecoderCost, Match
-from .notes import about_compensation, notes_on, notes_on_blocks, notes_on_cut, notes_on_experts, ratio_of
+from .notes import (
+    about_compensation,
+    notes_on,
+    notes_on_blocks,
+    notes_on_cut,
+    notes_on_experts,
+    notes_on_what_is_left,
+    ratio_of,
+)
+from .sites import left_whole
 
 
 class Pruned:
@@ -38,6 +47,7 @@ class Pruned:
         self._cost = self.decoder_cost(Match("parameters"))
         self._calibrated = engine.histories() if engine.hooks.learner is not None else None
         self.catalog = catalog
+        self._left = left_whole(engine.model, catalog, engine.strategy.experts)
 
     def __repr__(self) -> str:
         if not hasattr(self, "_engine"):
@@ -117,20 +127,23 @@ class Pruned:
     @property
     def ratio(self) -> Ratio:
         """The share to cut as requested, and as achieved of units and of prunable parameters."""
-        return ratio_of(self.all_sites, self.counts, self.strategy.ratio, self._cost.lost(self.counts), self.matched)
+        asked, lost = self.strategy.ratio, self._cost.lost(self.counts)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return ratio_of(self.all_sites, self.counts, asked, lost, self.matched, parameters, self._left)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know of this pruning, in sentences.
 
-        Whole layers, attentions and MLPs that are gone; a cut that is far from what was requested, or that rounds to
-        nothing at some sites; a covariance of too few tokens, and sites that fell back to the mean.
+        What no site cuts; whole layers, attentions and MLPs that are gone; a cut that is far from what was requested,
+        or that rounds to nothing at some sites; a covariance of too few tokens, and sites that fell back to the mean.
         """
         gone = notes_on_blocks(self.all_sites, self.counts)
         on_cut = notes_on_cut(self.strategy, self.all_sites, self.counts, self.ratio)
         choices = [cut.state.choice for cut in self._engine.cuts if cut.state.choice is not None]
         unreached = notes_on_experts(self._engine.cuts) if self.strategy.needs_calibration else []
-        return *gone, *on_cut, *unreached, *notes_on([cut.compensation for cut in self._engine.cuts], choices)
+        compensated = notes_on([cut.compensation for cut in self._engine.cuts], choices)
+        return *notes_on_what_is_left(self.ratio), *gone, *on_cut, *unreached, *compensated
 
     def about_compensation(self) -> dict[str, Any] | None:
         """The compensator with its options, tokens of its covariances, labels of sites that fell back; None: none."""

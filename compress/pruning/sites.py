@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,11 @@ from ...registry import (
     Strategy,
 )
 from ...registry.catalog import Entry
+from ...registry.tensors.experts import experts_in
 from ..models.architectures import PRUNED
+from ..models.experts import ROUTED
+from ..models.exported.classes import family_of
+from ..models.language import WithTextConfig, has_layers, inside, text_config
 from ..models.likeness import ANY, advice
 
 
@@ -27,53 +30,92 @@ def find_sites(
 ) -> tuple[str, list[Site]]:
     """Path of the decoder layers and all sites, by the architecture that serves the model's type.
 
+    Of a model that also reads images, it is the architecture of the language model inside of it.
     ``experts``: whether channels of routed experts are sites, too, whole experts are the only ones, or none are.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"model: expected a loaded model, found {model!r:.80}; load it with transformers' "
-            "AutoModelForCausalLM.from_pretrained first, or name it in a pipeline file"
-        )
-    inner = model._modules.get("module")
-    if inner is not None and len(model._modules) == 1:
-        raise ModelError(
-            f"model: a {type(model).__name__} is a wrapper; prune the model inside it, model.module, a "
-            f"{type(inner).__name__}, before it is wrapped"
-        )
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    known = architectures_in(catalog)
-    serving = [each for each in known if kind in each[1].model_types or ANY in each[1].model_types]
-    if len(serving) > 1:
-        both = " and ".join(f"{entry.name} (plugin {entry.plugin} of {entry.provider})" for entry, _ in serving)
-        raise ModelError(
-            f"model type {kind!r} is served by architectures {both}; switch one off with PRUNEKIT_BLOCK, or name one, "
-            f"as architecture: {{like: {serving[-1][0].name}}}"
-        )
-    if serving:
-        entry, architecture = serving[0]
-        try:
-            others = [] if experts == "whole" else architecture.sites(model, unit)
-            routed = [] if experts == "keep" else architecture.expert_sites(model, experts)
-        except AttributeError as error:
-            if ANY in architecture.model_types:
-                raise misfit(entry, model, error) from error
+    config: Any = getattr(model, "config", None)
+    entry, architecture = serving(config, catalog) or (None, None)
+    if entry is None or architecture is None:
+        raise unserved(config, catalog, model)
+    kind, seen = text_config(model).model_type, model
+    if text_config(model) is not config and not has_layers(model, architecture.layers):
+        found = inside(architecture, model)
+        if found is None:
             raise ModelError(
-                f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is "
-                f"built differently ({error}); {_instead(model, architecture.layers)}"
-            ) from error
-        if experts == "whole" and not routed:
-            raise ModelError(
-                f"experts: whole removes routed experts, and architecture {architecture.name} knows none of this "
-                f"{type(model).__name__} ({kind}); use a strategy that cuts heads and channels, such as wanda_sp"
+                f"this {type(model).__name__} has no {kind} language model with layers at "
+                f"{architecture.layers.partition('.')[2]}; pass the causal language model itself"
             )
-        sites = sorted([*others, *routed], key=lambda site: site.layer)
-        if not sites:
-            raise ModelError(f"architecture {architecture.name} finds nothing in this {type(model).__name__} to prune")
-        return architecture.layers, sites
-    served = [kind for _, architecture in known for kind in architecture.model_types if not kind.startswith(PRUNED)]
-    remedy = _inner_model(model, served) or advice(model, str(kind), [architecture for _, architecture in known])
+        architecture, seen = found, WithTextConfig(model)
+    try:
+        others = [] if experts == "whole" else architecture.sites(seen, unit)
+        routed = [] if experts == "keep" else architecture.expert_sites(seen, experts)
+    except AttributeError as error:
+        if ANY in architecture.model_types:
+            raise misfit(entry, model, error) from error
+        raise ModelError(
+            f"architecture {architecture.name} serves model type {kind!r}, but this {type(model).__name__} is built "
+            f"differently ({error}); {_instead(model, architecture.layers)}"
+        ) from error
+    if experts == "whole" and not routed:
+        raise ModelError(
+            f"experts: whole removes routed experts, and architecture {architecture.name} knows none of this "
+            f"{type(model).__name__} ({kind}); use a strategy that cuts heads and channels, such as wanda_sp"
+        )
+    sites = sorted([*others, *routed], key=lambda site: site.layer)
+    if not sites:
+        raise ModelError(f"architecture {architecture.name} finds nothing in this {type(model).__name__} to prune")
+    return architecture.layers, sites
+
+
+def serving(config: Any, catalog: Catalog) -> tuple[Entry, Architecture] | None:
+    """The architecture that serves a model of this configuration, or the language model inside of it; None: none does.
+
+    Raises :class:`ModelError` where several do.
+    """
+    known = architectures_in(catalog)
+    for kind in _kinds(config):
+        found = [each for each in known if kind in each[1].model_types or ANY in each[1].model_types]
+        if len(found) > 1:
+            both = " and ".join(f"{entry.name} (plugin {entry.plugin} of {entry.provider})" for entry, _ in found)
+            raise ModelError(
+                f"model type {kind!r} is served by architectures {both}; switch one off with PRUNEKIT_BLOCK, or name "
+                f"one, as architecture: {{like: {found[-1][0].name}}}"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def architecture_of(config: Any, catalog: Catalog) -> Architecture:
+    """The architecture that serves a model of this configuration; raises :class:`ModelError` for none or several."""
+    found = serving(config, catalog)
+    if found is None:
+        raise unserved(config, catalog)
+    return found[1]
+
+
+def left_whole(model: nn.Module, catalog: Catalog, experts: ExpertUnit) -> str:
+    """What large part of the layers no site cuts, by the family and by what is done with routed experts."""
+    left = architecture_of(model.config, catalog).leaves
+    kept = experts == "keep" and ROUTED not in left and experts_in(model)
+    return ", ".join(filter(None, (left, ROUTED if kept else "")))
+
+
+def unserved(config: Any, catalog: Catalog, model: nn.Module | None = None) -> ModelError:
+    """The error for a model type that no architecture serves, with what to write for this model."""
+    known = [architecture for _, architecture in architectures_in(catalog)]
+    served = [kind for architecture in known for kind in architecture.model_types if not kind.startswith(PRUNED)]
+    kind, *within = _kinds(config)
+    whose = f", whose language model is of type {within[0]!r}" if within else ""
     listed = f"prunekit families lists the {len(served)} that are served"
-    raise ModelError(f"no architecture serves model type {kind!r}; {listed}. {remedy or WRITE_ONE}")
+    remedy = "" if model is None or within else advice(model, str(kind), known)
+    return ModelError(f"no architecture serves model type {kind!r}{whose}; {listed}. {remedy or WRITE_ONE}")
+
+
+def _kinds(config: Any) -> list[str | None]:
+    """The model type of a configuration and of the language model inside of it; of an exported one, its family's."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return list(dict.fromkeys(family_of(each) if hasattr(each, "model_type") else None for each in (config, text)))
 
 
 WRITE_ONE = "Write one as a plugin: a prunekit.registry.Architecture with the model's names (docs/architectures.md)"
@@ -93,30 +135,16 @@ def misfit(entry: Entry, model: nn.Module, reason: Any) -> ModelError:
     )
 
 
-_WRAP = (
-    "whole = AutoModelForCausalLM.from_config(config), whole.model = backbone, whole.lm_head = output layer; then "
-    "prune whole"
-)
-
-
 def _instead(model: nn.Module, layers: str) -> str:
     """What to pass instead of a model without the decoder layers at ``layers``."""
     try:
         model.get_submodule(layers.partition(".")[2])
     except AttributeError:
         return "pass the causal language model itself, without wrappers"
-    return f"it is a backbone without an output layer: pass what AutoModelForCausalLM loads, or put it in one ({_WRAP})"
-
-
-def _inner_model(model: nn.Module, served: Sequence[str]) -> str:
-    """A hint for a model that holds a language model of a served type, such as a vision-language model."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is config or text.model_type not in served:
-        return ""
     return (
-        f"Its {text.model_type} language model can be pruned alone: with config = model.config.get_text_config() "
-        f"and backbone = model.model.language_model, {_WRAP}"
+        "it is a backbone without an output layer: pass what AutoModelForCausalLM loads, or put it in one (whole = "
+        "AutoModelForCausalLM.from_config(config), whole.model = backbone, whole.lm_head = output layer; then prune "
+        "whole)"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..roles.parts import Architecture
+from ..roles.parts import Architecture, SizeFields
 from ..sites import AttentionUnit, Site
 from ..tensors.caches import cache_among, without_caches
 from .experts import check_experts
@@ -29,8 +29,9 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
     in_order = bool(found) and found == [place for place in wanted if place in found]
     expect(in_order, architecture, f"must list sites layer by layer, attention before MLP, found {found}")
     missing = [f"layer {layer} {kind}" for layer, kind in wanted if (layer, kind) not in found]
+    has_others = bool(architecture.leaves or architecture.expert_sites(model, "channels"))
     expect(
-        not missing or bool(architecture.leaves or architecture.expert_sites(model, "channels")),
+        has_others or not missing,
         architecture,
         f"lists no site for {', '.join(missing)}; say in leaves what such layers have instead, or list it",
     )
@@ -59,8 +60,30 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
             value = getattr(model.get_submodule(attribute.path), attribute.attribute)
             stated = site.units * attribute.per_unit
             expect(value == stated, architecture, f"{attribute.path}.{attribute.attribute} is {value}, not {stated}")
+    owner: Any = model
+    if architecture.sizes is not None and attention_unit == "kv_group" and not has_others:
+        wrong = wrong_size(architecture.sizes, owner.config.get_text_config(), sites)
+        expect(wrong is None, architecture, f"sizes: {wrong}")
     check_pass(architecture, model, sites)
     check_experts(architecture, model)
+
+
+def wrong_size(fields: SizeFields, config: Any, sites: Sequence[Site]) -> str | None:
+    """What a language model's configuration says otherwise than its sites, of key/value groups and MLP channels."""
+    for name in (fields.heads, fields.width):
+        if not hasattr(config, name):
+            return f"the configuration has no field {name}"
+    heads = getattr(config, fields.heads)
+    groups = (getattr(config, fields.kv_heads, None) if fields.kv_heads else None) or heads
+    for site in sites:
+        attends = site.kind == "attention"
+        field = (fields.kv_heads or fields.heads) if attends else fields.width
+        stated = groups if attends else getattr(config, field)
+        if site.units != stated:
+            return f"{field} is {stated}, and {site.label} has {site.units} units"
+        if attends and site.channels % heads:
+            return f"{fields.heads} is {heads}, and {site.label} has {site.channels} channels"
+    return None
 
 
 Call = tuple[nn.Module, tuple, dict[str, Any]]

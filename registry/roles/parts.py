@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..component import Component
@@ -257,6 +257,20 @@ def missing_argument(part: Component) -> str | None:
     )
 
 
+class SizeFields(BaseModel):
+    """Fields of a family's configuration that hold the sizes of a decoder layer; exports write smaller ones there."""
+
+    model_config = ConfigDict(frozen=True)
+
+    heads: str = "num_attention_heads"
+    kv_heads: str | None = "num_key_value_heads"
+    """None, or a field that is not there: the family has as many key/value heads as query heads."""
+    width: str = "intermediate_size"
+    """MLP channels."""
+    head_size: str | None = "head_dim"
+    """None: the family divides the hidden size by the number of heads, so that heads cannot go."""
+
+
 class Architecture(Component):
     """Lists the prunable sites of a model family."""
 
@@ -266,6 +280,8 @@ class Architecture(Component):
     """Path of the decoder layers' list."""
     form: str = ""
     """What its layers have that Llama's have not, in a few words such as "parallel blocks"."""
+    sizes: SizeFields | None = None
+    """Where smaller models of the family are written; None: exports of other shapes refuse it."""
     leaves: str = ""
     """What large part of the layers no site cuts, such as "routed experts". A layer may then lack one of its two sites.
     Empty: every layer has both."""

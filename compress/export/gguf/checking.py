@@ -59,10 +59,11 @@ def check_file(
         name = min(name for name in {*shapes, *plans} if name not in plans or shapes.get(name) != plans[name].shape)
         raise _differs(path, f"{name} has the shape {shapes.get(name)}")
     for index, layer in enumerate(layers):
-        for part, width in (("attn_q", layer.heads * size), ("attn_k", layer.kv_heads * size), ("ffn_up", layer.width)):
+        heads, kv_heads, width = layer.sizes
+        for part, rows in (("attn_q", heads * size), ("attn_k", kv_heads * size), ("ffn_up", width)):
             name = f"blk.{index}.{part}.weight"
-            if shapes[name] != (width, config.hidden_size):
-                raise _differs(path, f"{name} is {shapes[name]}, but the layer's sizes say {width} rows")
+            if shapes[name] != (rows, config.hidden_size):
+                raise _differs(path, f"{name} is {shapes[name]}, but the layer's sizes say {rows} rows")
     for tensor in file.tensors:
         if checksum(tensor.data) != written[tensor.name]:
             raise _differs(path, f"the values of {tensor.name} are not those that were written")

@@ -31,9 +31,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of matrices."""
 
 
-def check_supported(config: Any) -> None:
+CONVERT = "hf-hetero, or with hf-uniform and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+
+
+def check_supported(config: Any, instead: str = CONVERT) -> None:
     """Refuse models that llama.cpp's ``deci`` does not compute, by the dense model's transformers config.
 
+    ``instead`` is what can write a family that it does not compute.
     Raises ModelError naming the unsupported part and another profile, SpecError if ``gguf`` is not installed.
     """
     _gguf()
@@ -42,7 +46,7 @@ def check_supported(config: Any) -> None:
         why = "llama.cpp's deci has no norm on queries and keys" if kind == "qwen3" else "llama.cpp's deci is a Llama"
         raise ModelError(
             f"profile gguf: {kind} models cannot be written ({why}); {', '.join(MODEL_TYPES)} can. Export {kind} with "
-            "profile hf-hetero, or with hf-uniform and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+            f"profile {instead}"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise ModelError(
@@ -169,10 +173,11 @@ def check_layers(layers: Sequence[LayerShape]) -> None:
     """Raise :class:`SpecError` or :class:`ModelError` for shapes that llama.cpp does not take."""
     check_whole("gguf", layers)
     for index, layer in enumerate(layers):
-        if layer.kv_heads < 1 or layer.heads % layer.kv_heads or layer.width < 1:
+        heads, kv_heads, width = layer.sizes
+        if kv_heads < 1 or heads % kv_heads or width < 1:
             raise ModelError(
-                f"profile gguf: layer {index} has {layer.heads} query heads, {layer.kv_heads} key/value heads and "
-                f"{layer.width} MLP channels; llama.cpp needs at least one of each and query heads that are a "
+                f"profile gguf: layer {index} has {heads} query heads, {kv_heads} key/value heads and "
+                f"{width} MLP channels; llama.cpp needs at least one of each and query heads that are a "
                 "multiple of the key/value heads. Prune whole key/value groups (attention_unit: kv_group)"
             )
 

@@ -9,6 +9,7 @@ is installed, it registers these classes, and no code from the folder runs.
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 
 import torch
 import transformers
@@ -50,20 +51,57 @@ else:
     ConfigMixin = ModelMixin = object
 
 
+LLAMA = {
+    "layers": "model.layers",
+    "fields": {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "width": "intermediate_size"},
+    "attention": {
+        "entry": "self_attn",
+        "norm": "input_layernorm",
+        "producers": {"self_attn.q_proj": "heads", "self_attn.k_proj": "kv_heads", "self_attn.v_proj": "kv_heads"},
+        "consumer": "self_attn.o_proj",
+    },
+    "mlp": {
+        "entry": "mlp",
+        "norm": "post_attention_layernorm",
+        "producers": {"mlp.gate_proj": "width", "mlp.up_proj": "width"},
+        "consumer": "mlp.down_proj",
+    },
+}
+"""Where the blocks of a layer are, and the fields of the configuration with their sizes.
+
+``producers``: linear layers whose rows, and ``consumer``: the one whose columns, go with heads, key/value heads or MLP
+channels. ``sizes``: attributes that go with them. ``norm``: what is left out with the block; null: other blocks read
+it. ``entry``: the module to replace where the block is gone; null: its linear layers are replaced.
+"""
+
+OPT = {
+    "layers": "model.decoder.layers",
+    "fields": {"heads": "num_attention_heads", "kv_heads": "num_attention_heads", "width": "ffn_dim"},
+    "attention": {
+        "entry": "self_attn",
+        "norm": "self_attn_layer_norm",
+        "producers": {"self_attn.q_proj": "heads", "self_attn.k_proj": "kv_heads", "self_attn.v_proj": "kv_heads"},
+        "consumer": "self_attn.out_proj",
+        "sizes": {"self_attn.num_heads": "heads"},
+    },
+    "mlp": {"entry": None, "norm": "final_layer_norm", "producers": {"fc1": "width"}, "consumer": "fc2"},
+}
+
+
 class PerLayerShapes(ConfigMixin):
     """A configuration with a shape for every layer: each layer can have its own values of the family's fields.
 
-    The global values of ``num_attention_heads``, ``num_key_value_heads`` and the MLP's width are those of the model
-    before it was pruned. Two further fields mark output projections with a bias that the family does not have.
+    The global values of heads, key/value heads and the MLP's width are those of the model before it was pruned. Two
+    further fields mark output projections with a bias that the family does not have. ``pruned_blocks`` is as
+    :data:`LLAMA`, for families whose class below does not have it.
     """
-
-    width = "intermediate_size"
-    """The field with the number of MLP channels."""
 
     def __post_init__(self, **kwargs):
         self.allow_global_per_layer_attribute_access = True
         self.attention_output_bias = kwargs.pop("attention_output_bias", False)
         self.mlp_output_bias = kwargs.pop("mlp_output_bias", False)
+        if "pruned_blocks" in kwargs:
+            self.pruned_blocks = kwargs.pop("pruned_blocks")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -73,10 +111,7 @@ class PerLayerShapes(ConfigMixin):
 class PerLayerModel(ModelMixin):
     """A model of the family whose layers have the shapes of the configuration."""
 
-    attention_output = "self_attn.o_proj"
-    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    mlp_output = "mlp.down_proj"
-    attention_norm, mlp_norm = "input_layernorm", "post_attention_layernorm"
+    blocks = LLAMA
 
     def __init__(self, config):
         whole = copy.copy(config)
@@ -87,76 +122,96 @@ class PerLayerModel(ModelMixin):
         for module in self.modules():
             if getattr(module, "config", None) is whole:
                 module.config = config
-        for layer, shape in zip(self.get_decoder().layers, config.per_layer_config, strict=True):
-            self._cut(layer, shape)
+        blocks = getattr(config, "pruned_blocks", self.blocks)
+        for number, shape in enumerate(config.per_layer_config):
+            layer = self.get_submodule(f"{blocks['layers']}.{number}")
+            dense, kept = (sizes_of(sizes, blocks["fields"]) for sizes in (whole, shape))
+            for kind, main in (("attention", "heads"), ("mlp", "width")):
+                block = blocks.get(kind)
+                if block is None or kept[main] is None or _linear(layer, block["consumer"]) is None:
+                    continue  # a layer with something else there
+                if kept[main]:
+                    _cut(layer, block, dense, kept, main, getattr(shape, f"{kind}_output_bias"))
+                else:
+                    _remove(layer, block, kind)
         self.post_init()
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refuse what generate_batch cannot do: its cache has one size for all layers."""
-        whole = kv_heads_of(self.config)
+        fields = getattr(self.config, "pruned_blocks", self.blocks)["fields"]
+        whole = sizes_of(self.config, fields)["kv_heads"]
         for number, shape in enumerate(self.config.per_layer_config):
-            if kv_heads_of(shape) != whole:
+            kv_heads = sizes_of(shape, fields)["kv_heads"]
+            if kv_heads != whole:
                 raise ValueError(
                     f"generate_batch and cache_implementation='paged' need {whole} key/value heads in every layer, and "
-                    f"layer {number} has {kv_heads_of(shape)}; use generate(), or export with profile hf-uniform"
+                    f"layer {number} has {kv_heads}; use generate(), or export with profile hf-uniform"
                 )
         return super().init_continuous_batching(*args, **kwargs)
 
-    def _cut(self, layer, shape):
-        if shape.num_attention_heads:
-            self._cut_attention(layer, shape)
-        else:
-            setattr(layer, self.attention_norm, nn.Identity())
-            layer.self_attn = NoAttention(layer.self_attn.layer_idx)
-        if getattr(shape, shape.width):
-            self._cut_mlp(layer, shape)
-        else:
-            setattr(layer, self.mlp_norm, nn.Identity())
-            self._remove_mlp(layer)
 
-    def _cut_attention(self, layer, shape):
-        attention, heads = layer.self_attn, shape.num_attention_heads
-        kv_heads, size = kv_heads_of(shape), attention.head_dim
-        _resize(layer, "self_attn.q_proj", rows=heads * size)
-        for name in ("self_attn.k_proj", "self_attn.v_proj"):
-            _resize(layer, name, rows=kv_heads * size)
-        _resize(layer, self.attention_output, columns=heads * size, bias=shape.attention_output_bias)
+def sizes_of(config, fields):
+    """Heads, key/value heads and MLP channels of a configuration or a layer's shape; None for what it does not say."""
+    found = {name: getattr(config, field, None) if field else None for name, field in fields.items()}
+    return {**found, "kv_heads": found["heads"] if found["kv_heads"] is None else found["kv_heads"]}
+
+
+def _cut(layer, block, dense, kept, main, bias):
+    for path, size in block["producers"].items():
+        _resize(layer, path, rows=_linear(layer, path).out_features * kept[size] // dense[size])
+    columns = _linear(layer, block["consumer"]).in_features * kept[main] // dense[main]
+    _resize(layer, block["consumer"], columns=columns, bias=bias)
+    for path, size in block.get("sizes", {}).items():
+        owner, _, name = path.rpartition(".")
+        owner = layer.get_submodule(owner)
+        setattr(owner, name, getattr(owner, name) * kept[size] // dense[size])
+    if main == "heads":
+        attention = layer.get_submodule(block["entry"])
         if hasattr(attention, "num_key_value_groups"):
-            attention.num_key_value_groups = heads // kv_heads
-        else:
-            attention.num_heads = heads
+            attention.num_key_value_groups = kept["heads"] // kept["kv_heads"]
 
-    def _cut_mlp(self, layer, shape):
-        width = getattr(shape, shape.width)
-        for name in self.mlp_inputs:
-            _resize(layer, name, rows=width)
-        _resize(layer, self.mlp_output, columns=width, bias=shape.mlp_output_bias)
 
-    def _remove_mlp(self, layer):
-        layer.mlp = NoMlp()
+def _remove(layer, block, kind):
+    replaced: dict[str, nn.Module] = {} if block["norm"] is None else {block["norm"]: nn.Identity()}
+    returns = block.get("returns", 2 if kind == "attention" else 1)
+    if block["entry"] is None:
+        replaced |= {path: nn.Identity() for path in block["producers"]} | {block["consumer"]: NoMlp(returns)}
+    elif kind == "attention":
+        replaced[block["entry"]] = NoAttention(layer.get_submodule(block["entry"]).layer_idx, returns)
+    else:
+        replaced[block["entry"]] = NoMlp(returns)
+    for path, module in replaced.items():
+        owner, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(owner), name, module)
 
 
 class NoMlp(nn.Module):
     """Stands where a layer has no MLP, or one linear layer of it: adds nothing to the residual stream."""
 
-    def forward(self, x):
-        return torch.zeros_like(x)
+    def __init__(self, returns=1):
+        super().__init__()
+        self.returns = returns
+
+    def forward(self, hidden_states, *others, **more):
+        nothing = torch.zeros_like(hidden_states)
+        return nothing if self.returns == 1 else (nothing, *[None] * (self.returns - 1))
 
 
-class NoAttention(nn.Module):
+class NoAttention(NoMlp):
     """Stands where a layer has no attention: adds nothing, and counts its tokens in the key/value cache.
 
     transformers reads positions and masks from the first layer of the cache.
     """
 
-    def __init__(self, layer_idx):
-        super().__init__()
+    def __init__(self, layer_idx, returns=2):
+        super().__init__(returns)
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states, past_key_values=None, **others):
-        if past_key_values is not None:
-            self.count(past_key_values.layers, hidden_states)
-        return torch.zeros_like(hidden_states), None
+    def forward(self, hidden_states, *others, **more):
+        for cache in (*others, *more.values()):
+            if hasattr(type(cache), "get_seq_length"):
+                self.count(cache.layers, hidden_states)
+        return super().forward(hidden_states)
 
     def count(self, layers, states):
         while len(layers) <= self.layer_idx:
@@ -176,9 +231,13 @@ class TokenCount(DynamicLayer):
         return 0 if self.keys is None else self.keys.shape[-2]
 
 
-def kv_heads_of(shape):
-    """Key/value heads of a configuration or a layer's shape."""
-    return getattr(shape, "num_key_value_heads", shape.num_attention_heads)
+def _linear(layer, path):
+    """A linear layer; None where the layer has none there."""
+    try:
+        found = layer.get_submodule(path)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Linear) else None
 
 
 def _resize(layer, path, rows=None, columns=None, bias=False):
@@ -229,19 +288,12 @@ class PrunekitQwen3ForCausalLM(PerLayerModel, Qwen3ForCausalLM):
 
 class PrunekitOPTConfig(PerLayerShapes, OPTConfig):
     model_type = "prunekit_opt"
-    width = "ffn_dim"
 
 
 class PrunekitOPTForCausalLM(PerLayerModel, OPTForCausalLM):
     config_class = PrunekitOPTConfig
     config: PrunekitOPTConfig
-    attention_output = "self_attn.out_proj"
-    mlp_inputs = ("fc1",)
-    mlp_output = "fc2"
-    attention_norm, mlp_norm = "self_attn_layer_norm", "final_layer_norm"
-
-    def _remove_mlp(self, layer):
-        layer.fc1, layer.fc2 = nn.Identity(), NoMlp()
+    blocks = OPT
 
 
 MODELS = (
@@ -251,3 +303,28 @@ MODELS = (
     PrunekitQwen3ForCausalLM,
     PrunekitOPTForCausalLM,
 )
+
+
+@lru_cache
+def config_class(base):
+    """The class of such configurations for a family, by the family's own class."""
+    namespace = {"model_type": f"prunekit_{base.model_type}", "__module__": __name__}
+    return type(f"Prunekit{base.__name__}", (PerLayerShapes, base), namespace)
+
+
+@lru_cache
+def model_class(base):
+    """The class of such models for a family, by the family's own class; its blocks are those of the configuration."""
+    for known in MODELS:
+        if base in known.__bases__:
+            return known
+    namespace = {"config_class": config_class(base.config_class), "__module__": __name__}
+    return type(f"Prunekit{base.__name__}", (PerLayerModel, base), namespace)
+
+
+def __getattr__(name):
+    """The class of that name for any family of transformers: PrunekitGraniteForCausalLM, PrunekitGraniteConfig."""
+    base = getattr(transformers, name.removeprefix("Prunekit"), None) if name.startswith("Prunekit") else None
+    if base is None:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return config_class(base) if issubclass(base, PreTrainedConfig) else model_class(base)

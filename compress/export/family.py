@@ -1,0 +1,144 @@
+"""What exports know of a model's family: its architecture, its stock configuration, where the blocks of a layer are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...registry import Architecture, Catalog, ModelError, Producer, Site, SiteKind, SizeFields
+from ...registry.checks.sites import wrong_size
+from ...registry.sites import owned_norms
+from ..models.exported import classes
+from ..models.language import auto_class
+from ..pruning.sites import architecture_of, find_sites
+
+
+@dataclass(frozen=True)
+class Family:
+    """The family of a model that is to be exported, by the model's configuration."""
+
+    config: Any
+    """The stock configuration, with the sizes of the dense model."""
+    architecture: Architecture
+    catalog: Catalog
+
+    @classmethod
+    def of(cls, config: Any, catalog: Catalog) -> Family:
+        """Raises :class:`ModelError` for a model type that no architecture serves."""
+        return cls(classes.homogeneous(config), architecture_of(config, catalog), catalog)
+
+    @property
+    def kind(self) -> str:
+        """The model type."""
+        return self.config.model_type
+
+    @property
+    def text(self) -> Any:
+        """The configuration of the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the language model is inside of another one."""
+        return self.text is not self.config
+
+    @property
+    def sizes(self) -> SizeFields:
+        """The fields of the language model's configuration with its sizes."""
+        return self.architecture.sizes or SizeFields()
+
+    @cached_property
+    def stock(self) -> nn.Module:
+        """A model of the stock class, without values."""
+        with torch.device("meta"):
+            return auto_class(self.config).from_config(self.config)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """The sites of the stock model that exports can cut: none of routed experts."""
+        return find_sites(self.stock, self.catalog, "kv_group", "keep")[1]
+
+    @cached_property
+    def blocks(self) -> dict[str, Any]:
+        """Where the blocks of a layer are, as ``modeling_prunekit.LLAMA`` has it.
+
+        Raises :class:`ModelError` where layers have them in different places.
+        """
+        fields = {"heads": self.sizes.heads, "kv_heads": self.sizes.kv_heads, "width": self.sizes.width}
+        found: dict[str, Any] = {"layers": self.sites[0].consumer.partition(f".{self.sites[0].layer}.")[0]}
+        found["fields"] = {**fields, "kv_heads": fields["kv_heads"] or fields["heads"]}
+        norms = owned_norms(self.sites)
+        for kind in ("attention", "mlp"):
+            blocks = [self._block(site, norms) for site in self.sites if site.kind == kind]
+            if any(block != blocks[0] for block in blocks):
+                raise ModelError(f"the {kind} of {self.kind} is not built alike in all layers that have one")
+            if blocks:
+                found[kind] = blocks[0]
+        return found
+
+    def _block(self, site: Site, norms: set[str]) -> dict[str, Any]:
+        def inside(path: str) -> str:
+            return path.partition(f".{site.layer}.")[2]
+
+        main = "heads" if site.kind == "attention" else "width"
+        block: dict[str, Any] = {
+            "entry": None if site.activation else inside(site.entry),
+            "norm": inside(site.norm) if site.norm is not None and site.norm in norms else None,
+            "producers": {inside(producer.path): self._size(site, producer) for producer in site.producers},
+            "consumer": inside(site.consumer),
+        }
+        if site.shape_attributes:
+            sizes = ((each, main if each.per_unit > 1 else self._by_unit(site)) for each in site.shape_attributes)
+            block["sizes"] = {f"{inside(each.path)}.{each.attribute}": size for each, size in sizes}
+        if site.returns is not None:
+            block["returns"] = site.returns
+        return block
+
+    def _size(self, site: Site, producer: Producer) -> str:
+        """What the producer's rows go with: heads, key/value heads or MLP channels."""
+        rows = sum(segment.per_unit for segment in producer.segments) * site.units
+        return "heads" if site.kind == "attention" and rows == site.channels else self._by_unit(site)
+
+    def _by_unit(self, site: Site) -> str:
+        return "kv_heads" if site.kind == "attention" else "width"
+
+    def refusal(self, profile: str) -> str | None:
+        """Why hf-uniform or hf-hetero cannot write smaller models of this family; None: as far as known, it can."""
+        if self.architecture.sizes is None:
+            return (
+                f"architecture {self.architecture.name} names no fields of the configuration that hold the sizes of "
+                "all layers (sizes, docs/plugins.md)"
+            )
+        wrong = wrong_size(self.sizes, self.text, self.sites)
+        if wrong is not None:
+            return f"no field of the configuration holds the sizes of all layers: {wrong}"
+        if profile == "hf-uniform":
+            return None
+        if self.is_inside:
+            return f"a {self.text.model_type} inside of a {self.kind} has no class whose layers have different shapes"
+        try:
+            classes.class_of(self.kind)
+            self.blocks  # noqa: B018 - it may raise
+        except ModelError as error:
+            return str(error)
+        return None
+
+    def nearest(self, profile: str) -> str:
+        """The other profiles that can write the family, for the end of an error."""
+        smaller = [each for each in ("hf-hetero", "hf-uniform") if each != profile and self.refusal(each) is None]
+        return f"nearest: {', or '.join(f'--profile {each}' for each in (*smaller, 'padded', 'dynamic'))}"
+
+    def check(self, profile: str) -> None:
+        """Raise :class:`ModelError` for a profile that cannot write smaller models of this family."""
+        reason = self.refusal(profile)
+        if reason is not None:
+            raise ModelError(f"profile {profile}: {reason}; {self.nearest(profile)}")
+
+    def has_bias(self, kind: SiteKind) -> bool:
+        """Whether the output projection of the stock model has a bias."""
+        consumers = [self.stock.get_submodule(site.consumer) for site in self.sites if site.kind == kind]
+        return any(getattr(consumer, "bias", None) is not None for consumer in consumers)

@@ -1,0 +1,58 @@
+"""The language model inside of a model that also reads images, sound or video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...registry import Architecture
+
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""Classes of transformers that load language models, alone or inside of others; the first that knows one loads it."""
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of transformers that builds a model of this configuration."""
+    import transformers
+
+    known = [getattr(transformers, name) for name in AUTO_CLASSES if hasattr(transformers, name)]
+    return next((auto for auto in known if type(config) in auto._model_mapping), known[0])
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the language model that a model is, or that is inside of it; None without any."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+class WithTextConfig(nn.Module):
+    """A model, its modules at the same paths, with the configuration of the language model inside of it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._modules = model._modules
+        self.config = text_config(model)
+
+
+def inside(family: Architecture, model: nn.Module) -> Architecture | None:
+    """``family`` for the language model inside of ``model``; None where its decoder layers are not there.
+
+    It is the first module of the language model's type that has the family's layers: a model with an output layer, or a
+    backbone, which is what the first name of the family's paths stands for.
+    """
+    kind = text_config(model).model_type
+    for path, module in model.named_modules():
+        if path and getattr(getattr(module, "config", None), "model_type", None) == kind:
+            for layers in (family.layers, family.layers.partition(".")[2]):
+                if has_layers(module, layers):
+                    return family.model_copy(update={"layers": f"{path}.{layers}"})
+    return None
+
+
+def has_layers(model: nn.Module, path: str) -> bool:
+    """Whether the model has a list of modules there."""
+    try:
+        return isinstance(model.get_submodule(path), nn.ModuleList)
+    except AttributeError:
+        return False

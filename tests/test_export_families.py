@@ -1,0 +1,69 @@
+"""Smaller models of every family: written, loaded by transformers, and equal; or refused by name."""
+
+import pytest
+import torch
+import transformers
+from prunekit.compress import prune
+from prunekit.compress.export.support import profiles_for
+from prunekit.compress.models.exported import classes
+from prunekit.registry import ModelError, SpecError
+
+from tests.family_checks import randomise
+from tests.test_families import CATALOG, INSIDE, TYPES, served, tiny
+
+SHARED_EXPERTS = "dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3 deepseek_v3 glm4_moe_lite"
+WITHOUT_FIELDS = dict.fromkeys(SHARED_EXPERTS.split(), "names no fields of the configuration that hold the sizes")
+OTHER_WIDTHS = WITHOUT_FIELDS | {"qwen2_moe": "shared_expert_intermediate_size is 24, and layer 0 mlp has 48 units"}
+REFUSED = {
+    "hf-hetero": OTHER_WIDTHS,
+    "hf-uniform": OTHER_WIDTHS
+    | {
+        "helium": r"o_proj.weight is \(32, 16\), and \(32, 32\) was expected; nearest: --profile hf-hetero",
+        "hunyuan_v1_moe": r"gate_up_proj is .* was expected; nearest: --profile hf-hetero",
+        "opt": r"4 of OPT's 8 heads.* Nearest: --profile hf-hetero",
+        "persimmon": r"4 of 8 heads.*ties heads to the hidden size; nearest: --profile hf-hetero",
+        "stablelm": r"4 of 8 heads.*ties heads to the hidden size; nearest: --profile hf-hetero",
+    },
+}
+"""What a profile says of the tiny model of a type that it cannot hold."""
+
+STEPS = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+
+
+def uneven(model):
+    """Shares for every layer: one without its attention, one without its MLP, where the family has sites for them."""
+    with prune(model, "magnitude", ratio=0.0, catalog=CATALOG) as pruned:
+        places = {(site.layer, site.kind) for site in pruned.all_sites}
+    whole = len(places) == 4
+    wanted = {"attention": [1.0 if whole else 0.5, 0.25], "mlp": [0.3, 1.0 if whole else 0.6]}
+    shares = {
+        kind: [share if (layer, kind) in places else 0 for layer, share in enumerate(found)]
+        for kind, found in wanted.items()
+    }
+    return {"ratio": None, "allocator": {"name": "explicit", **shares}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("profile", ["hf-hetero", "hf-uniform"])
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in INSIDE])
+def test_a_smaller_model_reloads_with_equal_logits(kind, profile, tmp_path):
+    served(kind)
+    changes = {"phi": dict(qk_layernorm=False), "youtu": dict(tie_word_embeddings=False)}  # the second is not read back
+    model = randomise(tiny(kind, **changes.get(kind, {})))
+    ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(1))
+    options = uneven(model) if profile == "hf-hetero" else {"ratio": 0.5}
+    assert (profile in profiles_for(kind, served(kind))) == (kind not in WITHOUT_FIELDS)
+    with prune(model, "magnitude", catalog=CATALOG, **options) as pruned:
+        if kind in REFUSED[profile]:
+            with pytest.raises((SpecError, ModelError), match=REFUSED[profile][kind]):
+                pruned.save(tmp_path / "out", profile=profile)
+            assert not (tmp_path / "out").exists()
+            return
+        pruned.save(tmp_path / "out", profile=profile)
+        logits, tokens = model(ids).logits, model.generate(ids, **STEPS)
+    if profile == "hf-hetero":
+        classes.register(kind)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(again(ids).logits, logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again.generate(ids, **STEPS), tokens)
