@@ -16,6 +16,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..registry import Evaluator, Measurement, Site, SiteKind, Subject, hookimpl
+from ..registry.tensors.linears import is_linear, sizes_of
 from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, Key, attributed
 from .passes import OneBatch, clamped, prefill, setting, short_pass
 
@@ -149,14 +150,20 @@ def weights_of_block(model: Any, site: Site) -> int:
 def linears_of_block(model: Any, site: Site) -> list[Any]:
     """The linear layers that go with a site that keeps nothing."""
     paths = [*(producer.path for producer in site.producers), site.consumer]
-    inside = [m for m in model.get_submodule(site.entry).modules() if hasattr(m, "in_features")]
+    inside = [m for m in model.get_submodule(site.entry).modules() if is_linear(m)]
     return list(dict.fromkeys([*map(model.get_submodule, paths), *inside]))
+
+
+def tensors_of_units(model: Any, site: Site) -> list[Tensor]:
+    """Parameters with entries of units that are in no linear layer of the site."""
+    found = [getattr(model.get_submodule(each.path), each.name) for each in site.unit_tensors]
+    return [p for each in found for p in ([each] if isinstance(each, Tensor) else each.parameters())]
 
 
 def weights_of_unit(model: Any, site: Site) -> int:
     """Number of linear weights of one unit, without biases."""
     rows = (
-        (sum(segment.per_unit for segment in producer.segments), model.get_submodule(producer.path).in_features)
+        (sum(segment.per_unit for segment in producer.segments), sizes_of(model.get_submodule(producer.path))[1])
         for producer in site.producers
     )
     return sum(count * width for count, width in rows) + site.unit_size * site.outputs

@@ -32,7 +32,7 @@ from .roles.parts import (
     SparsityAllocator,
 )
 from .roles.strategy import PaddingOf, Strategy
-from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, complement
+from .sites import AttentionUnit, Producer, Rows, ShapeAttribute, Site, SiteKind, UnitArgument, UnitTensor, complement
 from .tensors.blocks import BlockInfluence, BlockStatistic
 from .tensors.history_storage import HistoryStorage
 from .tensors.moments import ChannelMoments
@@ -101,6 +101,8 @@ __all__ = [
     "Strategy",
     "Subject",
     "TextSource",
+    "UnitArgument",
+    "UnitTensor",
     "WeightStatistic",
     "complement",
     "hookimpl",

@@ -11,6 +11,7 @@ from accelerate.utils import get_max_memory
 
 from ...registry import ChannelMoments, DataError, MemoryPlan, ModelError
 from ...registry.tensors.devices import device_of, weights_present
+from ...registry.tensors.linears import matrix_of
 from ..engine.choosing import choice_of
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
@@ -103,7 +104,7 @@ def choose(engine: Engine, cut: SiteCut) -> None:
     consumer, chooser = cut.binding.consumer, cut.state.chooser
     if chooser is not None:
         with weights_present(consumer):
-            cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), consumer.weight)
+            cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), matrix_of(consumer))
 
 
 def finalize(engine: Engine, cut: SiteCut) -> None:
@@ -115,9 +116,9 @@ def finalize(engine: Engine, cut: SiteCut) -> None:
         calibrated = cut.site.columns(engine.decider.calibrated_units(cut))
     consumer = cut.binding.consumer
     with weights_present(consumer):
-        cut.compensation.finalize(kept, calibrated, consumer.weight)
+        cut.compensation.finalize(kept, calibrated, matrix_of(consumer))
         if kept is not None and consumer.weight.dtype == torch.float16:
-            cut.compensation.check_folded(consumer.weight, kept)
+            cut.compensation.check_folded(matrix_of(consumer), kept)
 
 
 @dataclass

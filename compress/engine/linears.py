@@ -6,15 +6,17 @@ r kept rows of a producer, c kept channels, O outputs of the consumer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from ...registry import ModelError, Producer, Selection
 from ...registry.tensors.devices import is_offloaded
 from ...registry.tensors.kernels import usable_on
+from ...registry.tensors.linears import matrix_of
 from .batch import Batch
 from .copying import Unpickled
 from .gathering import store_row_major
@@ -28,6 +30,10 @@ class SiteLinear(Unpickled, nn.Linear):
     """An ``nn.Linear`` of a site."""
 
     site_cut: SiteCut
+    replaced: type[nn.Module]
+    """The class that the layer had."""
+    transposed: ClassVar[bool] = False
+    """Whether the weight is stored with its inputs first."""
 
     def note(self, batch: Batch) -> None:
         """Note that the batch, or its probe, has called this layer."""
@@ -50,7 +56,7 @@ class ProducerLinear(SiteLinear):
         if batch is not None:
             self.note(batch)
         if open_cut is None:
-            made = functional.linear(x, self.weight, self.bias)
+            made = functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
             if products is not None and probe is not None and probe.is_running:
                 products.outputs[self] = made
             return made
@@ -70,7 +76,7 @@ class ConsumerLinear(SiteLinear):
     def forward(self, x: Tensor) -> Tensor:
         """What the kept channels contribute, compensation included; (..., c) -> (..., O).
 
-        In a probe it is x itself, which the block's own forward then returns.
+        In a probe x is kept, nothing is multiplied, and what the block computes afterwards is not used.
         """
         site_cut, batch = self.site_cut, self.site_cut.shared.running.batch
         if site_cut.open_cut is not None and site_cut.open_cut.absent:
@@ -78,12 +84,13 @@ class ConsumerLinear(SiteLinear):
         if batch is not None:
             self.note(batch)
             if batch.probe is not None and batch.probe.is_running:
-                return x
+                batch.probe.states = x
+                return x[..., :1].expand(*x.shape[:-1], self.out_features)
             if batch.observe is not None:
                 batch.observe(site_cut, x)
         open_cut = site_cut.open_cut
         if open_cut is None:
-            return functional.linear(x, self.weight, self.bias)
+            return functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         if open_cut.fuses and not site_cut.compensation.wanted and _can_fuse(self, x, dim=1):
             return _fused_consumer(self, open_cut, x)
         return functional.linear(x, *open_cut.consumer())
@@ -95,9 +102,21 @@ class ConsumerLinear(SiteLinear):
             super()._save_to_state_dict(*args, **kwargs)
 
 
-def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:
+class TransposedProducer(ProducerLinear):
+    """A producer whose weight is stored as (D, R): transformers' ``Conv1D``."""
+
+    transposed = True
+
+
+class TransposedConsumer(ConsumerLinear):
+    """A consumer whose weight is stored as (C, O): transformers' ``Conv1D``."""
+
+    transposed = True
+
+
+def _can_fuse(linear: SiteLinear, x: Tensor, dim: int) -> bool:
     """Whether the kernel can read kept rows (0) or columns (1) of this layer: each must lie in one piece."""
-    weight = linear.weight
+    weight = matrix_of(linear)
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_offloaded(linear):
         return False
     return weight.stride(1 - dim) == 1 and x.dtype == weight.dtype and x.dtype in FUSED_DTYPES and usable_on(weight)
@@ -106,7 +125,7 @@ def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:
 def _fused_producer(linear: ProducerLinear, open_cut: OpenCut, x: Tensor) -> Tensor:
     from .fused_linear import linear_of_rows
 
-    weight, bias = open_cut.shared.applier.producer(linear.weight, linear.bias, open_cut.rows[linear])
+    weight, bias = open_cut.shared.applier.producer(matrix_of(linear), linear.bias, open_cut.rows[linear])
     assert isinstance(weight, Selection) and not isinstance(bias, Tensor)
     return linear_of_rows(x, weight.source, weight.index, None if bias is None else bias.copied())
 
@@ -114,7 +133,7 @@ def _fused_producer(linear: ProducerLinear, open_cut: OpenCut, x: Tensor) -> Ten
 def _fused_consumer(linear: ConsumerLinear, open_cut: OpenCut, x: Tensor) -> Tensor:
     from .fused_linear import linear_of_columns
 
-    weight = open_cut.shared.applier.consumer(linear.weight, open_cut.columns)
+    weight = open_cut.shared.applier.consumer(matrix_of(linear), open_cut.columns)
     assert isinstance(weight, Selection)
     return linear_of_columns(x, weight.source, weight.index, linear.bias)
 
@@ -122,11 +141,12 @@ def _fused_consumer(linear: ConsumerLinear, open_cut: OpenCut, x: Tensor) -> Ten
 def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | None = None) -> None:
     """Make ``linear`` a producer of a site, or its consumer.
 
-    Raises :class:`ModelError` for anything but a plain ``nn.Linear`` with plain weights.
+    Raises :class:`ModelError` for anything but plain weights in a plain ``nn.Linear``, in transformers' ``Conv1D``, or
+    in a subclass that the site names.
     """
     if isinstance(linear, SiteLinear):
         raise ModelError(f"{path} is already part of a pruned model; call remove() on that one first")
-    if type(linear) is not nn.Linear:
+    if type(linear) not in (nn.Linear, Conv1D) and not _is_declared(linear, site_cut):
         kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
         remedy = (
             "merge the adapter first (model = model.merge_and_unload())"
@@ -146,10 +166,15 @@ def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | 
     _drop_plain_forward(linear)
     if "forward" in linear.__dict__ and not hasattr(linear, "_old_forward"):
         raise ModelError(
-            f"{path}: something has replaced the forward of this nn.Linear on the layer itself, so a cut would never "
-            "run; undo that first, or load the model again"
+            f"{path}: something has replaced the forward of this {type(linear).__name__} on the layer itself, so a cut "
+            "would never run; undo that first, or load the model again"
         )
-    _turn_into(linear, ConsumerLinear if producer is None else ProducerLinear)
+    linear.__dict__["replaced"] = type(linear)
+    if isinstance(linear, Conv1D):
+        vars(linear).update(in_features=linear.nx, out_features=linear.nf)
+        _turn_into(linear, TransposedConsumer if producer is None else TransposedProducer)
+    else:
+        _turn_into(linear, ConsumerLinear if producer is None else ProducerLinear)
     linear.__dict__["site_cut"] = site_cut
     if producer is not None:
         linear.__dict__["producer"] = producer
@@ -159,13 +184,19 @@ def release(linear: nn.Module, site_cut: SiteCut) -> None:
     """Undo :func:`adopt`, where the layer is still this site's."""
     if linear.__dict__.get("site_cut") is not site_cut:
         return
-    _turn_into(linear, nn.Linear)
-    for name in ("site_cut", "producer"):
+    is_conv = linear.__dict__["replaced"] is Conv1D
+    _turn_into(linear, linear.__dict__["replaced"])
+    for name in ("site_cut", "producer", "replaced", *(("in_features", "out_features") if is_conv else ())):
         linear.__dict__.pop(name, None)
     _drop_plain_forward(linear)
 
 
-def _turn_into(linear: Any, kind: type[nn.Linear]) -> None:
+def _is_declared(linear: nn.Module, site_cut: SiteCut) -> bool:
+    """Whether the layer is of a subclass of ``nn.Linear`` that computes the same, as its site says."""
+    return isinstance(linear, nn.Linear) and type(linear).__name__ in site_cut.site.linear_types
+
+
+def _turn_into(linear: Any, kind: type[nn.Module]) -> None:
     linear.__class__ = kind
     if hasattr(linear, "_old_forward"):  # accelerate keeps the forward that it wrapped
         linear._old_forward = kind.forward.__get__(linear)
@@ -174,5 +205,5 @@ def _turn_into(linear: Any, kind: type[nn.Linear]) -> None:
 def _drop_plain_forward(linear: nn.Module) -> None:
     """Accelerate, taking its hooks off, leaves the class's forward on the layer, which would outlive the class."""
     own = getattr(linear.__dict__.get("forward"), "__func__", None)
-    if own in (nn.Linear.forward, ProducerLinear.forward, ConsumerLinear.forward):
+    if own in (nn.Linear.forward, type(linear).forward, ProducerLinear.forward, ConsumerLinear.forward):
         del linear.forward

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...registry import Producer, Site, SiteKind, SpecError
 from ...registry.tensors.devices import weights_present
+from ...registry.tensors.linears import is_transposed
 from ..engine.open_cut import OpenCut
 from ..engine.site_cut import SiteCut
 from ..models.architectures import heads_of
@@ -147,17 +148,34 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
             continue
         for linear, producer in cut.binding.producers:
             rows = length(len(opened.rows[linear]), linear.out_features)
-            shapes = {"weight": (rows, linear.in_features), "bias": (rows,)}
+            shapes = {"weight": _stored(linear, (rows, linear.in_features)), "bias": (rows,)}
             for which, name in enumerate(("weight", "bias")[: 1 + (linear.bias is not None)]):
                 make = partial(_producer, opened, linear, producer, place, which)
                 found[f"{producer.path}.{name}"] = PlannedTensor(shapes[name], getattr(linear, name).dtype, make)
         linear, path = cut.binding.consumer, cut.site.consumer
         dtype = linear.weight.dtype
         shape = (linear.out_features, length(len(opened.columns), linear.in_features))
-        found[f"{path}.weight"] = PlannedTensor(shape, dtype, partial(_consumer_weight, opened, linear, place))
+        make = partial(_consumer_weight, opened, linear, place)
+        found[f"{path}.weight"] = PlannedTensor(_stored(linear, shape), dtype, make)
         if linear.bias is not None or cut.compensation.wanted:
             found[f"{path}.bias"] = PlannedTensor(shape[:1], dtype, partial(_consumer_bias, opened, linear))
+        if place is _sliced and (cut.site.selected or cut.site.unit_tensors):
+            raise not_of_a_smaller_shape(cut.site)
     return found
+
+
+def not_of_a_smaller_shape(site: Site) -> SpecError:
+    """The error for an attention whose other tensors no checkpoint holds in a smaller shape."""
+    what = [f"{each.path}.{each.name}" for each in site.unit_tensors] or [each.path for each in site.selected]
+    return SpecError(
+        f"{site.label}: {what[0]} belongs to all heads, and no checkpoint here has a place for an attention without "
+        "some of them; nearest: --profile padded, or --profile dynamic"
+    )
+
+
+def _stored(linear: nn.Linear, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape that a weight (O, I) is stored in."""
+    return shape[::-1] if is_transposed(linear) else shape
 
 
 def _leave_out(found: Tensors, cut: SiteCut) -> None:
@@ -176,13 +194,15 @@ def _producer(cut: OpenCut, linear: nn.Linear, producer: Producer, place: Place,
     with torch.no_grad(), weights_present(linear):
         made = cut.producer(linear, producer)[which]
         assert made is not None  # a bias is planned only for a layer that has one
-        return written(place(made, cut.rows[linear], linear.out_features))
+        placed = place(made, cut.rows[linear], linear.out_features)
+        return written(placed.T if is_transposed(linear) and not which else placed)
 
 
 def _consumer_weight(cut: OpenCut, linear: nn.Linear, place: Place) -> Tensor:
     with torch.no_grad(), weights_present(linear):
         weight, _ = cut.consumer()
-        return written(place(weight.T, cut.columns, linear.in_features).T)
+        placed = place(weight.T, cut.columns, linear.in_features)
+        return written(placed if is_transposed(linear) else placed.T)
 
 
 def _consumer_bias(cut: OpenCut, linear: nn.Linear) -> Tensor:
