@@ -19,6 +19,7 @@ from ...registry import (
 from ...registry.catalog import Entry
 from ..models.architectures import PRUNED
 from ..models.likeness import ANY, advice
+from ..models.more_families import REFUSED
 
 
 def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple[str, list[Site]]:
@@ -57,6 +58,8 @@ def find_sites(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> tuple
         if not sites:
             raise ModelError(f"architecture {architecture.name} finds nothing in this {type(model).__name__} to prune")
         return architecture.layers, sites
+    if kind in REFUSED:
+        raise ModelError(f"models of type {kind!r} cannot be pruned: {REFUSED[kind]}; use another model")
     served = [kind for _, architecture in known for kind in architecture.model_types if not kind.startswith(PRUNED)]
     remedy = _inner_model(model, served) or advice(model, str(kind), [architecture for _, architecture in known])
     listed = f"prunekit families lists the {len(served)} that are served"
