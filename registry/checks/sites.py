@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 
 from ..roles.parts import Architecture
 from ..sites import AttentionUnit, Site
-from ..tensors.caches import cache_among, without_caches
+from ..tensors.caches import cache_among, counts_positions, without_caches
+from ..tensors.linears import sizes_of
 from .parts import expect
 
 
@@ -34,9 +36,8 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
         f"lists no site for {', '.join(missing)}; say in leaves what such layers have instead, or list it",
     )
     for site in sites:
-        weight = model.get_submodule(site.consumer).get_parameter("weight")
         shape = (site.outputs, site.channels)
-        real = tuple(weight.shape)
+        real = sizes_of(model.get_submodule(site.consumer))
         expect(real == shape, architecture, f"{site.label}: {site.consumer} is {real}, the site says {shape}")
         for path in (site.norm, site.entry, site.activation):
             if path is not None:
@@ -45,20 +46,44 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
         for producer in site.producers:
             linear: Any = model.get_submodule(producer.path)
             rows = producer.rows(torch.arange(site.units)).sort().values
-            whole = torch.equal(rows, torch.arange(linear.out_features))
+            outputs, inputs = sizes_of(linear)
+            whole = torch.equal(rows, torch.arange(outputs))
             expect(whole, architecture, f"{site.label}: units own {len(rows)} rows of {producer.path}, not all once")
-            owned = len(producer.rows(unit))
-            parameters += owned * (linear.in_features + (linear.bias is not None))
+            owned = len(producer.rows(unit)) - (producer.shared.per_unit if producer.shared else 0)
+            parameters += owned * (inputs + (linear.bias is not None))
+        parameters += check_entries(architecture, model, site)
         expect(
             site.unit_parameters == parameters,
             architecture,
             f"{site.label}: a unit has {parameters} parameters, the site says {site.unit_parameters}",
         )
         for attribute in site.shape_attributes:
-            value = getattr(model.get_submodule(attribute.path), attribute.attribute)
+            value = attrgetter(attribute.attribute)(model.get_submodule(attribute.path))
             stated = site.units * attribute.per_unit
             expect(value == stated, architecture, f"{attribute.path}.{attribute.attribute} is {value}, not {stated}")
     check_pass(architecture, model, sites)
+
+
+def check_entries(architecture: Architecture, model: nn.Module, site: Site) -> int:
+    """Units own all entries of other tensors once, and arguments are the entry's own; returns one unit's parameters."""
+    parameters, names = 0, _parameters(model.get_submodule(site.entry))
+    for tensor in site.unit_tensors:
+        entries = getattr(model.get_submodule(tensor.path), tensor.name)
+        rows = tensor.rows.of(torch.arange(site.units))
+        whole = torch.equal(rows, torch.arange(len(entries)))
+        path = f"{tensor.path}.{tensor.name}"
+        expect(
+            whole, architecture, f"{site.label}: units own {len(rows)} entries of {path}, not all {len(entries)} once"
+        )
+        each = entries[:1] if isinstance(entries, torch.Tensor) else entries[0].parameters()
+        parameters += tensor.rows.per_unit * sum(part.numel() for part in each)
+    for name in (*(argument.name for argument in site.unit_arguments), *([site.residual] if site.residual else ())):
+        expect(name in names, architecture, f"{site.label}: the forward of {site.entry} has no argument {name}")
+    for producer in site.selected:
+        rows = producer.rows(torch.arange(site.units)).sort().values
+        whole = torch.equal(rows, torch.arange(len(rows)))
+        expect(whole, architecture, f"{site.label}: units select {len(rows)} outputs of {producer.path}, not all once")
+    return parameters
 
 
 Call = tuple[nn.Module, tuple, dict[str, Any]]
@@ -75,7 +100,7 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
         output = model(input_ids=check_tokens(model), use_cache=True)
         first, cache = list(calls), cache_among(output)
         for site in sites:
-            producers = [producer.path for producer in site.producers]
+            producers = [producer.path for producer in (*site.producers, *site.selected)]
             calls_of = {path: _call(architecture, site, path, model, first) for path in _paths(site)}
             norm, entry, consumer = (calls_of.get(path or "", -1) for path in (site.norm, site.entry, site.consumer))
             fits = norm < entry and all(entry <= calls_of[path] < consumer for path in producers)
@@ -98,7 +123,7 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
             before = _lengths(cache)
             del calls[:]
             try:
-                _run_alone(*first[entry], takes_others=site.kind == "attention")
+                _run_alone(*first[entry])
             except TypeError as error:
                 expect(False, architecture, f"{site.label}: {site.entry} cannot run as in a probe: {error}")
             expect(
@@ -123,10 +148,10 @@ def check_tokens(model: Any) -> torch.Tensor:
     return ids.to(embeddings.weight.device)
 
 
-def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any], takes_others: bool) -> None:
+def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     names = _parameters(entry)
     arguments = without_caches({**dict(zip(names, args, strict=False)), **kwargs})
-    entry.forward(arguments.pop(names[0]), **arguments if takes_others else {})
+    entry.forward(arguments.pop(names[0]), **arguments)
 
 
 def _read(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -139,12 +164,13 @@ def _parameters(module: nn.Module) -> list[str]:
 
 
 def _lengths(cache: Any) -> list[int]:
-    return [] if cache is None else [int(cache.get_seq_length(layer)) for layer in range(len(cache))]
+    layers = [] if cache is None else range(len(cache))
+    return [int(cache.get_seq_length(layer)) for layer in layers if counts_positions(cache, layer)]
 
 
 def _paths(site: Site) -> list[str]:
     norm = [site.norm] if site.norm else []
-    return [*norm, site.entry, *(producer.path for producer in site.producers), site.consumer]
+    return [*norm, site.entry, *(producer.path for producer in (*site.producers, *site.selected)), site.consumer]
 
 
 def _call(architecture: Architecture, site: Site, path: str, model: nn.Module, calls: Sequence[Call]) -> int:
