@@ -99,13 +99,13 @@ class Falcon(PreNormDecoder):
         return super(Falcon, two).sites(model, attention_unit)
 
     def _attention_site(self, model: nn.Module, index: int, unit: AttentionUnit) -> Site | None:
-        names, layer, config = self.attention, f"{self.layers}.{index}", getattr(model, "config")  # noqa: B009
+        names, layer = self.attention, f"{self.layers}.{index}"
         module = f"{layer}.{names.module}"
         attention: Any = model.get_submodule(module)
         heads, kv_heads, size = attention.num_heads, attention.num_kv_heads, attention.head_dim
         per_group = heads // kv_heads
         by_query = unit == "query_head" and per_group > 1
-        if by_query and config.new_decoder_architecture:
+        if by_query and attention.new_decoder_architecture:
             raise ModelError(
                 "attention_unit: query_head: this Falcon's groups must keep the same number of query heads, whose rows "
                 "lie between those of the keys; use attention_unit: kv_group"
@@ -125,7 +125,7 @@ class Falcon(PreNormDecoder):
             units=units,
             unit_size=heads // units * size,
             shape_attributes=tuple(ShapeAttribute(module, name, each) for name, each in counts),
-            unit_arguments=(UnitArgument("alibi"), UnitArgument("attention_mask")) if config.alibi else (),
+            unit_arguments=(UnitArgument("alibi"), UnitArgument("attention_mask")) if attention.config.alibi else (),
             linear_types=self.linear_types,
         )
 
