@@ -113,6 +113,8 @@ class Site:
     the queries or keys of all heads. The linear layer before it stays whole, and is not a producer."""
     unit_tensors: tuple[UnitTensor, ...] = ()
     unit_arguments: tuple[UnitArgument, ...] = ()
+    position_tables: tuple[str, ...] = ()
+    """Buffers (1, 1, P, P) of the entry, which say what each position may attend to: local attention."""
     residual: str | None = None
     """Argument that the entry adds to what it returns, if it adds the residual stream itself."""
     linear_types: tuple[str, ...] = ()

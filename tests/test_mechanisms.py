@@ -143,6 +143,7 @@ def test_the_sites_of_variants_pass_their_check(name):
         ),
         ("bloom", lambda s: dict(unit_arguments=(UnitArgument("bias"),)), "self_attention has no argument bias"),
         ("bloom", lambda s: dict(residual="stream"), "has no argument stream"),
+        ("gptj", lambda s: dict(position_tables=("embed_positions",)), "embed_positions is (64, 4), not (1, 1, P, P)"),
         (
             "olmo2",
             lambda s: dict(selected=(replace(s.selected[0], segments=(Rows(8, 16),)), s.selected[1])),
@@ -189,7 +190,8 @@ class Some(ProbeSelector):
 PROBED = {
     "llama": ("llama", {}),
     **{
-        kind: (kind, {}) for kind in ["gpt_neox", "gptj", "qwen3_5_text", "deepseek_v2", "llama4_text", "phi3", "olmo2"]
+        kind: (kind, {})
+        for kind in ["gpt_neox", "gptj", "gpt_neo", "qwen3_5_text", "deepseek_v2", "llama4_text", "phi3", "olmo2"]
     },
     **{kind: (kind, {}) for kind in ["gpt2", "bloom", "mpt", "diffllama"]},
     "gpt_oss": ("gpt_oss", FULL),

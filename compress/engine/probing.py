@@ -135,9 +135,14 @@ def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor
         if binding.activation is not None:
             return binding.activation(binding.entry.forward(chosen))
         others = given.arguments and _chosen_arguments(binding.site, given, rows, positions, mask_positions)
+        for name in binding.site.position_tables:
+            table = getattr(binding.entry, name)
+            vars(binding.entry)[name] = _chosen_mask(table, given.residual.shape[0], rows, mask_positions)
         binding.entry.forward(chosen, **others)
     finally:
         probe.is_running = False
+        for name in binding.site.position_tables:
+            vars(binding.entry).pop(name, None)
     binding.check_read(probe.read)
     states, probe.states = probe.states, None
     assert states is not None  # the consumer was called

@@ -65,6 +65,8 @@ class AttentionNames(BaseModel):
     """The same for key/value heads."""
     arguments_by_head: tuple[str, ...] = ()
     """Arguments with an entry for each query head, such as ALiBi."""
+    position_tables: tuple[str, ...] = ()
+    """Buffers that say what each position may attend to, if not only the mask says it."""
     residual: str | None = None
     """Argument that the attention adds to its output, if it adds the residual stream itself."""
 
@@ -173,6 +175,7 @@ class PreNormDecoder(Architecture):
             selected=selected,
             unit_tensors=tuple(tensor for tensor in tensors if hasattr(_owner(model, tensor), tensor.name)),
             unit_arguments=tuple(UnitArgument(name, heads // units) for name in names.arguments_by_head),
+            position_tables=names.position_tables,
             residual=names.residual,
             linear_types=self.linear_types,
         )

@@ -149,7 +149,13 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
     family(
         "gpt_neo",
         layers=BLOCKS,
-        attention={"norm": "ln_1", "module": "attn.attention", "output": "out_proj", "head_count": "num_heads"},
+        attention={
+            "norm": "ln_1",
+            "module": "attn.attention",
+            "output": "out_proj",
+            "head_count": "num_heads",
+            "position_tables": ("bias",),
+        },
         mlp=mlp("c_fc", "c_proj", norm="ln_2"),
         form="local attention, two-layer MLP",
     ),

@@ -79,6 +79,10 @@ def check_entries(architecture: Architecture, model: nn.Module, site: Site) -> i
         parameters += tensor.rows.per_unit * sum(part.numel() for part in each)
     for name in (*(argument.name for argument in site.unit_arguments), *([site.residual] if site.residual else ())):
         expect(name in names, architecture, f"{site.label}: the forward of {site.entry} has no argument {name}")
+    for name in site.position_tables:
+        shape = tuple(getattr(model.get_submodule(site.entry), name).shape)
+        fits = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+        expect(fits, architecture, f"{site.label}: {site.entry}.{name} is {shape}, not (1, 1, P, P)")
     for producer in site.selected:
         rows = producer.rows(torch.arange(site.units)).sort().values
         whole = torch.equal(rows, torch.arange(len(rows)))
@@ -120,18 +124,19 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
                 )
             if site.activation is not None:
                 continue
-            before = _lengths(cache)
+            before, wrong = _lengths(cache), _undeclared(site, *first[entry])
             del calls[:]
             try:
                 _run_alone(*first[entry])
-            except TypeError as error:
-                expect(False, architecture, f"{site.label}: {site.entry} cannot run as in a probe: {error}")
+            except (TypeError, RuntimeError) as error:
+                wrong = wrong or str(error)
             expect(
                 before == _lengths(cache),
                 architecture,
                 f"{site.label}: {site.entry} writes to the key/value cache although it is called without one, as a "
                 "probe does; the cache must be an argument of its own, with a method get_seq_length",
             )
+            expect(not wrong, architecture, f"{site.label}: {site.entry} cannot run as in a probe: {wrong}")
             seen = first[consumer][1][0], calls[_call(architecture, site, site.consumer, model, calls)][1][0]
             expect(
                 seen[0].shape == seen[1].shape and torch.allclose(*seen, rtol=1e-3, atol=1e-4),
@@ -152,6 +157,17 @@ def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     names = _parameters(entry)
     arguments = without_caches({**dict(zip(names, args, strict=False)), **kwargs})
     entry.forward(arguments.pop(names[0]), **arguments)
+
+
+def _undeclared(site: Site, entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
+    """What an MLP is called with that its site does not name; a probe ahead of the MLP has its first argument alone."""
+    if site.kind == "attention":
+        return ""
+    names = _parameters(entry)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    others = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+    others = [name for name in others if name not in (names[0], site.residual)]
+    return f"it is called with {others[0]!r}, too, and the site's residual does not name it" if others else ""
 
 
 def _read(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
