@@ -16,6 +16,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..registry import Evaluator, Measurement, Site, SiteKind, Subject, hookimpl, linear_at
+from ..registry.tensors.linears import is_linear, sizes_of
 from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, Key, attributed
 from .passes import OneBatch, clamped, prefill, setting, short_pass
 
@@ -151,8 +152,14 @@ def linears_of_block(model: Any, site: Site) -> list[Any]:
     """The linear layers that go with a site that keeps nothing."""
     paths = [*(producer.path for producer in site.producers), site.consumer]
     linears = [linear_at(model, path) for path in paths]
-    inside = [m for m in model.get_submodule(site.entry).modules() if hasattr(m, "in_features")]
+    inside = [m for m in model.get_submodule(site.entry).modules() if is_linear(m)]
     return list(dict.fromkeys([*linears, *(inside if site.expert is None else ())]))
+
+
+def tensors_of_units(model: Any, site: Site) -> list[Tensor]:
+    """Parameters with entries of units that are in no linear layer of the site."""
+    found = [getattr(model.get_submodule(each.path), each.name) for each in site.unit_tensors]
+    return [p for each in found for p in ([each] if isinstance(each, Tensor) else each.parameters())]
 
 
 def weights_of_unit(model: Any, site: Site) -> int:
@@ -163,7 +170,7 @@ def weights_of_unit(model: Any, site: Site) -> int:
     if site.router is not None:
         return round(sum(p.numel() for p in model.get_submodule(site.router).parameters()) / site.units / site.reached)
     rows = (
-        (sum(segment.per_unit for segment in producer.segments), linear_at(model, producer.path).in_features)
+        (sum(segment.per_unit for segment in producer.segments), sizes_of(linear_at(model, producer.path))[1])
         for producer in site.producers
     )
     return sum(count * width for count, width in rows) + site.unit_size * site.outputs

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from ..registry import Subject
+from ..registry.tensors.linears import is_linear
 
 PROJECTIONS, SCORES, MLP, HEAD, OTHER = "attention_projections", "attention_scores", "mlp", "head", "other"
 
@@ -106,7 +107,7 @@ def module_keys(subject: Subject) -> dict[nn.Module, Key]:
         entry = model.get_submodule(site.entry)
         if site.kind == "attention":
             keys[entry] = SCORES, site.layer
-            inner = [module for module in entry.modules() if isinstance(module, nn.Linear)]
+            inner = [module for module in entry.modules() if is_linear(module)]
             keys.update(dict.fromkeys(inner, (PROJECTIONS, site.layer)))
             keys.update(dict.fromkeys(map(model.get_submodule, linears), (PROJECTIONS, site.layer)))
         else:

@@ -33,7 +33,19 @@ from .roles.parts import (
     SparsityAllocator,
 )
 from .roles.strategy import PaddingOf, Strategy
-from .sites import AttentionUnit, ExpertUnit, Producer, Rows, ShapeAttribute, Site, SiteGroup, SiteKind, complement
+from .sites import (
+    AttentionUnit,
+    ExpertUnit,
+    Producer,
+    Rows,
+    ShapeAttribute,
+    Site,
+    SiteGroup,
+    SiteKind,
+    UnitArgument,
+    UnitTensor,
+    complement,
+)
 from .tensors.blocks import BlockInfluence, BlockStatistic
 from .tensors.experts import ExpertLinear, expert_linears, expert_sites, linear_at
 from .tensors.history_storage import HistoryStorage
@@ -108,6 +120,8 @@ __all__ = [
     "Strategy",
     "Subject",
     "TextSource",
+    "UnitArgument",
+    "UnitTensor",
     "WeightStatistic",
     "complement",
     "expert_linears",

@@ -39,20 +39,50 @@ class Producer:
 
     path: str
     segments: tuple[Rows, ...]
+    shared: Rows | None = None
+    """Rows of no unit, ``offset ... offset + per_unit``, which always stay: keys and values that all query heads read,
+    in one layer with the queries. They come last."""
 
     def rows(self, units: Tensor) -> Tensor:
         """Rows of this producer that compute ``units``; (k,) int64 -> (r,) int64."""
-        if len(self.segments) == 1:
+        if len(self.segments) == 1 and self.shared is None:
             return self.segments[0].of(units)
-        return torch.cat([segment.of(units) for segment in self.segments])
+        shared = () if self.shared is None else (self.shared.of(units.new_zeros(1)),)
+        return torch.cat([*(segment.of(units) for segment in self.segments), *shared])
 
 
 @dataclass(frozen=True)
 class ShapeAttribute:
-    """An attribute that the block's forward reads as a size: ``units * per_unit`` while the site is cut."""
+    """An attribute that the block's forward reads as a size: ``units * per_unit`` while the site is cut.
+
+    ``config.NAME`` is read from the configuration, which the module shares with others: only this module sees the size.
+    """
 
     path: str
     attribute: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class UnitTensor:
+    """A parameter, or a module list, with entries of the units in its first dimension: attention sinks, a norm per
+    head."""
+
+    path: str
+    """The module that has it."""
+    name: str
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class UnitArgument:
+    """A tensor that the entry is called with, with entries of every unit: ALiBi biases, or a mask that holds them.
+
+    Its heads are dimension 1 of four, (B or 1, H, queries, keys), else dimension 0, (H, 1, keys) or (B * H, 1, keys);
+    one head there stands for all.
+    """
+
+    name: str
     per_unit: int = 1
 
 
@@ -86,6 +116,17 @@ class Site:
     each kept query head."""
     activation: str | None = None
     """Path of the activation of an MLP that is not a module: its first half is ``activation(producer(x))``."""
+    selected: tuple[Producer, ...] = ()
+    """Modules that compute all units although the site is cut, and whose output is then cut to these rows: a norm over
+    the queries or keys of all heads. The linear layer before it stays whole, and is not a producer."""
+    unit_tensors: tuple[UnitTensor, ...] = ()
+    unit_arguments: tuple[UnitArgument, ...] = ()
+    position_tables: tuple[str, ...] = ()
+    """Buffers (1, 1, P, P) of the entry, which say what each position may attend to: local attention."""
+    residual: str | None = None
+    """Argument that the entry adds to what it returns, if it adds the residual stream itself."""
+    linear_types: tuple[str, ...] = ()
+    """Names of subclasses of ``nn.Linear`` that compute what it computes, if the site's layers have one."""
     returns: int | None = None
     """How many values the entry's forward returns: 1 for the block's output alone, more for a tuple that begins with
     it; None: 2 for an attention, 1 for an MLP. Where the site keeps nothing, the others are None."""
@@ -127,9 +168,12 @@ class Site:
 
 
 def owned_norms(sites: Sequence[Site]) -> set[str]:
-    """The norms that nothing but one site reads: they go where that site keeps nothing."""
+    """The norms that nothing but one site reads: they go where that site keeps nothing.
+
+    What a site adds as its residual may come through the norm, which then stays.
+    """
     read = Counter(site.norm for site in sites if site.norm is not None)
-    others = {site.norm for site in sites if site.norm_serves_others}
+    others = {site.norm for site in sites if site.norm_serves_others or site.residual is not None}
     return {norm for norm, times in read.items() if times == 1} - others
 
 

@@ -2,13 +2,10 @@
 
 import copy
 from functools import cache
-from typing import Literal
 
 import torch
 import transformers
-from prunekit.compress.models.architectures import AttentionNames, MlpNames, PreNormDecoder
 from prunekit.registry import Catalog
-from prunekit.registry.catalog import Entry
 from torch import nn
 
 SIZES = dict(
@@ -29,6 +26,7 @@ SIZES = dict(
 )
 MLA = dict(q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
 GROUPED = dict(n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, n_routed_experts=6)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
 FAMILIES = {
     "mixtral": dict(num_local_experts=6),
     "qwen2_moe": dict(num_experts=6, shared_expert_intermediate_size=40),
@@ -53,33 +51,29 @@ FAMILIES = {
     "qwen3_next": dict(
         num_experts=6, shared_expert_intermediate_size=40, layer_types=["linear_attention", "full_attention"]
     )
-    | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
+    | LINEAR,
+    "qwen3_5_moe_text": dict(
+        num_experts=6, shared_expert_intermediate_size=40, layer_types=["linear_attention", "full_attention"]
+    )
+    | LINEAR,
+    "minimax_m2": dict(num_local_experts=6, intermediate_size=24),
+    "flex_olmo": dict(num_experts=6),
+    "deepseek_v2": dict(**GROUPED, **MLA, num_key_value_heads=4),
+    "granitemoe_swa": dict(
+        num_local_experts=6,
+        shared_intermediate_size=40,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=8,
+    ),
+    "lfm2_moe": dict(num_experts=6, layer_types=["conv", "full_attention"], num_dense_layers=1, use_expert_bias=True),
 }
 """Model types, with what their configurations need besides :data:`SIZES`."""
 
 
-class ExpertsOnly(PreNormDecoder):
-    """Routed experts alone, of the families that no architecture serves."""
-
-    name: Literal["experts_only"] = "experts_only"
-    model_types: tuple[str, ...] = ()
-    layers: str = "model.layers"
-    attention: AttentionNames = AttentionNames(norm=None, module="self_attn")
-    mlp: MlpNames | None = None
-
-    def sites(self, model, attention_unit):
-        return []
-
-
 @cache
 def catalog():
-    """All components, with an architecture for the families that none of them serves."""
-    found = Catalog.discover()
-    served = {kind for entry in found.of_role("architectures") for kind in entry.component().model_types}
-    ExpertsOnly.model_fields["model_types"].default = tuple(family for family in FAMILIES if family not in served)
-    ExpertsOnly.model_rebuild(force=True)
-    found.entries.append(Entry("architectures", "experts_only", ExpertsOnly, "tests", "tests"))
-    return found
+    """All components."""
+    return Catalog.discover()
 
 
 def is_supported(family):
@@ -101,7 +95,7 @@ def built(family, seed=0, **more):
             if parameter.dim() == 1 and "norm" in name:
                 parameter.add_(1)
         for name, buffer in model.named_buffers():
-            if "correction_bias" in name:
+            if "correction_bias" in name or "expert_bias" in name:
                 buffer.normal_(0, 0.2)
     return model.requires_grad_(False)
 

@@ -46,6 +46,13 @@ MOE = dict(
 FIRST_DENSE = MOE | dict(first_k_dense_replace=1, mlp_layer_types=["dense", "sparse"])
 GRANITE = dict(residual_multiplier=0.6, attention_multiplier=0.3, embedding_multiplier=2.0)
 
+GPT = dict(num_key_value_heads=None, head_dim=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+SSM = dict(mamba_d_state=4, mamba_d_conv=3, mamba_dt_rank=4, use_mamba_kernels=False)
+LINEAR = dict(
+    layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2, linear_num_key_heads=2,
+    linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=3,
+)  # fmt: skip
+
 CONFIGS: dict[str, dict] = {
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, num_key_value_heads=None),
     "mistral": dict(sliding_window=4),
@@ -83,6 +90,41 @@ CONFIGS: dict[str, dict] = {
     "hy_v3": FIRST_DENSE,
     "deepseek_v3": FIRST_DENSE | MLA,
     "glm4_moe_lite": FIRST_DENSE | MLA,
+    "gpt_neox": dict(num_key_value_heads=None, head_dim=None, hidden_dropout=0.0, attention_dropout=0.0),
+    "gptj": GPT | dict(rotary_dim=4),
+    "gpt_neo": GPT | dict(attention_types=[[["global", "local"], 1]], window_size=4, num_layers=2, num_heads=8),
+    "jamba": MOE | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, **SSM),
+    "qwen3_next": MOE | LINEAR | dict(shared_expert_intermediate_size=24, mlp_only_layers=[0]),
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": MOE | LINEAR | dict(shared_expert_intermediate_size=24),
+    "lfm2_moe": MOE
+    | dict(layer_types=["conv", "full_attention"], head_dim=None, num_dense_layers=1, use_expert_bias=False),
+    "granitemoe_swa": MOE | GRANITE | WINDOW | dict(shared_intermediate_size=24),
+    "lfm2": dict(layer_types=["conv", "full_attention"], head_dim=None, block_auto_adjust_ff_dim=False),
+    "deepseek_v2": FIRST_DENSE | MLA | dict(num_experts_per_tok=2),
+    "llama4_text": MOE | dict(intermediate_size_mlp=40, interleave_moe_layer_step=2, attention_chunk_size=4),
+    "phi3": dict(head_dim=None, hidden_size=64),
+    "gpt_oss": MOE | WINDOW,
+    "granite_swa": GRANITE | WINDOW,
+    "flex_olmo": MOE,
+    "olmoe": MOE | dict(head_dim=None),
+    "minimax_m2": MOE,
+    "gpt2": GPT,
+    "falcon": dict(num_key_value_heads=None, head_dim=None, bias=True, attention_dropout=0.0, hidden_dropout=0.0),
+    "bloom": GPT | dict(hidden_dropout=0.0, attention_dropout=0.0),
+    "mpt": dict(
+        d_model=32,
+        n_heads=8,
+        n_layers=2,
+        expansion_ratio=2,
+        max_seq_len=64,
+        hidden_size=None,
+        head_dim=None,
+        num_attention_heads=None,
+        num_key_value_heads=None,
+        num_hidden_layers=None,
+    ),
+    "diffllama": dict(num_key_value_heads=8, head_dim=None),
 }
 """What a tiny model of a type needs besides the recipe; None leaves a value of the recipe out."""
 

@@ -1,4 +1,4 @@
-"""An adapter by ``sites()``: GPT-NeoX has one layer for query, key and value, and calls its cache ``layer_past``."""
+"""An adapter by ``sites()``: GPT-NeoX Japanese has one layer for all heads, and its cache is ``layer_past``."""
 
 import copy
 from dataclasses import replace
@@ -20,19 +20,19 @@ from tests.test_plugin_docs import EXAMPLES
 
 @pytest.fixture
 def neox(tmp_path):
-    """A small GPT-NeoX, the catalog with the adapter of docs/plugins.md, and the adapter."""
+    """A small GPT-NeoX Japanese, the catalog with the adapter of docs/plugins.md, and the adapter."""
     file = tmp_path / "neox.py"
-    (source,) = [source for source in EXAMPLES if "gpt_neox" in source]
+    (source,) = [source for source in EXAMPLES if "gpt_neox_japanese" in source]
     file.write_text(source)
     catalog = Catalog.discover(files=[file], block="")
-    config = transformers.GPTNeoXConfig(
-        vocab_size=97, hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=8,
+    config = transformers.GPTNeoXJapaneseConfig(
+        vocab_size=97, hidden_size=128, intermediate_multiple_size=2, num_hidden_layers=3, num_attention_heads=8,
         max_position_embeddings=64, bos_token_id=1, eos_token_id=2, hidden_dropout=0.0, attention_dropout=0.0,
         initializer_range=0.1,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    return model.requires_grad_(False), catalog, catalog.get("architectures", "gpt_neox")()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return model.requires_grad_(False), catalog, catalog.get("architectures", "gpt_neox_japanese")()
 
 
 def test_the_adapter_fits(neox):
@@ -64,7 +64,7 @@ def test_the_check_finds_a_probe_that_fills_the_cache(neox, monkeypatch):
     monkeypatch.setattr(
         sites, "without_caches", lambda given: {k: v for k, v in given.items() if k != "past_key_values"}
     )
-    with pytest.raises(AssertionError, match=r"layer 0 attention: gpt_neox.layers.0.attention writes to the key/value"):
+    with pytest.raises(AssertionError, match=r"gpt_neox_japanese.layers.0.attention writes to the key/value"):
         check_sites(adapter, model)
 
 

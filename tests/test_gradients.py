@@ -171,10 +171,10 @@ def test_segments_of_a_fused_layer_are_parts(make_model, batches):
 
 
 def test_a_fused_family_of_a_plugin(tmp_path, batches):
-    (source,) = [source for source in EXAMPLES if "gpt_neox" in source]
+    (source,) = [source for source in EXAMPLES if "gpt_neox_japanese" in source]
     (tmp_path / "neox.py").write_text(source)
-    config = transformers.GPTNeoXConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    config = transformers.GPTNeoXJapaneseConfig(
+        vocab_size=97, hidden_size=64, intermediate_multiple_size=2, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -184,8 +184,8 @@ def test_a_fused_family_of_a_plugin(tmp_path, batches):
         model, "llm_pruner", ratio=0.3, calibration=batches[:1], catalog=Catalog.discover([tmp_path / "neox.py"])
     ) as pruned:
         values = [part.values for part in pruned.cuts[0].state.gradients]
-    weight = model.gpt_neox.layers[0].attention.query_key_value.weight
-    expected = (weight * whole["gpt_neox.layers.0.attention.query_key_value.weight"]).abs().sum(1).detach()
+    weight = model.gpt_neox_japanese.layers[0].attention.query_key_value.weight
+    expected = (weight * whole["gpt_neox_japanese.layers.0.attention.query_key_value.weight"]).abs().sum(1).detach()
     assert [tuple(value.shape) for value in values] == [(4, 48), (4, 16)]
     torch.testing.assert_close(values[0], expected.view(4, 48), rtol=1e-4, atol=1e-7)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import Site, SiteKind, SpecError
+from ...registry.tensors.linears import is_transposed
+from ..engine.config_view import CONFIG, ConfigView, use_view
 
 
 def sharing_copy(model: nn.Module) -> Any:
@@ -22,7 +24,8 @@ def sharing_copy(model: nn.Module) -> Any:
 def sliced(model: nn.Module, sites: Sequence[Site], counts: Mapping[tuple[int, SiteKind], int]) -> Any:
     """A copy of ``model`` with the first ``counts`` units of each site, in linear layers of that size.
 
-    Raises :class:`SpecError` for query heads of key/value groups: a plain model has the same number in each group.
+    Raises :class:`SpecError` for query heads of key/value groups, of which a plain model has the same number in each
+    group, and for layers that have more of each unit than the rows and columns of ``nn.Linear``.
     """
     cut = [site for site in sites if counts.get((site.layer, site.kind), site.units) < site.units]
     if any(site.query_heads_per_kv for site in cut):
@@ -30,6 +33,13 @@ def sliced(model: nn.Module, sites: Sequence[Site], counts: Mapping[tuple[int, S
             "--arms: there is no ideal arm where query heads are cut under grouped-query attention, because no plain "
             "model has such shapes; leave it out, or cut whole key/value groups"
         )
+    for site in cut:
+        linears = [model.get_submodule(path) for path in (site.consumer, *(each.path for each in site.producers))]
+        if site.selected or site.unit_tensors or site.unit_arguments or any(map(is_transposed, linears)):
+            raise SpecError(
+                f"--arms: there is no ideal arm for {site.label}, because no plain model has such a layer without some "
+                "of its units; leave it out"
+            )
     small = sharing_copy(model)
     for site in cut:
         count = counts[site.layer, site.kind]
@@ -42,7 +52,11 @@ def sliced(model: nn.Module, sites: Sequence[Site], counts: Mapping[tuple[int, S
         columns = site.columns(units)
         small.set_submodule(site.consumer, _linear(consumer.weight[:, columns].contiguous(), consumer.bias))
         for attribute in site.shape_attributes:
-            setattr(small.get_submodule(attribute.path), attribute.attribute, count * attribute.per_unit)
+            module, name = small.get_submodule(attribute.path), attribute.attribute
+            if name.startswith(CONFIG):
+                use_view(module, view := ConfigView(module.config))
+                module, name = view, name.removeprefix(CONFIG)
+            setattr(module, name, count * attribute.per_unit)
     return small
 
 

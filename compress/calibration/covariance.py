@@ -11,6 +11,7 @@ from accelerate.utils import get_max_memory
 
 from ...registry import ChannelMoments, DataError, MemoryPlan, ModelError, SingularError
 from ...registry.tensors.devices import device_of, weights_present
+from ...registry.tensors.linears import matrix_of
 from ..engine.choosing import choice_of
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
@@ -108,13 +109,13 @@ def choose(engine: Engine, cut: SiteCut) -> None:
             cut.compensation.take(unit_moments(cut.site.channels, cut.history.device))
         with weights_present(consumer):
             try:
-                cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), consumer.weight)
+                cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), matrix_of(consumer))
             except SingularError:
                 if cut.site.expert is None:
                     raise
                 unit = unit_moments(cut.site.channels, cut.history.device)  # too few tokens have reached it
                 cut.compensation.take(unit)
-                cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), consumer.weight)
+                cut.state.choice = choice_of(chooser, cut.site, cut.compensation.covariance(), matrix_of(consumer))
         if unreached:
             cut.state.unreached, cut.state.choice = True, replace(cut.state.choice, tokens=None)
             cut.compensation.forget()
@@ -129,9 +130,9 @@ def finalize(engine: Engine, cut: SiteCut) -> None:
         calibrated = cut.site.columns(engine.decider.calibrated_units(cut))
     consumer = cut.binding.consumer
     with weights_present(consumer):
-        cut.compensation.finalize(kept, calibrated, consumer.weight)
+        cut.compensation.finalize(kept, calibrated, matrix_of(consumer))
         if kept is not None and consumer.weight.dtype == torch.float16:
-            cut.compensation.check_folded(consumer.weight, kept)
+            cut.compensation.check_folded(matrix_of(consumer), kept)
 
 
 @dataclass

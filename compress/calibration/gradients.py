@@ -29,6 +29,7 @@ from ...registry import (
 )
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
+from ...registry.tensors.linears import is_transposed
 from ..engine.engine import Engine
 from ..engine.shapes import checked
 from ..engine.site_cut import SiteCut
@@ -119,9 +120,10 @@ class Matrix:
     def _reduced(self, gradient: Tensor, squares: Tensor | None) -> Tensor:
         """The scorer's vector (R,)."""
         reads = self.producer is None
+        turns = reads != is_transposed(self.linear)
 
         def turned(tensor: Tensor) -> Tensor:
-            return tensor.t() if reads else tensor
+            return tensor.t() if turns else tensor
 
         weight = turned(self.weight.detach().float())
         given = MatrixGradient(self.path, weight, turned(gradient), None if squares is None else turned(squares), reads)

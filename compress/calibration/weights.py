@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...registry import LayerWeight, NonFiniteError
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import weights_present
+from ...registry.tensors.linears import is_linear, matrix_of
 from ..engine.engine import Engine
 from .passes import Batch, Progress, run_batch
 
@@ -59,12 +60,12 @@ def describe_weights(
 
 
 def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
-    return {path: module for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    return {path: module for path, module in layer.named_modules() if is_linear(module)}
 
 
 def _weight(linear: nn.Linear) -> Tensor:
     with weights_present(linear):
-        return linear.weight.detach().float()
+        return matrix_of(linear).detach().float()
 
 
 def _input_norms(

@@ -14,8 +14,8 @@ One batch of a strategy that decides per batch:
     cache, and leave out steps 4 to 6 and 10 (:mod:`.decode_cache`).
 3.  The site's norm reads the residual stream, which the batch keeps until the block is entered (:mod:`.hooks`).
 4.  Select: the strategy's selector picks the probe's rows and positions (:mod:`.probing`).
-5.  Probe: the block's own forward runs on them with all units; its consumer returns its input. The probe's statistic
-    and mean are computed from that (:mod:`.probing`).
+5.  Probe: the block's own forward runs on them with all units, and what reaches its consumer is kept. The probe's
+    statistic and mean are computed from that (:mod:`.probing`).
 6.  Score: the merger combines the statistic with history, the scorer scores the units, the highest are kept
     (:mod:`.decider`).
 7.  The site opens an ``OpenCut`` to these units, and its modules take the sizes of the smaller site (:mod:`.site_cut`,
@@ -33,7 +33,8 @@ One batch of a strategy that decides per batch:
 Where units are decided once, cuts stay open, and a site takes only steps 8, 9 and 11; if the compensation uses a probe,
 steps 3 to 5 too. Around this: :mod:`.engine` installs all of it on a model and removes it; :mod:`.ahead` decides for a
 site while the one before it runs; :mod:`.checkpointing` repeats decisions in a backward pass; :mod:`.compiling`
-compiles the decoder; :mod:`.kv_index` is attention for unevenly cut query heads; :mod:`.generation` refuses ways to
+compiles the decoder; :mod:`.kv_index` is attention for unevenly cut query heads; :mod:`.per_unit` cuts tensors and
+arguments that have entries of units, :mod:`.config_view` sizes in a configuration; :mod:`.generation` refuses ways to
 generate that cannot be right; :mod:`.rotary` puts rotary frequencies back; :mod:`.runtime` holds the options of all
 this, and announces the steps of a decision.
 """

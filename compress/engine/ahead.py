@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import ModelError
+from ...registry import ModelError, Site
 from .site_cut import SiteCut
 
 
@@ -29,9 +29,15 @@ def _next_place(cut: SiteCut) -> tuple[int, str]:
     return (cut.site.layer, "mlp") if cut.site.kind == "attention" else (cut.site.layer + 1, "attention")
 
 
-def check_same_attention(model: Any) -> None:
-    """Raise :class:`ModelError` for a model whose layers mask differently: a probe ahead of its block gets the mask of
-    the layer before."""
+def check_ahead(model: Any, sites: Sequence[Site]) -> None:
+    """Raise :class:`ModelError` for a model whose blocks cannot be probed before they are called: layers mask
+    differently, while such a probe gets the mask of the layer before, or MLPs have further arguments."""
+    for site in sites:
+        if site.kind == "mlp" and site.residual is not None:
+            raise ModelError(
+                f"selector ahead: {site.entry} is called with {site.residual}, too, which is not known before "
+                "its layer runs; set ahead: false"
+            )
     kinds = set(getattr(model.config, "layer_types", None) or ())
     if len(kinds) > 1:
         raise ModelError(

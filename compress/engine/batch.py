@@ -74,13 +74,15 @@ class ProbeProducts:
 
 @dataclass(eq=False)
 class ProbeRun:
-    """A site's run on a probe: its producers compute all rows, its consumer returns its input."""
+    """A site's run on a probe: its producers compute all rows, and what reaches its consumer is kept."""
 
     valid: Tensor | None
     """(b, t) bool: the probe's real tokens; None where all are."""
     products: ProbeProducts | None
     """What the producers computed, where the batch can reuse it."""
     is_running: bool = True
+    states: Tensor | None = None
+    """(b, t, C) or (b * t, C): what has reached the consumer."""
     read: set[nn.Module] = field(default_factory=set)
     """The site's linear layers that it has called."""
 

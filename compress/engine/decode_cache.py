@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...registry import DataError, ModelError, Site, Strategy
+from ...registry.tensors.caches import held
 from .site_cut import SiteCut
 
 Kept = tuple[Tensor, "Tensor | None", "Tensor | None"]
@@ -41,7 +42,7 @@ class CacheDecisions:
         :class:`DataError` for a cache that was filled otherwise than the model runs now, and for a prompt in pieces.
         """
         cache = own_cache(cache)
-        cached = int(cache.get_seq_length(layer))
+        cached = held(cache, layer, tokens)
         if not cached:
             self._begin(cache, layer, tokens, pruning)
             return 0
@@ -113,20 +114,19 @@ def own_cache(cache: Any) -> Any:
 
 
 def cache_indices(model: nn.Module, layers: Sequence[nn.Module], sites: Sequence[Site]) -> list[int]:
-    """Every layer's index in a key/value cache: the ``layer_idx`` of its attention, or else its place.
+    """Every layer's index in a cache: the ``layer_idx`` of its attention, or else of another module, or its place.
 
     They differ in a model whose layers were taken out or put in another order. Raises :class:`ModelError` for two
     layers with the same index.
     """
     found = list(range(len(layers)))
-    for site in sites:
-        if site.kind == "attention":
-            modules = [*model.get_submodule(site.entry).modules(), *layers[site.layer].modules()]
-            own = [number for module in modules if isinstance(number := getattr(module, "layer_idx", None), int)]
-            found[site.layer] = own[0] if own else site.layer
+    for site in reversed(sites):  # an attention comes before the MLP of its layer
+        modules = [*model.get_submodule(site.entry).modules(), *layers[site.layer].modules()]
+        own = [number for module in modules if isinstance(number := getattr(module, "layer_idx", None), int)]
+        found[site.layer] = own[0] if own else site.layer
     for place, index in enumerate(found):
         if index in found[:place]:
-            entry = next(site.entry for site in sites if site.layer == place)
+            entry = next((site.entry for site in sites if site.layer == place), f"layers[{place}]")
             raise ModelError(
                 f"layers {found.index(index)} and {place} both have layer_idx {index}, so they would share one part of "
                 f"a key/value cache; give every layer a number of its own, as in {entry}.layer_idx = {place}"

@@ -18,6 +18,7 @@ from .batch import Mode, learn_parameters
 from .checkpointing import restore_checkpoint
 from .compensation import without_probe
 from .compiling import CompiledForward
+from .config_view import leave_view, use_view
 from .copying import Hook
 from .decider import Decider
 from .decode_cache import cache_indices
@@ -28,6 +29,7 @@ from .hooks import DecoderForward, Hooks, save_dense
 from .kv_index import disable_kv_index, enable_kv_index
 from .learning import Learner
 from .open_cut import Shared
+from .per_unit import cut_along
 from .probing import Prober
 from .rotary import restore_rotary, rotary_state
 from .runtime import Runtime
@@ -96,6 +98,9 @@ class Engine:
         hooks.installed = True
         for cut in self.cuts:
             self._undo.append(cut.close)
+            for module, view in cut.binding.views:
+                use_view(module, view)
+                self._undo.append(partial(leave_view, module, view))
             for linear, producer in cut.binding.producers:
                 self._adopt(linear, producer.path, cut, producer)
             if cut.site.router is None:
@@ -121,15 +126,15 @@ class Engine:
             self._undo.append(partial(restore_checkpoint, self.layers[index]))
             entered = hooks.enter_layer(index, self._cache_indices[index])
             self._hook(self.layers[index].register_forward_pre_hook(entered, **before))
-        if prober is None:
-            return
-        for cut in self.cuts:
-            binding = cut.binding
-            if cut.site.routed:  # its module decides for all experts of the layer
-                continue
-            if binding.norm is not None:
-                self._hook(binding.norm.register_forward_pre_hook(hooks.enter_norm(cut)))
-            self._hook(binding.entry.register_forward_pre_hook(hooks.enter_site(cut, prober), **before))
+        if prober is not None:
+            for cut in self.cuts:
+                if cut.site.routed:  # its module decides for all experts of the layer
+                    continue
+                if cut.binding.norm is not None:
+                    self._hook(cut.binding.norm.register_forward_pre_hook(hooks.enter_norm(cut)))
+                self._hook(cut.binding.entry.register_forward_pre_hook(hooks.enter_site(cut, prober), **before))
+        for cut in self.cuts if self.shared.applier.resizes else ():
+            self._undo += cut_along(cut, self.model)  # after the hook that opens the cut
 
     def _adopt(self, linear: nn.Linear, path: str, cut: SiteCut, producer: Any = None) -> None:
         linears.adopt(linear, path, cut, producer)

@@ -149,7 +149,7 @@ class RoutedExperts(Unpickled):
         return output
 
     def _consumed(self, cut: SiteCut, x: Tensor) -> Tensor:
-        """The consumer's output (n, D), or its input (n, I) in a probe."""
+        """The consumer's output (n, D)."""
         (producer, _), *_ = cut.binding.producers
         return cut.binding.consumer(activated(self.module, producer(x)))
 
@@ -213,9 +213,11 @@ class RoutedExperts(Unpickled):
         cut.suspend()
         probe = batch.probe = ProbeRun(None, None)
         try:
-            return self._consumed(cut, x)
+            self._consumed(cut, x)
         finally:
             probe.is_running = False
+        assert probe.states is not None  # the consumer was called
+        return probe.states
 
 
 class RoutedBlock(Unpickled):

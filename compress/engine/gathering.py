@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...registry import MaskApplier, Selection
 from ...registry.tensors.devices import is_offloaded
+from ...registry.tensors.linears import is_transposed
 from .runtime import Runtime
 
 ALIGNMENT = 64
@@ -84,14 +85,15 @@ def store_column_major(linear: nn.Linear) -> bool:
     """Store the weight (O, C) by columns, the parameter and its values unchanged, until :func:`store_row_major`.
 
     False, and nothing is done, for weights that are offloaded, made in torch's inference mode, shared with other
-    processes, part of a larger piece of memory, or not stored row by row. Another tensor of the weight's own size in
-    the same memory is not noticed, and keeps that memory.
+    processes, part of a larger piece of memory, or not stored row by row, as in a ``Conv1D``. Another tensor of the
+    weight's own size in the same memory is not noticed, and keeps that memory.
     """
     weight = linear.weight
     if weight.is_meta or is_offloaded(linear) or weight.is_inference() or type(weight.data) is not Tensor:
         return False
     is_part = weight.untyped_storage().nbytes() > weight.numel() * weight.element_size() + ALIGNMENT
-    if (weight.is_shared() and weight.device.type == "cpu") or is_part or not weight.is_contiguous():
+    by_rows = weight.is_contiguous() and not is_transposed(linear)
+    if (weight.is_shared() and weight.device.type == "cpu") or is_part or not by_rows:
         return False
     misaligned = weight.data_ptr() % ALIGNMENT
 

@@ -6,15 +6,17 @@ r kept rows of a producer, c kept channels, O outputs of the consumer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from ...registry import ExpertLinear, ModelError, Producer, Selection
 from ...registry.tensors.devices import is_offloaded
 from ...registry.tensors.kernels import usable_on
+from ...registry.tensors.linears import matrix_of
 from .batch import Batch
 from .copying import Unpickled
 from .gathering import store_row_major
@@ -28,6 +30,10 @@ class SiteLinear(Unpickled, nn.Linear):
     """An ``nn.Linear`` of a site."""
 
     site_cut: SiteCut
+    replaced: type[nn.Module]
+    """The class that the layer had."""
+    transposed: ClassVar[bool] = False
+    """Whether the weight is stored with its inputs first."""
 
     def note(self, batch: Batch) -> None:
         """Note that the batch, or its probe, has called this layer."""
@@ -50,7 +56,7 @@ class ProducerLinear(SiteLinear):
         if batch is not None:
             self.note(batch)
         if open_cut is None:
-            made = functional.linear(x, self.weight, self.bias)
+            made = functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
             if products is not None and probe is not None and probe.is_running:
                 products.outputs[self] = made
             return made
@@ -74,7 +80,7 @@ class ConsumerLinear(SiteLinear):
     def forward(self, x: Tensor) -> Tensor:
         """What the kept channels contribute, compensation included; (..., c) -> (..., O).
 
-        In a probe it is x itself, which the block's own forward then returns.
+        In a probe x is kept, nothing is multiplied, and what the block computes afterwards is not used.
         """
         site_cut, batch = self.site_cut, self.site_cut.shared.running.batch
         if site_cut.open_cut is not None and site_cut.open_cut.absent:
@@ -82,12 +88,13 @@ class ConsumerLinear(SiteLinear):
         if batch is not None:
             self.note(batch)
             if batch.probe is not None and batch.probe.is_running:
-                return x
+                batch.probe.states = x
+                return x[..., :1].expand(*x.shape[:-1], self.out_features)
             if batch.observe is not None:
                 batch.observe(site_cut, x)
         open_cut = site_cut.open_cut
         if open_cut is None:
-            return functional.linear(x, self.weight, self.bias)
+            return functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         if open_cut.fuses and not site_cut.compensation.wanted and _can_fuse(self, x, dim=1):
             return _fused_consumer(self, open_cut, x)
         return functional.linear(x, *open_cut.consumer())
@@ -103,9 +110,29 @@ class ExpertConsumer(ConsumerLinear, ExpertLinear):
     """Reads the channels of a routed expert."""
 
 
-def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:
+class TransposedProducer(ProducerLinear):
+    """A producer whose weight is stored as (D, R): transformers' ``Conv1D``."""
+
+    transposed = True
+
+
+class TransposedConsumer(ConsumerLinear):
+    """A consumer whose weight is stored as (C, O): transformers' ``Conv1D``."""
+
+    transposed = True
+
+
+ADOPTED: dict[type[nn.Module], tuple[type[SiteLinear], type[SiteLinear]]] = {
+    nn.Linear: (ProducerLinear, ConsumerLinear),
+    Conv1D: (TransposedProducer, TransposedConsumer),
+    ExpertLinear: (ExpertProducer, ExpertConsumer),
+}
+"""What layers of a class become as a site's producer and as its consumer."""
+
+
+def _can_fuse(linear: SiteLinear, x: Tensor, dim: int) -> bool:
     """Whether the kernel can read kept rows (0) or columns (1) of this layer: each must lie in one piece."""
-    weight = linear.weight
+    weight = matrix_of(linear)
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_offloaded(linear):
         return False
     return weight.stride(1 - dim) == 1 and x.dtype == weight.dtype and x.dtype in FUSED_DTYPES and usable_on(weight)
@@ -114,7 +141,7 @@ def _can_fuse(linear: nn.Linear, x: Tensor, dim: int) -> bool:
 def _fused_producer(linear: ProducerLinear, open_cut: OpenCut, x: Tensor) -> Tensor:
     from .fused_linear import linear_of_rows
 
-    weight, bias = open_cut.shared.applier.producer(linear.weight, linear.bias, open_cut.rows[linear])
+    weight, bias = open_cut.shared.applier.producer(matrix_of(linear), linear.bias, open_cut.rows[linear])
     assert isinstance(weight, Selection) and not isinstance(bias, Tensor)
     return linear_of_rows(x, weight.source, weight.index, None if bias is None else bias.copied())
 
@@ -122,7 +149,7 @@ def _fused_producer(linear: ProducerLinear, open_cut: OpenCut, x: Tensor) -> Ten
 def _fused_consumer(linear: ConsumerLinear, open_cut: OpenCut, x: Tensor) -> Tensor:
     from .fused_linear import linear_of_columns
 
-    weight = open_cut.shared.applier.consumer(linear.weight, open_cut.columns)
+    weight = open_cut.shared.applier.consumer(matrix_of(linear), open_cut.columns)
     assert isinstance(weight, Selection)
     return linear_of_columns(x, weight.source, weight.index, linear.bias)
 
@@ -130,12 +157,12 @@ def _fused_consumer(linear: ConsumerLinear, open_cut: OpenCut, x: Tensor) -> Ten
 def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | None = None) -> None:
     """Make ``linear`` a producer of a site, or its consumer.
 
-    Raises :class:`ModelError` for anything but a plain ``nn.Linear`` with plain weights.
+    Raises :class:`ModelError` for anything but plain weights in a plain ``nn.Linear``, in transformers' ``Conv1D``, or
+    in a subclass that the site names.
     """
     if isinstance(linear, SiteLinear):
         raise ModelError(f"{path} is already part of a pruned model; call remove() on that one first")
-    is_expert = type(linear) is ExpertLinear
-    if not is_expert and type(linear) is not nn.Linear:
+    if type(linear) not in ADOPTED and not _is_declared(linear, site_cut):
         kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
         remedy = (
             "merge the adapter first (model = model.merge_and_unload())"
@@ -146,7 +173,7 @@ def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | 
             f"{path} is a {kind}, not a plain nn.Linear (quantised and adapter layers cannot be cut); {remedy}"
         )
     unplain = [name for name, tensor in linear.named_parameters() if type(tensor) is not nn.Parameter]
-    if unplain and not is_expert:
+    if unplain and not isinstance(linear, ExpertLinear):
         tensor = linear.get_parameter(unplain[0])
         raise ModelError(
             f"{path}.{unplain[0]} is a {type(tensor).__module__}.{type(tensor).__qualname__}, not a plain tensor "
@@ -155,13 +182,14 @@ def adopt(linear: nn.Module, path: str, site_cut: SiteCut, producer: Producer | 
     _drop_plain_forward(linear)
     if "forward" in linear.__dict__ and not hasattr(linear, "_old_forward"):
         raise ModelError(
-            f"{path}: something has replaced the forward of this nn.Linear on the layer itself, so a cut would never "
-            "run; undo that first, or load the model again"
+            f"{path}: something has replaced the forward of this {type(linear).__name__} on the layer itself, so a cut "
+            "would never run; undo that first, or load the model again"
         )
-    if is_expert:
-        linear.__class__ = ExpertConsumer if producer is None else ExpertProducer
-    else:
-        _turn_into(linear, ConsumerLinear if producer is None else ProducerLinear)
+    replaced = linear.__dict__["replaced"] = type(linear)
+    if isinstance(linear, Conv1D):
+        vars(linear).update(in_features=linear.nx, out_features=linear.nf)
+    as_producer, as_consumer = ADOPTED.get(replaced, ADOPTED[nn.Linear])
+    _turn_into(linear, as_consumer if producer is None else as_producer)
     linear.__dict__["site_cut"] = site_cut
     if producer is not None:
         linear.__dict__["producer"] = producer
@@ -171,16 +199,20 @@ def release(linear: nn.Module, site_cut: SiteCut) -> None:
     """Undo :func:`adopt`, where the layer is still this site's."""
     if linear.__dict__.get("site_cut") is not site_cut:
         return
-    if isinstance(linear, ExpertLinear):
-        linear.__class__ = ExpertLinear
-    else:
-        _turn_into(linear, nn.Linear)
-    for name in ("site_cut", "producer"):
+    replaced = linear.__dict__["replaced"]
+    _turn_into(linear, replaced)
+    sizes = ("in_features", "out_features") if replaced is Conv1D else ()
+    for name in ("site_cut", "producer", "replaced", *sizes):
         linear.__dict__.pop(name, None)
     _drop_plain_forward(linear)
 
 
-def _turn_into(linear: Any, kind: type[nn.Linear]) -> None:
+def _is_declared(linear: nn.Module, site_cut: SiteCut) -> bool:
+    """Whether the layer is of a subclass of ``nn.Linear`` that computes the same, as its site says."""
+    return isinstance(linear, nn.Linear) and type(linear).__name__ in site_cut.site.linear_types
+
+
+def _turn_into(linear: Any, kind: type[nn.Module]) -> None:
     linear.__class__ = kind
     if hasattr(linear, "_old_forward"):  # accelerate keeps the forward that it wrapped
         linear._old_forward = kind.forward.__get__(linear)
@@ -189,5 +221,5 @@ def _turn_into(linear: Any, kind: type[nn.Linear]) -> None:
 def _drop_plain_forward(linear: nn.Module) -> None:
     """Accelerate, taking its hooks off, leaves the class's forward on the layer, which would outlive the class."""
     own = getattr(linear.__dict__.get("forward"), "__func__", None)
-    if own in (nn.Linear.forward, ProducerLinear.forward, ConsumerLinear.forward):
+    if own in (nn.Linear.forward, type(linear).forward, ProducerLinear.forward, ConsumerLinear.forward):
         del linear.forward

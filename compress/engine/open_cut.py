@@ -20,6 +20,7 @@ from ...registry import (
     Selection,
 )
 from ...registry.tensors.devices import is_offloaded, unautocast, weights_present
+from ...registry.tensors.linears import matrix_of
 from .batch import Running
 from .gathering import Gatherer, selects
 from .runtime import Runtime, Stages
@@ -74,13 +75,14 @@ class OpenCut:
         site = state.binding.site
         self.columns = site.columns(kept)
         """(c,) int64: the units' channels."""
-        known: dict[tuple[Rows, ...], Tensor] = {(Rows(0, site.unit_size),): self.columns}
+        known: dict[tuple, Tensor] = {((Rows(0, site.unit_size),), None): self.columns}
         self.rows: dict[nn.Module, Tensor] = {}
         """(r,) int64 by producer: the units' rows."""
         for linear, producer in state.binding.producers:
-            if producer.segments not in known:
-                known[producer.segments] = producer.rows(kept)
-            self.rows[linear] = known[producer.segments]
+            place = producer.segments, producer.shared
+            if place not in known:
+                known[place] = producer.rows(kept)
+            self.rows[linear] = known[place]
         self.fuses = shared.runtime.fused_gather and shared.selects and not stays
         """Whether kept rows and columns are read inside the matrix products, without copies."""
         self._copies: dict[tuple[nn.Module, str], tuple[tuple, Any]] = {}
@@ -112,7 +114,7 @@ class OpenCut:
             if added is None:  # the share of the mean depends on nothing else of the tokens
                 states, real = probe_mean[None, None], None
             mean = self._mean(probe_mean)
-            return self.state.compensation.best_shares(linear.weight, kept, added, states, real, mean)
+            return self.state.compensation.best_shares(matrix_of(linear), kept, added, states, real, mean)
 
     def keep_copies(self) -> None:
         """Keep copies from now on until the site is left."""
@@ -124,7 +126,8 @@ class OpenCut:
         if self.keeps and (known := self._recall(linear, "producer")) is not None:
             return known
         with shared.stages.gather:
-            weight, bias = shared.applier.producer(linear.weight, linear.bias, self.rows[linear])
+            whole = linear.weight.t() if linear.transposed else linear.weight
+            weight, bias = shared.applier.producer(whole, linear.bias, self.rows[linear])
             if isinstance(weight, Selection):
                 place = None if self.stays else (self.state.binding.site.kind, producer.path)
                 weight = shared.gatherer.copy(weight, linear, place, self.once)
@@ -154,17 +157,17 @@ class OpenCut:
     def constant(self, x: Tensor) -> Tensor:
         """What an absent block adds to the residual stream: nothing, or its mean output if that is compensated.
 
-        x (..., D) is what the block reads -> (..., O), which may be one row for all tokens.
+        x (..., D) is what the block reads -> (..., O), which the layer may write to.
         """
         linear = self.state.binding.consumer
         if not self.state.compensation.wanted:
-            return x.new_zeros(linear.out_features).expand(*x.shape[:-1], -1)
+            return x.new_zeros(*x.shape[:-1], linear.out_features)
         added = self._recall(linear, "bias")
         if added is None:
             with torch.no_grad(), weights_present(linear):
                 added = self._bias(linear, None)
         assert added is not None  # it is compensated
-        return added.to(x).expand(*x.shape[:-1], -1)
+        return added.to(x).repeat(*x.shape[:-1], 1)
 
     def _bias(self, linear: nn.Linear, weight: Tensor | None) -> Tensor | None:
         """The consumer's bias (O,), compensation included; a site that keeps nothing has only that of compensation.
@@ -210,7 +213,7 @@ class OpenCut:
             return None
         added, compensation = self._recall(linear, "added"), self.state.compensation
         if added is None:
-            added = compensation.folded(linear.weight, self.columns)
+            added = compensation.folded(matrix_of(linear), self.columns)
             if compensation.compensator.checks_shares:  # read to find the shares, and to use them
                 self._store(linear, "added", added)
         return added
@@ -221,7 +224,8 @@ class OpenCut:
         # Where a slope is added, the copy's layout is that of a weight which is kept.
         folded = self.stays and compensation.wanted and compensation.has_slope
         with shared.stages.gather:
-            weight = shared.applier.consumer(linear.weight, self.columns)
+            whole = linear.weight.t() if linear.transposed else linear.weight
+            weight = shared.applier.consumer(whole, self.columns)
             if isinstance(weight, Selection):
                 place = None if self.stays else (site.kind, site.consumer)
                 weight = shared.gatherer.copy(weight, linear, place, self.once or folded)
@@ -237,7 +241,7 @@ class OpenCut:
             of_batch = state.compensation.compensator.uses_probe and mean is not state.history.mean
             target = state.compensation.target_mean(mean)
             if of_batch or differentiates(linear) or torch.compiler.is_compiling():
-                whole = linear.weight.float() @ target
+                whole = matrix_of(linear).float() @ target
             else:
                 whole = state.mean_output(target)
             bias = whole if weight is None else state.compensation.bias(weight, self.columns, mean, whole)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import ModelError, ProbeSelector, Strategy, position_sums
+from ...registry import ModelError, ProbeSelector, Site, Strategy, position_sums
 from ...registry.tensors.caches import without_caches
 from .batch import PROBED, Batch, ProbeProducts, ProbeRun
 from .runtime import Stages
@@ -85,7 +85,7 @@ class Prober:
         if self._statistic is not None or self._uses_mean:
             with self.stages.probe:
                 x = probe_states(cut, given, rows, positions, strategy.mask_positions(positions))
-                x = x.view(len(rows), positions.shape[-1], -1)
+                x = x.reshape(len(rows), positions.shape[-1], -1)
                 real = None if valid is None else pick_tokens(valid, rows, positions)
                 tokens, counted = x, real
                 if positions.dim() == 2:  # token by token, each a position of its own
@@ -142,9 +142,9 @@ def mean_of(x: Tensor, valid: Tensor | None) -> Tensor:
 def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor, mask_positions: Tensor) -> Tensor:
     """What would enter the consumer for the probe's tokens, all units kept; (b, t, C).
 
-    No attention, rotary or activation code is repeated here: the block runs its own forward, and its consumer returns
-    its input. Positions are (t,), or (b, t) where every row has its own. ``mask_positions``, of the same shape or (t,),
-    are the positions whose attention mask the probe gets.
+    No attention, rotary or activation code is repeated here: the block runs its own forward, and what reaches its
+    consumer is kept. Positions are (t,), or (b, t) where every row has its own. ``mask_positions``, of the same shape
+    or (t,), are the positions whose attention mask the probe gets.
     """
     binding, valid = cut.binding, None
     if given.hidden is None:
@@ -162,43 +162,87 @@ def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor
     try:
         if binding.activation is not None:
             return binding.activation(binding.entry.forward(chosen))
-        if binding.site.kind == "mlp":
-            states = binding.entry.forward(chosen)
-        else:
-            arguments = _chosen_arguments(given.arguments, given.residual, rows, positions, mask_positions)
-            made = binding.entry.forward(chosen, **arguments)
-            states = made[0] if isinstance(made, tuple) else made
+        others = given.arguments and _chosen_arguments(binding.site, given, rows, positions, mask_positions)
+        for name in binding.site.position_tables:
+            table = getattr(binding.entry, name)
+            vars(binding.entry)[name] = _chosen_mask(table, given.residual.shape[0], rows, mask_positions)
+        binding.entry.forward(chosen, **others)
     finally:
         probe.is_running = False
+        for name in binding.site.position_tables:
+            vars(binding.entry).pop(name, None)
     binding.check_read(probe.read)
+    states, probe.states = probe.states, None
+    assert states is not None  # the consumer was called
     return states
 
 
 def _chosen_arguments(
-    arguments: dict[str, Any], hidden: Tensor, rows: Tensor, positions: Tensor, mask_positions: Tensor
+    site: Site, given: SiteInput, rows: Tensor, positions: Tensor, mask_positions: Tensor
 ) -> dict[str, Any]:
-    """The attention's keyword arguments, those per token cut to the probe's tokens, the cache left out."""
-    batch, length = hidden.shape[:2]
+    """The block's other arguments, those per token cut to the probe's tokens, the cache left out."""
+    batch, length = given.residual.shape[:2]
+    heads = {argument.name: site.units * argument.per_unit for argument in site.unit_arguments}
 
     def part(name: str, value: Any) -> Any:
-        if isinstance(value, tuple):  # cosines and sines
-            return tuple(part(name, each) for each in value)
+        if isinstance(value, (tuple, list)):  # cosines and sines
+            return type(value)(part(name, each) for each in value)
         if not isinstance(value, Tensor):
             return value
-        if value.dim() in (2, 3) and value.shape[0] in (1, batch) and value.shape[1] == length:
-            return pick_tokens(value, rows, positions, batch)
-        if value.dim() > 2 and length in value.shape[1:] and length > 1:
-            raise ModelError(
-                f"the attention is called with {name} {tuple(value.shape)}, which depends on the {length} positions of "
-                "the batch, and a probe knows only how to take a part of attention_mask and of (B, T, ...); use a "
-                "strategy without a probe (wanda_sp, flap)"
-            )
-        return value
+        if name in heads:
+            return _chosen_keys(name, value, heads[name], length, rows, positions)
+        found = _chosen_tokens(value, batch, length, rows, positions)
+        if found is None and length in value.shape[1:] and length > 1:
+            raise _unknown_layout(name, value, length)
+        return value if found is None else found
 
-    chosen = without_caches(arguments)
+    chosen = without_caches(given.arguments)
     mask = chosen.pop(MASK, None)
     masked = {MASK: mask if mask is None else _chosen_mask(mask, batch, rows, mask_positions)}
-    return {name: part(name, value) for name, value in chosen.items()} | (masked if MASK in arguments else {})
+    return {name: part(name, value) for name, value in chosen.items()} | (masked if MASK in given.arguments else {})
+
+
+def _chosen_tokens(value: Tensor, batch: int, length: int, rows: Tensor, positions: Tensor) -> Tensor | None:
+    """The probe's tokens of a tensor with all of the batch; None for one of another layout.
+
+    Layouts are (B or 1, T, ...), (T, X) for all rows, (B or 1, 1, T, X) with an axis for heads, and (L, B, T, ...).
+    """
+    shape, dims = value.shape, value.dim()
+    if dims < 2:
+        return None
+    if shape[0] in (1, batch) and shape[1] == length and (dims < 4 or length not in shape[2:]):
+        return pick_tokens(value, rows, positions, batch)
+    if dims == 2 and shape[0] == length != shape[1] and positions.dim() == 1:
+        return value.index_select(0, positions)
+    if dims == 2 or shape[2] != length or length in shape[3:]:
+        return None
+    if dims == 4 and shape[1] == 1 and shape[0] in (1, batch):
+        return pick_tokens(value.squeeze(1), rows, positions, batch).unsqueeze(1)
+    if shape[1] == batch:
+        return torch.stack([pick_tokens(each, rows, positions, batch) for each in value])
+    return None
+
+
+def _chosen_keys(name: str, value: Tensor, heads: int, length: int, rows: Tensor, positions: Tensor) -> Tensor:
+    """The probe's keys of a :class:`~prunekit.registry.UnitArgument` with so many heads, (..., keys), the last T of
+    which are the batch's."""
+    by_row = value if value.dim() == 4 else value.unflatten(0, (-1, heads))
+    if value.dim() not in (3, 4) or by_row.shape[2] > 1 or (positions.dim() == 2 and len(by_row) == 1):
+        raise _unknown_layout(name, value, length)
+    keys = by_row[..., -length:]
+    keys = keys.index_select(0, rows) if len(keys) > 1 else keys
+    if positions.dim() == 1:
+        chosen = keys.index_select(3, positions)
+    else:
+        chosen = keys.take_along_dim(positions[:, None, None], 3)
+    return chosen if value.dim() == 4 else chosen.flatten(0, 1)
+
+
+def _unknown_layout(name: str, value: Tensor, length: int) -> ModelError:
+    return ModelError(
+        f"the block is called with {name} {tuple(value.shape)}, which depends on the {length} positions of the batch, "
+        "and a probe does not know how to take a part of it; use a strategy without a probe (wanda_sp, flap)"
+    )
 
 
 def _chosen_mask(attention_mask: Tensor, batch: int, rows: Tensor, mask_positions: Tensor) -> Tensor:

@@ -193,6 +193,9 @@ def _added(cut: SiteCut, /, *args: Any, **kwargs: Any) -> Any:
     """What the entry of an absent block returns."""
     site, open_cut = cut.site, cut.open_cut
     assert open_cut is not None  # it is absent
-    added = open_cut.constant(split(cut.binding.entry, args, kwargs)[0])
+    states, others = split(cut.binding.entry, args, kwargs)
+    added = open_cut.constant(states)
+    if site.residual is not None:
+        added = added + others[site.residual]
     returns = site.returns or (2 if site.kind == "attention" else 1)
     return added if returns == 1 else (added, *[None] * (returns - 1))

@@ -26,8 +26,10 @@ from ...registry import (
     linear_at,
 )
 from ...registry.tensors.devices import device_of, weights_present
+from ...registry.tensors.linears import matrix_of
 from .choosing import Choice
 from .compensation import SiteCompensation
+from .config_view import CONFIG, ConfigView
 from .weights import made_of, weights_version
 
 
@@ -40,16 +42,20 @@ class SiteBinding:
     norm: nn.Module | None
     consumer: nn.Linear
     producers: tuple[tuple[nn.Linear, Producer], ...]
-    attributes: tuple[tuple[nn.Module, str, int, Any], ...]
+    attributes: tuple[tuple[Any, str, int, Any], ...]
     """The sizes that the block's forward reads: module, name, size of one unit, and of the whole site."""
     activation: nn.Module | None
     own_norm: bool
     """Whether the norm serves this site alone."""
+    views: tuple[tuple[nn.Module, ConfigView], ...]
+    """Modules that read sizes from a configuration, and what they read them from while the site is pruned."""
 
     @classmethod
     def of(cls, site: Site, model: nn.Module, own_norm: bool = True) -> SiteBinding:
         """Look up the site's modules in ``model``."""
         find: Callable[[str], Any] = partial(linear_at, model)
+        views = {a.path: ConfigView(find(a.path).config) for a in site.shape_attributes if CONFIG in a.attribute}
+        places = [(views[a.path] if CONFIG in a.attribute else find(a.path), a) for a in site.shape_attributes]
         return cls(
             site=site,
             entry=find(site.entry),
@@ -57,11 +63,12 @@ class SiteBinding:
             consumer=find(site.consumer),
             producers=tuple((find(producer.path), producer) for producer in site.producers),
             attributes=tuple(
-                (find(a.path), a.attribute, a.per_unit, getattr(find(a.path), a.attribute))
-                for a in site.shape_attributes
+                (place, name := a.attribute.removeprefix(CONFIG), a.per_unit, getattr(place, name))
+                for place, a in places
             ),
             activation=find(site.activation) if site.activation else None,
             own_norm=own_norm,
+            views=tuple((find(path), view) for path, view in views.items()),
         )
 
     @property
@@ -197,7 +204,7 @@ class SiteState:
             with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
                 for linear in linears:
                     stack.enter_context(weights_present(linear))
-                weight, *producers = [linear.weight.detach().float() for linear in linears]
+                weight, *producers = [matrix_of(linear).detach().float() for linear in linears]
                 more = (producers,) if self.scores_producers else ()
                 self._prepared = known = version, prepare(weight, self.binding.site, *more)
         return known[1]
@@ -207,5 +214,5 @@ class SiteState:
         linear, known = self.binding.consumer, self._mean_output
         version = made_of(linear)
         if known is None or known[0] != version:
-            self._mean_output = known = version, linear.weight.float() @ mean
+            self._mean_output = known = version, matrix_of(linear).float() @ mean
         return known[1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...registry import Producer, Site, SiteKind, SizeFields, SpecError
 from ...registry.sites import owned_norms
 from ...registry.tensors.devices import weights_present
+from ...registry.tensors.linears import is_transposed, sizes_of
 from ..engine.open_cut import OpenCut
 from ..engine.site_cut import SiteCut
 from ..models.architectures import FIELDS, heads_of, layer_config
@@ -176,16 +177,19 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
             continue
         for linear, producer in cut.binding.producers:
             rows = length(len(opened.rows[linear]), linear.out_features)
-            shapes = {"weight": (rows, linear.in_features), "bias": (rows,)}
+            shapes = {"weight": _stored(linear, (rows, linear.in_features)), "bias": (rows,)}
             for which, name in enumerate(("weight", "bias")[: 1 + (linear.bias is not None)]):
                 make = partial(_producer, opened, linear, producer, place, which)
                 found[f"{producer.path}.{name}"] = PlannedTensor(shapes[name], getattr(linear, name).dtype, make)
         linear, path = cut.binding.consumer, cut.site.consumer
         dtype = linear.weight.dtype
         shape = (linear.out_features, length(len(opened.columns), linear.in_features))
-        found[f"{path}.weight"] = PlannedTensor(shape, dtype, partial(_consumer_weight, opened, linear, place))
+        make = partial(_consumer_weight, opened, linear, place)
+        found[f"{path}.weight"] = PlannedTensor(_stored(linear, shape), dtype, make)
         if linear.bias is not None or cut.compensation.wanted:
             found[f"{path}.bias"] = PlannedTensor(shape[:1], dtype, partial(_consumer_bias, opened, linear))
+        if place is _sliced:
+            check_shapes(cut.site)
     return found
 
 
@@ -206,11 +210,12 @@ def cut_shapes(
                 del shapes[name]
             continue
         for producer in site.producers:
-            rows = count * sum(segment.per_unit for segment in producer.segments)
-            for name in (f"{producer.path}.weight", f"{producer.path}.bias"):
-                if name in shapes:
-                    shapes[name] = (rows, *shapes[name][1:])
-        shapes[f"{site.consumer}.weight"] = (site.outputs, count * site.unit_size)
+            rows, linear = len(producer.rows(torch.arange(count))), model.get_submodule(producer.path)
+            shapes[f"{producer.path}.weight"] = _stored(linear, (rows, sizes_of(linear)[1]))
+            if f"{producer.path}.bias" in shapes:
+                shapes[f"{producer.path}.bias"] = (rows,)
+        consumer = model.get_submodule(site.consumer)
+        shapes[f"{site.consumer}.weight"] = _stored(consumer, (site.outputs, count * site.unit_size))
         if has_bias(site):
             shapes[f"{site.consumer}.bias"] = (site.outputs,)
     dtype = torch.float32
@@ -221,6 +226,21 @@ def _persistent(model: nn.Module) -> Iterable[tuple[str, torch.Size]]:
     """Names and shapes of the buffers that are in the state dict."""
     state = model.state_dict().keys()
     return ((name, buffer.shape) for name, buffer in model.named_buffers() if name in state)
+
+
+def check_shapes(site: Site) -> None:
+    """Raise :class:`SpecError` for an attention whose other tensors no checkpoint holds in a smaller shape."""
+    what = [*(f"{each.path}.{each.name}" for each in site.unit_tensors), *(each.path for each in site.selected)]
+    if what:
+        raise SpecError(
+            f"{site.label}: {what[0]} belongs to all heads, and no checkpoint here has a place for an attention "
+            "without some of them; nearest: --profile padded, or --profile dynamic"
+        )
+
+
+def _stored(linear: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape that a weight (O, I) is stored in."""
+    return shape[::-1] if is_transposed(linear) else shape
 
 
 def _leave_out(found: Tensors, cut: SiteCut) -> None:
@@ -243,13 +263,15 @@ def _producer(cut: OpenCut, linear: nn.Linear, producer: Producer, place: Place,
     with torch.no_grad(), weights_present(linear):
         made = cut.producer(linear, producer)[which]
         assert made is not None  # a bias is planned only for a layer that has one
-        return written(place(made, cut.rows[linear], linear.out_features))
+        placed = place(made, cut.rows[linear], linear.out_features)
+        return written(placed.T if is_transposed(linear) and not which else placed)
 
 
 def _consumer_weight(cut: OpenCut, linear: nn.Linear, place: Place) -> Tensor:
     with torch.no_grad(), weights_present(linear):
         weight, _ = cut.consumer()
-        return written(place(weight.T, cut.columns, linear.in_features).T)
+        placed = place(weight.T, cut.columns, linear.in_features)
+        return written(placed if is_transposed(linear) else placed.T)
 
 
 def _consumer_bias(cut: OpenCut, linear: nn.Linear) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...registry import Architecture, Catalog, ModelError, Producer, Site, SiteKind, SizeFields
+from ...registry import Architecture, Catalog, ModelError, Producer, Site, SiteKind, SizeFields, linear_at
 from ...registry.checks.sites import wrong_size
 from ...registry.sites import owned_norms
+from ...registry.tensors.linears import is_transposed
 from ..models.exported import classes
 from ..models.language import auto_class
 from ..pruning.sites import architecture_of, find_sites
@@ -118,6 +119,11 @@ class Family:
             return f"no field of the configuration holds the sizes of all layers: {wrong}"
         if profile == "hf-uniform":
             return None
+        transposed = next(
+            (site.consumer for site in self.sites if is_transposed(linear_at(self.stock, site.consumer))), ""
+        )
+        if transposed:
+            return f"{transposed} is a Conv1D, and layers of different shapes are of nn.Linear alone"
         if self.is_inside:
             return f"a {self.text.model_type} inside of a {self.kind} has no class whose layers have different shapes"
         try:

@@ -20,6 +20,7 @@ from .configs import add_code, fitted, hetero_config, lacking, padded_config, sh
 from .constraint import RoundedCounts
 from .cut_model import (
     LayerShape,
+    check_shapes,
     constant_left,
     cut_shapes,
     layer_shapes,
@@ -173,6 +174,8 @@ def check_counts(
                 raise uneven_heads(site.layer, kv_heads, str(count))
         if not count and strategy.compensates:
             raise constant_left(site)
+        if 0 < count < site.units:
+            check_shapes(site)
 
     def has_bias(site: Site) -> bool:
         count = counts[site.layer, site.kind]

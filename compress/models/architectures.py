@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from ...registry import (
     Architecture,
@@ -17,8 +19,11 @@ from ...registry import (
     ShapeAttribute,
     Site,
     SizeFields,
+    UnitArgument,
+    UnitTensor,
     hookimpl,
 )
+from ...registry.tensors.linears import is_linear, sizes_of
 from .experts import EXPERTS, sites_of_experts
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
@@ -51,6 +56,22 @@ class AttentionNames(BaseModel):
     """Attribute of the module that its forward reads as the number of heads, if there is one."""
     kv_head_count: str | None = None
     """The same for key/value heads."""
+    width: str | None = None
+    """Attribute of the module that its forward reads as the number of the queries' rows."""
+    fused: bool = False
+    """Whether the layer of ``query`` makes all rows of the queries, then all of the keys, then all of the values."""
+    norms_of_all: tuple[str, str] | None = None
+    """The norms of the queries and of the keys, if each reads all heads together: heads are cut after them."""
+    by_head: tuple[str, ...] = ()
+    """Tensors and module lists with an entry for each query head, where the model has them: sinks, norms per head."""
+    by_kv_head: tuple[str, ...] = ()
+    """The same for key/value heads."""
+    arguments_by_head: tuple[str, ...] = ()
+    """Arguments with an entry for each query head, such as ALiBi."""
+    position_tables: tuple[str, ...] = ()
+    """Buffers that say what each position may attend to, if not only the mask says it."""
+    residual: str | None = None
+    """Argument that the attention adds to its output, if it adds the residual stream itself."""
 
 
 class MlpNames(BaseModel):
@@ -71,6 +92,8 @@ class MlpNames(BaseModel):
     """The norm that is read where the layer has no ``norm``: in parallel blocks that of the attention."""
     beside_experts: bool = False
     """Whether it is a shared expert, and routed experts read the same norm."""
+    residual: str | None = None
+    """Argument that the MLP adds to its output, if it adds the residual stream itself."""
 
 
 class PreNormDecoder(Architecture):
@@ -85,6 +108,8 @@ class PreNormDecoder(Architecture):
     sizes: SizeFields | None = SizeFields()
     other_mlps: tuple[MlpNames, ...] = ()
     """Other forms of the MLP; a layer has the first that is there."""
+    linear_types: tuple[str, ...] = ()
+    """Names of subclasses of ``nn.Linear`` that compute what it computes, if the layers have one."""
 
     def sites(self, model: nn.Module, attention_unit: AttentionUnit) -> list[Site]:
         layers = range(sum(1 for _ in model.get_submodule(self.layers).children()))
@@ -116,24 +141,45 @@ class PreNormDecoder(Architecture):
         heads, kv_heads = heads_of(model.config, index)
         if not heads or (self._has_others and not _has(model, f"{module}.{names.output}")):
             return None  # an exported model without this attention, or a mixer of another kind
-        if names.key is None:
+        if names.key is None and not names.fused:
             kv_heads = heads
-        per_group, size = heads // kv_heads, _linear(model, f"{module}.{names.output}").in_features // heads
+        per_group, size = heads // kv_heads, sizes_of(model.get_submodule(f"{module}.{names.output}"))[1] // heads
         query = names.query
         if names.latent_query is not None and _has(model, f"{module}.{names.latent_query}"):
             query = names.latent_query
         whole_groups = unit == "kv_group" or per_group == 1
         units = kv_heads if whole_groups else heads
         made = [(query, names.query_parts * heads * size), (names.key, kv_heads * size), (names.value, kv_heads * size)]
-        producers = []
-        for name, rows in made[: None if whole_groups else 1]:
+        producers: list[Producer] = []
+        if names.fused:
+            queries, keys = heads * size, kv_heads * size
+            cut = tuple(Rows(queries + part * keys, size) for part in range(2 if whole_groups else 0))
+            shared = None if whole_groups else Rows(queries, 2 * keys)
+            producers.append(Producer(f"{module}.{query}", (Rows(0, queries // units), *cut), shared))
+        for name, rows in () if names.fused else made[: None if whole_groups else 1]:
             if name is not None:
                 path = f"{module}.{name}"
-                rows = rows if names.query_parts else _linear(model, path).out_features
+                rows = rows if names.query_parts else sizes_of(model.get_submodule(path))[0]
                 producers.append(Producer(path, (Rows(0, rows // units),)))
-        sizes = [(names.head_count, heads // units), (names.kv_head_count if whole_groups else None, 1)]
-        check_by_head(model.get_submodule(module), module, heads, kv_heads, size, latent=not names.query_parts)
-        return _site(
+        selected: tuple[Producer, ...] = ()
+        if names.norms_of_all:
+            norms = [f"{module}.{name}" for name in names.norms_of_all]
+            before = {f"{module}.{names.query}": norms[0], f"{module}.{names.key}": norms[1]}
+            selected = tuple(replace(each, path=before[each.path]) for each in producers if each.path in before)
+            producers = [each for each in producers if each.path not in before]
+        sizes = [
+            (names.head_count, heads // units),
+            (names.kv_head_count if whole_groups else None, 1),
+            (names.width, heads // units * size),
+        ]
+        tensors = [
+            *(unit_tensor(module, name, heads // units) for name in names.by_head),
+            *(unit_tensor(module, name, 1) for name in names.by_kv_head if whole_groups),
+        ]
+        known = {*names.by_head, *names.by_kv_head, *(f"{name}.weight" for name in names.norms_of_all or ())}
+        latent = not names.query_parts
+        check_by_head(model.get_submodule(module), module, heads, kv_heads, size, latent, known)
+        return site_of(
             model,
             layer=index,
             kind="attention",
@@ -145,6 +191,12 @@ class PreNormDecoder(Architecture):
             unit_size=heads // units * size,
             shape_attributes=tuple(ShapeAttribute(module, name, each) for name, each in sizes if name),
             query_heads_per_kv=0 if whole_groups else per_group,
+            selected=selected,
+            unit_tensors=tuple(tensor for tensor in tensors if hasattr(_owner(model, tensor), tensor.name)),
+            unit_arguments=tuple(UnitArgument(name, heads // units) for name in names.arguments_by_head),
+            position_tables=names.position_tables,
+            residual=names.residual,
+            linear_types=self.linear_types,
         )
 
     def _mlp_site(self, model: nn.Module, index: int) -> Site | None:
@@ -159,9 +211,9 @@ class PreNormDecoder(Architecture):
         consumer, norm = f"{layer}.{names.consumer}", names.norm
         if norm is not None and names.parallel_norm and getattr(model.get_submodule(layer), norm, None) is None:
             norm = names.parallel_norm
-        width = _linear(model, consumer).in_features
+        width = sizes_of(model.get_submodule(consumer))[1]
         segments = tuple(Rows(part * width, 1) for part in range(1 + names.fused))
-        return _site(
+        return site_of(
             model,
             layer=index,
             kind="mlp",
@@ -173,22 +225,41 @@ class PreNormDecoder(Architecture):
             unit_size=1,
             activation=f"{layer}.{names.activation}" if names.activation else None,
             norm_serves_others=names.beside_experts,
+            residual=names.residual,
+            linear_types=self.linear_types,
         )
 
 
-def check_by_head(attention: nn.Module, path: str, heads: int, kv_heads: int, size: int, latent: bool) -> None:
+def unit_tensor(module: str, name: str, per_unit: int) -> UnitTensor:
+    """The tensor or module list ``name`` of an attention, with so many entries for each unit."""
+    owner, _, last = f"{module}.{name}".rpartition(".")
+    return UnitTensor(owner, last, Rows(0, per_unit))
+
+
+def _owner(model: nn.Module, tensor: UnitTensor) -> nn.Module | None:
+    """The module that has a tensor; None where this model has none."""
+    try:
+        return model.get_submodule(tensor.path)
+    except AttributeError:
+        return None
+
+
+def check_by_head(
+    attention: nn.Module, path: str, heads: int, kv_heads: int, size: int, latent: bool, known: Collection[str] = ()
+) -> None:
     """Raise :class:`ModelError` for weights that belong to heads and are in no linear layer: norms of each head, sinks.
 
-    A cut of heads would leave them as they are.
+    A cut of heads would leave them as they are, unless they are ``known``: names inside the attention.
     """
     by_head = {heads, kv_heads} | (set() if latent else {heads * size, kv_heads * size})
     by_head -= {1, size}
     for name, module in attention.named_modules():
-        if hasattr(module, "in_features"):
+        if is_linear(module):
             continue
         found = [own for own, tensor in module.named_parameters(recurse=False) if by_head & {*tensor.shape}]
         if isinstance(module, nn.ModuleList) and len(module) in by_head:
             found.append("")
+        found = [own for own in found if f"{name}.{own}".strip(".") not in known]
         if found:
             raise ModelError(
                 f"{'.'.join(part for part in (path, name, found[0]) if part)} has an entry for each head, which no cut "
@@ -220,36 +291,40 @@ def head_size(config: Any, fields: SizeFields = FIELDS) -> int:
 def _has(model: nn.Module, path: str) -> bool:
     """Whether the model has a linear layer there."""
     try:
-        return hasattr(model.get_submodule(path), "in_features")
+        return is_linear(model.get_submodule(path))
     except AttributeError:
         return False
 
 
-def _linear(model: nn.Module, path: str) -> Any:
-    """A linear layer, of torch or another library: it has ``weight``, ``bias``, ``in_features``, ``out_features``."""
-    return model.get_submodule(path)
-
-
-def _site(model: nn.Module, **fields: Any) -> Site:
+def site_of(model: nn.Module, **fields: Any) -> Site:
     """A site that was checked against the model's shapes, with ``unit_parameters`` and ``outputs`` from them."""
-    consumer = _linear(model, fields["consumer"])
-    site = Site(**fields, unit_parameters=0, outputs=consumer.out_features)
-    if consumer.in_features != site.channels:
+    outputs, channels = sizes_of(model.get_submodule(fields["consumer"]))
+    site = Site(**fields, unit_parameters=0, outputs=outputs)
+    if channels != site.channels:
         raise ModelError(
-            f"{fields['consumer']} reads {consumer.in_features} channels, but {site.units} units of "
+            f"{fields['consumer']} reads {channels} channels, but {site.units} units of "
             f"{site.unit_size} make {site.channels}; this model needs an architecture adapter of its own"
         )
     per_unit = site.unit_size * site.outputs
     for producer in site.producers:
-        linear = _linear(model, producer.path)
+        linear: Any = model.get_submodule(producer.path)
+        made, inputs = sizes_of(linear)
         rows = sum(segment.per_unit for segment in producer.segments)
-        if rows * site.units != linear.out_features:
+        shared = producer.shared.per_unit if producer.shared else 0
+        if rows * site.units + shared != made:
             raise ModelError(
-                f"{producer.path} makes {linear.out_features} rows, but {site.units} units of {rows} make "
-                f"{rows * site.units}; this model needs an architecture adapter of its own"
+                f"{producer.path} makes {made} rows, but {site.units} units of {rows} make "
+                f"{rows * site.units + shared}; this model needs an architecture adapter of its own"
             )
-        per_unit += rows * (linear.in_features + (linear.bias is not None))
+        per_unit += rows * (inputs + (linear.bias is not None))
+    per_unit += sum(parameters_of(model, tensor) for tensor in site.unit_tensors) // site.units
     return Site(**fields, unit_parameters=per_unit, outputs=site.outputs)
+
+
+def parameters_of(model: nn.Module, tensor: UnitTensor) -> int:
+    """Number of parameters of a tensor with entries of units, or of a module list."""
+    found = getattr(model.get_submodule(tensor.path), tensor.name)
+    return found.numel() if isinstance(found, Tensor) else sum(p.numel() for p in found.parameters())
 
 
 class Llama(PreNormDecoder):

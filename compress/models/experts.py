@@ -25,16 +25,19 @@ class ExpertNames(NamedTuple):
     """The module with the 3-D tensors, in the block."""
 
 
-BY_SOFTMAX = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "mellum", "hunyuan_v1_moe", "ernie4_5_moe")
-BY_SIGMOID = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "exaone_moe", "solar_open", "hy_v3")
-"""Their routers have a bias for each expert, which is added for choosing alone."""
+LIKE_MIXTRAL = (
+    "mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe_text olmoe mellum hunyuan_v1_moe ernie4_5_moe deepseek_v2 "
+    "deepseek_v3 glm4_moe glm4_moe_lite dots1 exaone_moe solar_open hy_v3 minimax_m2"
+)
+GRANITE = ExpertNames(block="block_sparse_moe", router="router")
 
 EXPERTS: dict[str, ExpertNames] = {
-    **dict.fromkeys((*BY_SOFTMAX, *BY_SIGMOID), ExpertNames()),
-    "gpt_oss": ExpertNames(router="router"),
-    "phimoe": ExpertNames(router="router"),
-    **dict.fromkeys(("granitemoe", "granitemoeshared"), ExpertNames(block="block_sparse_moe", router="router")),
+    **dict.fromkeys(LIKE_MIXTRAL.split(), ExpertNames()),
+    **dict.fromkeys(("gpt_oss", "phimoe"), ExpertNames(router="router")),
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoe_swa"), GRANITE),
+    "flex_olmo": ExpertNames(norm=None),
     "jamba": ExpertNames(block="feed_forward", router="router", norm="pre_ff_layernorm"),
+    "lfm2_moe": ExpertNames(block="feed_forward", norm="ffn_norm"),
 }
 """Families whose experts can be cut, each by the names of its layers."""
 

@@ -47,6 +47,8 @@ def expert(path: str, **changes: Any) -> tuple[MlpNames]:
     return (Llama().mlp.model_copy(update=names),)
 
 
+NORMS_BY_HEAD = {"by_head": ("q_norm.weight",), "by_kv_head": ("k_norm.weight",)}
+"""Norms with weights of every head, where the model has them."""
 PARALLEL = {"norm": "input_layernorm"}
 UP_DOWN = mlp("up_proj", "down_proj")
 GATE_UP = mlp("gate_up_proj", "down_proj", fused=True)
@@ -66,7 +68,7 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         "internlm3 iquestcoder"
     ),
     family("gemma2 gemma3_text vaultgemma", mlp={"norm": "pre_feedforward_layernorm"}, form="sandwich norms"),
-    family("cohere cohere2", mlp=PARALLEL, form="parallel blocks"),
+    family("cohere cohere2", attention=NORMS_BY_HEAD, mlp=PARALLEL, form="parallel blocks"),
     family(
         "phi", attention={"output": "dense"}, mlp=PARALLEL | mlp("fc1", "fc2"), form="parallel blocks, two-layer MLP"
     ),
@@ -86,7 +88,12 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
     family("nanochat", mlp=mlp("fc1", "fc2"), form="two-layer MLP"),
     family(
         "stablelm",
-        attention={"head_count": "num_heads", "kv_head_count": "num_key_value_heads"},
+        attention={
+            "head_count": "num_heads",
+            "kv_head_count": "num_key_value_heads",
+            "by_head": ("q_layernorm.norms",),
+            "by_kv_head": ("k_layernorm.norms",),
+        },
         mlp={"parallel_norm": "input_layernorm"},
         sizes={"head_size": None},
         form="parallel blocks where the configuration says so",
@@ -117,7 +124,7 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         form="shared expert, fused",
     ),
     family("dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3", **SHARED_EXPERTS, form="shared expert"),
-    family("deepseek_v3 glm4_moe_lite", attention=LATENT, **SHARED_EXPERTS, form="MLA, shared expert"),
+    family("deepseek_v3 deepseek_v2 glm4_moe_lite", attention=LATENT, **SHARED_EXPERTS, form="MLA, shared expert"),
 )
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from ...evaluators.cost import linears_of_block, weights_of_block, weights_of_unit
+from ...evaluators.cost import linears_of_block, tensors_of_units, weights_of_block, weights_of_unit
 from ...registry import Site, SiteKind, SpecError, expert_linears
+from ...registry.tensors.linears import is_linear, sizes_of
 from ..output.formatting import share
 from ..output.records import MatchFacts, What
 
@@ -59,12 +61,13 @@ class DecoderCost:
     def of(cls, model: nn.Module, layers: Iterable[nn.Module], sites: Sequence[Site], match: Match) -> DecoderCost:
         """The cost that ``match`` counts; ``sites`` are all of the model."""
         layers = list(layers)
-        linears: list[Any] = [m for layer in layers for m in layer.modules() if hasattr(m, "in_features")]
+        linears: list[Any] = [m for layer in layers for m in layer.modules() if is_linear(m)]
         of_experts = {place: expert_linears(layer) for place, layer in enumerate(layers)}
         linears += [linear for each in of_experts.values() for linear in each]
-        weights = sum(linear.in_features * linear.out_features for linear in linears)
+        weights: float = sum(prod(sizes_of(linear)) for linear in linears)
         if match.what == "parameters":
             biases = sum(linear.bias.numel() for linear in linears if linear.bias is not None)
+            biases += sum(tensor.numel() for site in sites for tensor in tensors_of_units(model, site))
             units = {(s.layer, s.kind): (s.units, float(s.unit_parameters), _parameters(model, s)) for s in sites}
             return cls(float(weights + biases), units)
         scores = {(site.layer, site.kind): 4 * match.length * (site.kind == "attention") for site in sites}
@@ -92,8 +95,9 @@ class DecoderCost:
 
 
 def _parameters(model: Any, site: Site) -> float:
-    """Parameters of the linear layers of a whole block."""
-    return float(sum(p.numel() for linear in linears_of_block(model, site) for p in linear.parameters()))
+    """Parameters of the linear layers of a whole block, and of its other tensors with entries of units."""
+    tensors = [p for linear in linears_of_block(model, site) for p in linear.parameters()]
+    return float(sum(tensor.numel() for tensor in (*tensors, *tensors_of_units(model, site))))
 
 
 def nearest(match: Match, cost: DecoderCost, counts_at: Callable[[float], Counts], asked: float) -> MatchFacts:

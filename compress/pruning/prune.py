@@ -31,7 +31,7 @@ from ..calibration.passes import (
 )
 from ..calibration.shared import SharedStatistics
 from ..calibration.statistics_file import StatisticsFile
-from ..engine.ahead import check_attention, check_same_attention
+from ..engine.ahead import check_ahead, check_attention
 from ..engine.engine import Engine
 from ..engine.runtime import Runtime
 from ..files.reader import build_architecture, build_runtime, build_strategy
@@ -147,7 +147,7 @@ def engine_of(
     if strategy.probes_with is not None:
         check_attention(model)
     if strategy.decides_ahead:
-        check_same_attention(model)
+        check_ahead(model, all_sites)
     return Engine(model, layers, sites, strategy, trace, all_sites, runtime), ratio
 
 

@@ -23,6 +23,7 @@ from ..models.experts import ROUTED
 from ..models.exported.classes import family_of
 from ..models.language import WithTextConfig, has_layers, inside, text_config
 from ..models.likeness import ANY, advice
+from ..models.more_families import REFUSED
 
 
 def find_sites(
@@ -103,6 +104,9 @@ def left_whole(model: nn.Module, catalog: Catalog, experts: ExpertUnit) -> str:
 
 def unserved(config: Any, catalog: Catalog, model: nn.Module | None = None) -> ModelError:
     """The error for a model type that no architecture serves, with what to write for this model."""
+    for each in _kinds(config):
+        if each in REFUSED:
+            return ModelError(f"models of type {each!r} cannot be pruned: {REFUSED[each]}; use another model")
     known = [architecture for _, architecture in architectures_in(catalog)]
     served = [kind for architecture in known for kind in architecture.model_types if not kind.startswith(PRUNED)]
     kind, *within = _kinds(config)

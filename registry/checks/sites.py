@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 
 from ..roles.parts import Architecture, SizeFields
 from ..sites import AttentionUnit, Site
-from ..tensors.caches import cache_among, without_caches
+from ..tensors.caches import cache_among, counts_positions, without_caches
+from ..tensors.linears import sizes_of
 from .experts import check_experts
 from .parts import expect
 
@@ -36,9 +38,8 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
         f"lists no site for {', '.join(missing)}; say in leaves what such layers have instead, or list it",
     )
     for site in sites:
-        weight = model.get_submodule(site.consumer).get_parameter("weight")
         shape = (site.outputs, site.channels)
-        real = tuple(weight.shape)
+        real = sizes_of(model.get_submodule(site.consumer))
         expect(real == shape, architecture, f"{site.label}: {site.consumer} is {real}, the site says {shape}")
         for path in (site.norm, site.entry, site.activation):
             if path is not None:
@@ -47,17 +48,19 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
         for producer in site.producers:
             linear: Any = model.get_submodule(producer.path)
             rows = producer.rows(torch.arange(site.units)).sort().values
-            whole = torch.equal(rows, torch.arange(linear.out_features))
+            outputs, inputs = sizes_of(linear)
+            whole = torch.equal(rows, torch.arange(outputs))
             expect(whole, architecture, f"{site.label}: units own {len(rows)} rows of {producer.path}, not all once")
-            owned = len(producer.rows(unit))
-            parameters += owned * (linear.in_features + (linear.bias is not None))
+            owned = len(producer.rows(unit)) - (producer.shared.per_unit if producer.shared else 0)
+            parameters += owned * (inputs + (linear.bias is not None))
+        parameters += check_entries(architecture, model, site)
         expect(
             site.unit_parameters == parameters,
             architecture,
             f"{site.label}: a unit has {parameters} parameters, the site says {site.unit_parameters}",
         )
         for attribute in site.shape_attributes:
-            value = getattr(model.get_submodule(attribute.path), attribute.attribute)
+            value = attrgetter(attribute.attribute)(model.get_submodule(attribute.path))
             stated = site.units * attribute.per_unit
             expect(value == stated, architecture, f"{attribute.path}.{attribute.attribute} is {value}, not {stated}")
     owner: Any = model
@@ -86,6 +89,32 @@ def wrong_size(fields: SizeFields, config: Any, sites: Sequence[Site]) -> str | 
     return None
 
 
+def check_entries(architecture: Architecture, model: nn.Module, site: Site) -> int:
+    """Units own all entries of other tensors once, and arguments are the entry's own; returns one unit's parameters."""
+    parameters, names = 0, _parameters(model.get_submodule(site.entry))
+    for tensor in site.unit_tensors:
+        entries = getattr(model.get_submodule(tensor.path), tensor.name)
+        rows = tensor.rows.of(torch.arange(site.units))
+        whole = torch.equal(rows, torch.arange(len(entries)))
+        path = f"{tensor.path}.{tensor.name}"
+        expect(
+            whole, architecture, f"{site.label}: units own {len(rows)} entries of {path}, not all {len(entries)} once"
+        )
+        each = entries[:1] if isinstance(entries, torch.Tensor) else entries[0].parameters()
+        parameters += tensor.rows.per_unit * sum(part.numel() for part in each)
+    for name in (*(argument.name for argument in site.unit_arguments), *([site.residual] if site.residual else ())):
+        expect(name in names, architecture, f"{site.label}: the forward of {site.entry} has no argument {name}")
+    for name in site.position_tables:
+        shape = tuple(getattr(model.get_submodule(site.entry), name).shape)
+        fits = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+        expect(fits, architecture, f"{site.label}: {site.entry}.{name} is {shape}, not (1, 1, P, P)")
+    for producer in site.selected:
+        rows = producer.rows(torch.arange(site.units)).sort().values
+        whole = torch.equal(rows, torch.arange(len(rows)))
+        expect(whole, architecture, f"{site.label}: units select {len(rows)} outputs of {producer.path}, not all once")
+    return parameters
+
+
 Call = tuple[nn.Module, tuple, dict[str, Any]]
 """A module that was called, and its arguments."""
 
@@ -100,7 +129,7 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
         output = model(input_ids=check_tokens(model), use_cache=True)
         first, cache = list(calls), cache_among(output)
         for site in sites:
-            producers = [producer.path for producer in site.producers]
+            producers = [producer.path for producer in (*site.producers, *site.selected)]
             calls_of = {path: _call(architecture, site, path, model, first) for path in _paths(site)}
             norm, entry, consumer = (calls_of.get(path or "", -1) for path in (site.norm, site.entry, site.consumer))
             fits = norm < entry and all(entry <= calls_of[path] < consumer for path in producers)
@@ -120,18 +149,19 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
                 )
             if site.activation is not None:
                 continue
-            before = _lengths(cache)
+            before, wrong = _lengths(cache), _undeclared(site, *first[entry])
             del calls[:]
             try:
-                _run_alone(*first[entry], takes_others=site.kind == "attention")
-            except TypeError as error:
-                expect(False, architecture, f"{site.label}: {site.entry} cannot run as in a probe: {error}")
+                _run_alone(*first[entry])
+            except (TypeError, RuntimeError) as error:
+                wrong = wrong or str(error)
             expect(
                 before == _lengths(cache),
                 architecture,
                 f"{site.label}: {site.entry} writes to the key/value cache although it is called without one, as a "
                 "probe does; the cache must be an argument of its own, with a method get_seq_length",
             )
+            expect(not wrong, architecture, f"{site.label}: {site.entry} cannot run as in a probe: {wrong}")
             seen = first[consumer][1][0], calls[_call(architecture, site, site.consumer, model, calls)][1][0]
             expect(
                 seen[0].shape == seen[1].shape and torch.allclose(*seen, rtol=1e-3, atol=1e-4),
@@ -148,10 +178,21 @@ def check_tokens(model: Any) -> torch.Tensor:
     return ids.to(embeddings.weight.device)
 
 
-def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any], takes_others: bool) -> None:
+def _run_alone(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     names = _parameters(entry)
     arguments = without_caches({**dict(zip(names, args, strict=False)), **kwargs})
-    entry.forward(arguments.pop(names[0]), **arguments if takes_others else {})
+    entry.forward(arguments.pop(names[0]), **arguments)
+
+
+def _undeclared(site: Site, entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
+    """What an MLP is called with that its site does not name; a probe ahead of the MLP has its first argument alone."""
+    if site.kind == "attention":
+        return ""
+    names = _parameters(entry)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    others = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+    others = [name for name in others if name not in (names[0], site.residual)]
+    return f"it is called with {others[0]!r}, too, and the site's residual does not name it" if others else ""
 
 
 def _read(entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -164,12 +205,13 @@ def _parameters(module: nn.Module) -> list[str]:
 
 
 def _lengths(cache: Any) -> list[int]:
-    return [] if cache is None else [int(cache.get_seq_length(layer)) for layer in range(len(cache))]
+    layers = [] if cache is None else range(len(cache))
+    return [int(cache.get_seq_length(layer)) for layer in layers if counts_positions(cache, layer)]
 
 
 def _paths(site: Site) -> list[str]:
     norm = [site.norm] if site.norm else []
-    return [*norm, site.entry, *(producer.path for producer in site.producers), site.consumer]
+    return [*norm, site.entry, *(producer.path for producer in (*site.producers, *site.selected)), site.consumer]
 
 
 def _call(architecture: Architecture, site: Site, path: str, model: nn.Module, calls: Sequence[Call]) -> int:

@@ -27,3 +27,26 @@ def cache_among(arguments: Mapping[str, Any]) -> Any:
 def without_caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The other arguments."""
     return {key: value for key, value in arguments.items() if not (is_cache(value) or is_other_cache(key, value))}
+
+
+def held(cache: Any, layer: int, tokens: int) -> int:
+    """Positions that a cache holds of a layer which is about to read ``tokens`` more; layers run in their order.
+
+    A layer of linear attention does not count its positions: they are those of a layer that does, if it has any state.
+    """
+    if counts_positions(cache, layer):
+        return int(cache.get_seq_length(layer))
+    states = getattr(cache.layers[layer], "has_previous_state", True)
+    if not (any(states.values()) if isinstance(states, dict) else states):
+        return 0
+    counting = [place for place in range(len(cache.layers)) if counts_positions(cache, place)]
+    if not counting:
+        return 1  # how many is not known
+    place = next((place for place in counting if place > layer), counting[-1])
+    return int(cache.get_seq_length(place)) - (tokens if place < layer else 0)
+
+
+def counts_positions(cache: Any, layer: int) -> bool:
+    """Whether a cache tells how many positions it holds of a layer: not if the layer keeps other states than keys."""
+    layers = getattr(cache, "layers", ())
+    return layer >= len(layers) or hasattr(layers[layer], "get_seq_length")
