@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...registry import Architecture, Catalog, ModelError, Producer, Site, SiteKind, SizeFields, linear_at
+from ...registry import Architecture, Catalog, ModelError, Producer, Site, SiteKind, SizeFields
 from ...registry.checks.sites import wrong_size
 from ...registry.sites import owned_norms
 from ...registry.tensors.linears import is_transposed
@@ -119,11 +119,9 @@ class Family:
             return f"no field of the configuration holds the sizes of all layers: {wrong}"
         if profile == "hf-uniform":
             return None
-        transposed = next(
-            (site.consumer for site in self.sites if is_transposed(linear_at(self.stock, site.consumer))), ""
-        )
-        if transposed:
-            return f"{transposed} is a Conv1D, and layers of different shapes are of nn.Linear alone"
+        for site in self.sites:
+            if is_transposed(self.stock.get_submodule(site.consumer)):
+                return f"{site.consumer} is a Conv1D, and layers of different shapes are of nn.Linear alone"
         if self.is_inside:
             return f"a {self.text.model_type} inside of a {self.kind} has no class whose layers have different shapes"
         try:
