@@ -5,14 +5,20 @@ import torch
 import transformers
 from prunekit.compress import prune
 from prunekit.compress.export.support import profiles_for
+from prunekit.compress.models import more_families
+from prunekit.compress.models.architectures import PRUNED
 from prunekit.compress.models.exported import classes
+from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import ModelError, SpecError
 
 from tests.family_checks import randomise
 from tests.test_families import CATALOG, INSIDE, TYPES, served, tiny
 
-SHARED_EXPERTS = "dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3 deepseek_v3 glm4_moe_lite"
-WITHOUT_FIELDS = dict.fromkeys(SHARED_EXPERTS.split(), "names no fields of the configuration that hold the sizes")
+MECHANISMS = [kind for each in more_families.FAMILIES for kind in each().model_types if not kind.startswith(PRUNED)]
+SHARED_EXPERTS = "dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3 deepseek_v3 deepseek_v2 glm4_moe_lite"
+WITHOUT_FIELDS = dict.fromkeys(
+    [*MECHANISMS, *SHARED_EXPERTS.split()], "names no fields of the configuration that hold the sizes"
+)
 OTHER_WIDTHS = WITHOUT_FIELDS | {"qwen2_moe": "shared_expert_intermediate_size is 24, and layer 0 mlp has 48 units"}
 REFUSED = {
     "hf-hetero": OTHER_WIDTHS,
@@ -32,8 +38,7 @@ STEPS = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
 
 def uneven(model):
     """Shares for every layer: one without its attention, one without its MLP, where the family has sites for them."""
-    with prune(model, "magnitude", ratio=0.0, catalog=CATALOG) as pruned:
-        places = {(site.layer, site.kind) for site in pruned.all_sites}
+    places = {(site.layer, site.kind) for site in find_sites(model, CATALOG, "kv_group", "keep")[1]}
     whole = len(places) == 4
     wanted = {"attention": [1.0 if whole else 0.5, 0.25], "mlp": [0.3, 1.0 if whole else 0.6]}
     shares = {
@@ -53,7 +58,7 @@ def test_a_smaller_model_reloads_with_equal_logits(kind, profile, tmp_path):
     ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(1))
     options = uneven(model) if profile == "hf-hetero" else {"ratio": 0.5}
     assert (profile in profiles_for(kind, served(kind))) == (kind not in WITHOUT_FIELDS)
-    with prune(model, "magnitude", catalog=CATALOG, **options) as pruned:
+    with prune(model, "magnitude", catalog=CATALOG, experts="keep", **options) as pruned:
         if kind in REFUSED[profile]:
             with pytest.raises((SpecError, ModelError), match=REFUSED[profile][kind]):
                 pruned.save(tmp_path / "out", profile=profile)

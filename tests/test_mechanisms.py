@@ -276,10 +276,11 @@ def test_arguments_of_other_layouts_are_picked_by_token():
 def test_blocks_that_keep_nothing(name, texts):
     """The first layer's blocks add nothing, where there are sites; the residual stream passes, and so do tokens."""
     model = made(name)
-    sites = find_sites(model, CATALOG, "kv_group")[1]
+    sites = find_sites(model, CATALOG, "kv_group", "keep")[1]
     gone = {kind: [float((layer, kind) in {*map(place, sites)} and not layer) for layer in range(2)] for kind in KINDS}
     oracle = Oracle(model, sites)
-    options = dict(calibration=texts, catalog=CATALOG, allocator={"name": "explicit", **gone}, compensate="none")
+    options = dict(calibration=texts, catalog=CATALOG, compensate="none", experts="keep")
+    options |= {"allocator": {"name": "explicit", **gone}}
     with torch.no_grad(), prune(model, "wanda_sp", **options) as pruned:
         logits, tokens = model(texts[0], use_cache=False).logits, greedy(model, texts[0], None)
         oracle.zero({place(site): range(site.units) for site in sites} | pruned.sites_kept)
@@ -379,7 +380,8 @@ def test_offloaded_weights_give_the_same(name, strategy, texts):
     model, found = made(name), []
     offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
     for each in (model, offloaded):
-        with torch.no_grad(), prune(each, strategy, ratio=0.4, calibration=texts, catalog=CATALOG):
+        options = dict(ratio=0.4, calibration=texts, catalog=CATALOG, experts="keep")
+        with torch.no_grad(), prune(each, strategy, **options):
             found.append(each(texts[0]).logits)
     assert torch.equal(*found)
     assert torch.equal(model(texts[0]).logits, offloaded(texts[0]).logits)
@@ -442,8 +444,8 @@ def test_conv1d_is_pruned_as_the_same_weights_in_linear_layers(options, texts):
 )
 def test_a_static_cut_costs_what_is_computed_of_its_shapes(name, texts):
     """Counted operations are the floor; parameters are those of the dense model without the units that go."""
-    model = made(name)
-    with torch.no_grad(), prune(model, "wanda_sp", ratio=0.4, calibration=texts, catalog=CATALOG) as pruned:
+    model, options = made(name), dict(calibration=texts, catalog=CATALOG, experts="keep")
+    with torch.no_grad(), prune(model, "wanda_sp", ratio=0.4, **options) as pruned:
         subject = Measuring(SimpleNamespace(model=model, tokenizer=None), pruned, no_progress, {})
         cut = operations(subject, texts[0])
         with subject.dense():
@@ -462,8 +464,8 @@ def test_matching_parameters_counts_conv1d_in_layers_that_are_skipped(texts):
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_oss", "olmo2", "falcon 40b", "bloom", "mpt", "stablelm 2"])
 def test_padded_export_loads_in_the_stock_class(name, texts, tmp_path):
-    model = made(name)
-    with torch.no_grad(), prune(model, "wanda_sp", ratio=0.4, calibration=texts, catalog=CATALOG) as pruned:
+    model, options = made(name), dict(calibration=texts, catalog=CATALOG, experts="keep")
+    with torch.no_grad(), prune(model, "wanda_sp", ratio=0.4, **options) as pruned:
         logits = model(texts[0], use_cache=False).logits
         pruned.save(tmp_path / "out", profile="padded")
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

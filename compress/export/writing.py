@@ -47,6 +47,9 @@ def write_model(
     if profile.name == "dynamic":
         save_state(pruned, folder)
         return ()
+    family = Family.of(pruned.model.config, pruned.catalog)
+    if profile.name in ("hf-uniform", "hf-hetero"):
+        family.check(profile.name)
     tensors = padded_tensors(pruned) if profile.name == "padded" else sliced_tensors(pruned)
     if profile.name == "gguf":
         from .gguf.file import write_gguf
@@ -58,9 +61,6 @@ def write_model(
         tokenizer.save_pretrained(folder)
         return notes
     without = None
-    family = Family.of(pruned.model.config, pruned.catalog)
-    if profile.name != "padded":
-        family.check(profile.name)
     with _quiet():
         if profile.name == "padded":
             config = padded_config(pruned, tensors)
