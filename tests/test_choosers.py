@@ -576,12 +576,19 @@ def test_a_stream_that_a_site_does_not_add_to_as_it_is_is_refused(make_model, ba
         "cohere": False,  # parallel blocks
         "exaone4": False,  # a norm follows, none comes before
         "qwen2_moe": False,  # routed experts next to the shared one
+        "llama4_text": False,  # routed experts add to the shared one's output in place
+        "jamba": False,  # a layer of routed experts alone
+        "qwen3_5_text": True,  # its linear attention comes before the stream that the MLP reads
+        "gpt2": True,
+        "bloom": True,  # a block adds the stream itself
+        "gptj": False,  # parallel blocks
+        "olmo2": False,  # a norm follows
     }.items(),
 )
 def test_the_residual_stream_is_fitted_only_where_sites_add_to_it(kind, added):
     served(kind)
     model, ids = tiny(kind).eval(), torch.randint(64, (8, 12), generator=torch.Generator().manual_seed(0))
-    options = dict(ratio=0.3, calibration=[{"input_ids": ids}], compensate={"target": "dense_stream"})
+    options = dict(ratio=0.3, calibration=[{"input_ids": ids}], compensate={"target": "dense_stream"}, experts="keep")
     if added:
         prune(model, "obs", **options).remove()
         return

@@ -67,7 +67,7 @@ class ResidualStreams:
 
     def _adds(self, cut: SiteCut, consumer: nn.Module, args: tuple, output: Tensor) -> None:
         if cut.site.layer not in self._right:
-            self._added[cut] = output.detach()
+            self._added[cut] = output.detach().clone()  # a block may add to it in place
 
     def _passed(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
         """The stream before every next site, and what the layer returns, is what was there and what was added."""

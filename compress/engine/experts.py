@@ -205,7 +205,7 @@ class RoutedExperts(Unpickled):
         mine = chosen.tokens[at_site.tokens]
         weights = None if at_site.weights is None else at_site.weights[mine]
         probe = prober.probe_of(cut, self._states(cut, x[mine], batch), weights, batch)
-        decision = self.hooks.decide_by(cut, SiteInput(batch, x[:, None], x[:, None], None, {}), probe)
+        decision = self.hooks.decide(cut, SiteInput(batch, x[:, None], x[:, None], None, {}), probe)
         return decision._replace(rows=chosen.rows, positions=chosen.positions)
 
     def _states(self, cut: SiteCut, x: Tensor, batch: Batch) -> Tensor:

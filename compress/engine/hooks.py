@@ -173,7 +173,7 @@ class Hooks:
                 decision = at_site.decision
                 if decision is None:
                     given = hooks.input_of(cut, batch, residual, hidden, arguments)
-                    decision = at_site.decision = hooks.decide(cut, given, prober)
+                    decision = at_site.decision = hooks.decide(cut, given, prober.probe(cut, given))
                 else:
                     hooks._side.join()
                 decided = decision.kept, decision.probe_mean, decision.shares
@@ -198,12 +198,8 @@ class Hooks:
         reuse = self.shared.reuses and state.fixed is None and worth_reusing(hidden)
         return SiteInput(batch, residual, hidden, batch.valid_on(device), arguments, reuse)
 
-    def decide(self, cut: SiteCut, given: SiteInput, prober: Prober) -> Decision:
-        """Probe and decide; a site whose units are decided once is probed for compensation alone."""
-        return self.decide_by(cut, given, prober.probe(cut, given))
-
-    def decide_by(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Decision:
-        """Decide by the result of a probe."""
+    def decide(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Decision:
+        """Decide by the result of a probe; a site whose units are decided once is probed for compensation alone."""
         fixed = cut.state.fixed
         if fixed is None:
             decision = self.decider.decide(cut, given, probe)
@@ -236,7 +232,8 @@ class Hooks:
         theirs = batch.attention_arguments if following.binding.site.kind == "attention" else {}
         given = SiteInput(batch, residual, None, batch.valid_on(residual.device), theirs)
         with self._side.work(residual):
-            decision = batch.sites[following.number].decision = self.decide(following, given, prober)
+            decision = self.decide(following, given, prober.probe(following, given))
+            batch.sites[following.number].decision = decision
             if self._side.used and following.fixed is None and not self.shared.runtime.fused_gather:
                 following.copy_ahead(decision.kept, batch.cache is not None)
         if self._side.used:
