@@ -96,6 +96,16 @@ def test_a_ratio_out_of_reach_is_refused(model, batches):
         prune(model, "sleb", ratio=0.9, calibration=batches)
 
 
+def test_blocks_are_measured_on_as_many_tokens_of_a_row_as_asked(model, batches):
+    widths = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    for length, longest in ((256, batches[0]["input_ids"].shape[1]), (5, 5)):
+        widths.clear()
+        allocator = {"name": "block_by_block", "length": length}
+        prune(model, "sleb", ratio=0.3, calibration=batches, allocator=allocator).remove()
+        assert max(widths) == longest
+
+
 @pytest.mark.parametrize("use", ["shortgpt", "block_pruner"])
 def test_a_run_names_what_is_gone(small_pipeline, tmp_path, command, use):
     file = tmp_path / "run.yaml"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...registry import BlockStatistic, NonFiniteError, Site, SiteKind
 from ...registry.errors import FINITE_REMEDY
-from ..engine.batch import split
+from ..engine.batch import split, stream_before
 from ..engine.engine import Engine
 from .passes import Batch, Progress, run_batch
 
@@ -87,8 +87,7 @@ def _seen(engine: Engine, see: See) -> Iterator[None]:
     """By layer: what the norms of its sites have read."""
 
     def enter(site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        stream = args[0] if site.norm else split(module, args, kwargs)[0]
-        read.setdefault(site.layer, []).append((site.kind, stream))
+        read.setdefault(site.layer, []).append((site.kind, stream_before(site, module, args, kwargs)))
 
     def leave(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         leaving = output[0] if isinstance(output, tuple) else output

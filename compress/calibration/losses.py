@@ -68,7 +68,7 @@ class Measure:
     """The tokens, those that are likeliest by the dense model, whose logits are compared at a position; 0: all."""
 
     def __str__(self) -> str:
-        """As keys of stored losses have it, which do not name what was added to them later and is as it always was."""
+        """As keys of stored losses have it: options that are newer than the keys are named only where they differ."""
         tokens = f"{self.tokens}" if self.length == MEASURED_LENGTH else f"{self.tokens} by {self.length}"
         top = f" of {self.top_logits}" if self.top_logits else ""
         return tokens if self.objective == "loss" else f"{tokens} {self.objective}{top}"

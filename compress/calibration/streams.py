@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import ModelError
-from ..engine.batch import split
+from ..engine.batch import stream_before
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 
@@ -63,7 +63,7 @@ class ResidualStreams:
         return stream.reshape(*x.shape[:2], -1).to(x.device)
 
     def _reads(self, cut: SiteCut, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._before[cut] = (args[0] if cut.site.norm else split(module, args, kwargs)[0]).detach()
+        self._before[cut] = stream_before(cut.site, module, args, kwargs).detach()
 
     def _adds(self, cut: SiteCut, consumer: nn.Module, args: tuple, output: Tensor) -> None:
         if cut.site.layer not in self._right:

@@ -289,6 +289,11 @@ def split(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tenso
     return arguments.pop(_PARAMETERS[type(module)][0]), arguments
 
 
+def stream_before(site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream before a site; ``module``, which is called, is its norm, or its entry where it has none."""
+    return args[0] if site.norm else split(module, args, kwargs)[0]
+
+
 def valid_tokens(attention_mask: Any, batch: int, length: int) -> Tensor | None:
     """Which tokens of the batch are real, (B, T) bool; None where all are.
 

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from prunekit.compress.calibration.losses import LONGEST, CutLosses
+from prunekit.compress.calibration.losses import CutLosses
 from prunekit.compress.calibration.passes import calibrate, no_progress
 from prunekit.compress.engine.runtime import Runtime
 from prunekit.compress.files.reader import build_strategy
 from prunekit.compress.pruning.prune import engine_of
 from prunekit.compress.reporting.style import HEAT, colour_bar, drawing, finished, heat_map
 from prunekit.compress.runs.text import in_batches
-from prunekit.registry import Catalog, Site, SiteScores
+from prunekit.registry import MEASURED_LENGTH, Catalog, Site, SiteScores
 from prunekit.strategies.allocation import Uniform
 from prunekit.strategies.greedy import Greedy
 from prunekit.strategies.sensitivity import Sensitivity
@@ -40,7 +40,8 @@ Increases = dict[int, float]
 
 def options() -> argparse.Namespace:
     made = parser(__doc__)
-    made.add_argument("--rows", type=int, default=4, help=f"sequences whose first {LONGEST} tokens are measured (4)")
+    rows = f"sequences whose first {MEASURED_LENGTH} tokens are measured (4)"
+    made.add_argument("--rows", type=int, default=4, help=rows)
     made.add_argument("--ratio", type=float, default=0.4, help="of the cuts of all sites (0.4)")
     made.add_argument("--greedy", action="store_true", help="measure greedy counts, too")
     made.add_argument("--plot", type=Path, help="draw the increases here, as SVG")
@@ -122,7 +123,7 @@ def main() -> None:
     chosen = options()
     model, tokenizer = started(chosen)
     sequences, measured = mixture(tokenizer, chosen.texts, chosen.sequences, chosen.length, chosen.rows)
-    tokens = len(measured) * min(chosen.length, LONGEST)
+    tokens = len(measured) * min(chosen.length, MEASURED_LENGTH)
     with measuring(model, sequences, measured) as (scores, losses):
         sites = [each.site for each in scores]
         whole = [site.units for site in sites]
