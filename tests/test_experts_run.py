@@ -7,7 +7,6 @@ import transformers
 from prunekit.compress import Pipeline, PipelineSpec, prune
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.output.records import LayerCut
-from prunekit.registry import SpecError
 
 from tests.moe_models import batches, built, catalog
 
@@ -79,11 +78,3 @@ def test_a_cost_can_be_matched(what):
     match = Match(what, 16, 2) if what == "flops" else Match(what)
     with prune(model, "wanda_sp", ratio=0.3, calibration=batches(), catalog=catalog(), match=match) as pruned:
         assert pruned.matched.cost == pytest.approx(0.7, abs=0.005)
-
-
-def test_experts_cannot_be_exported(tmp_path):
-    for strategy in ("wanda_sp", "reap"):
-        with prune(built("qwen3_moe"), strategy, ratio=1 / 3, calibration=batches(), catalog=catalog()) as pruned:
-            with pytest.raises(SpecError, match="routed experts are cut cannot be written"):
-                pruned.save(tmp_path / "out", profile="hf-uniform")
-    assert not (tmp_path / "out").exists()

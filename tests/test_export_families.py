@@ -4,26 +4,29 @@ import pytest
 import torch
 import transformers
 from prunekit.compress import prune
+from prunekit.compress.export.family import Family
 from prunekit.compress.export.support import profiles_for
-from prunekit.compress.models import more_families
-from prunekit.compress.models.architectures import PRUNED
 from prunekit.compress.models.exported import classes
 from prunekit.compress.pruning.sites import find_sites
-from prunekit.registry import ModelError, SpecError
+from prunekit.registry import ModelError, SizeFields, SpecError
 
 from tests.family_checks import randomise
 from tests.test_families import CATALOG, INSIDE, TYPES, served, tiny
 
-MECHANISMS = [kind for each in more_families.FAMILIES for kind in each().model_types if not kind.startswith(PRUNED)]
-SHARED_EXPERTS = "dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3 deepseek_v3 deepseek_v2 glm4_moe_lite"
-WITHOUT_FIELDS = dict.fromkeys(
-    [*MECHANISMS, *SHARED_EXPERTS.split()], "names no fields of the configuration that hold the sizes"
+UNWRITTEN = (
+    "dots1 glm4_moe exaone_moe ernie4_5_moe solar_open hy_v3 deepseek_v3 deepseek_v2 glm4_moe_lite llama4_text gptj "
+    "gpt_neo gpt_oss granitemoe_swa granite_swa olmo2 olmo3 flex_olmo olmoe minimax_m2 gpt2 falcon bloom mpt diffllama"
 )
-OTHER_WIDTHS = WITHOUT_FIELDS | {"qwen2_moe": "shared_expert_intermediate_size is 24, and layer 0 mlp has 48 units"}
+WITHOUT_FIELDS = dict.fromkeys(UNWRITTEN.split(), "names no fields of the configuration that hold the sizes")
+OTHER_WIDTHS = WITHOUT_FIELDS | dict.fromkeys(
+    ["qwen2_moe", "qwen3_next"], "shared_expert_intermediate_size is 24, and layer 0 mlp has 48 units"
+)
 REFUSED = {
     "hf-hetero": OTHER_WIDTHS,
     "hf-uniform": OTHER_WIDTHS
     | {
+        "gpt_neox": r"4 of 8 heads.*ties heads to the hidden size; nearest: --profile hf-hetero",
+        "jamba": r"experts.gate_up_proj is .* was expected; nearest: --profile hf-hetero",
         "helium": r"o_proj.weight is \(32, 16\), and \(32, 32\) was expected; nearest: --profile hf-hetero",
         "hunyuan_v1_moe": r"gate_up_proj is .* was expected; nearest: --profile hf-hetero",
         "opt": r"4 of OPT's 8 heads.* Nearest: --profile hf-hetero",
@@ -72,3 +75,19 @@ def test_a_smaller_model_reloads_with_equal_logits(kind, profile, tmp_path):
     assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
     torch.testing.assert_close(again(ids).logits, logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(again.generate(ids, **STEPS), tokens)
+
+
+def test_tensors_of_all_heads_have_no_smaller_form(tmp_path):
+    model = randomise(tiny("cohere", use_qk_norm=True))
+    with prune(model, "magnitude", ratio=0.5, catalog=CATALOG) as pruned:
+        with pytest.raises(SpecError, match=r"q_norm\.weight belongs to all heads.*--profile padded"):
+            pruned.save(tmp_path / "out", profile="hf-uniform")
+    assert not (tmp_path / "out").exists()
+
+
+def test_conv1d_layers_have_one_shape():
+    fields = SizeFields(kv_heads=None, head_size=None, width="n_inner")
+    architecture = served("gpt2").model_copy(update={"sizes": fields})
+    family = Family(tiny("gpt2", n_inner=48).config, architecture, CATALOG)
+    assert family.refusal("hf-uniform") is None
+    assert "is a Conv1D, and layers of different shapes are of nn.Linear alone" in family.refusal("hf-hetero")

@@ -170,3 +170,13 @@ def test_a_pipeline_file_and_its_export(tmp_path, make_tokenizer, command):
     (tmp_path / "wrong.yaml").write_text(json.dumps(wrong))
     code, output = command("validate", tmp_path / "wrong.yaml")
     assert code == 2 and "architecture.like: no family is called 'otp' (did you mean 'opt'?)" in output
+
+
+def test_experts_of_a_model_like_another_have_the_names_of_that_very_type():
+    """phimoe shares its row of the table with mixtral, and not the name of its router."""
+    model = randomise(tiny("phimoe"))
+    model.config.model_type = "unknown"
+    with prune(
+        model, "reap", ratio=0.5, calibration=[torch.ones(1, 8, dtype=int)], architecture={"like": "phimoe"}
+    ) as cut:
+        assert {site.router for site in cut.sites} == {f"model.layers.{layer}.mlp.router" for layer in (0, 1)}

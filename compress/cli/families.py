@@ -7,6 +7,7 @@ from typing import Any
 
 from ...registry import Catalog
 from ..export.support import profiles_for
+from ..models.experts import EXPERTS
 from ..models.likeness import types_of
 from ..output import printing
 
@@ -29,6 +30,8 @@ class Served:
     leaves: str
     """What large part of the layers is never cut; empty: nothing."""
     exports: list[str]
+    fewer_experts: bool
+    """Whether hf-uniform holds it with fewer routed experts."""
     tested: str
     """How prunekit's tests prove it; empty for a type that a plugin serves."""
     installed: bool
@@ -46,7 +49,8 @@ def served(catalog: Catalog) -> list[Served]:
         about = (entry.name, entry.provider, architecture.form, architecture.leaves)
         tested = TESTED if entry.provider.startswith("prunekit ") else ""
         for kind in types_of(entry):
-            found.append(Served(kind, *about, profiles_for(kind, architecture), tested, kind in CONFIG_MAPPING))
+            exports, experts = profiles_for(kind, architecture), kind in EXPERTS
+            found.append(Served(kind, *about, exports, experts, tested, kind in CONFIG_MAPPING))
     return sorted(found, key=lambda each: each.model_type)
 
 
@@ -56,13 +60,15 @@ def show(catalog: Catalog) -> None:
     rows = []
     for each in found:
         smaller = ", ".join(name for name in each.exports if name not in EVERY)
+        if each.fewer_experts and "hf-uniform" not in each.exports:
+            smaller = "hf-uniform of whole experts"
         ours = "yes" if each.tested else f"no, by {each.provider}"
         name = each.model_type if each.installed else f"{each.model_type} (not in this transformers)"
         rows.append((name, each.layers or "as Llama", each.leaves or "-", smaller or "-", ours))
     printing.show_table(("model type", "layers", "left whole", "smaller exports", "tested"), rows, left=5)
     printing.say(
-        f"{len(found)} model types. Exports {' and '.join(EVERY)} hold every one, a mixture of experts with experts: "
-        f"keep. Tested: {TESTED}."
+        f"{len(found)} model types. Exports {' and '.join(EVERY)} hold every one; of whole experts that are gone, "
+        f"hf-uniform and dynamic do. Tested: {TESTED}."
     )
     printing.say(
         "Another type whose layers look like one of these: architecture: {like: TYPE} (docs/architectures.md)."

@@ -103,6 +103,8 @@ def own_config(dense: Any, layer: LayerShape, family: Family) -> Any:
             setattr(text, sizes.head_size, head_size(dense.get_text_config(), sizes))
     if layer.width is not None:
         setattr(text, sizes.width, layer.width)
+    if family.expert_field is not None:
+        setattr(text, family.expert_field, layer.experts or layer.expert_width)
     biases: dict[SiteKind, bool] = {"attention": layer.attention_bias, "mlp": layer.mlp_bias}
     for kind, biased in biases.items():
         if biased and not family.has_bias(kind) and hasattr(text, f"{kind}_bias"):
@@ -183,22 +185,39 @@ def _uniform_layer(layers: Sequence[LayerShape]) -> LayerShape:
     for layer in layers[1:]:
         heads = layer if first.heads is None else first
         width = layer.width if first.width is None else first.width
-        first = replace(first, heads=heads.heads, kv_heads=heads.kv_heads, width=width)
+        experts = layer if first.experts is None else first
+        channels = layer if first.expert_width is None else first
+        first = replace(
+            first,
+            heads=heads.heads,
+            kv_heads=heads.kv_heads,
+            width=width,
+            experts=experts.experts,
+            expert_width=channels.expert_width,
+        )
     for index, layer in enumerate(layers):
         alike = (layer.heads, layer.kv_heads) in ((None, None), (first.heads, first.kv_heads))
-        if not alike or layer.width not in (None, first.width):
+        for name in ("width", "experts", "expert_width"):
+            alike = alike and getattr(layer, name) in (None, getattr(first, name))
+        if not alike:
             raise SpecError(
                 f"profile hf-uniform: layer {index} keeps {_shape(layer)}, layer 0 {_shape(first)}; a stock class has "
                 "one shape for all layers. Nearest: --profile hf-hetero, or prune all layers alike: no skip_layers, "
                 "and allocator: {name: uniform, rounding: down}"
             )
     biases = any(layer.attention_bias for layer in layers), any(layer.mlp_bias for layer in layers)
-    return LayerShape(first.heads, first.kv_heads, first.width, *biases)
+    return replace(first, attention_bias=biases[0], mlp_bias=biases[1])
 
 
 def _shape(layer: LayerShape) -> str:
-    heads = None if layer.heads is None else f"{layer.heads} query heads, {layer.kv_heads} key/value heads"
-    return " and ".join(filter(None, [heads, None if layer.width is None else f"{layer.width} channels"]))
+    sizes = (
+        (layer.heads, "query heads"),
+        (layer.kv_heads, "key/value heads"),
+        (layer.width, "channels"),
+        (layer.experts, "experts"),
+        (layer.expert_width, "channels of each expert"),
+    )
+    return ", ".join(f"{size} {what}" for size, what in sizes if size is not None)
 
 
 def _opt_heads(kept: int | None, heads: int, layers: int) -> str:

@@ -19,6 +19,7 @@ from ..engine.site_cut import SiteCut
 from ..models.architectures import FIELDS, heads_of, layer_config
 from ..models.language import text_config
 from ..pruning.pruned import Pruned
+from .expert_tensors import Place, cut_experts, planned_shapes
 from .weights import PlannedTensor, Tensors, dense_tensors, written
 
 
@@ -36,6 +37,10 @@ class LayerShape:
     """Whether the attention's output projection has a bias."""
     mlp_bias: bool
     """Whether the MLP's output projection has a bias."""
+    experts: int | None = None
+    """Routed experts; None: it has none, or their number is not what is cut."""
+    expert_width: int | None = None
+    """Channels of each routed expert; None: it has none, or they are not what is cut."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -46,11 +51,6 @@ class LayerShape:
     def gone(self) -> bool:
         """Whether nothing of the layer is left."""
         return self.heads == 0 == self.width
-
-
-Place = Callable[[Tensor, Tensor, int], Tensor]
-"""Arranges kept rows (k, ...), with their indices (k,), in a tensor of the written shape; the integer is the number of
-rows before the cut."""
 
 
 def sliced_tensors(pruned: Pruned) -> Tensors:
@@ -94,8 +94,24 @@ def shapes_of(
         attention, mlp = by_place.get((layer, "attention")), by_place.get((layer, "mlp"))
         biases = (site is not None and has_bias(site) for site in (attention, mlp))
         heads = _heads_left(attention, counts, *heads_of(config, layer, fields))
-        shapes.append(LayerShape(*heads, _width_left(mlp, counts, layer_config(config, layer), fields), *biases))
+        width = _width_left(mlp, counts, layer_config(config, layer), fields)
+        attention_bias, mlp_bias = biases
+        shapes.append(LayerShape(*heads, width, attention_bias, mlp_bias, *_experts_left(sites, counts, layer)))
     return shapes
+
+
+def _experts_left(
+    sites: Sequence[Site], counts: Mapping[tuple[int, SiteKind], int], layer: int
+) -> tuple[int | None, int | None]:
+    """Routed experts of a layer, and channels of each; None: not what is cut."""
+    left = {site.kind: counts[layer, site.kind] for site in sites if site.layer == layer and site.routed}
+    if len(set(left.values())) > 1:
+        low, high = min(left.values()), max(left.values())
+        raise SpecError(
+            f"layer {layer}: its experts keep {low} to {high} channels, and no checkpoint has a place for experts of "
+            "different sizes; nearest: --set prune.allocator=uniform, or --profile padded or dynamic keeps this cut"
+        )
+    return left.get("experts"), next((count for kind, count in left.items() if kind != "experts"), None)
 
 
 def _heads_left(
@@ -172,6 +188,8 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
             raise SpecError(
                 "the model runs unpruned here; read its weights before remove(), and outside of dense() and suspended()"
             )
+        if cut.site.routed:
+            continue
         if not len(opened.kept) and place is _sliced:
             _leave_out(found, cut)
             continue
@@ -190,6 +208,7 @@ def _tensors(pruned: Pruned, place: Place, length: Callable[[int, int], int]) ->
             found[f"{path}.bias"] = PlannedTensor(shape[:1], dtype, partial(_consumer_bias, opened, linear))
         if place is _sliced:
             check_shapes(cut.site)
+    cut_experts(found, pruned.model, pruned.cuts, place, place is _sliced)
     return found
 
 
@@ -202,8 +221,11 @@ def cut_shapes(
     """The tensors of the smaller model, without values: what :func:`sliced_tensors` will give for these counts."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes |= {name: tuple(shapes_of_buffer) for name, shapes_of_buffer in _persistent(model)}
+    shapes |= planned_shapes(model, sites, counts)
     norms = owned_norms(sites)
     for site in sites:
+        if site.routed:
+            continue
         count = counts[site.layer, site.kind]
         if not count:
             for name in _block(shapes, site, site.norm in norms):

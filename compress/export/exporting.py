@@ -129,7 +129,7 @@ class Exporter:
         if statistics is not None and calibration is not None:
             calibration = calibration.model_copy(update={"statistics": statistics.used})
         with pruned, folder.open() as partial:
-            family = Family.of(loaded.model.config, spec.catalog)
+            family = Family.of(loaded.model.config, spec.catalog, strategy.experts)
             check_counts(profile, loaded.model, strategy, pruned.all_sites, pruned.counts, family)
             before = self._measure_before(loaded, pruned)
             if self.freeze is not None:

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...registry import Architecture, Catalog, ModelError, Producer, Site, SiteKind, SizeFields
+from ...registry import Architecture, Catalog, ExpertUnit, ModelError, Producer, Site, SiteKind, SizeFields
 from ...registry.checks.sites import wrong_size
 from ...registry.sites import owned_norms
 from ...registry.tensors.linears import is_transposed
 from ..models.exported import classes
 from ..models.language import auto_class
 from ..pruning.sites import architecture_of, find_sites
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+"""Fields of configurations with the number of routed experts, and with the channels of each; a family has one."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,13 @@ class Family:
     """The stock configuration, with the sizes of the dense model."""
     architecture: Architecture
     catalog: Catalog
+    experts: ExpertUnit = "keep"
+    """What of routed experts is cut."""
 
     @classmethod
-    def of(cls, config: Any, catalog: Catalog) -> Family:
+    def of(cls, config: Any, catalog: Catalog, experts: ExpertUnit) -> Family:
         """Raises :class:`ModelError` for a model type that no architecture serves."""
-        return cls(classes.homogeneous(config), architecture_of(config, catalog), catalog)
+        return cls(classes.homogeneous(config), architecture_of(config, catalog), catalog, experts)
 
     @property
     def kind(self) -> str:
@@ -59,9 +65,18 @@ class Family:
             return auto_class(self.config).from_config(self.config)
 
     @cached_property
+    def _found(self) -> list[Site]:
+        return find_sites(self.stock, self.catalog, "kv_group", self.experts)[1]
+
+    @cached_property
     def sites(self) -> list[Site]:
-        """The sites of the stock model that exports can cut: none of routed experts."""
-        return find_sites(self.stock, self.catalog, "kv_group", "keep")[1]
+        """The sites of the stock model in its attentions and MLPs."""
+        return [site for site in self._found if not site.routed]
+
+    @cached_property
+    def routed(self) -> list[Site]:
+        """The sites of the stock model in its routed experts."""
+        return [site for site in self._found if site.routed]
 
     @cached_property
     def blocks(self) -> dict[str, Any]:
@@ -102,13 +117,27 @@ class Family:
     def _size(self, site: Site, producer: Producer) -> str:
         """What the producer's rows go with: heads, key/value heads or MLP channels."""
         rows = sum(segment.per_unit for segment in producer.segments) * site.units
-        return "heads" if site.kind == "attention" and rows == site.channels else self._by_unit(site)
+        return "heads" if site.kind == "attention" and rows % site.channels == 0 else self._by_unit(site)
 
     def _by_unit(self, site: Site) -> str:
         return "kv_heads" if site.kind == "attention" else "width"
 
     def refusal(self, profile: str) -> str | None:
         """Why hf-uniform or hf-hetero cannot write smaller models of this family; None: as far as known, it can."""
+        if self.routed and profile != "hf-uniform":
+            return "routed experts are cut, and they have one size in every layer of a checkpoint"
+        if self.routed and self.expert_field is None:
+            return f"no field of the configuration says {self.routed[0].units} for all layers with routed experts"
+        return self._refusal(profile) if self.sites else None
+
+    @property
+    def expert_field(self) -> str | None:
+        """The configuration's field with what is cut of routed experts; None: none says what all layers have."""
+        names = EXPERT_COUNTS if self.experts == "whole" else EXPERT_WIDTHS
+        sizes = {site.units for site in self.routed}
+        return next((name for name in names if {getattr(self.text, name, None)} == sizes), None)
+
+    def _refusal(self, profile: str) -> str | None:
         if self.architecture.sizes is None:
             return (
                 f"architecture {self.architecture.name} names no fields of the configuration that hold the sizes of "
@@ -134,7 +163,8 @@ class Family:
     def nearest(self, profile: str) -> str:
         """The other profiles that can write the family, for the end of an error."""
         smaller = [each for each in ("hf-hetero", "hf-uniform") if each != profile and self.refusal(each) is None]
-        return f"nearest: {', or '.join(f'--profile {each}' for each in (*smaller, 'padded', 'dynamic'))}"
+        zeros = [] if self.experts == "whole" and self.routed else ["padded"]
+        return f"nearest: {', or '.join(f'--profile {each}' for each in (*smaller, *zeros, 'dynamic'))}"
 
     def check(self, profile: str) -> None:
         """Raise :class:`ModelError` for a profile that cannot write smaller models of this family."""

@@ -31,6 +31,7 @@ from .cut_model import (
     without_layers,
 )
 from .dynamic_state import save_state
+from .expert_tensors import check_biases
 from .family import Family
 from .profiles import Profile
 from .weights import SHARD_SIZE, Tensors, write_weights
@@ -47,7 +48,7 @@ def write_model(
     if profile.name == "dynamic":
         save_state(pruned, folder)
         return ()
-    family = Family.of(pruned.model.config, pruned.catalog)
+    family = Family.of(pruned.model.config, pruned.catalog, pruned.strategy.experts)
     if profile.name in ("hf-uniform", "hf-hetero"):
         family.check(profile.name)
     tensors = padded_tensors(pruned) if profile.name == "padded" else sliced_tensors(pruned)
@@ -112,7 +113,7 @@ def check_possible(profile: Profile, model: Any, strategy: Strategy, catalog: Ca
     ``model`` needs no values. If an allocator looks at the model, the counts are not known yet; they are checked when
     the model has been pruned.
     """
-    family = Family.of(model.config, catalog)
+    family = Family.of(model.config, catalog, strategy.experts)
     if profile.name == "gguf":
         _check_gguf(family)
     elif profile.name in ("hf-uniform", "hf-hetero"):
@@ -130,11 +131,11 @@ def check_possible(profile: Profile, model: Any, strategy: Strategy, catalog: Ca
 
 
 def check_experts(profile: Profile, sites: Sequence[Site]) -> None:
-    """Raise :class:`SpecError` for a cut of routed experts, which no profile writes."""
-    if any(site.routed for site in sites):
+    """Raise :class:`SpecError` for whole experts in a format that keeps all of a model's shapes."""
+    if profile.name == "padded" and any(site.router is not None for site in sites):
         raise SpecError(
-            f"profile {profile.name}: a model whose routed experts are cut cannot be written; use it where it was "
-            "pruned, or leave its experts whole (experts: keep)"
+            "profile padded: whole experts are gone, and a router with rows for all of them would choose them; "
+            "nearest: --profile hf-uniform"
         )
 
 
@@ -176,6 +177,9 @@ def check_counts(
             raise constant_left(site)
         if 0 < count < site.units:
             check_shapes(site)
+
+    if strategy.compensates:
+        check_biases(model, sites, counts)
 
     def has_bias(site: Site) -> bool:
         count = counts[site.layer, site.kind]

@@ -51,8 +51,10 @@ class Like(BaseModel):
 
     def only(self, catalog: Catalog) -> Catalog:
         """The catalog with this architecture alone, which then serves every model."""
-        entry = self.entry(catalog)
-        return with_types(catalog, entry, ANY, {} if self.layers is None else {"layers": (str, self.layers)})
+        changes: dict[str, Any] = {"name": (str, self.like)}  # routed experts have the names of this very type
+        if self.layers is not None:
+            changes["layers"] = str, self.layers
+        return with_types(catalog, self.entry(catalog), ANY, changes)
 
 
 def with_types(catalog: Catalog, entry: Entry, kind: str, changes: dict[str, Any] | None = None) -> Catalog:

@@ -128,13 +128,16 @@ class Falcon(PreNormDecoder):
 unwritten = partial(family, sizes=None)
 """A family whose smaller models no export writes."""
 
+TIED = {"kv_heads": None, "head_size": None}
+
 FAMILIES: tuple[type[PreNormDecoder], ...] = (
     # The cache is called layer_past, or its layers are of several kinds.
-    unwritten(
+    family(
         "gpt_neox",
         layers="gpt_neox.layers",
         attention=INTERLEAVED | {"module": "attention"},
         mlp=TWO_LAYERS,
+        sizes=TIED,
         form="query, key and value interleaved in one layer, two-layer MLP",
     ),
     unwritten(
@@ -157,26 +160,27 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         mlp=mlp("c_fc", "c_proj", norm="ln_2"),
         form="local attention, two-layer MLP",
     ),
-    unwritten(
+    family(
         "jamba",
         mlp=FEED_FORWARD | {"norm": "pre_ff_layernorm"},
         form="attention in some layers",
         leaves="state-space mixers",
     ),
-    unwritten(
+    family(
         "qwen3_next qwen3_5_moe_text",
         attention={"query_parts": 2},
         other_mlps=expert("mlp.shared_expert"),
+        sizes={"width": "shared_expert_intermediate_size"},
         form="attention in some layers, gated; shared expert",
         leaves=LINEAR_ATTENTION,
     ),
-    unwritten(
+    family(
         "qwen3_5_text",
         attention={"query_parts": 2},
         form="attention in some layers, gated",
         leaves=LINEAR_ATTENTION,
     ),
-    unwritten(
+    family(
         "lfm2 lfm2_moe",
         attention={"norm": "operator_norm", "output": "out_proj"},
         mlp={
@@ -197,7 +201,7 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         leaves=ROUTED,
     ),
     # Sizes of the shared configuration.
-    unwritten(
+    family(
         "phi3",
         attention={
             "query": "qkv_proj",

@@ -164,7 +164,8 @@ def proven(model: nn.Module, catalog: Catalog, unit: AttentionUnit) -> Catalog:
     find_sites(model, catalog, unit)
     ids, served = check_tokens(whole), with_types(catalog, entry, whole.config.model_type)
     try:
-        check_sites(architecture, model, unit)
+        # Fields of the configuration with other names do not matter here: exports that need them say so.
+        check_sites(architecture.model_copy(update={"sizes": None}), model, unit)
         with warnings.catch_warnings(), torch.no_grad(), evaluating(model):
             warnings.simplefilter("ignore", PruneWarning)
             logits = [whole(input_ids=ids).logits]

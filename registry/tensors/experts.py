@@ -37,7 +37,7 @@ class ExpertLinear(nn.Linear):
 
     def __init__(self, experts: nn.Module, tensor: str, number: int):
         nn.Module.__init__(self)
-        vars(self).update(experts=experts, tensor=tensor, number=number, turned=is_transposed(experts))
+        vars(self).update(experts=experts, tensor=tensor, number=number, turned=is_turned(experts))
         self.out_features, self.in_features = self.weight.shape
 
     @property
@@ -124,7 +124,7 @@ def has_gate(experts: nn.Module) -> bool:
     return up_of(experts) == UPS[0]
 
 
-def is_transposed(experts: nn.Module) -> bool:
+def is_turned(experts: nn.Module) -> bool:
     """Whether the tensors are (E, inputs, outputs); shapes show it where there is a gate."""
     made, read = experts.get_parameter(up_of(experts)).shape, experts.get_parameter(DOWN).shape
     return (
@@ -260,7 +260,7 @@ def _check(experts: Any, path: str) -> None:
             f"{kind}, without plain tensors gate_up_proj (or up_proj) and down_proj (quantised experts cannot be cut); "
             f"load the model unquantised, or {leave}"
         )
-    if is_offloaded(experts) or experts.down_proj.is_meta:
+    if is_offloaded(experts):
         raise ModelError(f"{path}: its experts are offloaded, and are read one by one; keep them in memory, or {leave}")
     if getattr(experts, "_is_expert_parallel", False):
         raise ModelError(f"{path}: its experts are distributed over processes; load the model in one, or {leave}")
@@ -300,7 +300,8 @@ def _unit_of_channel(experts: Any, path: str) -> tuple[tuple[Rows, ...], int]:
         raise ModelError(f"{path}: {made.out_features} rows make {units} channels; these experts cannot be cut")
     if not has_gate(experts):
         return (Rows(0, 1),), per_unit
-    probe = torch.full((2, 2 * units), 0.5, dtype=made.weight.dtype, device=made.weight.device)
+    device = "cpu" if made.weight.is_meta else made.weight.device  # the gate has no weights
+    probe = torch.full((2, 2 * units), 0.5, dtype=made.weight.dtype, device=device)
     probe[1, 1] = 0.75
     changed = activated(experts, probe)
     where = (changed[0] != changed[1]).nonzero().flatten().tolist()

@@ -162,13 +162,29 @@ def _cut(layer, block, dense, kept, main, bias):
     columns = _linear(layer, block["consumer"]).in_features * kept[main] // dense[main]
     _resize(layer, block["consumer"], columns=columns, bias=bias)
     for path, size in block.get("sizes", {}).items():
-        owner, _, name = path.rpartition(".")
-        owner = layer.get_submodule(owner)
-        setattr(owner, name, getattr(owner, name) * kept[size] // dense[size])
+        *above, name = path.split(".")
+        shares = above[-1] == "config"
+        owner = layer.get_submodule(".".join(above[:-1] if shares else above))
+        if shares:
+            attention, owner = owner, OwnSizes(owner.config)
+            attention.config = owner
+        vars(owner)[name] = getattr(owner, name) * kept[size] // dense[size]
     if main == "heads":
         attention = layer.get_submodule(block["entry"])
         if hasattr(attention, "num_key_value_groups"):
             attention.num_key_value_groups = kept["heads"] // kept["kv_heads"]
+
+
+class OwnSizes:
+    """The configuration that all layers share, read through an object with some sizes of one layer."""
+
+    def __init__(self, config):
+        self.shared = config
+
+    def __getattr__(self, name):
+        if name == "shared" or name.startswith("__"):  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.shared, name)
 
 
 def _remove(layer, block, kind):
