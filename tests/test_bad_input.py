@@ -130,9 +130,9 @@ def test_two_architectures_for_one_model_type(make_model, tmp_path):
 def test_models_that_cannot_be_cut(make_model, batches):
     import transformers
 
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=97)
-    with pytest.raises(ModelError, match=r"no architecture serves model type 'gpt2'; prunekit families lists"):
-        prune(transformers.GPT2LMHeadModel(config), "magnitude", ratio=0.4)
+    config = transformers.CTRLConfig(n_layer=1, n_head=2, n_embd=16, dff=32, vocab_size=97)
+    with pytest.raises(ModelError, match=r"no architecture serves model type 'ctrl'; prunekit families lists"):
+        prune(transformers.CTRLLMHeadModel(config), "magnitude", ratio=0.4)
     with pytest.raises(ModelError, match="has post-norm layers"):
         prune(make_model("opt", do_layer_norm_before=False), "magnitude", ratio=0.4)
     with pytest.raises(ModelError, match="without wrappers"):

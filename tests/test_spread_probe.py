@@ -8,6 +8,7 @@ from prunekit.compress import prune
 from prunekit.compress.engine import decider, probing
 from prunekit.compress.engine.probing import pick_tokens, probe_states
 from prunekit.registry import HistoryMerger, Strategy
+from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.pp.selectors import SpreadProbe
 from transformers import DynamicCache
 
@@ -64,6 +65,12 @@ def test_tokens_are_picked_row_by_row():
     assert torch.equal(pick_tokens(t[:1], rows[:1], positions[:1]), t[:1, [1, 4]])
 
 
+def chosen_arguments(arguments, rows, positions, shown):
+    """What an attention's other arguments are in a probe of a batch of 6 positions."""
+    given = probing.SiteInput(None, torch.zeros(len(rows), 6, 8), None, None, arguments)
+    return probing._chosen_arguments(some_site("attention"), given, rows, positions, shown)
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["selected", "first"])
 @pytest.mark.parametrize(("batch", "masks"), [(1, 1), (3, 1), (3, 3)])
 def test_arguments_are_cut_to_every_rows_positions(batch, masks, first):
@@ -78,7 +85,7 @@ def test_arguments_are_cut_to_every_rows_positions(batch, masks, first):
         "scale": 3,
     }
     shown = torch.arange(2) if first else positions
-    chosen = probing._chosen_arguments(arguments, torch.zeros(batch, 6, 8), rows, positions, shown)
+    chosen = chosen_arguments(arguments, rows, positions, shown)
     assert set(chosen) == {"position_embeddings", "position_ids", "attention_mask", "scale"} and chosen["scale"] == 3
     assert torch.equal(chosen["position_ids"], positions)
     seen = [torch.arange(2)] * batch if first else list(positions)
@@ -89,7 +96,7 @@ def test_arguments_are_cut_to_every_rows_positions(batch, masks, first):
         for whole, part in zip(rotary, chosen["position_embeddings"], strict=True):
             assert torch.equal(part[row], whole[0, positions[row]])
     flat = {**arguments, "attention_mask": torch.randn(masks, 6, generator=generator())}
-    found = probing._chosen_arguments(flat, torch.zeros(batch, 6, 8), rows, positions, positions)["attention_mask"]
+    found = chosen_arguments(flat, rows, positions, positions)["attention_mask"]
     assert torch.equal(found, flat["attention_mask"].expand(batch, 6).gather(1, positions))
 
 

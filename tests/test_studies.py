@@ -147,13 +147,18 @@ def test_studies_of_a_real_model_are_valid_once_their_texts_are_there(path, tmp_
 GRADIENTS = {"llm_pruner", "lora_prune", "gisp"}
 DEPTH = {"shortgpt", "sleb", "block_pruner"}
 """They are compared in docs/results/methods."""
+EXPERTS = {"reap", "expert_frequency"}
+"""They need a model with routed experts."""
 
 
 def test_compare_is_every_strategy_at_both_ratios(load):
     study = load(FOLDER / "compare.yaml")
     # What differs from another strategy by its compensation has studies of its own, and so have published codes.
     own = {name for name in study.catalog.names("strategies") if "reference" not in name}
-    assert set(study.axes["prune.use"]) == own - {"reconstruct", "pp_ls", "cfsp", "two_ssp", "obs"} - GRADIENTS - DEPTH
+    assert (
+        set(study.axes["prune.use"])
+        == own - {"reconstruct", "pp_ls", "cfsp", "two_ssp", "obs"} - GRADIENTS - DEPTH - EXPERTS
+    )
     assert study.axes["prune.ratio"] == [0.2, 0.4]
 
 

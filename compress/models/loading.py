@@ -241,7 +241,12 @@ def _check_origin(source: ModelSource, place: str, check: bool) -> None:
     origin.check_config(config, source.label, source.attention)
     kind = str(config.get("model_type", ""))
     if kind.startswith(PRUNED):
-        classes.register(kind.removeprefix(PRUNED))
+        try:
+            classes.register(kind.removeprefix(PRUNED))
+        except ModelError:
+            if "auto_map" not in config or (folder / MANIFEST).is_file():
+                raise
+            return  # a class that prunekit did not write, with code of its own
 
 
 def _placed(
