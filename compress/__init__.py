@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .export.evaluating import evaluate
     from .export.exporting import Exporter
+    from .export.generating import generate
     from .export.reload import load
     from .files.spec import PipelineSpec
     from .pruning.prune import prune
@@ -22,6 +23,7 @@ __all__ = [
     "Pruned",
     "calibration_batches",
     "evaluate",
+    "generate",
     "load",
     "prune",
 ]
@@ -35,6 +37,7 @@ _HOMES = {
     "Exporter": "export.exporting",
     "load": "export.reload",
     "evaluate": "export.evaluating",
+    "generate": "export.generating",
 }
 
 

@@ -12,7 +12,7 @@ import typer
 
 from ... import __version__
 from ..output import stopping
-from . import exports, studies
+from . import exports, generating, studies
 from .options import Commands, OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, guarded
 
 if TYPE_CHECKING:
@@ -211,6 +211,7 @@ def schema(
 COMMANDS: Commands = {
     "run": run,
     **exports.COMMANDS,
+    **generating.COMMANDS,
     **studies.COMMANDS,
     "demo": demo,
     "fetch": fetch,

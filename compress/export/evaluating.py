@@ -50,15 +50,7 @@ def evaluate(
     whatever reads text; what :func:`~prunekit.compress.load` returns has its own. A handle's histories are as
     calibrated before and after. Raises :class:`SpecError` (options that cannot work), and the evaluator's errors.
     """
-    pruned = model if isinstance(model, Pruned) else getattr(model, "pruned", None)
-    if isinstance(model, (Loaded, reload.Export)):
-        tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    net = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    if not isinstance(net, nn.Module):
-        raise SpecError(
-            f"evaluate: expected a loaded model or what prune() returned, found {model!r:.80}; to measure a model by "
-            "its name use prunekit evaluate"
-        )
+    net, tokenizer, pruned = parts_of(model, tokenizer, "evaluate", "to measure a model by its name")
     catalog = catalog or (pruned.catalog if pruned is not None else Catalog.discover())
     reader = SpecReader(catalog, Path.cwd())
     raw = {"name": evaluator, **options} if isinstance(evaluator, str) else evaluator
@@ -73,6 +65,23 @@ def evaluate(
     built.check_options()
     built.check(net)
     return measure(built, loaded, seed, "model", pruned, progress)
+
+
+def parts_of(model: Any, tokenizer: Any, command: str, aim: str) -> tuple[nn.Module, Any, Pruned | None]:
+    """The model itself, its tokenizer where it is known, and the handle of a pruned one.
+
+    Raises :class:`SpecError` for anything but a loaded model; ``command`` does with its name what ``aim`` says.
+    """
+    pruned = model if isinstance(model, Pruned) else getattr(model, "pruned", None)
+    if isinstance(model, (Loaded, reload.Export)):
+        tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    net = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(net, nn.Module):
+        raise SpecError(
+            f"{command}: expected a loaded model or what prune() returned, found {model!r:.80}; {aim} use prunekit "
+            f"{command}"
+        )
+    return net, tokenizer, pruned
 
 
 class _NoTokenizer:

@@ -76,6 +76,12 @@ def say(line: str, whole: bool = False) -> None:
     out.print(fitting(line), highlight=False, markup=False, soft_wrap=whole)
 
 
+def write(piece: str) -> None:
+    """A piece of a line on stdout, at once."""
+    out.file.write(printable(piece))
+    out.file.flush()
+
+
 def show_table(head: Sequence[str], rows: Iterable[Row], left: int = 1, title: str | None = None) -> None:
     """A table whose first ``left`` columns are text and the others numbers."""
     out.print(_table(head, rows, left, title))

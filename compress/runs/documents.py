@@ -229,15 +229,23 @@ def _field(record: Mapping[str, Any], field: str, source: TextSource, tokenizer:
 
 def _chat(messages: Any, field: str, tokenizer: Any, place: str) -> str:
     """The messages of a chat as the tokenizer's template writes them."""
-    import jinja2
-
     if not (isinstance(messages, list) and messages and all(isinstance(turn, Mapping) for turn in messages)):
         raise DataError(
             f"{place}: field {field!r} holds {type(messages).__name__}, not the messages of a chat (a list of role and "
             "content); set field to the one that does, or leave apply_chat_template out"
         )
+    return chat_text(messages, tokenizer, place)
+
+
+def chat_text(messages: Any, tokenizer: Any, place: str, ask: bool = False) -> str:
+    """The messages of a chat as the tokenizer's template writes them; ``ask`` adds the beginning of an answer.
+
+    Raises :class:`DataError` with the place for messages that the template refuses.
+    """
+    import jinja2
+
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise DataError(
             f"{place}: the tokenizer's chat template refuses these messages ({reason_of(error)}); write role (user, "

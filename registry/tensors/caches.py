@@ -1,4 +1,4 @@
-"""The key/value cache among the arguments of a call, whatever the model calls it."""
+"""The key/value cache among the arguments of a call, whatever the model calls it, and its size."""
 
 from __future__ import annotations
 
@@ -50,3 +50,17 @@ def counts_positions(cache: Any, layer: int) -> bool:
     """Whether a cache tells how many positions it holds of a layer: not if the layer keeps other states than keys."""
     layers = getattr(cache, "layers", ())
     return layer >= len(layers) or hasattr(layers[layer], "get_seq_length")
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tensors that a cache holds of its layers: keys, values and other states; 0 for None."""
+    tensors = [tensor for layer in getattr(cache, "layers", ()) for tensor in _tensors(vars(layer))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested mappings, lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in inside for tensor in _tensors(item)]

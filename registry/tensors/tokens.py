@@ -1,9 +1,11 @@
-"""Limits of a model's input: the token ids that it embeds and the positions that it was made for."""
+"""Token ids: those that a model embeds, the positions that it was made for, rows of a batch, and where a text ends."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import DataError
@@ -45,3 +47,23 @@ def check_token_ids(ids: Tensor, vocabulary_size: int, place: str) -> None:
             f"{place} contains token id {found}, but the model embeds {vocabulary_size} ids only (0 to "
             f"{vocabulary_size - 1}); use the tokenizer that the model was trained with"
         )
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids as one batch (B, T), shorter rows with ``pad`` in front, and its attention mask (B, T); int64."""
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def ending_ids(model: Any) -> tuple[int, ...]:
+    """The ids that end a text that the model generates; none where it does not say."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(found) if isinstance(found, (list, tuple)) else () if found is None else (int(found),)
+
+
+def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """The ids up to the first of ``ends``, which stays; all where there is none."""
+    stop = next((place for place, token in enumerate(ids, start=1) if token in ends), len(ids))
+    return list(ids[:stop])
