@@ -102,10 +102,11 @@ def generate(
     """Answer prompts with a loaded model, or with a pruned one by its handle, and measure the time.
 
     A prompt is a text, or a chat's messages; both go through the tokenizer's chat template if it has one and ``chat``
-    is true. ``batch_size`` prompts run together, padded on the left; every batch starts from the calibrated histories,
-    so that an answer depends on its batch alone, and they are so again at the end. Greedy with ``temperature`` 0, else sampled with ``seed``; other
-    settings are those of ``model.generation_config``. ``write`` gets the pieces of an answer as they come, and a
-    line break at its end, in batches of one. Within ``pruned.dense()`` the dense model answers.
+    is true. ``batch_size`` prompts run together, padded on the left. Every batch starts from the calibrated histories,
+    so that an answer depends on its batch alone, and they are so again at the end. Greedy with ``temperature`` 0, else
+    sampled with ``seed``; other settings are those of ``model.generation_config``. ``write`` gets the pieces of an
+    answer as they come, and a line break at its end, in batches of one. Within ``pruned.dense()`` the dense model
+    answers.
 
     Raises :class:`SpecError` (options that cannot work) and :class:`DataError` (a prompt that cannot be used), which
     names the prompt.

@@ -14,7 +14,7 @@ from .trials import CUT, PARAMETERS, Study
 PLUGIN_VALUES = 6
 """Maximum number of values of unknown evaluators in the main table; the complete table has all."""
 
-DISTINGUISHED_BY = ("text", "convention", "window", "stride", "batch_size", "length", "tasks", "limit")
+DISTINGUISHED_BY = ("text", "convention", "window", "stride", "batch_size", "length", "prompt_length", "tasks", "limit")
 """Protocol keys that distinguish two evaluators of one kind in titles, the clearest first."""
 
 
@@ -140,6 +140,13 @@ KNOWN: dict[str, tuple[Metric, ...]] = {
     ),
     "zero_shot": (
         Metric("", "mean", "zero-shot", "mean accuracy over the tasks", HIGHER, "accuracy", quality=True),
+    ),
+    "continuation": (
+        Metric("", "perplexity", "continuation perplexity", "of reference continuations after their prompts", LOWER,
+               quality=True),
+        Metric("", "agreement", "agreement", "share of the dense model's greedy tokens at the same place", HIGHER,
+               "share", quality=True),
+        Metric("", "repetition", "repetition", "share of repeated n-grams in greedy text", LOWER, "share", rank=1),
     ),
     "cost": (
         FLOPS,
