@@ -59,7 +59,7 @@ class MaskedLM(HFLM):
         self._task = ""
         self._steps: Iterator = iter(())
         self.shortened = 0
-        """Number of prompts that lost their beginning because they were longer than ``max_length``."""
+        """Number of prompts that lost their beginning because they, and what they generate, exceed ``max_length``."""
 
     @property
     def adds_bos(self) -> bool:
@@ -81,6 +81,12 @@ class MaskedLM(HFLM):
                 return super(MaskedLM, self).generate_until(chosen, disable_tqdm=disable_tqdm)
 
         return self._by_task(run, requests)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Ids (B, T) of prompts that are answered in words, and their mask; those without room lose their beginning."""
+        room = options.get("left_truncate_len")
+        self.shortened += sum(len(self.tok_encode(text)) > room for text in strings) if room else 0
+        return super().tok_batch_encode(strings, *args, **options)
 
     def _by_task(self, run: Callable[..., list], requests: list) -> list:
         answers: list[Any] = [None] * len(requests)
@@ -231,6 +237,13 @@ def listed_metrics(names: Sequence[str], folders: Sequence[Path]) -> dict[str, l
         elif metrics := _metrics(entry.cfg):
             found[entry.name] = metrics
     return found
+
+
+def has_named_metrics(task: Any) -> bool:
+    """Whether a loaded task's scores have the names that it lists: a function that scores texts may name its own."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return True
+    return all(isinstance(metric.get("metric"), str) for metric in task.config.metric_list or ())
 
 
 def _metrics(config: Mapping[str, Any]) -> list[str]:

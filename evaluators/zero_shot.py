@@ -162,7 +162,7 @@ class ZeroShot(Evaluator):
                     raise SpecError(
                         f"zero_shot: task {name} generates text, and the tokenizer has no EOS token to end it"
                     )
-                if task.OUTPUT_TYPE != "generate_until" and not callable(task.config.process_results):
+                if not callable(task.config.process_results) and harness.has_named_metrics(task):
                     self._key(name, {f"{metric},": None for metric in task.aggregation()})
             lm = harness.MaskedLM(subject, self.batch_size, self.max_length or context)
             results = {name: self._run(lm, loaded[name]) for name in names}
@@ -236,7 +236,7 @@ class ZeroShot(Evaluator):
             **({"chat_template": "the tokenizer's"} if self.apply_chat_template else {}),
             **setting(subject.model),
         }
-        notes = [f"{lm.shortened} prompts were longer than {lm.max_length} tokens and lost their beginning"]
+        notes = [f"{lm.shortened} prompts did not fit in {lm.max_length} tokens and lost their beginning"]
         notes = notes if lm.shortened else []
         notes += [
             f"{task}: {protocol_tasks[task]['documents']} questions have a standard error of {100 * error:.1f} points; "
