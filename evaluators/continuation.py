@@ -6,7 +6,6 @@ Letters: B rows, T tokens of the longest prompt, N tokens of a continuation, V i
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..registry import DataError, Evaluator, Measurement, NonFiniteError, SpecError, Subject, TextSource, hookimpl
 from ..registry.tensors.tokens import check_token_ids, context_length, ending_ids, left_padded, until_end
 from ..registry.tensors.windows import digest, token_stream
-from .passes import device_of, setting, vocabulary_size
+from .passes import device_of, next_logits, setting, vocabulary_size
 from .perplexity import exponential
 
 
@@ -240,7 +238,7 @@ def continued(model: Any, batch: Sequence[Case], length: int, pad: int) -> list[
     """References and ``length`` greedy tokens after the prompts of one batch, which run once, padded on the left."""
     device, ends = device_of(model), ending_ids(model)
     ids, mask = (part.to(device) for part in left_padded([case.prompt for case in batch], pad))
-    logits, cache = step(model, ids, mask, None)
+    logits, cache = next_logits(model, ids, None, mask)
     copied = copy.deepcopy(cache)
     longest = max(len(case.reference) for case in batch)
     references = torch.tensor(
@@ -253,36 +251,15 @@ def continued(model: Any, batch: Sequence[Case], length: int, pad: int) -> list[
         losses += cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").cpu()
         if place < longest - 1:
             seen = torch.cat([seen, seen.new_ones(len(batch), 1)], dim=1)
-            logits, cache = step(model, wanted.clamp(min=0)[:, None], seen, cache)
+            logits, cache = next_logits(model, wanted.clamp(min=0)[:, None], cache, seen)
     logits, cache, seen = first, copied, mask
     chosen = [logits.argmax(-1)]
     while len(chosen) < length:
         seen = torch.cat([seen, seen.new_ones(len(batch), 1)], dim=1)
-        logits, cache = step(model, chosen[-1].to(device)[:, None], seen, cache)
+        logits, cache = next_logits(model, chosen[-1].to(device)[:, None], cache, seen)
         chosen.append(logits.argmax(-1))
     greedy = torch.stack(chosen, dim=1).tolist()
     return [Continued(loss, until_end(row, ends)) for loss, row in zip(losses.tolist(), greedy, strict=True)]
-
-
-def step(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits (B, V) after the last token of ids (B, T), and the cache; ``mask`` (B, all tokens so far).
-
-    Raises SpecError for a model without a key/value cache.
-    """
-    arguments: dict[str, Any] = {"use_cache": True}
-    takes = inspect.signature(model.forward).parameters
-    if not bool(mask.all()):
-        arguments["attention_mask"] = mask
-        if "position_ids" in takes:
-            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    if "logits_to_keep" in takes:
-        arguments["logits_to_keep"] = 1
-    if cache is not None:
-        arguments["past_key_values"] = cache
-    found = model(input_ids=ids, **arguments)
-    if found.past_key_values is None:
-        raise SpecError(f"continuation: {type(model).__name__} has no key/value cache; leave this evaluator out")
-    return found.logits[:, -1], found.past_key_values
 
 
 def same(own: Sequence[int], dense: Sequence[int]) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -178,3 +179,24 @@ def cached_prefill(model: Any, ids: Tensor) -> Any:
 def decode_step(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Logits (B, 1, V) of one more token for every row, ids (B, 1), which are added to ``cache``."""
     return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+
+@torch.no_grad()
+def next_logits(model: Any, ids: Tensor, cache: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    """Logits (B, V) after the last of ids (B, T), and the key/value cache with them added.
+
+    ``mask`` (B, tokens so far) has zeros for padding on the left. Raises :class:`SpecError` for a model without a
+    cache.
+    """
+    takes = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    if "logits_to_keep" in takes:
+        arguments["logits_to_keep"] = 1
+    if mask is not None and not bool(mask.all()):
+        arguments["attention_mask"] = mask
+        if "position_ids" in takes:
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    found = model(input_ids=ids, use_cache=True, **arguments)
+    if found.past_key_values is None:
+        raise SpecError(f"{type(model).__name__} has no key/value cache, so it does not decode token by token here")
+    return found.logits[:, -1], found.past_key_values

@@ -44,7 +44,8 @@ BUILT_IN = {
     "compensators": {"none", "mean", "probe_mean", "least_squares", "low_rank_least_squares"},
     "architectures": {"llama", "opt"},
     "evaluators": {
-        *("perplexity", "zero_shot", "cost", "latency", "memory", "prr", "similarity", "overlap", "continuation"),
+        *("perplexity", "zero_shot", "cost", "latency", "memory", "prr", "similarity", "overlap"),
+        *("continuation", "decode_latency"),
     },
 }
 

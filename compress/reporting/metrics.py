@@ -160,6 +160,14 @@ KNOWN: dict[str, tuple[Metric, ...]] = {
         Metric("", "decode_ratio", "decode time", "seconds of a decoded token, relative to dense", LOWER, "times",
                rank=1, timed=True),
     ),
+    "decode_latency": (
+        Metric("", "first_token_ratio", "time to first token", "seconds to the first new token, relative to dense",
+               LOWER, "times", rank=1, timed=True),
+        Metric("", "token_ratio", "time per token", "seconds of a further token, relative to dense", LOWER, "times",
+               rank=1, timed=True),
+        Metric("", "cache_bytes", "KV cache", "bytes of the key/value cache, relative to dense", LOWER, "share",
+               relative=True, rank=1, exact=True),
+    ),
     "memory": (
         Metric("", "prefill_peak", "extra memory",
                "peak bytes of a prefill beyond weights and statistics, relative to dense; a pruned model holds copies "
