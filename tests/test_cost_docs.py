@@ -41,5 +41,9 @@ def test_every_value_and_part_of_time_is_explained():
     for name in values:
         short = name.removeprefix("dense_").removeprefix("prefill")
         assert f"`prefill{short}`" in section("latency") or f"`*{short}`" in section("latency")
+        assert f"`{name.removeprefix('dense_').replace('prefill', 'token')}`" in section("decode_latency") or (
+            f"`*{short}`" in section("decode_latency")
+        )
+    assert all(f"`{name}`" in section("decode_latency") for name in ("first_token_seconds", "cache_bytes"))
     assert [part for part in latency.PARTS if f"`{part}`" not in section("latency")] == []
     assert "no time saved" in section("prr") and "`relative`" in section("prr")

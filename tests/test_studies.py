@@ -17,6 +17,7 @@ FOLDER = ROOT / "docs" / "studies"
 OWN = [
     FOLDER / "compare.yaml",
     FOLDER / "allocation.yaml",
+    FOLDER / "generation.yaml",
     *sorted(FOLDER.glob("compensation*.yaml")),
     *sorted(FOLDER.glob("speed-*.yaml")),
 ]
