@@ -47,13 +47,14 @@ def sha256_of(path: Path) -> str:
 def whole_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """The path to write a file to; it appears as ``target`` when the block ends, and not at all if that fails.
 
-    Folders above it are made. Raises :class:`SpecError` before the block where the file exists and may not be replaced,
-    or cannot be made.
+    Folders above it are made, and removed again where it fails. Raises :class:`SpecError` before the block where the
+    file exists and may not be replaced, or cannot be made.
     """
     if os.path.lexists(target) and not (overwrite and target.is_file()):
         remedy = "replace it with --overwrite" if target.is_file() else "it is not a file"
         raise SpecError(f"{target} exists; choose another with --out, or {remedy}")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,9 +63,11 @@ def whole_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
             raise SpecError(f"{target} cannot be written: {error.strerror}; name another place with --out") from None
         yield partial
         os.replace(partial, target)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    except BaseException:
+        for left in (partial.unlink, *(folder.rmdir for folder in made)):
+            with suppress(OSError):
+                left()
+        raise
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
