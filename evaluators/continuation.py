@@ -101,32 +101,41 @@ class Continuation(Evaluator):
 
     def evaluate(self, subject: Subject) -> Measurement:
         """Measure; raises SpecError (context too short), DataError (text) and NonFiniteError (NaN losses)."""
+        found = self.alone(subject)
+        if not subject.sites:
+            return found
+        with subject.dense():
+            dense = subject.measure(Alone(**dict(self)))
+        rows = zip(found.details["greedy"], dense.details["greedy"], strict=True)
+        equal = [same(own, other) for own, other in rows]
+        agreement = [fmean(row) for row in equal]
+        values = {
+            **found.values,
+            **{f"dense_{name}": value for name, value in dense.values.items()},
+            "agreement": fmean(agreement),
+            "same_start": fmean([*row, False].index(False) / len(row) for row in equal),
+        }
+        details = {**found.details, "agreement": agreement, "dense_texts": dense.details["texts"]}
+        return Measurement(values, found.protocol, list(dict.fromkeys([*found.notes, *dense.notes])), details)
+
+    def alone(self, subject: Subject) -> Measurement:
+        """What is measured of one model, without a second one."""
         self.check(subject.model)
         cases = self._cases(subject)
         batches = [cases[start : start + self.batch_size] for start in range(0, len(cases), self.batch_size)]
-        own: list[Continued] = []
-        dense: list[Continued] = []
+        found: list[Continued] = []
         for batch in subject.progress(batches, self.name, len(batches)):
             subject.reset()
-            own += self._continued(subject, batch, len(own))
-            if subject.sites:
-                with subject.dense():
-                    dense += self._continued(subject, batch, len(dense))
+            found += self._continued(subject, batch, len(found))
         notes: list[str] = []
-        values = self._values(subject, cases, own, notes)
-        details: dict[str, Any] = {
-            "window_losses": [one.loss for one in own],
+        values = self._values(subject, cases, found, notes)
+        details = {
+            "window_losses": [one.loss for one in found],
             "window_tokens": [len(case.reference) for case in cases],
-            "texts": [subject.tokenizer.decode(one.greedy) for one in own],
+            "greedy": [one.greedy for one in found],
+            "texts": [subject.tokenizer.decode(one.greedy) for one in found],
         }
-        if dense:
-            values |= {f"dense_{key}": value for key, value in self._values(subject, cases, dense, notes).items()}
-            equal = [same(one.greedy, other.greedy) for one, other in zip(own, dense, strict=True)]
-            details |= {"agreement": [fmean(row) for row in equal]}
-            details["dense_texts"] = [subject.tokenizer.decode(one.greedy) for one in dense]
-            values["agreement"] = fmean(details["agreement"])
-            values["same_start"] = fmean([*row, False].index(False) / len(row) for row in equal)
-        return Measurement(values, self._protocol(subject, cases), list(dict.fromkeys(notes)), details)
+        return Measurement(values, self._protocol(subject, cases), notes, details)
 
     def _protocol(self, subject: Subject, cases: Sequence[Case]) -> dict[str, Any]:
         parts = (part for case in cases for part in (case.prompt, case.reference))
@@ -231,6 +240,13 @@ class Continuation(Evaluator):
                     f"{setting(subject.model)['dtype']}; try model.dtype: float32 (or bfloat16 for float16)"
                 )
         return found
+
+
+class Alone(Continuation):
+    """The dense model's part of a measurement, which the runs of one loaded model share."""
+
+    def evaluate(self, subject: Subject) -> Measurement:
+        return self.alone(subject)
 
 
 @torch.no_grad()
