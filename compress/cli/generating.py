@@ -65,6 +65,7 @@ def generate(
     output token, kept units and bytes of the key/value cache.
     """
     import json
+    from dataclasses import replace
     from datetime import datetime
     from functools import partial
 
@@ -111,10 +112,11 @@ def generate(
                 printing.say(f"{title}:")
             with mode():
                 if live:
-                    found[title] = ask(write=printing.write)
+                    measured = ask(write=printing.write)
                 else:
                     with printing.Bars() as bars:
-                        found[title] = ask(progress=bars.track)
+                        measured = ask(progress=bars.track)
+            found[title] = replace(measured, kept=measured.kept or model.kept)
             for each in found[title].answers if shown and not live else ():
                 printing.say(each.text, whole=True)
         if unfinished is not None:
@@ -122,13 +124,13 @@ def generate(
             unfinished.write_text(text, encoding="utf-8")
     if as_json:
         return typer.echo(json.dumps(answering.as_data(found), indent=2, ensure_ascii=False))
-    show(found, model.kept or {})
+    show(found)
     if out is not None:
         printing.say(f"answers: {out}", whole=True)
 
 
-def show(found: dict[str, Generated], kept: Mapping[str, tuple[int, int]]) -> None:
-    """Print the measurements, a column for each model; ``kept`` are the units of an exported one."""
+def show(found: Mapping[str, Generated]) -> None:
+    """Print the measurements, a column for each model."""
     from rich.filesize import decimal
 
     from ..output import printing
@@ -146,9 +148,8 @@ def show(found: dict[str, Generated], kept: Mapping[str, tuple[int, int]]) -> No
         ("time per output token", *(milliseconds(run.token_seconds) for run in runs)),
         ("key/value cache", *(decimal(run.cache_bytes) for run in runs)),
     ]
-    units = [run.kept or kept for run in runs]
-    for kind in units[0]:
-        rows.append((f"kept units, {kind}", *(f"{each[kind][0]:,} of {each[kind][1]:,}" for each in units)))
+    for kind in runs[0].kept:
+        rows.append((f"kept units, {kind}", *("{:,} of {:,}".format(*run.kept[kind]) for run in runs)))
     printing.show_table(("measurement", *found), rows)
 
 

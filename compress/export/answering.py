@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Opened:
     loaded: Loaded
     title: str
     pruned: Pruned | None = None
-    kept: Mapping[str, tuple[int, int]] | None = None
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Of an exported model: kept units and all units by kind of site."""
 
 
@@ -64,8 +64,7 @@ def opened(
         manifest = export.manifest
         sites = [(kind, kept) for layer in manifest.layers for kind, kept in layer.sites.items()]
         kept = by_kind((kind, found.kept, found.units) for kind, found in sites)
-        title = f"{manifest.strategy}, exported"
-        yield Opened(export.loaded, title, export.pruned, None if export.pruned is not None else kept)
+        yield Opened(export.loaded, f"{manifest.strategy}, exported", export.pruned, kept)
         return
     yield Opened(load(ModelSource.model_validate({**source_data(source), "device": device})), "not pruned")
 
