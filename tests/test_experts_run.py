@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 import transformers
 from prunekit.compress import Pipeline, PipelineSpec, prune
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.output.records import LayerCut
+from prunekit.registry import SpecError
 
 from tests.moe_models import batches, built, catalog
 
@@ -78,3 +80,30 @@ def test_a_cost_can_be_matched(what):
     match = Match(what, 16, 2) if what == "flops" else Match(what)
     with prune(model, "wanda_sp", ratio=0.3, calibration=batches(), catalog=catalog(), match=match) as pruned:
         assert pruned.matched.cost == pytest.approx(0.7, abs=0.005)
+
+
+@pytest.mark.parametrize("merger", ["importance_scaled", "probe_only"])
+@pytest.mark.parametrize("how", ["mean-score", "last"])
+def test_freezing_cuts_experts_that_no_token_reaches_as_all_others(how, merger):
+    """One token reaches 2 of 6 experts."""
+    options = dict(ratio=1 / 3, skip_layers=[], calibration=batches(), catalog=catalog(), merger=merger)
+    with prune(built("qwen3_moe"), "pp", **options) as pruned:
+        pruned.freeze(how, [torch.tensor([[5]])])
+        assert {place: len(kept) for place, kept in pruned.sites_kept.items()} == pruned.counts
+        assert any(count < 24 for (_, kind), count in pruned.counts.items() if kind.startswith("expert"))
+
+
+def test_a_share_of_the_decoder_goes_with_whole_experts(content, tmp_path):
+    results = Pipeline(content(use="reap", ratio=0.207, of="decoder")).run(tmp_path / "run")
+    ratio = json.loads((results.folder / "results.json").read_text())["ratio"]
+    assert ratio["decoder_parameters_cut"] == pytest.approx(0.207, abs=0.005)
+    assert ratio["left_whole"] == "all but routed experts"
+    with pytest.raises(SpecError, match=r"of them are in blocks that can be cut; left whole: all but routed experts"):
+        Pipeline(content(use="reap", ratio=0.9, of="decoder")).run(tmp_path / "high")
+
+
+def test_cost_tells_attention_from_the_rest_where_whole_experts_go(content, tmp_path):
+    found = [Pipeline(content(use=use, ratio=1 / 3)).run(tmp_path / use) for use in ("reap", "wanda_sp")]
+    for part in ("attention_projections", "attention_scores", "mlp", "head"):
+        whole, channels = (each.metrics[f"cost.{part}"]["dense"] for each in found)
+        assert whole == channels > 0, part

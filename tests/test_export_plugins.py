@@ -6,7 +6,7 @@ import transformers
 from prunekit.compress import Exporter, PipelineSpec, load, prune
 from prunekit.compress.export import exporting
 from prunekit.compress.models.families import FAMILIES
-from prunekit.registry import Catalog, ModelError
+from prunekit.registry import Catalog, ModelError, SpecError
 from prunekit.registry.checks.sites import check_sites
 
 from tests.family_checks import randomise
@@ -92,8 +92,9 @@ def test_a_cut_that_the_family_cannot_hold_is_refused_before_loading(outside, tm
     monkeypatch.setattr(exporting, "load", None)
     halves = {"name": "explicit", "attention": [0.5, 0.5], "mlp": [0.5, 0.5]}
     spec = outside("gemma2", compensate="mean", ratio=None, allocator=halves)
-    with pytest.raises(ModelError, match=r"do not fit a Gemma2ForCausalLM: there is no place for .*mlp.down_proj.bias"):
-        Exporter(spec, "hf-uniform", tmp_path / "out").export()
+    for profile in ("hf-uniform", "padded"):
+        with pytest.raises(SpecError, match=r"the MLP's output .* has no place.*: --profile hf-hetero, or"):
+            Exporter(spec, profile, tmp_path / "out").export()
 
 
 def test_sizes_that_name_wrong_fields_fail_the_check():

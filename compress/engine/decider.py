@@ -50,6 +50,14 @@ class Decider:
             return torch.arange(cut.count, device=cut.history.device)
         return keep_highest(self._calibrated(cut)[1], cut.count)
 
+    def unprobed_units(self, cut: SiteCut) -> Tensor:
+        """The units (k,) that a site keeps whose probe has no token: by its history, or by weights alone."""
+        merger = self.strategy.merger
+        if merger is None or merger.uses_history:
+            return self.calibrated_units(cut)
+        statistic = torch.ones(cut.binding.site.channels, device=cut.state.history.device)
+        return keep_highest(self._scored(cut.state, statistic)[1], cut.count)
+
     def _calibrated(self, cut: SiteCut) -> tuple[Tensor, Tensor]:
         state = cut.state
         if state.choice is not None:

@@ -10,7 +10,7 @@ from ..models.exported.manifest import Manifest
 from ..models.gguf_file import ENDING
 from ..models.named import MODELS
 from ..output.formatting import kept_units, names_of, number, sentence, share, table, value_text
-from ..output.records import LayerCut
+from ..output.records import LayerCut, is_expert
 from ..runs.records import damage
 from .constraint import sentence as rounding_sentence
 from .profiles import TOOLS, profile_named
@@ -67,6 +67,7 @@ def card(manifest: Manifest, name: str) -> str:
         runs=", ".join(f"{tool} ({state})" for tool, state in states.items() if state != "no"),
         results=_Block("\n".join(table(metric_heads(manifest), [[*map(_one_line, row)] for row in rows]))),
         damages=damages(manifest),
+        units=_units(manifest),
         layers=_Block("\n".join(_layers(manifest))),
         rounding=rounding and rounding_sentence(rounding, manifest.ratio.asked),
         share=share,
@@ -138,6 +139,14 @@ def lacks_block(layer: LayerCut) -> bool:
     """Whether a layer has lost its attention or its MLP alone."""
     left = {site.kept > 0 for site in layer.sites.values()}
     return left == {True, False}
+
+
+def _units(manifest: Manifest) -> str:
+    """What the units are that were cut."""
+    kinds = {kind for layer in manifest.layers for kind in layer.sites}
+    if "experts" in kinds:
+        return "routed experts"
+    return "attention, MLP and expert units" if any(map(is_expert, kinds)) else "attention and MLP units"
 
 
 def _layers(manifest: Manifest) -> list[str]:

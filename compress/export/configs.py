@@ -78,9 +78,13 @@ def uniform_config(dense: Any, layers: Sequence[LayerShape], family: Family) -> 
     Raises :class:`SpecError` or :class:`ModelError` naming the nearest profile.
     """
     check_whole("hf-uniform", layers)
-    layer, dense = _uniform_layer(layers), classes.homogeneous(dense)
-    ruled = dense.model_type in (*WITHOUT_WINDOW, "qwen3", "opt")
-    return stock_config(dense, layer, len(layers)) if ruled else own_config(dense, layer, family)
+    layer, dense = _uniform_layer(layers, family), classes.homogeneous(dense)
+    return stock_config(dense, layer, len(layers)) if is_ruled(family) else own_config(dense, layer, family)
+
+
+def is_ruled(family: Family) -> bool:
+    """Whether hf-uniform may write the family as another one, by rules of servers that know it well."""
+    return family.kind in (*WITHOUT_WINDOW, "qwen3", "opt")
 
 
 def own_config(dense: Any, layer: LayerShape, family: Family) -> Any:
@@ -106,9 +110,10 @@ def own_config(dense: Any, layer: LayerShape, family: Family) -> Any:
     if family.expert_field is not None:
         setattr(text, family.expert_field, layer.experts or layer.expert_width)
     biases: dict[SiteKind, bool] = {"attention": layer.attention_bias, "mlp": layer.mlp_bias}
-    for kind, biased in biases.items():
-        if biased and not family.has_bias(kind) and hasattr(text, f"{kind}_bias"):
-            setattr(text, f"{kind}_bias", True)
+    biased = [kind for kind, has in biases.items() if has and not family.has_bias(kind)]
+    family.check_biases("hf-uniform", biased)
+    for kind in biased:
+        setattr(text, f"{kind}_bias", True)
     try:
         return type(config).from_dict(config.to_dict())
     except Exception as error:  # every class has rules of its own
@@ -176,7 +181,7 @@ def stock_config(dense: Any, layer: LayerShape, layers: int) -> Any:
     return _of_class(transformers.GraniteConfig, dense, {**sizes, **flags, **neutral})
 
 
-def _uniform_layer(layers: Sequence[LayerShape]) -> LayerShape:
+def _uniform_layer(layers: Sequence[LayerShape], family: Family) -> LayerShape:
     """The shape of all layers; raises :class:`SpecError` naming the first layer that differs.
 
     Layers without a site of a kind have any shape there.
@@ -202,8 +207,8 @@ def _uniform_layer(layers: Sequence[LayerShape]) -> LayerShape:
         if not alike:
             raise SpecError(
                 f"profile hf-uniform: layer {index} keeps {_shape(layer)}, layer 0 {_shape(first)}; a stock class has "
-                "one shape for all layers. Nearest: --profile hf-hetero, or prune all layers alike: no skip_layers, "
-                "and allocator: {name: uniform, rounding: down}"
+                f"one shape for all layers. {family.nearest('hf-uniform').capitalize()}; or prune all layers alike: no "
+                "skip_layers, and allocator: {name: uniform, rounding: down}"
             )
     biases = any(layer.attention_bias for layer in layers), any(layer.mlp_bias for layer in layers)
     return replace(first, attention_bias=biases[0], mlp_bias=biases[1])
@@ -273,7 +278,7 @@ def add_code(folder: Path, config: Any) -> None:
 # Profile padded
 
 
-def padded_config(pruned: Pruned, tensors: Tensors) -> Any:
+def padded_config(pruned: Pruned, tensors: Tensors, family: Family) -> Any:
     """The original configuration, with the biases that compensation has added.
 
     Raises :class:`SpecError` for a class without a place for them.
@@ -281,16 +286,10 @@ def padded_config(pruned: Pruned, tensors: Tensors) -> Any:
     config: Any = copy.deepcopy(pruned.model.config)
     text = config.get_text_config()
     added = tensors.keys() - pruned.model.state_dict().keys()
-    for site in pruned.sites:
-        if f"{site.consumer}.bias" not in added:
-            continue
-        key = f"{site.kind}_bias"
-        if not hasattr(text, key):
-            raise SpecError(
-                f"profile padded: compensation gives {site.consumer} a bias, and {type(pruned.model).__name__} has "
-                "no place for one; nearest: --profile hf-hetero, or --set prune.compensate=none"
-            )
-        setattr(text, key, True)
+    biased = [site.kind for site in pruned.sites if f"{site.consumer}.bias" in added]
+    family.check_biases("padded", biased)
+    for kind in biased:
+        setattr(text, f"{kind}_bias", True)
     return config
 
 

@@ -54,7 +54,8 @@ class Constraint:
             layers = ", ".join(map(str, strategy.skip_layers))
             raise SpecError(
                 f"profile hf-uniform: all layers keep the same counts, but skip_layers [{layers}] leaves some as they "
-                "are; nearest: --set prune.skip_layers=[], or --profile hf-hetero, whose layers may differ"
+                "are; nearest: --set prune.skip_layers=[]"
+                + ("" if strategy.experts == "whole" else ", or --profile hf-hetero, whose layers may differ")
             )
         rounded = RoundedCounts(allocator=strategy.allocator, equal=self.equal, multiple=self.multiple)
         return strategy.model_copy(update={"allocator": rounded})

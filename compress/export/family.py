@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...registry import Architecture, Catalog, ExpertUnit, ModelError, Producer, Site, SiteKind, SizeFields
+from ...registry import Architecture, Catalog, ExpertUnit, ModelError, Producer, Site, SiteKind, SizeFields, SpecError
 from ...registry.checks.sites import wrong_size
 from ...registry.sites import owned_norms
 from ...registry.tensors.linears import is_transposed
@@ -162,15 +164,38 @@ class Family:
 
     def nearest(self, profile: str) -> str:
         """The other profiles that can write the family, for the end of an error."""
-        smaller = [each for each in ("hf-hetero", "hf-uniform") if each != profile and self.refusal(each) is None]
+        smaller = [each for each in ("hf-hetero", "hf-uniform") if self.refusal(each) is None]
         zeros = [] if self.experts == "whole" and self.routed else ["padded"]
-        return f"nearest: {', or '.join(f'--profile {each}' for each in (*smaller, *zeros, 'dynamic'))}"
+        others = [each for each in (*smaller, *zeros, "dynamic") if each != profile]
+        return f"nearest: {', or '.join(f'--profile {each}' for each in others)}"
 
     def check(self, profile: str) -> None:
         """Raise :class:`ModelError` for a profile that cannot write smaller models of this family."""
         reason = self.refusal(profile)
         if reason is not None:
             raise ModelError(f"profile {profile}: {reason}; {self.nearest(profile)}")
+
+    def check_biases(self, profile: str, kinds: Iterable[SiteKind]) -> None:
+        """Raise :class:`SpecError` where compensation gives biases that the family's own class has no place for."""
+        for kind in dict.fromkeys(kinds):
+            if kind in ("attention", "mlp") and not self._takes_bias(kind):
+                other = "" if self.refusal("hf-hetero") else "--profile hf-hetero, or "
+                what = f"the {kind.replace('mlp', 'MLP')}'s output projection a bias"
+                raise SpecError(
+                    f"profile {profile}: compensation gives {what}, and {type(self.stock).__name__} has no place for "
+                    f"one; nearest: {other}--profile dynamic, or --set prune.compensate=none"
+                )
+
+    def _takes_bias(self, kind: SiteKind) -> bool:
+        """Whether the output projection has a bias, or has one if the configuration asks for it."""
+        if self.has_bias(kind):
+            return True
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        if not hasattr(text, f"{kind}_bias"):
+            return False
+        setattr(text, f"{kind}_bias", True)
+        return replace(self, config=config).has_bias(kind)
 
     def has_bias(self, kind: SiteKind) -> bool:
         """Whether the output projection of the stock model has a bias."""

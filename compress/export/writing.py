@@ -16,7 +16,7 @@ from ..models.loading import Loaded
 from ..pruning.matching import Counts
 from ..pruning.pruned import Pruned
 from ..pruning.sites import find_sites, sites_within
-from .configs import add_code, fitted, hetero_config, lacking, padded_config, shortened, uniform_config
+from .configs import add_code, fitted, hetero_config, is_ruled, lacking, padded_config, shortened, uniform_config
 from .constraint import RoundedCounts
 from .cut_model import (
     LayerShape,
@@ -64,7 +64,7 @@ def write_model(
     without = None
     with _quiet():
         if profile.name == "padded":
-            config = padded_config(pruned, tensors)
+            config = padded_config(pruned, tensors, family)
         else:
             shapes = layer_shapes(pruned, tensors, family.sizes)
             config, layers = shortened(pruned.model.config, shapes)
@@ -121,6 +121,9 @@ def check_possible(profile: Profile, model: Any, strategy: Strategy, catalog: Ca
     layers, sites = find_sites(model, catalog, strategy.attention_unit, strategy.experts)
     check_experts(profile, sites)
     inside, ratio = sites_within(strategy, sites, len(model.get_submodule(layers)))
+    if strategy.compensates and (profile.name == "padded" or (profile.name == "hf-uniform" and not is_ruled(family))):
+        family.check_biases(profile.name, [site.kind for site in inside])
+        check_biases(model, inside, {(site.layer, site.kind): 0 for site in inside})
     if isinstance(strategy.allocator, RoundedCounts):
         strategy.allocator.check_reachable(inside)
     if strategy.allocator.looks_at_model:

@@ -80,8 +80,9 @@ def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, m
             )
         if count < each.site.least:
             raise SpecError(
-                f"allocator {allocator.name} keeps {count} of {each.site.units} units at {each.site.label}, and the "
-                f"router chooses {each.site.least} for every token; lower the ratio"
+                f"{count} of {each.site.units} experts would be left at layer {each.site.layer}, and the router "
+                f"chooses {each.site.least} for every token; ask for a ratio of at most "
+                f"{1 - each.site.least / each.site.units:.3g}"
             )
         if allocator.whole_blocks and 0 < count < each.site.units:
             raise SpecError(

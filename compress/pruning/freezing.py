@@ -28,7 +28,8 @@ MEANINGS = {
 def frozen_units(engine: Engine, how: Freeze, batches: Iterable[Any] | None, progress: Progress) -> list[Tensor]:
     """The units (k,) int64 ascending that every site of a dynamic strategy is to keep from now on.
 
-    ``mean-score`` and ``last`` run ``batches`` through the pruned model. A site that decides once keeps its units.
+    ``mean-score`` and ``last`` run ``batches`` through the pruned model. A site that decides once keeps its units. A
+    routed expert that no token reaches keeps what its history, or its weights, would keep.
     Raises :class:`SpecError` for an unknown way or one that this strategy has nothing for, :class:`DataError` where
     batches are missing.
     """
@@ -51,14 +52,21 @@ def frozen_units(engine: Engine, how: Freeze, batches: Iterable[Any] | None, pro
     def add(cut: SiteCut, scores: Tensor) -> None:
         sums[cut] = sums[cut] + scores.double() if cut in sums else scores.double()
 
+    for cut in engine.cuts:
+        cut.computed = None  # of earlier texts
     listed = calibration_list(batches)
     watching = engine.decider.watched(add) if how == "mean-score" else nullcontext()
     with watching, evaluating(engine.model):
         for batch in progress(listed, "freezing", len(listed)):
             run_batch(engine, batch)
     if how == "mean-score":
-        return [_all(cut) if cut.whole else keep_highest(sums[cut], cut.count) for cut in engine.cuts]
-    return [_all(cut) if cut.whole or cut.computed is None else cut.computed for cut in engine.cuts]
+        found = {cut: keep_highest(scores, cut.count) for cut, scores in sums.items()}
+    else:
+        found = {cut: cut.computed for cut in engine.cuts if cut.computed is not None}
+    with torch.no_grad():  # what no token of the batches has reached, such as a routed expert, has decided nothing
+        rest = [cut for cut in engine.cuts if not cut.whole and cut not in found]
+        found |= {cut: engine.decider.unprobed_units(cut) for cut in rest}
+    return [_all(cut) if cut.whole else found[cut] for cut in engine.cuts]
 
 
 def check_freeze(how: str) -> None:

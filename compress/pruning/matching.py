@@ -96,6 +96,8 @@ class DecoderCost:
 
 def _parameters(model: Any, site: Site) -> float:
     """Parameters of the linear layers of a whole block, and of its other tensors with entries of units."""
+    if site.router is not None:
+        return float(site.units * site.unit_parameters)
     tensors = [p for linear in linears_of_block(model, site) for p in linear.parameters()]
     return float(sum(tensor.numel() for tensor in (*tensors, *tensors_of_units(model, site))))
 
@@ -132,7 +134,7 @@ def check_reachable(cost: DecoderCost, sites: Sequence[Site], asked: float, left
 
     They are those of layers that are not skipped. ``left``: what large part of the layers no site cuts.
     """
-    most = cost.lost({(site.layer, site.kind): 0 for site in sites})
+    most = cost.lost({(site.layer, site.kind): site.least for site in sites})
     if asked > most + NEAR:
         why = f"; left whole: {left}" if left else ""
         raise SpecError(

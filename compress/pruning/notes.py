@@ -101,11 +101,14 @@ def notes_on_experts(cuts: Sequence[SiteCut]) -> list[str]:
             found.setdefault(cut.site.layer, []).append(number)
     if not found:
         return []
-    places = [f"layer {layer}: {ranges(numbers)}" for layer, numbers in sorted(found.items())]
+    many = {layer: "expert" if len(numbers) == 1 else "experts" for layer, numbers in found.items()}
+    places = [f"layer {layer} {many[layer]} {ranges(numbers)}" for layer, numbers in sorted(found.items())]
     if len(places) > MOST_RUNS:
         places[MOST_RUNS:] = [f"and {len(places) - MOST_RUNS} more layers"]
     done = "count as unused" if any(cut.site.router for cut in cuts) else "have their channels scored by weights alone"
-    return [f"calibration reached no token of experts ({'; '.join(places)}), which {done}; calibrate with more text"]
+    return [
+        f"no token of calibration reached these experts, which {done}: {'; '.join(places)}. Calibrate with more text"
+    ]
 
 
 def _alike(sites: Iterable[Site]) -> list[list[Site]]:

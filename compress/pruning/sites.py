@@ -96,7 +96,9 @@ def architecture_of(config: Any, catalog: Catalog) -> Architecture:
 
 
 def left_whole(model: nn.Module, catalog: Catalog, experts: ExpertUnit) -> str:
-    """What large part of the layers no site cuts, by the family and by what is done with routed experts."""
+    """What large part of the model no site cuts, by the family and by what is done with routed experts."""
+    if experts == "whole":
+        return f"all but {ROUTED}"
     left = architecture_of(model.config, catalog).leaves
     kept = experts == "keep" and ROUTED not in left and experts_in(model)
     return ", ".join(filter(None, (left, ROUTED if kept else "")))

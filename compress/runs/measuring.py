@@ -27,6 +27,7 @@ from ..files.reader import with_rows
 from ..models.loading import Loaded
 from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
+from ..pruning.sites import find_sites
 from .documents import read_documents
 
 Item = TypeVar("Item")
@@ -55,6 +56,8 @@ class Measuring(Subject):
     ):
         super().__init__(loaded.model, loaded.tokenizer)
         self.loaded, self.sites = loaded, pruned.all_sites
+        if any(site.router is not None for site in self.sites):  # attentions and MLPs have a part in what it costs, too
+            self.sites = [*self.sites, *find_sites(loaded.model, pruned.catalog, "kv_group", "keep")[1]]
         self._pruned, self._progress, self._evaluators, self._seed = pruned, progress, evaluators, seed
         self._positions = positions
         self._known: dict[bool, Known] = {True: dense, False: {}}
