@@ -75,14 +75,14 @@ class Catalog:
         manager.add_hookspecs(Hooks)
         points = _entry_points()
         blocked = {_normal(part.strip()) for part in _block_list(block).split(",") if part.strip()}
-        known = {_normal(name) for point, dist in points for name in (point.name, _distribution(dist))}
+        known = {_normal(name) for point, distribution, _ in points for name in (point.name, distribution)}
         for name in sorted(blocked - known):
             catalog.problems.append(
                 f"{BLOCK_VARIABLE} names {name!r}, which is neither a plugin nor a distribution{near(name, known)}"
             )
-        for point, dist in points:
-            provider = f"{_distribution(dist)} {_metadata(dist, 'Version')}".rstrip()
-            if blocked & {_normal(point.name), _normal(_distribution(dist))}:
+        for point, distribution, version in points:
+            provider = f"{distribution} {version}".rstrip()
+            if blocked & {_normal(point.name), _normal(distribution)}:
                 catalog.blocked.append(f"{point.name} ({provider})")
                 continue
             try:
@@ -203,23 +203,21 @@ def _block_list(block: str | None) -> str:
     return os.environ.get(BLOCK_VARIABLE, "") if block is None else block
 
 
-def _metadata(dist: Distribution, key: str) -> str:
-    """A line of a distribution's metadata; empty if there is none: a damaged installation may have lost the file."""
+def _name_and_version(dist: Distribution) -> tuple[str, str]:
+    """What a distribution's metadata states; parses the file, which a damaged installation may have lost."""
     metadata = dist.metadata
-    return metadata[key] if metadata is not None and key in metadata else ""
+    name, version = (metadata[key] if metadata is not None and key in metadata else "" for key in ("Name", "Version"))
+    return name or "unknown distribution", version
 
 
-def _distribution(dist: Distribution) -> str:
-    return _metadata(dist, "Name") or "unknown distribution"
-
-
-def _entry_points() -> list[tuple[EntryPoint, Distribution]]:
-    """Entry points of the group with their distributions; one that is found on two paths is listed once."""
-    found: dict[tuple[str, str, str], tuple[EntryPoint, Distribution]] = {}
+def _entry_points() -> list[tuple[EntryPoint, str, str]]:
+    """Entry points of the group, each with name and version of its distribution; what two paths show is listed once."""
+    found: dict[tuple[str, str, str], tuple[EntryPoint, str, str]] = {}
     for dist in distributions():
-        for point in dist.entry_points:
-            if point.group == PROJECT:
-                found.setdefault((_distribution(dist), point.name, point.value), (point, dist))
+        points = [point for point in dist.entry_points if point.group == PROJECT]
+        name, version = _name_and_version(dist) if points else ("", "")
+        for point in points:
+            found.setdefault((name, point.name, point.value), (point, name, version))
     return [found[key] for key in sorted(found)]
 
 
