@@ -1,5 +1,6 @@
 """Fixtures: tiny models built from a config (no downloads), and the shared reference material where it lies."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,12 @@ import torch
 def pytest_configure(config):
     # The tiny models have so few units that nearly every cut is noted; test_notes.py looks at these warnings.
     config.addinivalue_line("filterwarnings", "ignore::prunekit.registry.errors.PruneWarning")
+
+
+def pytest_collection_finish():
+    # Millions of objects of torch, transformers and pytest: garbage collections between and in tests pass them over.
+    gc.collect()
+    gc.freeze()
 
 
 ROOT = Path(__file__).resolve().parents[1]
