@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import run_script
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "compensation_width.py"
@@ -90,22 +92,16 @@ def test_swapped_units_are_counted(sections):
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(arguments, said):
-    done = run(*arguments)
+    done = run_script(SCRIPT, "--threads", "1", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT.parent / name), *arguments]
-    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=one_core, timeout=300)
-
-
 def test_history_storage(tmp_path):
     out = tmp_path / "page.md"
     small = ["--batches", "4", "--length", "24", "--rows", "4", "--sequences", "4"]
-    done = script("history_storage.py", *small, "--out", str(out))
+    done = run_script(SCRIPT.parent / "history_storage.py", *small, "--out", str(out))
     assert done.returncode == 0, done.stderr
     found = {row[0]: row[1:] for row in rows(out.read_text(encoding="utf-8"))[1:]}
     assert found["float32"][:3] == ["100.0%", "0.00%", "0.00%"] and found["float32"][4] == "+0.00%"
@@ -116,7 +112,7 @@ def test_history_storage(tmp_path):
 def test_calibration_overhead(tmp_path):
     out = tmp_path / "page.md"
     small = ["--layers", "1", "--rows", "2", "--length", "16", "--rounds", "6", "--threads", "1"]
-    done = script("calibration_overhead.py", *small, "--dtypes", "float32", "--out", str(out))
+    done = run_script(SCRIPT.parent / "calibration_overhead.py", *small, "--dtypes", "float32", "--out", str(out))
     assert done.returncode == 0, done.stderr
     found = rows(out.read_text(encoding="utf-8"))[1:]
     assert [row[:2] for row in found] == [["float32", "pp"], ["float32", "flap"]]
@@ -127,7 +123,7 @@ def test_calibration_overhead(tmp_path):
 
 
 def test_the_kernels_script_says_what_it_lacks():
-    done = script("gpu_kernels.py")
+    done = run_script(SCRIPT.parent / "gpu_kernels.py")
     assert done.returncode == 1
     assert "no CUDA device is here" in done.stderr or "pip install triton" in done.stderr
 

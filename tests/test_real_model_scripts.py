@@ -1,11 +1,9 @@
 """The scripts of docs/results/real-model run at toy size on the bundled model."""
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ from prunekit.compress.bundled import MODEL, TEXTS
 from prunekit.registry import SiteCovariance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.scripts import run_script
+
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results" / "real-model"
@@ -21,13 +21,11 @@ TEXT = TEXTS["docstrings-calibration"]
 TOY = ("--model", "bundled", "--sequences", "2", "--length", "32", "--threads", "1")
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER / name), *arguments, *TOY]
-    return subprocess.run(command, capture_output=True, text=True, env=one_core, timeout=300)
+def script(name: str, *arguments: str) -> SimpleNamespace:
+    return run_script(FOLDER / name, *arguments, *TOY)
 
 
-def tables(done: subprocess.CompletedProcess) -> list[list[list[str]]]:
+def tables(done: SimpleNamespace) -> list[list[list[str]]]:
     """The rows of every table, heads included, rules left out."""
     assert done.returncode == 0, done.stderr
     blocks = re.findall(r"(?:^\|.*\n)+", done.stdout, flags=re.MULTILINE)
@@ -121,8 +119,7 @@ def test_a_study_is_drawn_worst_rows_last(tmp_path):
     rows = ["b,x,0.4,done,90,30", "b,y,0.4,done,200,30", "a,x,0.4,done,95,30", "a,y,0.4,done,99,30", "a,x,0.2,failed,,"]
     trials.write_text(head + "\n".join(rows), encoding="utf-8")
     plot = tmp_path / "plot.svg"
-    command = [sys.executable, str(FOLDER / "dots.py"), str(trials), str(plot)]
-    subprocess.run(command, check=True, timeout=120)
+    assert run_script(FOLDER / "dots.py", str(trials), str(plot)).returncode == 0
     drawn = re.findall(r">([^<>]+)</text>", plot.read_text(encoding="utf-8"))
     assert drawn.index("a") < drawn.index("b") and "40% cut" in drawn and "20% cut" not in drawn
 
