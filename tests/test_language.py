@@ -50,11 +50,16 @@ def literals(source: str) -> Iterator[Line]:
             yield node.lineno, node.value
 
 
-def documentation(source: str) -> Iterator[Line]:
-    """First line and text of every comment and docstring: the other strings of tests are data."""
+def comments(source: str) -> Iterator[Line]:
+    """Line and text of every comment."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
+
+
+def documentation(source: str) -> Iterator[Line]:
+    """First line and text of every comment and docstring: the other strings of tests are data."""
+    yield from comments(source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value
@@ -87,7 +92,7 @@ def yaml_prose(text: str) -> Iterator[Line]:
 
 
 READERS = {
-    "code.py": lambda source: set(documentation(source)) | set(literals(source)),
+    "code.py": lambda source: set(comments(source)) | set(literals(source)),
     "test.py": documentation,
     ".md": page_prose,
     ".yaml": yaml_prose,

@@ -1,6 +1,7 @@
 """Imports point down only, between floors and between the rooms of a floor, and never in a circle."""
 
 import ast
+import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,10 +66,14 @@ def imported(tree: ast.Module, package: tuple[str, ...]) -> Iterator[Import]:
                 yield node.lineno, tuple(name[1:])
 
 
+parsed = functools.cache(ast.parse)
+"""The syntax tree of a source; the three checks read the same files."""
+
+
 def sources(root: Path, floor: str) -> Iterator[tuple[Path, ast.Module]]:
     """Path below ``root`` and syntax tree of every module of a floor."""
     for path in sorted((root / floor).rglob("*.py")):
-        yield path.relative_to(root), ast.parse(path.read_text())
+        yield path.relative_to(root), parsed(path.read_text())
 
 
 def between_floors(root: Path) -> list[str]:
