@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -23,10 +24,18 @@ def export(small_pipeline, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    return tmp_path_factory.mktemp("once") / "hf-hetero"
+
+
 @pytest.fixture
-def exported(export, tmp_path):
-    export()
-    return tmp_path / "hf-hetero"
+def exported(export, once, tmp_path):
+    """An export that the test may damage: a copy of one that is made once."""
+    if not once.exists():
+        export()
+        (tmp_path / "hf-hetero").rename(once)
+    return shutil.copytree(once, tmp_path / "hf-hetero")
 
 
 def test_a_manifest_that_lists_files_elsewhere(exported, command):
