@@ -46,6 +46,7 @@ class Hooks:
     ):
         self.cuts, self.shared, self.trace = cuts, shared, trace
         self.decider, self.prober, self.learner = decider, prober, learner
+        self.policy = decider.strategy.policy
         self.installed = False
         """Whether the engine has put them on the model."""
         self.indexes: Any = None
@@ -166,9 +167,7 @@ class Hooks:
                     raise hooks.no_norm(cut)
                 residual = hidden
             if not cut.settled:
-                known = None if batch.cache is None else hooks.cached.of(batch.cache, batch.layer, cut.binding.site)
-                if known is not None:
-                    cut.open(*known, stays=True)
+                if hooks.is_decided(cut, batch, residual, hidden, arguments, prober):
                     return
                 decision = at_site.decision
                 if decision is None:
@@ -187,6 +186,21 @@ class Hooks:
                 hooks.decide_ahead(cut, following, batch, residual, arguments, prober)
 
         return Hook(hook, self, cut, prober)
+
+    def is_decided(
+        self,
+        cut: SiteCut,
+        batch: Batch,
+        residual: Tensor,
+        hidden: Tensor,
+        arguments: dict[str, Any],
+        prober: Prober,
+    ) -> bool:
+        """Whether the units that a site computes with are decided already: its cut is then open."""
+        known = None if batch.cache is None else self.cached.of(batch.cache, batch.layer, cut.binding.site)
+        if known is not None:
+            cut.open(*known, stays=True)
+        return known is not None
 
     def input_of(
         self, cut: SiteCut, batch: Batch, residual: Tensor, hidden: Tensor, arguments: dict[str, Any]
@@ -248,13 +262,13 @@ class Hooks:
             x, valid = batch.seen(cut.number, x.detach())
             if not len(x):  # no real token reaches this expert
                 return
-            learnt = batch.sites[cut.number].learnt = learner.observe(cut, open_cut, x, valid, batch.checks)
+            learnt = batch.sites[cut.number].learnt = learner.observe(cut, open_cut.columns, x, valid, batch.checks)
         if self._side.used and learnt is not None:
             self._side.share(*learnt)
 
     def leave(self, cut: SiteCut, batch: Batch) -> None:
         """Close a site's cut that is not used again: one made for this batch, without a key/value cache."""
-        if batch.cache is None and batch.mode == "prune" and cut.state.fixed is None:
+        if batch.mode == "prune" and not self.stays(cut, batch):
             cut.close()
 
     def leave_all(self, batch: Batch) -> None:

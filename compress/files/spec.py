@@ -232,6 +232,8 @@ class PipelineSpec(BaseModel):
     def positions(self) -> int | None:
         """Positions of the histories, which no row may exceed: the calibration's length; None without histories."""
         merger = self.prune.merger
+        if self.prune.long_prompts == "extend":
+            return None
         return self.calibration.length if self.prune.dynamic and merger and merger.uses_history else None
 
     def with_rows(self, longest: int | None) -> PipelineSpec:
