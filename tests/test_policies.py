@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -105,20 +106,38 @@ def test_a_step_decides_from_the_tokens_since_the_last_decision(dense):
 
 
 @torch.no_grad()
-def test_an_attention_is_probed_with_the_tokens_of_the_steps_alone(dense):
-    """With one token, what enters the output projection is its own value, for every query head of the group."""
-    model, ids, values = copy.deepcopy(dense), prompts(1), []
-    with prune(model, "pp", policy=EveryN(n=1), **OPTIONS) as pruned:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_attention_is_probed_with_the_tokens_of_the_steps_alone(dense, attention):
+    """Three tokens attend to each other at their own positions, and to nothing before them, with all query heads."""
+    model, ids, calls = small_model(attention=attention), prompts(1), []
+    with prune(model, "pp", policy=EveryN(n=3), **OPTIONS) as pruned:
         generated(model, ids)
         records = [r for r in pruned.trace[4:] if (r["layer"], r["kind"]) == (1, "attention")]
-    oracle = ByCall(dense, pruned.sites, kept_by_call(EveryN(n=1), pruned.trace, 12))
-    attention = oracle.model.model.layers[1].self_attn
-    attention.v_proj.register_forward_hook(lambda module, args, output: values.append(output))
+    oracle = ByCall(dense, pruned.sites, kept_by_call(EveryN(n=3), pruned.trace, 12))
+    block = oracle.model.model.layers[1].self_attn
+
+    def keep(module, args, kwargs):
+        cos, sin = kwargs["position_embeddings"]
+        calls.append((kwargs["hidden_states"], cos, sin))
+
+    block.register_forward_pre_hook(keep, with_kwargs=True)
     generated(oracle.model, ids)
-    for record, value in zip(records, values[1:], strict=True):
-        x = value[0, 0].view(2, 16).repeat_interleave(2, 0)
-        scores = (x.square().reshape(-1) * attention.o_proj.weight.pow(4).sum(0).sqrt()).view(4, 16).norm(dim=1)
-        assert record["kept"] == scores.topk(2).indices.sort().values.tolist()
+    for number, record in enumerate(records):
+        hidden, cos, sin = (torch.cat(each, 1)[0] for each in zip(*calls[3 * number + 1 : 3 * number + 4], strict=True))
+
+        def heads(linear, rotated, hidden=hidden, cos=cos, sin=sin):
+            x = linear(hidden).view(3, -1, 16).transpose(0, 1)
+            turned = torch.cat([-x[..., 8:], x[..., :8]], -1)
+            return x * cos + turned * sin if rotated else x
+
+        query = heads(block.q_proj, True)
+        key, value = (heads(block.k_proj, True), heads(block.v_proj, False))
+        scores = query @ key.repeat_interleave(2, 0).transpose(1, 2) / 4
+        weights = scores.masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf).softmax(-1)
+        x = (weights @ value.repeat_interleave(2, 0)).transpose(0, 1).reshape(3, 64)
+        energy = (x.square().sum(0) * block.o_proj.weight.pow(4).sum(0).sqrt()).view(4, 16).norm(dim=1)
+        assert record["kept"] == energy.topk(2).indices.sort().values.tolist()
+    assert len(records) == 3
 
 
 @torch.no_grad()
@@ -161,6 +180,41 @@ def test_the_deviation_of_drift_is_that_of_the_cosines_since_the_decision():
         assert memory["pressure"] == count
         assert policy.again(5, memory) == (count >= 3)
     assert 3 < count < 20
+
+
+# What a step costs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_step_copies_and_decides_only_where_its_policy_says(dense, name):
+    model, ids, more, done = copy.deepcopy(dense), prompts(2), prompts(2, 7, seed=8), []
+    options = OPTIONS | {"policy": POLICIES[name], "merger": "importance_scaled", "trace": False}
+    with prune(model, "pp", calibration=[{"input_ids": prompts(4, 24)}], **options) as pruned:
+        cache = DynamicCache(config=model.config)
+        for part in (ids, *more.split(1, 1)):
+            stages = set()
+
+            def note(stage, stages=stages):
+                stages.add(stage)
+                return nullcontext()
+
+            with pruned.watch(note):
+                model(part, past_key_values=cache, use_cache=True)
+            done.append(stages)
+            assert name != "prefill_only" or not any(cut.open_cut for cut in pruned.cuts), "its copies are freed"
+    decides, copies = {"select", "probe", "score"}, {"gather"}
+    prompt = decides | {"history"} | (copies if POLICIES[name].prunes_prompt else set())
+    assert done[0] == prompt
+    expected = {
+        "per_prompt": [set()] * 7,
+        "prefill_only": [set()] * 7,
+        "decode_only": [copies, *[set()] * 6],
+        "every_n": [set(), set(), decides | copies] * 2 + [set()],
+        "every_n, dense prompt": [copies, decides | copies, *[set(), decides | copies] * 2, set()],
+    }
+    if name in expected:
+        assert done[1:] == expected[name]
 
 
 # Caches
@@ -311,6 +365,21 @@ def test_freezing_keeps_what_a_dense_prompt_has_chosen(dense):
         kept = {(r["layer"], r["kind"]): r["kept"] for r in pruned.trace}
         found = model(ids).logits
     torch.testing.assert_close(found, ByCall(dense, pruned.sites, [kept]).model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_history_learns_all_channels_of_a_dense_prompt(dense):
+    model, ids = copy.deepcopy(dense), prompts(3)
+    merger = {"name": "importance_scaled", "momentum": 0.75}
+    options = OPTIONS | {"merger": merger, "calibration": [{"input_ids": prompts(4)}]}
+    with prune(model, "pp", policy="decode_only", **options) as pruned:
+        before = [cut.history.table.clone() for cut in pruned.cuts]
+        generated(model, ids)
+        oracle = ByCall(dense, pruned.sites, [{}])
+        oracle.model(ids)
+        for cut, known in zip(pruned.cuts, before, strict=True):
+            observed = oracle.seen[0, cut.site.layer, cut.site.kind].square().mean(0)
+            torch.testing.assert_close(cut.history.table, 0.75 * known + 0.25 * observed)
 
 
 @torch.no_grad()

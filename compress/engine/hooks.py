@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import update_wrapper
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from .weights import WeightsWatch
 
 class Hooks:
     """What happens to a batch, step by step."""
+
+    is_plain: ClassVar[bool] = True
+    """Whether the prompt's decision serves the prompt and its steps."""
 
     def __init__(
         self,
@@ -167,7 +170,11 @@ class Hooks:
                     raise hooks.no_norm(cut)
                 residual = hidden
             if not cut.settled:
-                if hooks.is_decided(cut, batch, residual, hidden, arguments, prober):
+                if not hooks.is_plain and hooks.by_policy(cut, batch, residual, hidden, arguments, prober):
+                    return
+                known = None if batch.cache is None else hooks.cached.of(batch.cache, batch.layer, cut.binding.site)
+                if known is not None:
+                    cut.open(*known, stays=True)
                     return
                 decision = at_site.decision
                 if decision is None:
@@ -187,7 +194,7 @@ class Hooks:
 
         return Hook(hook, self, cut, prober)
 
-    def is_decided(
+    def by_policy(
         self,
         cut: SiteCut,
         batch: Batch,
@@ -196,11 +203,8 @@ class Hooks:
         arguments: dict[str, Any],
         prober: Prober,
     ) -> bool:
-        """Whether the units that a site computes with are decided already: its cut is then open."""
-        known = None if batch.cache is None else self.cached.of(batch.cache, batch.layer, cut.binding.site)
-        if known is not None:
-            cut.open(*known, stays=True)
-        return known is not None
+        """Whether another policy than ``per_prompt`` has a site compute all units in this call."""
+        return False
 
     def input_of(
         self, cut: SiteCut, batch: Batch, residual: Tensor, hidden: Tensor, arguments: dict[str, Any]
@@ -268,7 +272,7 @@ class Hooks:
 
     def leave(self, cut: SiteCut, batch: Batch) -> None:
         """Close a site's cut that is not used again: one made for this batch, without a key/value cache."""
-        if batch.mode == "prune" and not self.stays(cut, batch):
+        if batch.cache is None and batch.mode == "prune" and cut.state.fixed is None:
             cut.close()
 
     def leave_all(self, batch: Batch) -> None:

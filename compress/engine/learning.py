@@ -39,6 +39,7 @@ class Learner:
 
     def __init__(self, strategy: Strategy, merger: HistoryMerger, statistic: Statistic, stages: Stages):
         self.strategy, self.merger, self.statistic, self.stages = strategy, merger, statistic, stages
+        self._extends = strategy.long_prompts == "extend"
 
     @classmethod
     def of(cls, strategy: Strategy, stages: Stages) -> Learner | None:
@@ -54,8 +55,9 @@ class Learner:
         """The computed channels (c,), and what history becomes there (T, c), after a batch x (B, T, c or C); None: it
         stays what it is. valid (B, T) bool: the real tokens; None where all are."""
         with self.stages.history:
-            history, length = cut.state.history, min(x.shape[1], cut.state.history.positions)
-            if length < x.shape[1]:  # nothing is stored of further positions
+            history, length = cut.state.history, x.shape[1]
+            if self._extends and length > history.positions:  # nothing is stored of further positions
+                length = history.positions
                 x, valid = x[:, :length], None if valid is None else valid[:, :length]
             if x.shape[-1] != len(columns):
                 x = x.index_select(2, columns)

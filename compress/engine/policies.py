@@ -9,7 +9,7 @@ Letters: B rows, T positions, D hidden size, C channels; n tokens of steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from .site_cut import SiteCut
 
 class PolicyHooks(Hooks):
     """The hooks of a strategy with another policy than ``per_prompt``."""
+
+    is_plain: ClassVar[bool] = False
 
     def begin(self, arguments: dict[str, Any]) -> Batch:
         batch = super().begin(arguments)
@@ -44,7 +46,12 @@ class PolicyHooks(Hooks):
     def stays(self, cut: SiteCut, batch: Batch) -> bool:
         return super().stays(cut, batch) and (cut.state.fixed is not None or self.policy.prunes_steps)
 
-    def is_decided(
+    def leave(self, cut: SiteCut, batch: Batch) -> None:
+        super().leave(cut, batch)
+        if batch.mode == "prune" and not self.stays(cut, batch):
+            cut.close()
+
+    def by_policy(
         self,
         cut: SiteCut,
         batch: Batch,
@@ -59,7 +66,7 @@ class PolicyHooks(Hooks):
                 return True
             if self.policy.reads:
                 self._decide_again(cut, batch, residual, arguments, prober)
-            return super().is_decided(cut, batch, residual, hidden, arguments, prober)
+            return False
         if self.policy.prunes_prompt:
             return False
         cut.suspend()
@@ -80,8 +87,7 @@ class PolicyHooks(Hooks):
         at_site, (given, rows, positions) = batch.sites[cut.number], selected
         at_site.selected = None
         x, valid = batch.seen(cut.number, x.detach())
-        with self.shared.stages.probe:
-            probe = prober.read(cut, given, rows, positions, pick_tokens(x, rows, positions))
+        probe = prober.probe(cut, given, (rows, positions), pick_tokens(x, rows, positions))
         self._decided(cut, batch, given, probe)
         if self.learner is not None:
             columns = torch.arange(x.shape[-1], device=x.device)

@@ -79,34 +79,39 @@ class Prober:
         self.generator = torch.Generator().manual_seed(self.strategy.seed)
 
     @torch.no_grad()
-    def probe(self, cut: SiteCut, given: SiteInput) -> Probe:
-        """Choose the probe's tokens, and run the site's first half on them if the merger or compensation needs it."""
-        rows, positions = self.select(cut, given)
-        if not self.reads_states:
-            return Probe(rows, positions)
+    def probe(
+        self,
+        cut: SiteCut,
+        given: SiteInput,
+        selected: tuple[Tensor, Tensor] | None = None,
+        entered: Tensor | None = None,
+    ) -> Probe:
+        """Choose the probe's tokens, and run the site's first half on them if the merger or compensation needs it.
+
+        Not where it is known already which tokens are ``selected``, and what has ``entered`` the consumer there
+        (b, t, C).
+        """
+        strategy, valid = self.strategy, given.valid
+        rows, positions = self.select(cut, given) if selected is None else selected
+        probe = Probe(rows, positions)
+        if self._statistic is None and not self._uses_mean:
+            return probe
         with self.stages.probe:
-            x = probe_states(cut, given, rows, positions, self.strategy.mask_positions(positions))
-            return self.read(cut, given, rows, positions, x.reshape(len(rows), positions.shape[-1], -1))
-
-    @property
-    def reads_states(self) -> bool:
-        """Whether the merger or compensation needs what enters the consumer."""
-        return self._statistic is not None or self._uses_mean
-
-    def read(self, cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor, x: Tensor) -> Probe:
-        """The probe at rows (b,) and positions (t,) or (b, t), from what enters the consumer there, x (b, t, C)."""
-        strategy, probe, valid = self.strategy, Probe(rows, positions), given.valid
-        real = None if valid is None else pick_tokens(valid, rows, positions)
-        tokens, counted = x, real
-        if positions.dim() == 2:  # token by token, each a position of its own
-            tokens, counted = x.reshape(1, -1, x.shape[-1]), None if real is None else real.reshape(1, -1)
-        if self._statistic is not None:
-            probe.statistic = strategy.measure(self._statistic, tokens, counted, cut.state.history.mean)
-        if self._uses_mean:
-            probe.mean = mean_of(x, real)
-            given.batch.checks.add(probe.mean, PROBED, cut.site)
-        if strategy.compensate.checks_shares:
-            probe.states, probe.real = x, real
+            x = entered
+            if x is None:
+                x = probe_states(cut, given, rows, positions, strategy.mask_positions(positions))
+                x = x.reshape(len(rows), positions.shape[-1], -1)
+            real = None if valid is None else pick_tokens(valid, rows, positions)
+            tokens, counted = x, real
+            if positions.dim() == 2:  # token by token, each a position of its own
+                tokens, counted = x.reshape(1, -1, x.shape[-1]), None if real is None else real.reshape(1, -1)
+            if self._statistic is not None:
+                probe.statistic = strategy.measure(self._statistic, tokens, counted, cut.state.history.mean)
+            if self._uses_mean:
+                probe.mean = mean_of(x, real)
+                given.batch.checks.add(probe.mean, PROBED, cut.site)
+            if strategy.compensate.checks_shares:
+                probe.states, probe.real = x, real
         return probe
 
     def select(self, cut: SiteCut, given: SiteInput) -> tuple[Tensor, Tensor]:
