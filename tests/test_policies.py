@@ -43,7 +43,8 @@ def dense():
 def generated(model, ids, **how):
     torch.manual_seed(0)
     options = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
-    found = model.generate(ids, **{**options, **how}, output_logits=True, return_dict_in_generate=True)
+    given = {} if ids is None else {"inputs": ids}
+    found = model.generate(**{**options, **given, **how}, output_logits=True, return_dict_in_generate=True)
     return found.sequences, torch.stack(found.logits)
 
 
@@ -67,11 +68,33 @@ def test_generation_equals_zeroing(dense, name, way):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", ["quantized cache", "embeddings"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_ways_to_generate(dense, name, way):
+    model, ids, policy = copy.deepcopy(dense), prompts(2), POLICIES[name]
+    how = dict(cache_implementation="quantized", cache_config={"backend": "fp8"}) if way == "quantized cache" else {}
+    given = {"inputs_embeds": dense.get_input_embeddings()(ids)} if way == "embeddings" else {"inputs": ids}
+    with prune(model, "pp", policy=policy, **OPTIONS) as pruned:
+        tokens = generated(model, None, **given, **how)[0]
+    oracle = ByCall(dense, pruned.sites, kept_by_call(policy, pruned.trace, 12))
+    assert torch.equal(tokens, generated(oracle.model, None, **given, **how)[0])
+
+
+FAMILIES = {
+    "opt": {"allocator": "mlp_only"},  # its MLP is not a module
+    "mistral": {"sliding_window": 8},  # the oldest positions leave the cache
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["decode_only", "every_n", "prefill_only"])
-def test_a_family_whose_mlp_is_no_module(name):
-    clean, ids, policy = small_model("opt"), prompts(2), POLICIES[name]
+def test_other_families(name, family):
+    options = dict(FAMILIES[family])
+    window = {"sliding_window": options.pop("sliding_window")} if family == "mistral" else {}
+    clean, ids, policy = small_model(family, **window), prompts(2), POLICIES[name]
     model = copy.deepcopy(clean)
-    with prune(model, "pp", policy=policy, allocator="mlp_only", **OPTIONS) as pruned:
+    with prune(model, "pp", policy=policy, **options, **OPTIONS) as pruned:
         tokens, logits = generated(model, ids)
     oracle = ByCall(clean, pruned.sites, kept_by_call(policy, pruned.trace, 12))
     expected, wanted = generated(oracle.model, ids)
@@ -161,7 +184,9 @@ def test_drift_decides_by_the_output_of_the_last_attention(dense):
             cosine = torch.cosine_similarity(torch.stack(last).mean(0), base, dim=0).item()
             moved = bool(cosines) and cosine < sum(cosines) / len(cosines) - 0.02
             cosines.append(cosine)
-    assert len(decides) > 1
+    assert len(decides) > 1 and max(b - a for a, b in pairwise([0, *decides])) > 4
+    for before, call, record in zip([0, *decides], decides, records[4::4], strict=False):
+        assert record["positions"] == [*range(max(before + 1, call - 3) + 11, call + 12)]
     assert [max(r["positions"]) - 11 for r in records[4::4]] == decides
 
 
@@ -299,18 +324,18 @@ def test_a_cache_is_cropped_to_its_last_decision_and_no_further(dense):
             cache, straight = DynamicCache(config=model.config), DynamicCache(config=model.config)
             for each in (cache, straight):
                 model(ids, past_key_values=each, use_cache=True)
-            steps(model, cache, more[:, :4])
+            steps(model, cache, more[:, :5])
             cache.crop(-1)
-            steps(model, straight, more[:, :3])
+            steps(model, straight, more[:, :4])
             if name == "drift":
-                with pytest.raises(DataError, match="cropped to 15 positions, and policy drift has read later ones"):
+                with pytest.raises(DataError, match="cropped to 16 positions, and policy drift has read later ones"):
                     steps(model, cache, more[:, 3:4])
                 continue
             assert all(map(torch.equal, steps(model, cache, more[:, 5:9]), steps(model, straight, more[:, 5:9])))
             cache.crop(-3)
             if name == "every_n":
                 with pytest.raises(
-                    DataError, match=r"layer 0 attention: .* cropped to 16 positions, and policy every_n"
+                    DataError, match=r"layer 0 attention: .* cropped to 17 positions, and policy every_n"
                 ):
                     steps(model, cache, more[:, 3:4])
 
