@@ -274,6 +274,11 @@ class Strategy(Component):
         return self.merger is not None
 
     @property
+    def refuses_long_batches(self) -> bool:
+        """Whether batches with more positions than the calibration text are refused."""
+        return self.merger is not None and self.merger.uses_history and self.long_prompts == "refuse"
+
+    @property
     def calibrates_channels(self) -> bool:
         """Whether calibration gathers statistics of the sites' channels."""
         return self.compensates or (self.scorer.statistic is not None and not self.allocator.whole_blocks)
