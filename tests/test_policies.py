@@ -389,6 +389,7 @@ def test_freezing_keeps_what_a_dense_prompt_has_chosen(dense):
         pruned.freeze("last", [{"input_ids": ids}])
         kept = {(r["layer"], r["kind"]): r["kept"] for r in pruned.trace}
         found = model(ids).logits
+        assert torch.equal(generated(model, ids, use_cache=False)[0], generated(model, ids)[0])
     torch.testing.assert_close(found, ByCall(dense, pruned.sites, [kept]).model(ids).logits, rtol=1e-3, atol=1e-3)
 
 
