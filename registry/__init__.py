@@ -32,6 +32,7 @@ from .roles.parts import (
     SizeFields,
     SparsityAllocator,
 )
+from .roles.policies import PerPrompt, Policy
 from .roles.strategy import PaddingOf, Strategy
 from .sites import (
     AttentionUnit,
@@ -93,8 +94,10 @@ __all__ = [
     "Objective",
     "Order",
     "PaddingOf",
+    "PerPrompt",
     "PlainSubject",
     "PluginError",
+    "Policy",
     "Prepared",
     "ProbeSelector",
     "Producer",

@@ -67,6 +67,21 @@ class Uniform(SparsityAllocator):
         return counts
 
 
+class MlpOnly(SparsityAllocator):
+    """The same share of channels from every MLP; attentions stay whole. The ratio is a share of the channels."""
+
+    uses_scores: ClassVar[bool] = True
+    spares: ClassVar[tuple[SiteGroup, ...]] = ("attention",)
+    name: Literal["mlp_only"] = "mlp_only"
+    mlp_multiple: int = Field(default=1, ge=1, description="kept MLP widths are multiples of this, rounded up")
+
+    def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
+        rounding: Literal["largest_remainder", "down"] = "largest_remainder" if self.mlp_multiple == 1 else "down"
+        uniform = Uniform(rounding=rounding, mlp_multiple=self.mlp_multiple)
+        others = iter(uniform.allocate([s for s in sites if s.site.group not in self.spares], ratio))
+        return [s.site.units if s.site.group in self.spares else next(others) for s in sites]
+
+
 def _left_to_channels(sites: Sequence[Site], counts: Sequence[int], ratio: float) -> float:
     """The share of their channels that MLPs must lose, heads having ``counts``, so that all sites lose the ratio.
 
@@ -177,4 +192,4 @@ class Explicit(SparsityAllocator):
 
 @hookimpl
 def allocators() -> list[type[SparsityAllocator]]:
-    return [Uniform, Explicit]
+    return [Uniform, MlpOnly, Explicit]

@@ -35,6 +35,7 @@ steps 3 to 5 too. Around this: :mod:`.engine` installs all of it on a model and 
 site while the one before it runs; :mod:`.checkpointing` repeats decisions in a backward pass; :mod:`.compiling`
 compiles the decoder; :mod:`.kv_index` is attention for unevenly cut query heads; :mod:`.per_unit` cuts tensors and
 arguments that have entries of units, :mod:`.config_view` sizes in a configuration; :mod:`.generation` refuses ways to
-generate that cannot be right; :mod:`.rotary` puts rotary frequencies back; :mod:`.runtime` holds the options of all
-this, and announces the steps of a decision.
+generate that cannot be right; :mod:`.policies` prunes prompts or steps alone, and decides again in steps;
+:mod:`.rotary` puts rotary frequencies back; :mod:`.runtime` holds the options of all this, and announces the steps of a
+decision.
 """

@@ -106,6 +106,9 @@ class SiteBatch:
     """(B, T, D): input of the site's norm, from the norm's call until the site is entered."""
     decision: Decision | None = None
     """Made when the site is entered, or ahead of it."""
+    selected: tuple[Any, Tensor, Tensor] | None = None
+    """In a prompt with all units: what the site was entered with, and the rows (b,) and positions (t,) or (b, t) of the
+    tokens that choose units once they reach its consumer."""
     entered: bool = False
     """Whether its layer was called."""
     read: set[nn.Module] = field(default_factory=set)
@@ -141,6 +144,8 @@ class Batch:
         """What the trace gets of it, once the batch has passed."""
         self.generator: torch.Generator | None = None
         """What random components draw from; later batches continue from it, once this one has passed."""
+        self.output: Tensor | None = None
+        """(D,) float32: mean output of the last attention, for a policy that watches it."""
         self.attention_arguments: dict[str, Any] = {}
         """What the last attention was called with, for a probe that runs ahead of its block."""
         self.checks = FiniteChecks()

@@ -27,6 +27,7 @@ class Decider:
 
     def __init__(self, strategy: Strategy, stages: Stages):
         self.strategy, self.stages = strategy, stages
+        self._extends = strategy.long_prompts == "extend"
         self._watcher: Callable[[SiteCut, Tensor], None] | None = None
 
     @contextmanager
@@ -72,18 +73,16 @@ class Decider:
         """Merge the probe's statistic with history, score the units, and keep the highest."""
         merger, state, positions = self.strategy.merger, cut.state, probe.positions
         assert merger is not None  # without one the units are decided once
-        if (
-            merger.uses_history
-            and cut.binding.site.expert is None
-            and given.residual.shape[1] > state.history.positions
-        ):
+        length, filled = given.start + given.residual.shape[1], state.history.positions
+        if merger.uses_history and cut.binding.site.expert is None and length > filled and not self._extends:
             raise DataError(
-                f"a batch of {given.residual.shape[1]} positions is longer than the history, which calibration filled "
-                f"for {state.history.positions}; calibrate with sequences of at least {given.residual.shape[1]} "
-                "tokens, or cut the batch"
+                f"a batch of {length} positions is longer than the history, which calibration filled for {filled}; "
+                f"calibrate with sequences of at least {length} tokens, cut the batch, or set long_prompts: extend"
             )
         with self.stages.score:
-            history = state.history.at(positions.reshape(-1)) if merger.uses_history else None
+            history, places = None, positions.reshape(-1) + given.start
+            if merger.uses_history:
+                history = state.history.extended_at(places) if length > filled else state.history.at(places)
             if probe.reached:
                 merged = merger.merge(probe.statistic, history, cut.binding.site)
             elif history is not None:

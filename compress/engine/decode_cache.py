@@ -19,8 +19,12 @@ from .site_cut import SiteCut
 Kept = tuple[Tensor, "Tensor | None", "Tensor | None"]
 """Kept units (k,); with a probe for compensation, its mean (C,) and the shares (2,) of mean and slope."""
 
+Seen = tuple[int, Tensor, dict[str, Any]]
+"""A step's position, its residual stream before a site (B, 1, D), and what else its block was called with."""
+
 MARK = "prunekit"
-"""Attribute of a cache: the pruning that filled it, and by layer the prompt's length and the decisions."""
+"""Attribute of a cache: the pruning that filled it, and by layer the prompt's length and the decisions; with policies
+that decide again, the tokens since the last decision and the policy's memory."""
 
 REMEDY = (
     "pass the whole prompt in one call with an empty cache (in generate(), without prefill_chunk_size and "
@@ -76,6 +80,26 @@ class CacheDecisions:
         known = self._layer(own_cache(cache), layer)
         assert known is not None  # the layer has begun
         known[site.kind] = decided
+
+    def memory(self, cache: Any) -> dict[str, Any]:
+        """What a policy remembers of a cache that this pruning fills."""
+        return vars(own_cache(cache))[MARK].get("memory", {})
+
+    def keep_memory(self, cache: Any, memory: dict[str, Any]) -> None:
+        """Have :meth:`memory` return this."""
+        vars(own_cache(cache))[MARK]["memory"] = memory
+
+    def since(self, cache: Any, layer: int, site: Site) -> tuple[int, list[Seen]]:
+        """Positions that the cache held when a site was decided last, and the tokens of the steps since."""
+        known = self._layer(own_cache(cache), layer)
+        assert known is not None  # the layer has begun
+        return known.setdefault(f"since {site.kind}", (known["prompt"], []))
+
+    def decided_at(self, cache: Any, layer: int, site: Site, position: int) -> None:
+        """A site is decided again: with the token at this position (from 1) and for those after it."""
+        known = self._layer(own_cache(cache), layer)
+        assert known is not None  # the layer has begun
+        known[f"since {site.kind}"] = position, []
 
     def _begin(self, cache: Any, layer: int, tokens: int, pruning: bool) -> None:
         """A prompt begins in an empty cache: what was decided for an earlier one is gone."""

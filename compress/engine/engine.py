@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, Site, Strategy
+from ...registry import ChannelHistory, PerPrompt, Site, Strategy
 from ...registry.sites import owned_norms
 from . import linears
 from .batch import Mode, learn_parameters
@@ -30,6 +30,7 @@ from .kv_index import disable_kv_index, enable_kv_index
 from .learning import Learner
 from .open_cut import Shared
 from .per_unit import cut_along
+from .policies import PolicyHooks, watch_attention
 from .probing import Prober
 from .rotary import restore_rotary, rotary_state
 from .runtime import Runtime
@@ -88,7 +89,8 @@ class Engine:
         selector = strategy.probes_with
         prober = None if selector is None else Prober(strategy, selector, stages)
         decider, learner = Decider(strategy, stages), Learner.of(strategy, stages)
-        self.hooks = Hooks(self.cuts, self.shared, decider, prober, learner, trace)
+        kind = Hooks if strategy.policy.is_plain else PolicyHooks
+        self.hooks = kind(self.cuts, self.shared, decider, prober, learner, trace)
 
     # Installing and removing.
 
@@ -133,6 +135,8 @@ class Engine:
                 if cut.binding.norm is not None:
                     self._hook(cut.binding.norm.register_forward_pre_hook(hooks.enter_norm(cut)))
                 self._hook(cut.binding.entry.register_forward_pre_hook(hooks.enter_site(cut, prober), **before))
+        if self.strategy.policy.watches:
+            self._hook(watch_attention(self.model, self.all_sites, hooks))
         for cut in self.cuts if self.shared.applier.resizes else ():
             self._undo += cut_along(cut, self.model)  # after the hook that opens the cut
 
@@ -197,7 +201,7 @@ class Engine:
         that needs a probe.
         """
         compensator = without_probe(self.strategy.compensate)
-        changes = {"selector": None, "merger": None, "compensate": compensator}
+        changes = {"selector": None, "merger": None, "compensate": compensator, "policy": PerPrompt()}
         with self._lock:
             previous = self.shared.running.usual
             self._switch("dense")

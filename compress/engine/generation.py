@@ -12,7 +12,7 @@ from .hooks import Hooks
 REMEDY = "or choose the units once for all texts with pruned.freeze()"
 
 
-def drafting(hooks: Hooks) -> str | None:
+def drafting(hooks: Hooks, *args: Any, **kwargs: Any) -> str | None:
     """Why drafted tokens cannot be checked: the first pass holds the prompt and a draft, and chooses from both."""
     if hooks.shared.running.mode != "prune" or not hooks.depends_on_batch:
         return None
@@ -23,7 +23,7 @@ def drafting(hooks: Hooks) -> str | None:
     )
 
 
-def batching(hooks: Hooks) -> str | None:
+def batching(hooks: Hooks, *args: Any, **kwargs: Any) -> str | None:
     """Why requests cannot be batched continuously: they share one row, one size of the cache, and another thread."""
     what = "continuous batching (generate_batch, cache_implementation='paged')"
     running = hooks.shared.running
@@ -43,21 +43,33 @@ def batching(hooks: Hooks) -> str | None:
     return None
 
 
-REFUSED: dict[str, Callable[[Hooks], str | None]] = {
+def repeating(hooks: Hooks, generation_config: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Why a generation without a cache is refused: every step is called with the whole text, like a prompt."""
+    policy = hooks.policy
+    if policy.is_plain or hooks.shared.running.mode != "prune" or generation_config.use_cache is not False:
+        return None
+    return (
+        f"generate(use_cache=False): policy {policy.name} treats decode steps otherwise than prompts, and without a "
+        "key/value cache every step is a prompt; leave use_cache out, or use policy: per_prompt"
+    )
+
+
+REFUSED: dict[str, Callable[..., str | None]] = {
     "_get_candidate_generator": drafting,
     "init_continuous_batching": batching,
+    "_prepare_cache_for_generation": repeating,
 }
-"""Methods of transformers that are called first, and why a pruned model may refuse them."""
+"""Methods of transformers that are called first, and why a pruned model may refuse a call of them."""
 
 
 class Refusing:
     """Replaces a method of a pruned model; raises :class:`SpecError` where there is a reason to."""
 
-    def __init__(self, method: Callable, reason: Callable[[Hooks], str | None], hooks: Hooks):
+    def __init__(self, method: Callable, reason: Callable[..., str | None], hooks: Hooks):
         self.method, self.reason, self.hooks = method, reason, hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if reason := self.reason(self.hooks):
+        if reason := self.reason(self.hooks, *args, **kwargs):
             raise SpecError(reason)
         return self.method(*args, **kwargs)
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import update_wrapper
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from .weights import WeightsWatch
 class Hooks:
     """What happens to a batch, step by step."""
 
+    is_plain: ClassVar[bool] = True
+    """Whether the prompt's decision serves the prompt and its steps."""
+
     def __init__(
         self,
         cuts: Sequence[SiteCut],
@@ -46,6 +49,7 @@ class Hooks:
     ):
         self.cuts, self.shared, self.trace = cuts, shared, trace
         self.decider, self.prober, self.learner = decider, prober, learner
+        self.policy = decider.strategy.policy
         self.installed = False
         """Whether the engine has put them on the model."""
         self.indexes: Any = None
@@ -166,6 +170,8 @@ class Hooks:
                     raise hooks.no_norm(cut)
                 residual = hidden
             if not cut.settled:
+                if not hooks.is_plain and hooks.by_policy(cut, batch, residual, hidden, arguments, prober):
+                    return
                 known = None if batch.cache is None else hooks.cached.of(batch.cache, batch.layer, cut.binding.site)
                 if known is not None:
                     cut.open(*known, stays=True)
@@ -187,6 +193,18 @@ class Hooks:
                 hooks.decide_ahead(cut, following, batch, residual, arguments, prober)
 
         return Hook(hook, self, cut, prober)
+
+    def by_policy(
+        self,
+        cut: SiteCut,
+        batch: Batch,
+        residual: Tensor,
+        hidden: Tensor,
+        arguments: dict[str, Any],
+        prober: Prober,
+    ) -> bool:
+        """Whether another policy than ``per_prompt`` has a site compute all units in this call."""
+        return False
 
     def input_of(
         self, cut: SiteCut, batch: Batch, residual: Tensor, hidden: Tensor, arguments: dict[str, Any]
@@ -248,7 +266,7 @@ class Hooks:
             x, valid = batch.seen(cut.number, x.detach())
             if not len(x):  # no real token reaches this expert
                 return
-            learnt = batch.sites[cut.number].learnt = learner.observe(cut, open_cut, x, valid, batch.checks)
+            learnt = batch.sites[cut.number].learnt = learner.observe(cut, open_cut.columns, x, valid, batch.checks)
         if self._side.used and learnt is not None:
             self._side.share(*learnt)
 

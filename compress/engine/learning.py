@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...registry import HistoryMerger, Statistic, Strategy
 from .batch import LEARNT, Batch, FiniteChecks
-from .open_cut import OpenCut
 from .probing import Prober
 from .runtime import Stages
 from .shapes import checked
@@ -40,6 +39,7 @@ class Learner:
 
     def __init__(self, strategy: Strategy, merger: HistoryMerger, statistic: Statistic, stages: Stages):
         self.strategy, self.merger, self.statistic, self.stages = strategy, merger, statistic, stages
+        self._extends = strategy.long_prompts == "extend"
 
     @classmethod
     def of(cls, strategy: Strategy, stages: Stages) -> Learner | None:
@@ -50,12 +50,15 @@ class Learner:
         return cls(strategy, merger, statistic, stages)
 
     def observe(
-        self, cut: SiteCut, open_cut: OpenCut, x: Tensor, valid: Tensor | None, checks: FiniteChecks
+        self, cut: SiteCut, columns: Tensor, x: Tensor, valid: Tensor | None, checks: FiniteChecks
     ) -> tuple[Tensor, Tensor] | None:
-        """The kept channels (c,), and what history becomes there (T, c), after a batch x (B, T, c or C); None: it stays
-        what it is. valid (B, T) bool: the real tokens; None where all are."""
+        """The computed channels (c,), and what history becomes there (T, c), after a batch x (B, T, c or C); None: it
+        stays what it is. valid (B, T) bool: the real tokens; None where all are."""
         with self.stages.history:
-            columns, history, length = open_cut.columns, cut.state.history, x.shape[1]
+            history, length = cut.state.history, x.shape[1]
+            if self._extends and length > history.positions:  # nothing is stored of further positions
+                length = history.positions
+                x, valid = x[:, :length], None if valid is None else valid[:, :length]
             if x.shape[-1] != len(columns):
                 x = x.index_select(2, columns)
             mean = None if history.mean is None else history.mean[columns]

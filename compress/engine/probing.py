@@ -36,6 +36,8 @@ class SiteInput:
     """What else the block's forward is called with."""
     reuse: bool = False
     """Whether the batch reuses what the producers compute for the probe."""
+    start: int = 0
+    """Position of the first token; more than 0 for tokens of decode steps."""
 
     def normed(self, cut: SiteCut) -> Tensor:
         """(B, T, D): the normed states."""
@@ -77,26 +79,39 @@ class Prober:
         self.generator = torch.Generator().manual_seed(self.strategy.seed)
 
     @torch.no_grad()
-    def probe(self, cut: SiteCut, given: SiteInput) -> Probe:
-        """Choose the probe's tokens, and run the site's first half on them if the merger or compensation needs it."""
-        strategy, valid, batch = self.strategy, given.valid, given.batch
-        rows, positions = self.select(cut, given)
+    def probe(
+        self,
+        cut: SiteCut,
+        given: SiteInput,
+        selected: tuple[Tensor, Tensor] | None = None,
+        entered: Tensor | None = None,
+    ) -> Probe:
+        """Choose the probe's tokens, and run the site's first half on them if the merger or compensation needs it.
+
+        Not where it is known already which tokens are ``selected``, and what has ``entered`` the consumer there
+        (b, t, C).
+        """
+        strategy, valid = self.strategy, given.valid
+        rows, positions = self.select(cut, given) if selected is None else selected
         probe = Probe(rows, positions)
-        if self._statistic is not None or self._uses_mean:
-            with self.stages.probe:
+        if self._statistic is None and not self._uses_mean:
+            return probe
+        with self.stages.probe:
+            x = entered
+            if x is None:
                 x = probe_states(cut, given, rows, positions, strategy.mask_positions(positions))
                 x = x.reshape(len(rows), positions.shape[-1], -1)
-                real = None if valid is None else pick_tokens(valid, rows, positions)
-                tokens, counted = x, real
-                if positions.dim() == 2:  # token by token, each a position of its own
-                    tokens, counted = x.reshape(1, -1, x.shape[-1]), None if real is None else real.reshape(1, -1)
-                if self._statistic is not None:
-                    probe.statistic = strategy.measure(self._statistic, tokens, counted, cut.state.history.mean)
-                if self._uses_mean:
-                    probe.mean = mean_of(x, real)
-                    batch.checks.add(probe.mean, PROBED, cut.site)
-                if strategy.compensate.checks_shares:
-                    probe.states, probe.real = x, real
+            real = None if valid is None else pick_tokens(valid, rows, positions)
+            tokens, counted = x, real
+            if positions.dim() == 2:  # token by token, each a position of its own
+                tokens, counted = x.reshape(1, -1, x.shape[-1]), None if real is None else real.reshape(1, -1)
+            if self._statistic is not None:
+                probe.statistic = strategy.measure(self._statistic, tokens, counted, cut.state.history.mean)
+            if self._uses_mean:
+                probe.mean = mean_of(x, real)
+                given.batch.checks.add(probe.mean, PROBED, cut.site)
+            if strategy.compensate.checks_shares:
+                probe.states, probe.real = x, real
         return probe
 
     def select(self, cut: SiteCut, given: SiteInput) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class SiteCut:
         self.number, self.binding, self.state, self.shared = number, binding, state, shared
         self.open_cut: OpenCut | None = None
         self.computed: Tensor | None = None
-        """The units of the last cut that was open, to be read after the pass that closed it."""
+        """The units of the last cut that was open, or was chosen for later passes; read after the pass."""
         self._suspended: OpenCut | None = None
         self._replaced: list[Replaced] = []
         """The modules of the block while it is not computed."""

@@ -60,7 +60,7 @@ def evaluate(
     built = reader.result(reader.component("evaluators", raw, ()), "evaluate")
     assert isinstance(built, Evaluator)
     loaded = Loaded(net, _NoTokenizer(built.name) if tokenizer is None else tokenizer, {"name": type(net).__name__})
-    if pruned is not None and pruned.strategy.dynamic and (merger := pruned.strategy.merger) and merger.uses_history:
+    if pruned is not None and pruned.strategy.refuses_long_batches:
         built = with_rows(built, pruned.cuts[0].history.positions)
     built.check_options()
     built.check(net)

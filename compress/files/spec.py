@@ -231,8 +231,7 @@ class PipelineSpec(BaseModel):
     @property
     def positions(self) -> int | None:
         """Positions of the histories, which no row may exceed: the calibration's length; None without histories."""
-        merger = self.prune.merger
-        return self.calibration.length if self.prune.dynamic and merger and merger.uses_history else None
+        return self.calibration.length if self.prune.refuses_long_batches else None
 
     def with_rows(self, longest: int | None) -> PipelineSpec:
         """The spec with rows of at most ``longest`` tokens in the evaluators whose row option is left out."""

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from ...registry import (
-    SiteScores,
-    SpecError,
-)
+from ...registry import Site, SiteScores, SpecError, Strategy
 from ..calibration.losses import CutLosses
-from ..calibration.passes import (
-    Progress,
-)
+from ..calibration.passes import Progress
 from ..engine.engine import Engine
 from ..output.records import MatchFacts
 from .matching import Counts, DecoderCost, Match, is_near, nearest, unmatched
+from .policies import check_policy
 from .sites import sites_within
 
 
@@ -56,7 +52,15 @@ def allocate(
         counts = counts_at(found.ratio)
     for cut in cuts:
         cut.state.keep(counts[cut.site.layer, cut.site.kind])
+    check_policy(strategy, [(cut.site, cut.count) for cut in cuts])
     return found
+
+
+def check_policy_beforehand(strategy: Strategy, sites: Sequence[Site], ratio: float | None) -> None:
+    """Raise :class:`SpecError` for a policy that cannot be right, where counts are known without calibration."""
+    if not (strategy.policy.is_plain or strategy.allocator.looks_at_model):
+        counts = _counts(strategy.allocator, [SiteScores(site) for site in sites], ratio, [])
+        check_policy(strategy, [(site, counts[site.layer, site.kind]) for site in sites])
 
 
 def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, measured: Sequence[CutLosses]) -> Counts:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from ...registry import Compensator, NoCompensation, Site, SiteGroup, SiteScores, SpecError, Strategy
+from ...registry import Compensator, NoCompensation, Policy, Site, SiteGroup, SiteScores, SpecError, Strategy
 from ..calibration.experts import unreached_experts
 from ..engine.choosing import Choice
 from ..engine.compensation import SiteCompensation
@@ -56,6 +56,8 @@ def notes_on_cut(strategy: Strategy, sites: Sequence[Site], counts: Counts, rati
     notes = []
     # Where scores distribute the ratio, a site that keeps everything is their decision, not a rounding.
     for alike in [] if strategy.allocator.looks_at_model else _alike(inside):
+        if alike[0].group in strategy.allocator.spares:
+            continue
         if all(counts[site.layer, site.kind] == site.units for site in alike):
             least = _least(strategy, sites, inside, alike)
             notes.append(_rounding(alike[0], len(alike), cut, least))
@@ -75,6 +77,16 @@ def notes_on_what_is_left(ratio: Ratio) -> list[str]:
     return [
         f"left whole: {ratio.left_whole}. The cut is {units} of the units, {decoder} of the decoder's parameters and "
         f"{model} of the model's{remedy}"
+    ]
+
+
+def notes_on_policy(policy: Policy) -> list[str]:
+    """One note where prompts, and with them all scores of given texts, are those of the dense model."""
+    if policy.prunes_prompt:
+        return []
+    return [
+        f"policy {policy.name}: the prompt runs with all units, so perplexity and multiple-choice scores are those of "
+        "the dense model; only decode steps are pruned"
     ]
 
 
@@ -115,11 +127,11 @@ def _alike(sites: Iterable[Site]) -> list[list[Site]]:
     """Sites of the same kind and the same units, in groups."""
     groups: dict[tuple[SiteGroup, int, bool], list[Site]] = {}
     for site in sites:
-        groups.setdefault((site.group, site.units, _is_grouped(site)), []).append(site)
+        groups.setdefault((site.group, site.units, is_grouped(site)), []).append(site)
     return list(groups.values())
 
 
-def _is_grouped(site: Site) -> bool:
+def is_grouped(site: Site) -> bool:
     """Whether a unit is a key/value group with several query heads."""
     return site.kind == "attention" and len({rows.per_unit for p in site.producers for rows in p.segments}) > 1
 
@@ -144,10 +156,10 @@ def _least(strategy: Strategy, sites: Sequence[Site], inside: Sequence[Site], al
 
 def _rounding(site: Site, layers: int, cut: float, least: float | None) -> str:
     """The note on ``layers`` sites like ``site`` that lose nothing; ``least`` is the smallest ratio that cuts any."""
-    heads_of = "key/value groups" if _is_grouped(site) else "attention heads"
+    heads_of = "key/value groups" if is_grouped(site) else "attention heads"
     names = {"attention": heads_of, "mlp": "MLP channels", "expert": "channels of an expert", "experts": "experts"}
     many = names[site.group]
-    heads = "attention_unit: query_head" if _is_grouped(site) else ""
+    heads = "attention_unit: query_head" if is_grouped(site) else ""
     larger = "" if least is None else f"a ratio of at least {least:g}"
     remedies = [heads, "a smaller multiple" if cut * site.units >= 1 else "", larger]
     use = " or ".join(filter(None, remedies))

@@ -38,6 +38,7 @@ from ..files.reader import build_architecture, build_runtime, build_strategy
 from ..models.given import model_in
 from ..models.likeness import ANY, Like, with_types
 from ..output.records import Of
+from .allocating import check_policy_beforehand
 from .deciding import decide
 from .matching import DecoderCost, Match, check_reachable
 from .pruned import Pruned
@@ -106,6 +107,8 @@ def prune(
     engine, ratio = engine_of(model, chosen, catalog, [] if trace else None, how)
     try:
         check_output_layer(model, chosen)
+        if match is None:
+            check_policy_beforehand(chosen, [cut.site for cut in engine.cuts], ratio)
         if match is not None and match.what == "parameters":
             cost = DecoderCost.of(model, engine.layers, engine.all_sites, match)
             left = left_whole(model, catalog, chosen.experts)

@@ -25,6 +25,7 @@ from .notes import (
     notes_on_blocks,
     notes_on_cut,
     notes_on_experts,
+    notes_on_policy,
     notes_on_what_is_left,
     ratio_of,
 )
@@ -143,7 +144,8 @@ class Pruned:
         choices = [cut.state.choice for cut in self._engine.cuts if cut.state.choice is not None]
         unreached = notes_on_experts(self._engine.cuts) if self.strategy.needs_calibration else []
         compensated = notes_on([cut.compensation for cut in self._engine.cuts], choices)
-        return *notes_on_what_is_left(self.ratio), *gone, *on_cut, *unreached, *compensated
+        on_policy = notes_on_policy(self.strategy.policy)
+        return *notes_on_what_is_left(self.ratio), *gone, *on_cut, *on_policy, *unreached, *compensated
 
     def about_compensation(self) -> dict[str, Any] | None:
         """The compensator with its options, tokens of its covariances, labels of sites that fell back; None: none."""

@@ -24,12 +24,14 @@ from ..roles.evaluation import Evaluator, Subject, checked
 from ..roles.gradients import GradientScorer
 from ..roles.hookspecs import ROLES
 from ..roles.parts import Scorer
+from ..roles.policies import Policy
 from ..roles.strategy import Strategy
 from ..tensors.tokens import context_length
 from .choosers import CHOOSER_CHECKS
 from .compensators import COMPENSATOR_CHECKS
 from .gradients import GRADIENT_CHECKS
 from .parts import ROLE_CHECKS, expect
+from .policies import POLICY_CHECKS
 from .sites import check_sites
 
 Check = Callable[[Any], None]
@@ -214,6 +216,7 @@ ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     Chooser: CHOOSER_CHECKS,
     GradientScorer: GRADIENT_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
+    Policy: POLICY_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
     Evaluator: [check_rows],
 }

@@ -8,6 +8,7 @@ from ..component import Component
 from .compensation import Compensator
 from .evaluation import Evaluator
 from .parts import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
+from .policies import Policy
 from .strategy import Strategy
 
 PROJECT = "prunekit"
@@ -23,6 +24,7 @@ ROLES: dict[str, type[Component]] = {
     "mask_appliers": MaskApplier,
     "allocators": SparsityAllocator,
     "compensators": Compensator,
+    "policies": Policy,
     "architectures": Architecture,
     "evaluators": Evaluator,
 }

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..component import Component
-from ..sites import AttentionUnit, ExpertUnit, Site
+from ..sites import AttentionUnit, ExpertUnit, Site, SiteGroup
 from ..tensors.blocks import BlockStatistic
 from ..tensors.statistics import MeanSquare, Statistic
 from ..tensors.weights import WeightStatistic
@@ -206,6 +206,8 @@ class SparsityAllocator(Component):
     takes_ratio: ClassVar[bool] = True
     whole_blocks: ClassVar[bool] = False
     """Whether every site keeps all of its units or none. Then no site needs scores, and none is calibrated for them."""
+    spares: ClassVar[tuple[SiteGroup, ...]] = ()
+    """Groups of sites that it leaves whole on purpose."""
     nested: ClassVar[bool] = False
     """Whether a larger ratio contains the cut of a smaller one: no site then keeps more."""
     measures: ClassVar[bool] = False

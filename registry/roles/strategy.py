@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from .choosing import Chooser
 from .compensation import Compensator, NoCompensation
 from .gradients import GradientScorer
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, missing_argument
+from .policies import PerPrompt, Policy
 
 PaddingOf = Callable[[Tensor], Tensor | None]
 
 
-LATER = {"experts": "channels", "router_weights": False}
+LATER = {"experts": "channels", "router_weights": False, "policy": {"name": "per_prompt"}, "long_prompts": "refuse"}
 """Options that are newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
 
 
@@ -57,6 +58,16 @@ class Strategy(Component):
     compensate: Compensator = Field(
         default=NoCompensation(),
         description="how the contribution of the dropped channels is compensated; null: not at all",
+    )
+    policy: Policy = Field(
+        default=PerPrompt(),
+        description="generation: which calls are pruned, and when units are chosen again (strategies that decide per "
+        "batch)",
+    )
+    long_prompts: Literal["refuse", "extend"] = Field(
+        default="refuse",
+        description="batches with more positions than the calibration text had: refuse them, or take for further "
+        "positions the mean of the history's last rows",
     )
     history: HistoryStorage = Field(
         default=HistoryStorage(), description="how the channels' history is stored, where decisions are made per batch"
@@ -115,6 +126,16 @@ class Strategy(Component):
             raise ValueError(
                 f"scorer {self.scorer.name} uses no activations, so it cannot use a probe; "
                 "set selector and merger to null to decide once, or choose another scorer"
+            )
+        if not self.policy.is_plain and not self.dynamic:
+            raise ValueError(
+                f"policy {self.policy.name} is for strategies that choose units for every prompt, and this one chooses "
+                "them once; use policy: per_prompt"
+            )
+        if not self.policy.is_plain and self.decides_ahead:
+            raise ValueError(
+                f"policy {self.policy.name} excludes ahead: true of the selector, which chooses units before their "
+                "block is called; set ahead to false, or use policy: per_prompt"
             )
         if self.dynamic and self.sequential:
             raise ValueError(
@@ -251,6 +272,11 @@ class Strategy(Component):
     def dynamic(self) -> bool:
         """Whether units are chosen for every batch."""
         return self.merger is not None
+
+    @property
+    def refuses_long_batches(self) -> bool:
+        """Whether batches with more positions than the calibration text are refused."""
+        return self.merger is not None and self.merger.uses_history and self.long_prompts == "refuse"
 
     @property
     def calibrates_channels(self) -> bool:

@@ -19,6 +19,9 @@ from .reductions import position_means, position_sums
 
 PLAIN = HistoryStorage()
 
+TAIL = 16
+"""Positions at the end of a history whose mean stands for later ones."""
+
 
 @dataclass
 class ChannelHistory:
@@ -98,6 +101,12 @@ class ChannelHistory:
         if self.is_plain:
             return self.table.index_select(0, positions).clamp_(min=0)
         return self.storage.decode(self.table.index_select(0, self.storage.row_of(positions))).clamp_(min=0)
+
+    def extended_at(self, positions: Tensor) -> Tensor:
+        """As :meth:`at`; a position that calibration has not filled gets the mean of the last :data:`TAIL` ones."""
+        last = torch.arange(max(self.positions - TAIL, 0), self.positions, device=positions.device)
+        known = self.at(positions.clamp(max=self.positions - 1))
+        return torch.where((positions < self.positions)[:, None], known, self.at(last).mean(0))
 
     def summed(self) -> Tensor:
         """The statistic summed over all positions, (C,) float32."""

@@ -1,0 +1,33 @@
+"""Policies that a cut does not allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...registry import Site, SpecError, Strategy
+from .notes import is_grouped
+
+
+def check_policy(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None:
+    """Raise :class:`SpecError` where a policy cannot be right for sites that keep so many units."""
+    policy = strategy.policy
+    for site, count in () if policy.is_plain else counts:
+        if count == site.units:
+            continue
+        others = "policy: per_prompt"
+        if site.routed:
+            why, others = "routed experts are chosen with the prompt alone", f"experts: keep, or {others}"
+        elif not count:
+            why = "a block that keeps nothing is gone in all calls"
+        elif site.kind == "attention" and strategy.applier.resizes and not site.query_heads_per_kv:
+            why = "key/value heads that are cut in one call are missing in the cache of the next"
+            heads = "attention_unit: query_head, " if is_grouped(site) else ""
+            others = f"allocator: mlp_only, {heads}or {others}"
+        elif policy.reads and site.kind == "attention" and (site.unit_arguments or site.position_tables):
+            why = f"{site.entry} adds terms of positions to its scores, which a probe of a step does not know"
+            others = f"allocator: mlp_only, policy: decode_only, or {others}"
+        else:
+            continue
+        raise SpecError(
+            f"policy {policy.name}: {site.label} keeps {count} of {site.units} units, and {why}; nearest: {others}"
+        )
