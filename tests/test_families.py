@@ -1,4 +1,4 @@
-"""Every served model type, by tiny random models: what is cut equals an independent zeroing (tests/family_checks.py).
+"""Every served model type, by tiny random models: what is cut equals an independent zeroing (check_family).
 
 A new line of the table of families brings its own test. Where the general recipe does not build a tiny model of a type,
 ``CONFIGS`` says what differs.
@@ -15,11 +15,10 @@ import transformers
 from prunekit.compress import prune
 from prunekit.compress.models.architectures import PRUNED
 from prunekit.compress.models.likeness import types_of
+from prunekit.compress.pruning.checking import ALL, PADDINGS, STRATEGIES, UNITS, check_family, cover, randomise
 from prunekit.registry import Catalog, ModelError, Producer, Rows
 from prunekit.registry.checks import check_sites
 from torch import nn
-
-from tests.family_checks import ALL, PADDINGS, STRATEGIES, UNITS, check_family, cover, randomise
 
 RECIPE = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,

@@ -74,11 +74,13 @@ def run_check(check: Check, component: Component) -> None:
         raise raised(component, error) from error
 
 
-def raised(component: Component, error: Exception) -> AssertionError:
-    """The message for an error that came out of a component, with its last place."""
+def raised(component: Component, error: Exception, where: str = "") -> AssertionError:
+    """The message for an error that came out of a component, with its last place; ``where`` is said after it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(last.filename).name} line {last.lineno}, in {last.name}"
-    return AssertionError(f"{type(component).__name__} raises {type(error).__name__}: {error} ({place})")
+    return AssertionError(
+        f"{type(component).__name__} raises {type(error).__name__}: {error} ({place}){where and f' {where}'}"
+    )
 
 
 def checks_of(component: type[Component] | Component) -> list[Check]:
