@@ -171,6 +171,20 @@ class Catalog:
         raise PluginError(message)
 
 
+def named(component: Component) -> str:
+    """Role, name and plugin of a component in a few words: ``scorer 'mine' of plugin file mine.py``."""
+    role = next((role for role, base in ROLES.items() if isinstance(component, base)), "components")
+    title = "strategy" if role == "strategies" else role[:-1].replace("_", " ")
+    module = type(component).__module__.partition(".")[0]
+    plugin = f"file {module.removeprefix(FILE_PREFIX)}.py" if module.startswith(FILE_PREFIX) else module
+    return f"{title} {component.name!r} of plugin {plugin}"
+
+
+def is_foreign(component: Component) -> bool:
+    """Whether a component comes from somebody else than prunekit."""
+    return type(component).__module__.partition(".")[0] != PROJECT
+
+
 def load_plugin_file(path: Path) -> ModuleType:
     """Import a plain Python file as a plugin; raises :class:`PluginError` naming file and error."""
     if not path.is_file():

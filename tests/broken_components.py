@@ -400,8 +400,18 @@ ARCHITECTURES = [
         "gpt_neox",
         changed("gpt_neox", each("attention", concatenated)),
     ),
-    ("forgets the norms of each head", "off the zeroed model's", "stablelm", changed("stablelm", each("attention", without_norms))),
-    ("takes half a head for a unit", "with fewer units", "llama", changed("llama", each("attention", half_heads), sizes=None)),
+    (
+        "forgets the norms of each head",
+        "off the zeroed model's",
+        "stablelm",
+        changed("stablelm", each("attention", without_norms)),
+    ),
+    (
+        "takes half a head for a unit",
+        "with fewer units",
+        "llama",
+        changed("llama", each("attention", half_heads), sizes=None),
+    ),
     ("names another norm", "a pass must call", "llama", changed("llama", each("attention", other_norm))),
     ("leaves out a producer", "with fewer units", "llama", changed("llama", each("mlp", one_producer))),
     (

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...registry import Architecture, AttentionUnit, Catalog, PruneWarning, Site, SiteKind
+from ...registry import Architecture, AttentionUnit, Catalog, ModelError, PruneWarning, Site, SiteKind
 from ...registry.catalog import Entry
 from ...registry.checks import check_sites, raised
 from ...registry.checks.parts import expect
@@ -152,7 +152,8 @@ def check_architecture(architecture: Architecture, model: nn.Module, cases: Sequ
     """Raise :class:`AssertionError` unless a model is cut right at the architecture's sites.
 
     :func:`~prunekit.registry.checks.check_sites` and :func:`check_family` are run on a copy of the model, which must be
-    small. Its weights are made random: where norms are 1, wrong sites pass.
+    small. Its weights are made random: where norms are 1, wrong sites pass. Raises :class:`ModelError` where the
+    architecture refuses the model.
     """
     kind = text_config(model).model_type
     serves = kind in architecture.model_types
@@ -164,7 +165,7 @@ def check_architecture(architecture: Architecture, model: nn.Module, cases: Sequ
             check_sites(architecture, copied, unit)
         cause = "with fewer units; a producer or a size (shape_attributes) may be missing, or a unit is not whole"
         check_family(copied, cases, catalog_of(architecture, kind))
-    except AssertionError:
+    except (AssertionError, ModelError):
         raise
     except Exception as error:
         raise raised(architecture, error, cause) from error

@@ -20,6 +20,7 @@ from ..files.spec import Calibration, PipelineSpec
 from ..models.loading import Loaded, load
 from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Value
+from .checking import flaws_of
 from .documents import read_documents
 from .matching import prune_as_asked
 from .measuring import Known, Measuring, Unpruned
@@ -121,7 +122,7 @@ class Pipeline:
                 metrics.append(_evaluate(label, evaluator, measuring))
                 take_trace(label)
             cut, search = about_cut(pruned), pruned.search
-            notes = [*pruned.notes]
+            notes = [*flaws_of(spec), *pruned.notes]
         ended = time.perf_counter()
         if calibration is not None and stored is not None:
             calibration = calibration.model_copy(update={"statistics": stored.used})

@@ -11,9 +11,9 @@ import inspect
 import json
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -64,6 +64,35 @@ def check_component(component: type[Component] | Component) -> None:
         run_check(check, built(component))
 
 
+class Finding(NamedTuple):
+    """What one check says of a component."""
+
+    check: str
+    """Name of the function."""
+    rule: str
+    """What the check demands, in one sentence."""
+    result: Literal["passed", "failed", "left out"]
+    message: str
+    """What is wrong, or why the check is left out; empty where it has passed."""
+
+
+def findings(component: Component) -> Iterator[Finding]:
+    """What every check says of a component, one after the other."""
+    for check in _every(type(component)):
+        yield found(check, component, component.exempt.get(check.__name__, ""))
+
+
+def found(check: Check, component: Component, exempt: str = "") -> Finding:
+    """What one check says of a component; ``exempt`` is the reason why it is left out."""
+    rule = inspect.cleandoc(check.__doc__ or "").partition("\n\n")[0].replace("\n", " ").replace("``", "")
+    try:
+        if not exempt:
+            run_check(check, component)
+    except AssertionError as error:
+        return Finding(check.__name__, rule, "failed", str(error))
+    return Finding(check.__name__, rule, "left out" if exempt else "passed", exempt)
+
+
 def run_check(check: Check, component: Component) -> None:
     """Run one check; raises :class:`AssertionError`, also for an error that the component raises."""
     try:
@@ -75,7 +104,7 @@ def run_check(check: Check, component: Component) -> None:
 
 
 def raised(component: Component, error: Exception, where: str = "") -> AssertionError:
-    """The message for an error that came out of a component, with its last place; ``where`` is said after it."""
+    """The message for an error that came out of a component, with its last place; ``where`` follows it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(last.filename).name} line {last.lineno}, in {last.name}"
     return AssertionError(
