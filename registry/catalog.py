@@ -19,7 +19,7 @@ import pluggy
 
 from .component import Component, wrong_signature
 from .errors import PluginError
-from .roles.hookspecs import PROJECT, ROLES, Hooks
+from .roles.hookspecs import PLUGIN_API, PROJECT, ROLES, Hooks
 
 BLOCK_VARIABLE = "PRUNEKIT_BLOCK"
 FILE_PREFIX = "prunekit_plugin_"
@@ -108,6 +108,13 @@ class Catalog:
     def _take(self, manager: pluggy.PluginManager, plugin: Any, name: str, provider: str) -> None:
         """Register one plugin and collect what its hooks return."""
         where = f"plugin {name} of {provider}"
+        stated = getattr(plugin, "PLUGIN_API", PLUGIN_API)
+        if stated != PLUGIN_API:
+            self.problems.append(
+                f"{where} is written for plugin API {stated!r}, and this prunekit has {PLUGIN_API}; install another "
+                "version of one of the two"
+            )
+            return
         if manager.is_registered(plugin):
             self.problems.append(f"{where} is a module that another plugin has already brought; name it once")
             return

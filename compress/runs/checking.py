@@ -64,7 +64,7 @@ def flaws_of(spec: PipelineSpec) -> list[str]:
 def announce(specs: Iterable[PipelineSpec]) -> list[str]:
     """Check what comes from other people: one line on what was checked, and a warning for each flaw, which it returns.
 
-    Nothing is said where everything comes from prunekit.
+    Nothing is printed where everything comes from prunekit.
     """
     specs = list(specs)
     checked = [quickly_checked(part) for part in dict.fromkeys(part for spec in specs for part in foreign(spec))]

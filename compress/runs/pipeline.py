@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...registry import Evaluator, Measurement
+from ...registry import Evaluator, Measurement, PluginError
 from ...registry.tensors.tokens import context_length
 from ..calibration.passes import Progress, no_progress
 from ..calibration.shared import SharedStatistics
@@ -123,6 +123,8 @@ class Pipeline:
                 take_trace(label)
             cut, search = about_cut(pruned), pruned.search
             notes = [*flaws_of(spec), *pruned.notes]
+        if pruned.changed:  # nobody but a plugin can have written to it
+            raise PluginError(f"{pruned.changed}; fix the plugin")
         ended = time.perf_counter()
         if calibration is not None and stored is not None:
             calibration = calibration.model_copy(update={"statistics": stored.used})
