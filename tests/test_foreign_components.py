@@ -1,9 +1,11 @@
 """What other people's components do to a model is noticed, put back where it can be, and named."""
 
+import json
 from typing import Literal
 
 import pytest
 import torch
+import yaml
 from prunekit.compress import prune
 from prunekit.compress.ablation.worker import Worker
 from prunekit.compress.files.spec import PipelineSpec
@@ -180,6 +182,21 @@ def test_what_an_evaluator_leaves_is_put_back_and_noted(run):
 def test_an_evaluator_that_changes_a_weight_ends_the_run(run):
     with pytest.raises(PluginError, match=r"evaluator 'rude' of plugin file rude\.py has written to lm_head\.weight"):
         Pipeline(run("weight")).measure()
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "left"),
+    [("raise", "raised ZeroDivisionError", [True, False, True]), ("weight", "lm_head.weight", [True, False, False])],
+)
+def test_a_run_keeps_what_other_evaluators_measure(run, command, tmp_path, how, words, left):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(run(how)))
+    code, output = command("run", file, "--out", tmp_path / "out")
+    assert code == 1
+    assert "warning: rude has no values: evaluator 'rude' of plugin file rude.py" in output
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert [bool(metric["pruned"]) for metric in metrics] == left
+    assert words in metrics[1]["notes"][0]
 
 
 def test_a_trial_after_one_whose_plugin_failed_gets_another_model(run):

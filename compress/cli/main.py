@@ -90,6 +90,8 @@ def run(
         if note not in flaws:
             printing.warning(note)
     printing.say(f"results: {results.folder}", whole=True)
+    if results.failed:
+        raise typer.Exit(1)
 
 
 def demo(

@@ -64,6 +64,8 @@ class Measuring(Subject):
             self.sites = [*self.sites, *find_sites(loaded.model, pruned.catalog, "kv_group", "keep")[1]]
         self._pruned, self._progress, self._evaluators, self._seed = pruned, progress, evaluators, seed
         self._positions = positions
+        self._damaged: str | None = None
+        """What an evaluator has done to the model's weights."""
         self._known: dict[bool, Known] = {True: dense, False: {}}
 
     def measure(self, evaluator: Evaluator | str, dense: bool = False) -> Measurement:
@@ -73,6 +75,8 @@ class Measuring(Subject):
         """
         evaluator = self._named(evaluator) if isinstance(evaluator, str) else evaluator
         known, key = self._known[dense or self._pruned.is_dense], evaluator.identity
+        if self._damaged is not None:
+            raise PluginError(self._damaged)
         if key not in known:
             self._begin()
             before = ModelState(self.model) if is_foreign(evaluator) else None
@@ -85,10 +89,11 @@ class Measuring(Subject):
                     before.restore()
             written = [] if before is None else before.weights()
             if written:
-                raise PluginError(
+                self._damaged = (
                     f"{named(evaluator)} has written to {', '.join(written[:3])} of the model it measures, so that "
                     "nothing can be measured after it; fix the plugin"
                 )
+                raise PluginError(self._damaged)
             if left:
                 note = f"{named(evaluator)} {'; '.join(left)}: it was put back, and this measurement may be wrong"
                 known[key] = replace(known[key], notes=[*known[key].notes, note])

@@ -18,6 +18,7 @@ from ..calibration.shared import SharedStatistics
 from ..calibration.statistics_file import StatisticsFile, check_place
 from ..files.spec import Calibration, PipelineSpec
 from ..models.loading import Loaded, load
+from ..output.failures import blamed
 from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Value
 from .checking import flaws_of
@@ -61,7 +62,7 @@ class Pipeline:
         output = self.spec.output
         folder = RunFolder(Path(out or output.dir or self.default_folder), output.overwrite)
         with folder.open() as partial:
-            results = self.measure(progress, loaded, say=say)
+            results = self.measure(progress, loaded, say=say, keep=True)
             results.write(partial)
         results.folder = folder.target
         return results
@@ -73,9 +74,11 @@ class Pipeline:
         dense: Known | None = None,
         statistics: SharedStatistics | None = None,
         say: Say = silent,
+        keep: bool = False,
     ) -> Results:
         """Run everything and write nothing.
 
+        With ``keep`` an evaluator of a plugin that fails has no values but a note, and the others are kept.
         Runs on one ``loaded`` model may share ``dense``, the measurements of the unpruned model, and ``statistics``,
         those of the calibration; both are filled here.
         """
@@ -99,6 +102,7 @@ class Pipeline:
         prepared = time.perf_counter()
         trace: list[dict[str, Any]] = []
         metrics: list[EvaluatorResult] = []
+        failed: list[str] = []
         with prune_as_asked(
             spec,
             loaded,
@@ -119,7 +123,14 @@ class Pipeline:
             known = {} if dense is None else dense
             measuring = Measuring(loaded, pruned, progress, known, spec.evaluate, spec.seed, spec.positions)
             for label, evaluator in labelled(spec.evaluate):
-                metrics.append(_evaluate(label, evaluator, measuring))
+                try:
+                    metrics.append(_evaluate(label, evaluator, measuring))
+                except Exception as error:
+                    message = str(error) if isinstance(error, PluginError) else blamed(error)
+                    if not keep or message is None:
+                        raise
+                    failed.append(f"{label} has no values: {message}")
+                    metrics.append(EvaluatorResult(evaluator=evaluator.name, label=label, pruned={}, notes=failed[-1:]))
                 take_trace(label)
             cut, search = about_cut(pruned), pruned.search
             notes = [*flaws_of(spec), *pruned.notes]
@@ -151,7 +162,7 @@ class Pipeline:
                 total=round(ended - began, 2),
             ),
         )
-        return Results(record, pinned(spec, loaded).to_yaml(), trace if spec.output.trace else None)
+        return Results(record, pinned(spec, loaded).to_yaml(), trace if spec.output.trace else None, failed=failed)
 
 
 def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> EvaluatorResult:
