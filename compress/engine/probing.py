@@ -71,6 +71,7 @@ class Prober:
         merger = strategy.merger
         self._statistic = strategy.scorer.statistic if merger is not None and merger.uses_probe else None
         self._uses_mean = strategy.compensate.uses_probe
+        self._is_foreign = is_foreign(selector)
         self.restart()
 
     def restart(self) -> None:
@@ -105,7 +106,7 @@ class Prober:
         with self.stages.select:
             states = given.residual if self.selector.looks_at == "residual" else given.normed(cut)
             counted = None if given.valid is None else self.strategy.counted(given.valid)
-            looks = is_foreign(self.selector) and not torch.compiler.is_compiling()
+            looks = self._is_foreign and not torch.compiler.is_compiling()
             before = states._version if looks and not states.is_inference() else None
             rows, positions = self.selector.select(states, counted, given.batch.generator or self.generator)
             checked(rows, (len(rows),), "select (rows)", "probe selector", self.selector, cut.binding.site)
