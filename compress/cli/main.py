@@ -83,7 +83,7 @@ def run(
     spec = _read(content, settings, plugin, overwrite)
     flaws = announce([spec])
     with printing.Bars() as bars:
-        results = Pipeline(spec).run(out, progress=bars.track, say=bars.say)
+        results = Pipeline(spec).run(out, progress=bars.track, say=bars.say, keep=True)
     printing.say(tables.headline(results.record))
     printing.show_table(tables.HEAD, tables.metric_rows(results.record))
     for note in results.record.notes:

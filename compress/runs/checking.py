@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -35,9 +34,18 @@ def foreign(spec: PipelineSpec) -> list[Component]:
     return [part for part in (spec.prune, *parts, *spec.evaluate) if is_foreign(part)]
 
 
-@lru_cache
+KNOWN: dict[tuple[type[Component], str], Checked] = {}
+"""What has been checked, by the component's identity."""
+
+
 def quickly_checked(component: Component) -> Checked:
-    """Run a component's checks on made-up tensors, for a second at most; torch's random state stays what it is."""
+    """Run a component's checks on made-up tensors once, for a second at most; torch's random state stays what it is."""
+    if component.identity not in KNOWN:
+        KNOWN[component.identity] = _check(component)
+    return KNOWN[component.identity]
+
+
+def _check(component: Component) -> Checked:
     # The parts of a strategy are checked one by one, where they are foreign, too.
     checks = [check for check in checks_of(component) if check is not check_strategy_parts]
     began, flaws, done = time.perf_counter(), [], 0
@@ -67,7 +75,7 @@ def announce(specs: Iterable[PipelineSpec]) -> list[str]:
     Nothing is printed where everything comes from prunekit.
     """
     specs = list(specs)
-    checked = [quickly_checked(part) for part in dict.fromkeys(part for spec in specs for part in foreign(spec))]
+    checked = dict.fromkeys(quickly_checked(part) for spec in specs for part in foreign(spec))
     if checked:
         printing.say(f"checked {', '.join(map(_line, checked))}", whole=True)
     flaws = list(dict.fromkeys(flaw for spec in specs for flaw in flaws_of(spec)))

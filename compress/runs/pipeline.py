@@ -52,17 +52,19 @@ class Pipeline:
         progress: Progress = no_progress,
         loaded: Loaded | None = None,
         say: Say = silent,
+        keep: bool = False,
     ) -> Results:
         """Run everything and write the results folder ``out`` (else ``output.dir``, else :attr:`default_folder`).
 
         The folder appears whole when all is done; an error or an interruption leaves nothing behind.
         ``loaded`` is the model, where it is loaded already; it is unpruned again afterwards. ``say`` gets the lines of
-        the plan. Raises the errors of :func:`prune` and :class:`SpecError` for a folder that exists.
+        the plan; ``keep`` is that of :meth:`measure`. Raises the errors of :func:`prune` and :class:`SpecError` for a
+        folder that exists.
         """
         output = self.spec.output
         folder = RunFolder(Path(out or output.dir or self.default_folder), output.overwrite)
         with folder.open() as partial:
-            results = self.measure(progress, loaded, say=say, keep=True)
+            results = self.measure(progress, loaded, say=say, keep=keep)
             results.write(partial)
         results.folder = folder.target
         return results
