@@ -77,7 +77,7 @@ def announce(specs: Iterable[PipelineSpec]) -> list[str]:
     specs = list(specs)
     checked = dict.fromkeys(quickly_checked(part) for spec in specs for part in foreign(spec))
     if checked:
-        printing.say(f"checked {', '.join(map(_line, checked))}", whole=True)
+        printing.Bars().say(f"checked {', '.join(map(_line, checked))}")
     flaws = list(dict.fromkeys(flaw for spec in specs for flaw in flaws_of(spec)))
     for flaw in flaws:
         printing.warning(flaw)
