@@ -5,7 +5,7 @@ import torch
 import transformers
 import yaml
 from prunekit.compress.bundled import MODEL
-from tests.family_checks import randomise
+from prunekit.compress.pruning.checking import randomise
 
 from tests.test_families import tiny
 
