@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .export.generating import generate
     from .export.reload import load
     from .files.spec import PipelineSpec
+    from .pruning.checking import check_architecture
     from .pruning.prune import prune
     from .pruning.pruned import Pruned
     from .runs.pipeline import Pipeline
@@ -22,6 +23,7 @@ __all__ = [
     "PipelineSpec",
     "Pruned",
     "calibration_batches",
+    "check_architecture",
     "evaluate",
     "generate",
     "load",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "prune": "pruning.prune",
     "Pruned": "pruning.pruned",
+    "check_architecture": "pruning.checking",
     "calibration_batches": "runs.text",
     "Pipeline": "runs.pipeline",
     "PipelineSpec": "files.spec",

@@ -17,7 +17,7 @@ from .roles.choosing import Chooser, Order
 from .roles.compensation import Compensator, MemoryPlan, NoCompensation, Prepared, SiteCovariance, Slope
 from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stage, Subject
 from .roles.gradients import GradientScorer, GroupPart, MatrixGradient
-from .roles.hookspecs import ROLES, hookimpl
+from .roles.hookspecs import PLUGIN_API, ROLES, hookimpl
 from .roles.parts import (
     MEASURED_LENGTH,
     Architecture,
@@ -58,6 +58,7 @@ from .text import TextSource
 
 __all__ = [
     "MEASURED_LENGTH",
+    "PLUGIN_API",
     "ROLES",
     "STAGES",
     "Architecture",

@@ -19,7 +19,7 @@ import pluggy
 
 from .component import Component, wrong_signature
 from .errors import PluginError
-from .roles.hookspecs import PROJECT, ROLES, Hooks
+from .roles.hookspecs import PLUGIN_API, PROJECT, ROLES, Hooks
 
 BLOCK_VARIABLE = "PRUNEKIT_BLOCK"
 FILE_PREFIX = "prunekit_plugin_"
@@ -108,6 +108,13 @@ class Catalog:
     def _take(self, manager: pluggy.PluginManager, plugin: Any, name: str, provider: str) -> None:
         """Register one plugin and collect what its hooks return."""
         where = f"plugin {name} of {provider}"
+        stated = getattr(plugin, "PLUGIN_API", PLUGIN_API)
+        if stated != PLUGIN_API:
+            self.problems.append(
+                f"{where} is written for plugin API {stated!r}, and this prunekit has {PLUGIN_API}; install another "
+                "version of one of the two"
+            )
+            return
         if manager.is_registered(plugin):
             self.problems.append(f"{where} is a module that another plugin has already brought; name it once")
             return
@@ -169,6 +176,20 @@ class Catalog:
         for note in [*self.problems, *(f"{BLOCK_VARIABLE} switches off plugin {plugin}" for plugin in self.blocked)]:
             message += f"\nnote: {note}"
         raise PluginError(message)
+
+
+def named(component: Component) -> str:
+    """Role, name and plugin of a component in a few words: ``scorer 'mine' of plugin file mine.py``."""
+    role = next((role for role, base in ROLES.items() if isinstance(component, base)), "components")
+    title = "strategy" if role == "strategies" else role[:-1].replace("_", " ")
+    module = type(component).__module__.partition(".")[0]
+    plugin = f"file {module.removeprefix(FILE_PREFIX)}.py" if module.startswith(FILE_PREFIX) else module
+    return f"{title} {component.name!r} of plugin {plugin}"
+
+
+def is_foreign(component: Component) -> bool:
+    """Whether a component comes from somebody else than prunekit."""
+    return type(component).__module__.partition(".")[0] != PROJECT
 
 
 def load_plugin_file(path: Path) -> ModuleType:

@@ -28,6 +28,8 @@ class Component(BaseModel):
 
     paper: ClassVar[str] = ""
     """The source of the method, shown by ``prunekit show``."""
+    exempt: ClassVar[Mapping[str, str]] = {}
+    """Checks that do not hold for it, by the function's name, each with the reason; ``prunekit check`` shows them."""
 
     name: str
 

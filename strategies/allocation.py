@@ -49,16 +49,19 @@ class Uniform(SparsityAllocator):
         description="kept MLP widths are multiples of this, rounding: down rounds them up; 64 is fast on GPUs",
     )
 
+    def granularity(self, site: Site) -> int:
+        return self.mlp_multiple if site.group in ("mlp", "expert") else 1
+
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` where channels cannot make up for whole heads."""
         counts, share = [scores.site.units for scores in sites], ratio
         for kind in GROUPS:
-            multiple = self.mlp_multiple if kind in ("mlp", "expert") else 1
             meets = self.rounding == "largest_remainder" or (kind != "attention" and self.rounding != "down")
             places = [place for place, scores in enumerate(sites) if scores.site.group == kind]
             if kind == "mlp" and self.rounding == "to_channels":
                 share = _left_to_channels([scores.site for scores in sites], counts, ratio)
             here = [sites[place] for place in places]
+            multiple = self.granularity(here[0].site) if here else 1
             kept = [_rounded_up(scores.site.units, share, multiple) for scores in here]
             if meets:
                 kept = apportioned(here, [share] * len(here), multiple)

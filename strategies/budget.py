@@ -92,8 +92,7 @@ class MeasuringAllocator(SparsityAllocator):
         defaults = {key: type(self).model_fields[key].default for key in ("length", "objective", "top_logits")}
         return {key: value for key, value in handler(self).items() if key not in defaults or value != defaults[key]}
 
-    def _multiple(self, site: Site) -> int:
-        """The number whose multiples a site may keep."""
+    def granularity(self, site: Site) -> int:
         return self.mlp_multiple if site.group in ("mlp", "expert") else 1
 
     def _measuring(self, evaluate: Evaluate | None) -> Evaluate:

@@ -151,7 +151,7 @@ class Space:
     @classmethod
     def of(cls, sites: Sequence[Site], options: Evolutionary) -> Space:
         """The space of an allocator's options."""
-        multiples = [options._multiple(site) for site in sites]
+        multiples = [options.granularity(site) for site in sites]
         least = [
             min(site.units, math.ceil(options.minimum_units / multiple) * multiple)
             for site, multiple in zip(sites, multiples, strict=True)

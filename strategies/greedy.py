@@ -70,13 +70,13 @@ class Greedy(MeasuringAllocator):
 
     def _least(self, site: Site) -> int:
         """The fewest units that a site may keep."""
-        multiple = self._multiple(site)
+        multiple = self.granularity(site)
         return min(site.units, math.ceil(self.minimum_units / multiple) * multiple)
 
     def _without(self, sites: Sequence[Site], counts: list[int], place: int, budget: float) -> list[int] | None:
         """``counts`` after one more step at a site, as far as the budget allows; None where no step is possible."""
         site, kept = sites[place], counts[place]
-        multiple = self._multiple(site)
+        multiple = self.granularity(site)
         size = min(max(round(self.step * site.units), multiple), int(budget // site.unit_parameters))
         found = max(self._least(site), math.ceil((kept - size) / multiple) * multiple)
         return [*counts[:place], found, *counts[place + 1 :]] if found < kept else None

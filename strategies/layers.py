@@ -15,6 +15,7 @@ from ..registry import (
     BlockInfluence,
     BlockStatistic,
     LayerWeight,
+    Site,
     SiteScores,
     SparsityAllocator,
     SpecError,
@@ -42,6 +43,9 @@ class LayerShares(SparsityAllocator):
     def shares(self, layers: Sequence[SiteScores], ratio: float) -> np.ndarray:
         """The share of every layer, (n,) with mean ``ratio``; ``layers``: one site of each, ascending."""
 
+    def granularity(self, site: Site) -> int:
+        return self.mlp_multiple if site.group in ("mlp", "expert") else 1
+
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         """Kept units of every site; raises :class:`SpecError` where ``maximum`` makes the ratio impossible."""
         first = {scores.site.layer: scores for scores in reversed(sites)}
@@ -50,9 +54,9 @@ class LayerShares(SparsityAllocator):
         of_layer = dict(zip(sorted(first), wanted, strict=True))
         counts = [scores.site.units for scores in sites]
         for kind in GROUPS:
-            multiple = self.mlp_multiple if kind in ("mlp", "expert") else 1
             places = [place for place, scores in enumerate(sites) if scores.site.group == kind]
             here = [sites[place] for place in places]
+            multiple = self.granularity(here[0].site) if here else 1
             units = np.array([scores.site.units for scores in here], dtype=float)
             most = np.minimum(self.maximum, np.maximum(0, 1 - multiple / np.maximum(units, 1)))
             if ratio * units.sum() > most @ units * (1 + TINY):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -35,6 +35,7 @@ class LoRAPruneScorer(GradientScorer):
     """
 
     paper: ClassVar[str] = PAPER
+    exempt: ClassVar[Mapping[str, str]] = {"check_row_order": "the random adapter draws for every row"}
 
     name: Literal["lora_prune"] = "lora_prune"
     adapter_rank: int | None = Field(

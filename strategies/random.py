@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ class RandomScorer(Scorer):
     """Scores drawn at random, seeded, different at every site."""
 
     statistic: ClassVar[Statistic | None] = None
+    exempt: ClassVar[Mapping[str, str]] = {"check_channel_order": "it draws by the number of the channel"}
     name: Literal["random"] = "random"
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the draw")
 

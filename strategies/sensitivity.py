@@ -69,7 +69,7 @@ class Sensitivity(MeasuringAllocator):
     def _droppable(self, site: Site) -> np.ndarray:
         """Numbers of units that may go, (n,) ascending from 0."""
         dropped = np.arange(max(0, site.units - self.minimum_units) + 1)
-        return dropped[(dropped == 0) | ((site.units - dropped) % self._multiple(site) == 0)]
+        return dropped[(dropped == 0) | ((site.units - dropped) % self.granularity(site) == 0)]
 
     def _measured(self, site: Site) -> list[int]:
         """Numbers of units whose cut is measured, ascending."""

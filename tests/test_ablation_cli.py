@@ -83,7 +83,8 @@ def test_failures_are_told_and_retried_when_asked(command, sizes, tmp_path):
     (tmp_path / "mood").write_text(f"fail-{sizes[1]}")
     result = command()
     assert result.exit_code == 1, result.output
-    assert "trial 2 (0.4) failed: RuntimeError: bad mood (moody.py line" in result.stderr
+    named = "evaluator 'moody' of plugin file moody.py raised RuntimeError: bad mood (moody.py line"
+    assert f"trial 2 (0.4) failed: {named}" in result.stderr
     assert "1 of 3 trials failed; --retry runs them again" in result.stdout
     (tmp_path / "mood").write_text("")
     result = command()

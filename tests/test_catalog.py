@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 from prunekit import registry
-from prunekit.registry import ROLES, Catalog, PluginError, Scorer
+from prunekit.registry import PLUGIN_API, ROLES, Catalog, PluginError, Scorer
 from prunekit.registry.catalog import PARTS
 
 pytestmark = pytest.mark.smoke
@@ -269,6 +269,22 @@ class Listed(Mine):
     site.only_problem(catalog, "hook scorers of plugin wrong (wrong-dist 1.0)", complaint)
     assert not {"mine", "half", "old", "plain", "other", "listed", "merger"} & set(catalog.names("scorers"))
     assert catalog.get("scorers", "well") and rest_works(catalog)
+
+
+def test_a_plugin_for_another_api_is_named_and_left_out(site):
+    site.install("later-dist", later="PLUGIN_API = 2" + SCORER.format(name="later"), now=SCORER.format(name="now"))
+    site.install("stated-dist", stated=f"PLUGIN_API = {PLUGIN_API}" + SCORER.format(name="stated"))
+    catalog = Catalog.discover()
+    site.only_problem(catalog, "plugin later of later-dist 1.0 is written for plugin API 2, and this prunekit has 1")
+    assert "later" not in catalog.names("scorers")
+    assert catalog.get("scorers", "now") and catalog.get("scorers", "stated") and rest_works(catalog)
+
+
+def test_a_plugin_that_fails_half_way_keeps_its_other_hooks(site):
+    site.install("half-dist", half=SCORER.format(name="whole") + "\n@hookimpl\ndef evaluators(): return 1 / 0\n")
+    catalog = Catalog.discover()
+    site.only_problem(catalog, "hook evaluators of plugin half (half-dist 1.0) raised ZeroDivisionError")
+    assert catalog.get("scorers", "whole") and rest_works(catalog)
 
 
 def test_one_wrong_class_leaves_its_neighbours(site):

@@ -61,12 +61,12 @@ class Merge(HistoryMerger):
 
 
 class Allocate(SparsityAllocator):
-    """Everything stays."""
+    """The same share of every site."""
 
     name: Literal["allocate"] = "allocate"
 
     def allocate(self, sites, ratio):
-        return [scores.site.units for scores in sites]
+        return [max(1, scores.site.units - int(ratio * scores.site.units)) for scores in sites]
 
 
 class Measure(Evaluator):
@@ -224,7 +224,10 @@ def test_sites_that_do_not_fit_are_named(make_model, change, words):
         (lambda self, subject: Measurement({"one": "1"}, {"a": 1}), "value one is '1' (str); return a number or None"),
         (lambda self, subject: Measurement({"one": float("nan")}, {"a": 1}), "which is not finite"),
         (lambda self, subject: Measurement({"one": 1}, {"a": torch.float32}), "JSON cannot hold"),
-        (lambda self, subject: subject.model.train() and Measurement({"one": 1}, {"a": 1}), "changes the model"),
+        (
+            lambda self, subject: subject.model.train() and Measurement({"one": 1}, {"a": 1}),
+            "leaves the model in training mode",
+        ),
     ],
 )
 def test_evaluations_that_break_a_rule_are_named(make_model, evaluate, words):

@@ -1,7 +1,8 @@
 """Joint choice: the order of brute force, nested cuts, exact refits, and what is refused by name."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -154,6 +155,7 @@ def test_what_no_ridge_makes_definite_names_the_site():
 class Reversed(Chooser):
     """The last unit goes first."""
 
+    exempt: ClassVar[Mapping[str, str]] = {"check_unit_order": "it orders by number"}
     name: Literal["reversed"] = "reversed"
 
     def order(self, covariance, weight, site):
@@ -184,6 +186,8 @@ def ordering(make):
         (ordering(lambda n, w: Order(torch.arange(n), w.zero_()[0, :1].expand(n).clone())), "changes the weight"),
         (broken(memory_plan=lambda self, site: MemoryPlan(0.5, 0)), "an int of 0 or more"),
         (broken(memory_plan=lambda self, site: 5), "must return a MemoryPlan"),
+        (broken(exempt={}), "orders units by their numbers"),
+        (broken(exempt={"check_units": "misspelt"}), "is exempt from 'check_units', which is not a check of its"),
         (broken(order=lambda self, covariance, weight: None), "must have def order(self, covariance, weight, site)"),
     ],
 )
@@ -195,7 +199,8 @@ def test_each_broken_rule_of_choosers_is_named(component, message):
 
 
 PLUGIN = '''
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 import torch
 from prunekit.registry import Chooser, MemoryPlan, Order, hookimpl
 

@@ -80,7 +80,12 @@ SMALL |= {"breakdown": False, "batches": 2, "max_length": 64}
 @pytest.mark.parametrize("cls", [cls for cls in OURS if issubclass(cls, Evaluator)], ids=lambda cls: cls.__name__)
 def test_evaluators_measure(cls, measuring):
     subject, catalog = measuring, Catalog.discover(block="")
-    subject.measure = lambda name: small(catalog.get("evaluators", name)).evaluate(subject)
+
+    def measured(evaluator):
+        named = small(catalog.get("evaluators", evaluator)) if isinstance(evaluator, str) else evaluator
+        return named.evaluate(subject)
+
+    subject.measure = measured
     check_evaluation(small(cls), subject)
 
 

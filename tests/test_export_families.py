@@ -7,10 +7,10 @@ from prunekit.compress import prune
 from prunekit.compress.export.family import Family
 from prunekit.compress.export.support import profiles_for
 from prunekit.compress.models.exported import classes
+from prunekit.compress.pruning.checking import randomise
 from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import ModelError, SizeFields, SpecError
 
-from tests.family_checks import randomise
 from tests.test_families import CATALOG, INSIDE, TYPES, served, tiny
 
 UNWRITTEN = (

@@ -6,10 +6,10 @@ import transformers
 from prunekit.compress import Exporter, PipelineSpec, load, prune
 from prunekit.compress.export import exporting
 from prunekit.compress.models.families import FAMILIES
+from prunekit.compress.pruning.checking import randomise
 from prunekit.registry import Catalog, ModelError, SpecError
 from prunekit.registry.checks.sites import check_sites
 
-from tests.family_checks import randomise
 from tests.test_families import tiny
 from tests.test_towers import build, call
 

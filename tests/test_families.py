@@ -1,4 +1,4 @@
-"""Every served model type, by tiny random models: what is cut equals an independent zeroing (tests/family_checks.py).
+"""Every served model type, by tiny random models: what is cut equals an independent zeroing (check_family).
 
 A new line of the table of families brings its own test. Where the general recipe does not build a tiny model of a type,
 ``CONFIGS`` says what differs.
@@ -15,18 +15,11 @@ import transformers
 from prunekit.compress import prune
 from prunekit.compress.models.architectures import PRUNED
 from prunekit.compress.models.likeness import types_of
+from prunekit.compress.models.small import small_model
+from prunekit.compress.pruning.checking import ALL, PADDINGS, STRATEGIES, UNITS, check_family, cover, randomise
 from prunekit.registry import Catalog, ModelError, Producer, Rows
 from prunekit.registry.checks import check_sites
 from torch import nn
-
-from tests.family_checks import ALL, PADDINGS, STRATEGIES, UNITS, check_family, cover, randomise
-
-RECIPE = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
-    num_key_value_heads=4, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    attention_bias=True, mlp_bias=True,
-)  # fmt: skip
-"""A tiny model of most types."""
 
 CATALOG = Catalog.discover(block="")
 ARCHITECTURES = [entry.component() for entry in CATALOG.of_role("architectures")]
@@ -131,12 +124,7 @@ CONFIGS: dict[str, dict] = {
 
 def tiny(kind: str, **changes):
     """A tiny random model of a type."""
-    options = {**RECIPE, **CONFIGS.get(kind, {}), **changes}
-    config = transformers.AutoConfig.for_model(
-        kind, **{key: value for key, value in options.items() if value is not None}
-    )
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config)
+    return small_model(kind, **{**CONFIGS.get(kind, {}), **changes})
 
 
 def served(kind: str):

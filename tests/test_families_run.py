@@ -5,8 +5,8 @@ import torch
 import transformers
 import yaml
 from prunekit.compress.bundled import MODEL
+from prunekit.compress.pruning.checking import randomise
 
-from tests.family_checks import randomise
 from tests.test_families import tiny
 
 WHOLE = {"allocator": {"name": "explicit", "attention": [0, 0], "mlp": [0.5, 0.5]}, "ratio": None}

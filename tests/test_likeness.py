@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 from prunekit.compress import prune
+from prunekit.compress.models.small import RECIPE
+from prunekit.compress.pruning.checking import check_family, cover, randomise
 from prunekit.registry import Catalog, ModelError, SpecError
 
-from tests.family_checks import check_family, cover, randomise
-from tests.test_families import CATALOG, RECIPE, TYPES, tiny
+from tests.test_families import CATALOG, TYPES, tiny
 
 DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_key_value_heads=None)
 

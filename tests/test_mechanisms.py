@@ -17,6 +17,7 @@ from prunekit.compress import prune
 from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.engine import per_unit, probing, site_cut
 from prunekit.compress.engine.config_view import ConfigView
+from prunekit.compress.pruning.checking import ALL, UNITS, Oracle, check_family, greedy, place, randomise
 from prunekit.compress.pruning.matching import DecoderCost, Match
 from prunekit.compress.pruning.sites import find_sites
 from prunekit.compress.runs.measuring import Measuring
@@ -28,7 +29,6 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from tests.family_checks import ALL, UNITS, Oracle, check_family, greedy, place, randomise
 from tests.test_families import ARCHITECTURES, CATALOG, tiny
 
 FALCON_40B = dict(multi_query=True, new_decoder_architecture=True, num_kv_heads=4)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
-from prunekit.compress import prune
+from prunekit.compress import check_architecture, prune
 from prunekit.registry import (
     ROLES,
     Catalog,
@@ -19,7 +19,7 @@ from prunekit.registry import (
     Site,
     Subject,
 )
-from prunekit.registry.checks import check_component, check_evaluation, check_sites
+from prunekit.registry.checks import ALL_ROLE_CHECKS, COMMON, check_component, check_evaluation, check_sites
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "plugins.md").read_text()
@@ -63,6 +63,14 @@ def test_every_hook_has_a_section_and_an_example(role):
     assert f"\n### `{role}`\n" in PAGE
     section = PAGE.split(f"\n### `{role}`\n")[1].split("\n### ")[0]
     assert f"\ndef {role}():" in section or f"\ndef {role}():" in EXAMPLES[0]
+
+
+def test_every_check_is_listed():
+    checks = [*COMMON, *(check for each in ALL_ROLE_CHECKS.values() for check in each)]
+    checks += [check_sites, check_architecture, check_evaluation]
+    listed = re.findall(r"^\| `(check_\w+)", PAGE, re.MULTILINE)
+    assert listed == list(dict.fromkeys(listed))
+    assert set(listed) == {check.__name__ for check in checks}
 
 
 def test_the_page_shows_the_package_as_it_is():

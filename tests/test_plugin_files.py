@@ -48,6 +48,8 @@ def test_a_plugin_file(tmp_path):
         ("x = 1", ["implements no hook"]),
         (scorer("x").replace("def scorers", "def scorer"), ["no hook 'scorer'", "did you mean 'scorers'?"]),
         (scorer("x").replace("[Mine]", "[Mine()]"), ["expected a class derived from Scorer"]),
+        ("PLUGIN_API = 2" + scorer("x"), ["is written for plugin API 2, and this prunekit has 1"]),
+        (scorer("x") + "@hookimpl\ndef evaluators(): return 1 / 0", ["hook evaluators", "raised ZeroDivisionError"]),
     ],
 )
 def test_a_broken_plugin_file_stops_because_it_was_asked_for(tmp_path, source, words):

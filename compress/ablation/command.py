@@ -11,6 +11,7 @@ from ...registry import SpecError, near
 from ..files.yaml_file import YamlFile
 from ..output import printing
 from ..output.formatting import ranges
+from ..runs.checking import announce
 from ..runs.preflight import unseen
 from ..runs.provenance import versions
 from .display import Display
@@ -59,6 +60,7 @@ def ablate(
     path = out or Path("results") / f"{file.stem}.sqlite"
     # Before a store is begun: fixing the file afterwards would make it differ from the store's.
     study.refuse(preflight(study.trials, _due(study, path, retry), here=engine == "local"))
+    announce(trial.spec for trial in study.trials)
     with Store.create_or_resume(path, study, update) as store:
         run_waiting(store, study, retry, engine, workers, address)
         trials = store.trials
@@ -98,6 +100,7 @@ def validate(file: YamlFile, settings: Iterable[str] = (), plugins: Iterable[Pat
     printing.say(f"{file.path}: valid ablation, {_trials(len(study.trials))}", whole=True)
     for trial in study.trials:
         printing.say(f"{trial.number:>4}  {trial.label}", whole=True)
+    announce(trial.spec for trial in study.trials)
     printing.say(unseen(trial.spec for trial in study.trials), whole=True)
 
 

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import torch
 
-from ...registry import Catalog, PrunekitError
+from ...registry import Catalog, PluginError, PrunekitError
 from ..calibration.passes import Progress, no_progress
 from ..calibration.shared import SharedStatistics
 from ..files.spec import PipelineSpec
 from ..files.yaml_plain import plain_data
 from ..models.loading import Loaded, ModelSource, load
-from ..output.failures import described, explained
+from ..output.failures import blamed, described, explained
 from ..runs.measuring import Known
 from ..runs.pipeline import Pipeline
 from ..runs.records import RunResult
@@ -106,8 +106,10 @@ class Worker:
             result, resolved = results.record, results.resolved
         except PrunekitError as mistake:
             error = str(mistake)
+            if isinstance(mistake, PluginError):
+                self._source = None  # the plugin may have changed the model
         except Exception as failure:  # whatever it is, it must not stop the other trials
-            error = explained(failure) or described(failure)
+            error = explained(failure) or blamed(failure) or described(failure)
         if error is not None:
             gc.collect()  # the failed trial's tensors, which its traceback held
             if torch.cuda.is_available():

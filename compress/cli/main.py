@@ -12,7 +12,7 @@ import typer
 
 from ... import __version__
 from ..output import stopping
-from . import exports, generating, studies
+from . import checks, exports, generating, studies
 from .options import Commands, OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, guarded
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def run(
     from ..files.yaml_file import read_yaml
     from ..output import printing
     from ..runs import report as tables
+    from ..runs.checking import announce
     from ..runs.pipeline import Pipeline
 
     content = read_yaml(file)
@@ -80,13 +81,17 @@ def run(
         raise SpecError(f"{file} is an ablation file; use prunekit ablate {file}")
     printing.quiet()
     spec = _read(content, settings, plugin, overwrite)
+    flaws = announce([spec])
     with printing.Bars() as bars:
-        results = Pipeline(spec).run(out, progress=bars.track, say=bars.say)
+        results = Pipeline(spec).run(out, progress=bars.track, say=bars.say, keep=True)
     printing.say(tables.headline(results.record))
     printing.show_table(tables.HEAD, tables.metric_rows(results.record))
     for note in results.record.notes:
-        printing.warning(note)
+        if note not in flaws:
+            printing.warning(note)
     printing.say(f"results: {results.folder}", whole=True)
+    if results.failed:
+        raise typer.Exit(1)
 
 
 def demo(
@@ -149,6 +154,7 @@ def validate(
     from ..ablation import command
     from ..files.yaml_file import read_yaml
     from ..output import printing
+    from ..runs.checking import announce
     from ..runs.preflight import unseen
 
     content = read_yaml(file)
@@ -157,6 +163,7 @@ def validate(
         return command.validate(content, settings or (), plugin or ())
     spec = _read(content, settings, plugin)
     printing.say(f"{file}: valid ({spec.prune.name})", whole=True)
+    announce([spec])
     printing.say(unseen([spec]), whole=True)
 
 
@@ -216,6 +223,7 @@ COMMANDS: Commands = {
     "demo": demo,
     "fetch": fetch,
     "validate": validate,
+    **checks.COMMANDS,
     "list": list_components,
     "show": show,
     "families": families,

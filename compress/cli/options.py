@@ -40,7 +40,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         from ...registry import PrunekitError
         from ..output import printing, stopping
-        from ..output.failures import described, explained
+        from ..output.failures import blamed, described, explained
 
         stopping.begin()
         try:
@@ -56,7 +56,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if os.environ.get(TRACEBACK):
                 raise
-            message = explained(error)
+            message = explained(error) or blamed(error)
             printing.error(message or f"{described(error)}; with {TRACEBACK}=1 it is shown where that was raised")
             raise typer.Exit(2 if message else 1) from None
 

@@ -43,7 +43,8 @@ class Decider:
         """Scores of a site by its calibrated history, or by its weights alone; on the CPU, where those of sites on
         different devices can be compared."""
         channels, units = self._calibrated(cut)
-        return replace(cut.state.unscored, channels=channels.cpu(), units=units.cpu())
+        copied, of_units = (each.to("cpu", copy=True) for each in (channels, units))  # allocators may write to them
+        return replace(cut.state.unscored, channels=copied, units=of_units)
 
     def calibrated_units(self, cut: SiteCut) -> Tensor:
         """The units (k,) that a site would keep by its calibrated history alone."""

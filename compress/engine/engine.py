@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, PerPrompt, Site, Strategy
+from ...registry import ChannelHistory, Component, PerPrompt, Site, Strategy
+from ...registry.catalog import is_foreign, named
 from ...registry.sites import owned_norms
+from ...registry.tensors.model_state import ModelState
 from . import linears
 from .batch import Mode, learn_parameters
 from .checkpointing import restore_checkpoint
@@ -76,6 +78,10 @@ class Engine:
         self.searched: list[dict[str, Any]] = []
         """What the allocator has recorded of its search, step by step."""
         self.is_suspended = self.is_removed = False
+        self._foreign = [
+            part for part in (strategy, *dict(strategy).values()) if isinstance(part, Component) and is_foreign(part)
+        ]
+        self._before = ModelState(model) if self._foreign else None
         self._undo: list[Callable[[], Any]] = []
         self._use(strategy, trace)
         try:
@@ -176,6 +182,18 @@ class Engine:
             self.shared.running.usual = self.shared.running.applied = "dense"
             self.is_removed = True
             self._uninstall()
+
+    def changed(self) -> str | None:
+        """After :meth:`remove`: what has changed on the model while parts of other people ran, and who; else None."""
+        before = self._before
+        if before is None:
+            return None
+        found = [*(f"{name} has been written to" for name in before.weights())]
+        found += [f"a hook is left at {name or 'the model'}" for name in before.added()]
+        if not found:
+            return None
+        who = ", ".join(map(named, self._foreign))
+        return f"the model is not what it was before pruning: {'; '.join(found[:3])}. What ran on it: {who}"
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -24,9 +24,9 @@ from ...registry.tensors.linears import matrix_of
 from .batch import Running
 from .gathering import Gatherer, selects
 from .runtime import Runtime, Stages
-from .shapes import checked
+from .shapes import checked, written_to
 from .site_state import SiteState
-from .weights import differentiates, made_of
+from .weights import differentiates, made_of, weights_version
 
 Weights = tuple[Tensor, "Tensor | None"]
 """Weight and bias."""
@@ -127,7 +127,10 @@ class OpenCut:
             return known
         with shared.stages.gather:
             whole = linear.weight.t() if linear.transposed else linear.weight
+            before = None if shared.selects or torch.compiler.is_compiling() else weights_version(linear)
             weight, bias = shared.applier.producer(whole, linear.bias, self.rows[linear])
+            if before is not None and before != weights_version(linear):
+                raise written_to(self.state.binding.site, shared.applier, "producer")
             if isinstance(weight, Selection):
                 place = None if self.stays else (self.state.binding.site.kind, producer.path)
                 weight = shared.gatherer.copy(weight, linear, place, self.once)
@@ -225,7 +228,10 @@ class OpenCut:
         folded = self.stays and compensation.wanted and compensation.has_slope
         with shared.stages.gather:
             whole = linear.weight.t() if linear.transposed else linear.weight
+            before = None if shared.selects or torch.compiler.is_compiling() else weights_version(linear)
             weight = shared.applier.consumer(whole, self.columns)
+            if before is not None and before != weights_version(linear):
+                raise written_to(site, shared.applier, "consumer")
             if isinstance(weight, Selection):
                 place = None if self.stays else (site.kind, site.consumer)
                 weight = shared.gatherer.copy(weight, linear, place, self.once or folded)

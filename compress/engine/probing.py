@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import ModelError, ProbeSelector, Site, Strategy, position_sums
+from ...registry import ModelError, PluginError, ProbeSelector, Site, Strategy, position_sums
+from ...registry.catalog import is_foreign, named
 from ...registry.tensors.caches import without_caches
 from .batch import PROBED, Batch, ProbeProducts, ProbeRun
 from .runtime import Stages
-from .shapes import checked
+from .shapes import check_picks, checked
 from .site_cut import SiteCut
 
 MASK = "attention_mask"
@@ -72,6 +73,7 @@ class Prober:
         merger = strategy.merger
         self._statistic = strategy.scorer.statistic if merger is not None and merger.uses_probe else None
         self._uses_mean = strategy.compensate.uses_probe
+        self._is_foreign = is_foreign(selector)
         self.restart()
 
     def restart(self) -> None:
@@ -119,10 +121,19 @@ class Prober:
         with self.stages.select:
             states = given.residual if self.selector.looks_at == "residual" else given.normed(cut)
             counted = None if given.valid is None else self.strategy.counted(given.valid)
+            looks = self._is_foreign and not torch.compiler.is_compiling()
+            before = states._version if looks and not states.is_inference() else None
             rows, positions = self.selector.select(states, counted, given.batch.generator or self.generator)
             checked(rows, (len(rows),), "select (rows)", "probe selector", self.selector, cut.binding.site)
             shape = (len(rows), positions.shape[-1])[2 - positions.dim() :]
             checked(positions, shape, "select (positions)", "probe selector", self.selector, cut.binding.site)
+            if looks and positions.device.type == "cpu":  # elsewhere reading the values would wait for the device
+                check_picks(rows, positions, states.shape, self.selector, cut.binding.site)
+            if before is not None and states._version != before:
+                raise PluginError(
+                    f"{cut.site.label}: {named(self.selector)} has written to the states that it was given, which the "
+                    "model computes with; fix the plugin (write to a copy)"
+                )
         return rows, positions
 
     @torch.no_grad()

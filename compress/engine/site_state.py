@@ -30,6 +30,7 @@ from ...registry.tensors.linears import matrix_of
 from .choosing import Choice
 from .compensation import SiteCompensation
 from .config_view import CONFIG, ConfigView
+from .shapes import written_to
 from .weights import made_of, weights_version
 
 
@@ -207,6 +208,8 @@ class SiteState:
                 weight, *producers = [matrix_of(linear).detach().float() for linear in linears]
                 more = (producers,) if self.scores_producers else ()
                 self._prepared = known = version, prepare(weight, self.binding.site, *more)
+            if tuple(map(weights_version, linears)) != version:
+                raise written_to(self.binding.site, scorer, "prepare")
         return known[1]
 
     def mean_output(self, mean: Tensor) -> Tensor:

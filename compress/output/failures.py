@@ -6,6 +6,9 @@ import errno
 import traceback
 from pathlib import Path
 
+from ...registry import Component
+from ...registry.catalog import is_foreign, named
+
 MEMORY = ("DefaultCPUAllocator", "allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
 """Parts of what torch and the system say where memory runs out."""
 
@@ -25,6 +28,15 @@ def explained(failure: BaseException) -> str | None:
     if isinstance(failure, OSError) and failure.errno is not None:
         where = f"{failure.filename}: " if failure.filename else ""
         return f"{where}{failure.strerror}; see to that, and run the same command again"
+    return None
+
+
+def blamed(failure: BaseException) -> str | None:
+    """The message that names the plugin which an error came out of; ``None`` where it is from prunekit itself."""
+    for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Component):
+            return f"{named(owner)} raised {described(failure)}; fix the plugin" if is_foreign(owner) else None
     return None
 
 

@@ -71,12 +71,22 @@ def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, m
     for losses in measured:
         losses.records.clear()  # of another ratio
     counts = allocator.allocate(scores, ratio or 0.0, *measured) if scores else []
+    if not isinstance(counts, Sequence):
+        raise SpecError(
+            f"allocator {allocator.name} returned a {type(counts).__name__}; it must return a list of a count for each "
+            "site; fix the plugin"
+        )
     if len(counts) != len(scores):
         raise SpecError(
             f"allocator {allocator.name} returned {len(counts)} counts for {len(scores)} sites; it must return "
             "one for each site; fix the plugin"
         )
     for each, count in zip(scores, counts, strict=True):
+        if not hasattr(count, "__index__"):
+            raise SpecError(
+                f"allocator {allocator.name} keeps {count!r} of {each.site.units} units at {each.site.label}; it must "
+                "be a whole number; fix the plugin"
+            )
         if not 0 <= count <= each.site.units:
             raise SpecError(
                 f"allocator {allocator.name} keeps {count} of {each.site.units} units at {each.site.label}; "

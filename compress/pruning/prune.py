@@ -14,6 +14,8 @@ from ...registry import (
     AttentionUnit,
     Catalog,
     DataError,
+    PluginError,
+    PrunekitError,
     PruneWarning,
     Site,
     SpecError,
@@ -37,6 +39,7 @@ from ..engine.runtime import Runtime
 from ..files.reader import build_architecture, build_runtime, build_strategy
 from ..models.given import model_in
 from ..models.likeness import ANY, Like, with_types
+from ..output.failures import blamed
 from ..output.records import Of
 from .allocating import check_policy_beforehand
 from .deciding import decide
@@ -135,9 +138,13 @@ def prune(
         for note in pruned.notes:
             warnings.warn(note, PruneWarning, stacklevel=2)
         return pruned
-    except BaseException:
+    except BaseException as error:
         engine.remove()
-        raise
+        own = isinstance(error, PrunekitError) or not isinstance(error, Exception)
+        message = None if own else blamed(error)
+        if message is None:
+            raise
+        raise PluginError(message) from error
 
 
 def engine_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...registry import Catalog, Site, SiteKind, SiteScores, SpecError, Stage, Strategy
+from ...registry import Catalog, PruneWarning, Site, SiteKind, SiteScores, SpecError, Stage, Strategy
 from ..calibration.passes import Progress, no_progress
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
@@ -45,6 +46,8 @@ class Pruned:
         self._engine = engine
         self.matched = matched
         """The ratio that was used instead of the strategy's, where the decoder's cost was to be matched."""
+        self.changed: str | None = None
+        """After :meth:`remove`: what is not as it was on the model, and whose components ran; None: nothing."""
         self._cost = self.decoder_cost(Match("parameters"))
         self._calibrated = engine.histories() if engine.hooks.learner is not None else None
         self.catalog = catalog
@@ -254,9 +257,20 @@ class Pruned:
         return total
 
     def remove(self) -> None:
-        """Undo everything: the model is bit-identical to before. Calling it again does nothing."""
-        if hasattr(self, "_engine"):
-            self._engine.remove()
+        """Undo everything: the model is bit-identical to before. Calling it again does nothing.
+
+        Warns (:class:`PruneWarning`) where weights or hooks are not what they were and parts of other people's plugins
+        ran: torch's counts of writes, buffers and hooks are compared.
+        """
+        if not hasattr(self, "_engine"):
+            return
+        first = not self._engine.is_removed
+        self._engine.remove()
+        self.changed = self._engine.changed() if first else self.changed
+        if first and self.changed:
+            warnings.warn(
+                f"{self.changed}; load the model again, unless you have changed it", PruneWarning, stacklevel=2
+            )
 
     def forget(self) -> None:
         """After :meth:`remove`: hold the model no longer, so that its memory can be freed."""

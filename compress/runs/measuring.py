@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from ...registry import (
     DataError,
     Evaluator,
     Measurement,
+    PluginError,
     SiteKind,
     SiteScores,
     SparsityAllocator,
@@ -20,7 +22,9 @@ from ...registry import (
     Subject,
     TextSource,
 )
+from ...registry.catalog import is_foreign, named
 from ...registry.roles.evaluation import checked
+from ...registry.tensors.model_state import ModelState
 from ..calibration.passes import Progress, no_progress
 from ..engine.rotary import rotary_kept
 from ..files.reader import with_rows
@@ -60,6 +64,8 @@ class Measuring(Subject):
             self.sites = [*self.sites, *find_sites(loaded.model, pruned.catalog, "kv_group", "keep")[1]]
         self._pruned, self._progress, self._evaluators, self._seed = pruned, progress, evaluators, seed
         self._positions = positions
+        self._damaged: str | None = None
+        """What an evaluator has done to the model's weights."""
         self._known: dict[bool, Known] = {True: dense, False: {}}
 
     def measure(self, evaluator: Evaluator | str, dense: bool = False) -> Measurement:
@@ -69,10 +75,28 @@ class Measuring(Subject):
         """
         evaluator = self._named(evaluator) if isinstance(evaluator, str) else evaluator
         known, key = self._known[dense or self._pruned.is_dense], evaluator.identity
+        if self._damaged is not None:
+            raise PluginError(self._damaged)
         if key not in known:
             self._begin()
-            with rotary_kept(self.model), self.dense() if dense else nullcontext():
-                known[key] = checked(evaluator, self._evaluated(evaluator))
+            before = ModelState(self.model) if is_foreign(evaluator) else None
+            try:
+                with rotary_kept(self.model), self.dense() if dense else nullcontext():
+                    known[key] = checked(evaluator, self._evaluated(evaluator))
+            finally:
+                left = [] if before is None else before.left()
+                if before is not None and left:
+                    before.restore()
+            written = [] if before is None else before.weights()
+            if written:
+                self._damaged = (
+                    f"{named(evaluator)} has written to {', '.join(written[:3])} of the model it measures, so that "
+                    "nothing can be measured after it; fix the plugin"
+                )
+                raise PluginError(self._damaged)
+            if left:
+                note = f"{named(evaluator)} {'; '.join(left)}: it was put back, and this measurement may be wrong"
+                known[key] = replace(known[key], notes=[*known[key].notes, note])
         self._begin()
         return known[key]
 

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
-from ...registry import Evaluator, Measurement
+from ...registry import Evaluator, Measurement, PluginError
 from ...registry.tensors.tokens import context_length
 from ..calibration.passes import Progress, no_progress
 from ..calibration.shared import SharedStatistics
 from ..calibration.statistics_file import StatisticsFile, check_place
 from ..files.spec import Calibration, PipelineSpec
 from ..models.loading import Loaded, load
+from ..output.failures import blamed
 from ..output.folders import RunFolder
 from ..output.records import CalibrationFacts, Value
+from .checking import flaws_of
 from .documents import read_documents
 from .matching import prune_as_asked
 from .measuring import Known, Measuring, Unpruned
@@ -50,17 +52,19 @@ class Pipeline:
         progress: Progress = no_progress,
         loaded: Loaded | None = None,
         say: Say = silent,
+        keep: bool = False,
     ) -> Results:
         """Run everything and write the results folder ``out`` (else ``output.dir``, else :attr:`default_folder`).
 
         The folder appears whole when all is done; an error or an interruption leaves nothing behind.
         ``loaded`` is the model, where it is loaded already; it is unpruned again afterwards. ``say`` gets the lines of
-        the plan. Raises the errors of :func:`prune` and :class:`SpecError` for a folder that exists.
+        the plan; ``keep`` is that of :meth:`measure`. Raises the errors of :func:`prune` and :class:`SpecError` for a
+        folder that exists.
         """
         output = self.spec.output
         folder = RunFolder(Path(out or output.dir or self.default_folder), output.overwrite)
         with folder.open() as partial:
-            results = self.measure(progress, loaded, say=say)
+            results = self.measure(progress, loaded, say=say, keep=keep)
             results.write(partial)
         results.folder = folder.target
         return results
@@ -72,9 +76,11 @@ class Pipeline:
         dense: Known | None = None,
         statistics: SharedStatistics | None = None,
         say: Say = silent,
+        keep: bool = False,
     ) -> Results:
         """Run everything and write nothing.
 
+        With ``keep`` an evaluator of a plugin that fails has no values but a note, and the others are kept.
         Runs on one ``loaded`` model may share ``dense``, the measurements of the unpruned model, and ``statistics``,
         those of the calibration; both are filled here.
         """
@@ -98,6 +104,7 @@ class Pipeline:
         prepared = time.perf_counter()
         trace: list[dict[str, Any]] = []
         metrics: list[EvaluatorResult] = []
+        failed: list[str] = []
         with prune_as_asked(
             spec,
             loaded,
@@ -118,10 +125,19 @@ class Pipeline:
             known = {} if dense is None else dense
             measuring = Measuring(loaded, pruned, progress, known, spec.evaluate, spec.seed, spec.positions)
             for label, evaluator in labelled(spec.evaluate):
-                metrics.append(_evaluate(label, evaluator, measuring))
+                try:
+                    metrics.append(_evaluate(label, evaluator, measuring))
+                except Exception as error:
+                    message = str(error) if isinstance(error, PluginError) else blamed(error)
+                    if not keep or message is None:
+                        raise
+                    failed.append(f"{label} has no values: {message}")
+                    metrics.append(EvaluatorResult(evaluator=evaluator.name, label=label, pruned={}, notes=failed[-1:]))
                 take_trace(label)
             cut, search = about_cut(pruned), pruned.search
-            notes = [*pruned.notes]
+            notes = [*flaws_of(spec), *pruned.notes]
+        if pruned.changed:  # nobody but a plugin can have written to it
+            raise PluginError(f"{pruned.changed}; fix the plugin")
         ended = time.perf_counter()
         if calibration is not None and stored is not None:
             calibration = calibration.model_copy(update={"statistics": stored.used})
@@ -148,7 +164,7 @@ class Pipeline:
                 total=round(ended - began, 2),
             ),
         )
-        return Results(record, pinned(spec, loaded).to_yaml(), trace if spec.output.trace else None)
+        return Results(record, pinned(spec, loaded).to_yaml(), trace if spec.output.trace else None, failed=failed)
 
 
 def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> EvaluatorResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Results:
     trace: list[dict[str, Any]] | None = None
     folder: Path | None = None
     """Where it was written, once it was."""
+    failed: list[str] = field(default_factory=list)
+    """A sentence on each evaluator that has no values, because its plugin failed."""
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:

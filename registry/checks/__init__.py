@@ -10,29 +10,46 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import ValidationError
 
-from ..catalog import complaint
+from ..catalog import complaint, near
 from ..component import Component
-from ..errors import PluginError
+from ..errors import PluginError, PrunekitError
 from ..roles.choosing import Chooser
 from ..roles.compensation import Compensator
 from ..roles.evaluation import Evaluator, Subject, checked
 from ..roles.gradients import GradientScorer
 from ..roles.hookspecs import ROLES
-from ..roles.parts import Scorer
+from ..roles.parts import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 from ..roles.policies import Policy
 from ..roles.strategy import Strategy
+from ..tensors.model_state import ModelState
 from ..tensors.tokens import context_length
+from .allocators import check_allocation, check_block_statistic, check_budget, check_weight_statistic
+from .appliers import check_application
 from .choosers import CHOOSER_CHECKS
 from .compensators import COMPENSATOR_CHECKS
 from .gradients import GRADIENT_CHECKS
-from .parts import ROLE_CHECKS, expect
+from .parts import expect
 from .policies import POLICY_CHECKS
-from .sites import check_sites
+from .probes import (
+    check_merge,
+    check_merge_order,
+    check_merge_scale,
+    check_real_tokens,
+    check_selection,
+    check_update,
+    check_update_entries,
+)
+from .scorers import check_arguments, check_channel_order, check_score_cost, check_scores
+from .sites import check_model_types, check_sites
+from .statistics import check_observation, check_statistic
 
 Check = Callable[[Any], None]
 """Takes one component, of the role that the check is of."""
@@ -46,12 +63,67 @@ def check_component(component: type[Component] | Component) -> None:
     A class with options that have no default must be passed as an object. Raises :class:`AssertionError`.
     """
     for check in checks_of(component):
-        check(built(component))
+        run_check(check, built(component))
+
+
+class Finding(NamedTuple):
+    """What one check says of a component."""
+
+    check: str
+    """Name of the function."""
+    rule: str
+    """What the check demands, in one sentence."""
+    result: Literal["passed", "failed", "left out"]
+    message: str
+    """What is wrong, or why the check is left out; empty where it has passed."""
+
+
+def findings(component: Component) -> Iterator[Finding]:
+    """What every check says of a component, one after the other."""
+    for check in _every(type(component)):
+        yield found(check, component, component.exempt.get(check.__name__, ""))
+
+
+def found(check: Check, component: Component, exempt: str = "") -> Finding:
+    """What one check says of a component; ``exempt`` is the reason why it is left out."""
+    rule = inspect.cleandoc(check.__doc__ or "").partition("\n\n")[0].replace("\n", " ").replace("``", "")
+    try:
+        if not exempt:
+            run_check(check, component)
+    except AssertionError as error:
+        return Finding(check.__name__, rule, "failed", str(error))
+    return Finding(check.__name__, rule, "left out" if exempt else "passed", exempt)
+
+
+def run_check(check: Check, component: Component) -> None:
+    """Run one check; raises :class:`AssertionError`, also for an error that the component raises."""
+    try:
+        check(component)
+    except AssertionError:
+        raise
+    except Exception as error:
+        raise raised(component, error) from error
+
+
+def raised(component: Component, error: Exception, where: str = "") -> AssertionError:
+    """The message for an error that came out of a component, with its last place; ``where`` follows it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(last.filename).name} line {last.lineno}, in {last.name}"
+    return AssertionError(
+        f"{type(component).__name__} raises {type(error).__name__}: {error} ({place}){where and f' {where}'}"
+    )
 
 
 def checks_of(component: type[Component] | Component) -> list[Check]:
-    """The checks that apply, each a function of the component: for ``pytest.mark.parametrize``."""
+    """The checks that apply, each a function of the component: for ``pytest.mark.parametrize``.
+
+    Those that the component declares itself :attr:`~prunekit.registry.Component.exempt` from are left out.
+    """
     cls = component if inspect.isclass(component) else type(component)
+    return [check for check in _every(cls) if check.__name__ not in cls.exempt]
+
+
+def _every(cls: type[Component]) -> list[Check]:
     roles = [
         role for role in ALL_ROLE_CHECKS if issubclass(cls, role) and not (role is Scorer and issubclass(cls, Chooser))
     ]
@@ -77,6 +149,9 @@ def check_declaration(component: Component) -> None:
     expect(bool(roles), component, f"derives from none of {', '.join(role.__name__ for role in ROLES.values())}")
     found = complaint(type(component), roles[0])
     expect(found is None, component, str(found))
+    known = {check.__name__ for check in _every(type(component))}
+    for name in component.exempt:
+        expect(name in known, component, f"is exempt from {name!r}, which is not a check of its{near(name, known)}")
 
 
 def check_description(component: Component) -> None:
@@ -166,12 +241,13 @@ def check_rows(evaluator: Evaluator) -> None:
 
 
 def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
-    """On ``subject`` it returns finite numbers with their protocol, and leaves the model unchanged.
+    """On ``subject`` it returns finite numbers with their protocol, and leaves everything as it was.
 
+    That is weights, buffers, hooks and modes of the model, and torch's default dtype, gradient mode and random state.
     No row is longer than ``longest_row`` says.
     """
-    before = {name: parameter.clone() for name, parameter in subject.model.named_parameters()}
-    mode = subject.model.training
+    values = {name: parameter.detach().clone() for name, parameter in subject.model.named_parameters()}
+    before, drawn = ModelState(subject.model), torch.get_rng_state()
     rows: list[int] = []
 
     def look(model: Any, args: tuple, kwargs: dict) -> None:
@@ -181,6 +257,10 @@ def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
     watch = subject.model.register_forward_pre_hook(look, with_kwargs=True)
     try:
         found = evaluator.evaluate(subject)
+    except PrunekitError:
+        raise
+    except Exception as error:
+        raise raised(evaluator, error) from error
     finally:
         watch.remove()
     stated = evaluator.longest_row(context_length(subject.model))
@@ -200,8 +280,12 @@ def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
     except (TypeError, ValueError) as error:
         expect(False, evaluator, f"has a protocol, notes or details that JSON cannot hold ({error})")
     after = dict(subject.model.named_parameters())
-    same = before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
-    expect(same and subject.model.training == mode, evaluator, "changes the model it measures")
+    changed = [name for name, value in values.items() if name in after and not torch.equal(value, after[name])]
+    left = [f"changes {name}" for name in [*changed, *before.weights()]] + before.left()
+    before.restore()
+    if not torch.equal(drawn, torch.get_rng_state()):
+        left.append("changes torch's random state; draw from a torch.Generator of its own")
+    expect(not left, evaluator, f"{left and left[0]}; a measurement must leave all as it was")
 
 
 COMMON: list[Check] = [
@@ -212,7 +296,18 @@ COMMON: list[Check] = [
     check_round_trip,
 ]
 ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
-    **ROLE_CHECKS,
+    Scorer: [check_arguments, check_scores, check_channel_order, check_score_cost, check_statistic, check_observation],
+    ProbeSelector: [check_selection, check_real_tokens],
+    HistoryMerger: [check_merge, check_merge_order, check_merge_scale, check_update, check_update_entries],
+    MaskApplier: [check_application],
+    SparsityAllocator: [
+        check_arguments,
+        check_allocation,
+        check_budget,
+        check_block_statistic,
+        check_weight_statistic,
+    ],
+    Architecture: [check_model_types],
     Chooser: CHOOSER_CHECKS,
     GradientScorer: GRADIENT_CHECKS,
     Compensator: COMPENSATOR_CHECKS,

@@ -9,7 +9,7 @@ from ..errors import LinAlgError
 from ..roles.choosing import Chooser, Order
 from ..roles.compensation import MemoryPlan, SiteCovariance
 from .compensators import CHANNELS, some_covariance
-from .parts import both_kinds, draw, expect, expect_unchanged
+from .parts import alike, both_kinds, draw, expect, expect_unchanged, reordered
 
 OUTPUTS = 20
 
@@ -47,6 +47,22 @@ def check_order(chooser: Chooser) -> None:
             expect(same, chooser, "orders the same input differently; seed what draws at random")
 
 
+def check_unit_order(chooser: Chooser) -> None:
+    """A unit keeps its place in the order wherever it stands: it does not depend on numbers."""
+    matrix, mean = some_covariance(), draw(CHANNELS, seed=3)
+    for site in both_kinds():
+        units, channels = reordered(site)
+        weight = draw(OUTPUTS, CHANNELS)
+        first, turned = (
+            chooser.order(
+                SiteCovariance(matrix[turn][:, turn], 10 * CHANNELS, None, True, mean=mean[turn]), weight[:, turn], site
+            )
+            for turn in (torch.arange(CHANNELS), channels)
+        )
+        same = torch.equal(units[turned.units], first.units) and alike(turned.loss.float(), first.loss.float())
+        expect(same, chooser, "orders units by their numbers: where they are in another order, others go first")
+
+
 def check_chooser_plan(chooser: Chooser) -> None:
     """The bytes are whole numbers."""
     for site in both_kinds():
@@ -58,5 +74,5 @@ def check_chooser_plan(chooser: Chooser) -> None:
         expect(limit, chooser, f"must plan limit as an int of at least 1, or None, found {plan.limit!r}")
 
 
-CHOOSER_CHECKS = [check_order, check_chooser_plan]
+CHOOSER_CHECKS = [check_order, check_unit_order, check_chooser_plan]
 """Each a function of one component."""

@@ -12,7 +12,8 @@ from ..errors import LinAlgError, SpecError
 from ..roles.compensation import Compensator, SiteCovariance, Slope
 from ..roles.parts import ProbeSelector
 from ..sites import complement
-from .parts import both_kinds, check_selection, draw, expect, expect_tensor, expect_unchanged, tensors_in
+from .parts import alike, both_kinds, draw, expect, expect_tensor, expect_unchanged, tensors_in
+from .probes import check_selection
 
 CHANNELS = 24
 LAG = 8
@@ -100,11 +101,7 @@ def check_slope(compensator: Compensator) -> None:
                 known: Tensor | None = known,
                 once: bool = once,
             ) -> Slope:
-                cross = matrix.clone() if compensator.fits_dense_outputs else None
-                if cross is not None and compensator.fits_dense_stream:
-                    cross = torch.cat([cross, matrix[:LAG]])
-                given = SiteCovariance(matrix, 10 * CHANNELS, known, once, cross=cross)
-                return _sloped(compensator, given, kept, dropped)
+                return _sloped(compensator, _given(compensator, matrix, known, once), kept, dropped)
 
             try:
                 sloped(some_covariance())
@@ -112,6 +109,70 @@ def check_slope(compensator: Compensator) -> None:
                 expect(known is None, compensator, "refuses to prepare although it gets the calibrated channels")
                 continue
             _check_slope(compensator, "cut once" if once else "per batch", sloped, kept, dropped)
+
+
+def check_prediction(compensator: Compensator) -> None:
+    """What the slope predicts of all channels is nearer to them than without it, and follows channels to another place.
+
+    The mean does, too.
+    """
+    order = draw(CHANNELS, seed=21).argsort()
+    places = order.argsort()
+    for site in both_kinds():
+        calibrated, probe = draw(site.channels), draw(site.channels, seed=1) if compensator.uses_probe else None
+        mean = compensator.mean(calibrated.clone(), probe)
+        moved = compensator.mean(calibrated[order], None if probe is None else probe[order])
+        expect(alike(moved, mean[order]), compensator, "gives a mean by the number of a channel")
+    if not compensator.needs_covariance:
+        return
+    matrix = some_covariance()
+    for kept, dropped, _ in some_cuts():
+        predicted = _predicted(compensator, matrix, matrix[:LAG], kept, dropped)
+        if predicted is None:
+            continue
+        plain = torch.zeros(CHANNELS, CHANNELS).index_fill_(0, kept, 1).diag().diag()
+        loss, without = (_unexplained(matrix, each) for each in (predicted, plain))
+        expect(
+            loss <= without * (1 + 1e-4),
+            compensator,
+            f"predicts the dropped channels worse than no slope does: {loss:.3g} instead of {without:.3g} is left",
+        )
+        turned = _predicted(
+            compensator,
+            matrix[order][:, order],
+            matrix[:LAG][:, order],
+            places[kept].sort().values,
+            places[dropped].sort().values,
+        )
+        fits = turned is not None and bool((turned - predicted[order][:, order]).norm() <= 1e-2 * predicted.norm())
+        expect(fits, compensator, "predicts by the number of a channel: in another order, channels get another slope")
+
+
+def _predicted(compensator: Compensator, matrix: Tensor, lag: Tensor, kept: Tensor, dropped: Tensor) -> Tensor | None:
+    """What every channel is computed from in a cut made once; (C, C), 0 in columns of dropped ones. None: no slope."""
+    slope = _sloped(compensator, _given(compensator, matrix.clone(), kept, True, lag), kept, dropped)
+    if not slope:
+        return None
+    found = torch.eye(CHANNELS).index_fill_(1, dropped, 0)
+    rows = torch.arange(CHANNELS) if compensator.fits_dense_outputs else dropped
+    found[rows[:, None], kept] += reduce(torch.matmul, slope)[: len(rows)]
+    return found
+
+
+def _unexplained(matrix: Tensor, predicted: Tensor) -> float:
+    """Variance that is left of all channels, of this covariance, without what is predicted of them."""
+    rest = torch.eye(CHANNELS) - predicted
+    return float((rest @ matrix @ rest.T).diagonal().sum())
+
+
+def _given(
+    compensator: Compensator, matrix: Tensor, kept: Tensor | None, once: bool, lag: Tensor | None = None
+) -> SiteCovariance:
+    """What a compensator prepares: nothing was cut before, so that the dense channels are those of the covariance."""
+    cross = matrix.clone() if compensator.fits_dense_outputs else None
+    if cross is not None and compensator.fits_dense_stream:
+        cross = torch.cat([cross, matrix[:LAG] if lag is None else lag])
+    return SiteCovariance(matrix, 10 * CHANNELS, kept, once, cross=cross)
 
 
 def _sloped(compensator: Compensator, covariance: SiteCovariance, kept: Tensor, dropped: Tensor) -> Slope:
@@ -165,5 +226,5 @@ def _largest(compensator: Compensator, slope: Slope, dropped: int, kept: int) ->
     return float(reduce(torch.matmul, slope).abs().max())
 
 
-COMPENSATOR_CHECKS = [check_mean, check_slope, check_probe, check_memory_plan]
+COMPENSATOR_CHECKS = [check_mean, check_slope, check_prediction, check_probe, check_memory_plan]
 """Each a function of one component."""

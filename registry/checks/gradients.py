@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from ..roles.gradients import GradientScorer, MatrixGradient
-from .parts import both_kinds, expect, expect_tensor, expect_unchanged, some_matrices, tensors_in
+from .parts import alike, both_kinds, expect, expect_tensor, expect_unchanged, tensors_in
+from .scorers import some_matrices
 
 
 def check_reduction(scorer: GradientScorer) -> None:
@@ -23,6 +24,17 @@ def check_reduction(scorer: GradientScorer) -> None:
                     expect_unchanged(scorer, "weight, gradient or squares", old, new)
                 same = torch.equal(found, scorer.reduce(matrix))
                 expect(same, scorer, "reduces the same gradient differently; draw with a seed of its own")
+
+
+def check_row_order(scorer: GradientScorer) -> None:
+    """A row's number follows it to another place in the matrix."""
+    for site in both_kinds():
+        for matrix in some_matrices(scorer, site):
+            rows = torch.arange(len(matrix.weight)).flip(0)
+            squares = None if matrix.squares is None else matrix.squares[rows]
+            turned = replace(matrix, weight=matrix.weight[rows], gradient=matrix.gradient[rows], squares=squares)
+            same = alike(scorer.reduce(turned), scorer.reduce(matrix)[rows])
+            expect(same, scorer, "reduces a row by its number: in another order, rows get other numbers")
 
 
 def check_additive(scorer: GradientScorer) -> None:
@@ -44,4 +56,4 @@ def _sum(one: MatrixGradient, other: MatrixGradient) -> MatrixGradient:
     return replace(one, gradient=one.gradient + other.gradient, squares=squares)
 
 
-GRADIENT_CHECKS: list[Callable] = [check_reduction, check_additive]
+GRADIENT_CHECKS: list[Callable] = [check_reduction, check_row_order, check_additive]

@@ -115,6 +115,12 @@ def check_entries(architecture: Architecture, model: nn.Module, site: Site) -> i
     return parameters
 
 
+def check_model_types(architecture: Architecture) -> None:
+    """It names the model types that it serves."""
+    types = architecture.model_types
+    expect(bool(types) and all(isinstance(t, str) for t in types), architecture, "names no config.model_type")
+
+
 Call = tuple[nn.Module, tuple, dict[str, Any]]
 """A module that was called, and its arguments."""
 

@@ -12,6 +12,9 @@ from .policies import Policy
 from .strategy import Strategy
 
 PROJECT = "prunekit"
+PLUGIN_API = 1
+"""Version of what plugins are written against: roles, hooks and what their methods get. A plugin may state its own as
+``PLUGIN_API``; another number is refused when it is loaded."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

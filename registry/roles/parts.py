@@ -232,6 +232,10 @@ class SparsityAllocator(Component):
         looks = self.block_statistic is not None or self.weight_statistic is not None
         return self.needs_scores or self.measures or looks
 
+    def granularity(self, site: Site) -> int:
+        """The number whose multiples a site keeps: a cut misses the ratio by up to so many units of each site."""
+        return site.units if self.whole_blocks else 1
+
     @abstractmethod
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
         """The number of units that each site keeps, in the order of ``sites``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -58,6 +58,7 @@ class FlapReferenceScorer(FlapScore):
     """FLAP's score (WIFV, or IFV without weights) by the recurrence of its published code."""
 
     statistic: ClassVar[Statistic | None] = FlapReferenceFluctuation()
+    exempt: ClassVar[Mapping[str, str]] = {"check_observation": "the published recurrence ignores the first sequence"}
     name: Literal["flap_reference"] = "flap_reference"
     square_attention: bool = Field(default=True, description="square the channel scores of attention")
 
@@ -80,6 +81,7 @@ class FlapReferenceAllocator(SparsityAllocator):
     """FLAP's own code (AL-AM): a head costs the integer 512/3 = 170 channels, whatever the model."""
 
     needs_scores: ClassVar[bool] = True
+    exempt: ClassVar[Mapping[str, str]] = {"check_budget": "the published price of a head is not its parameters"}
     name: Literal["flap_reference"] = "flap_reference"
     head_cost: int = Field(default=170, ge=1, description="channels that one head counts for")
 

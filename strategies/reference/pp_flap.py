@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -54,6 +54,7 @@ class PPReferenceFlapScorer(FlapScore):
     """FLAP's score by the recurrence of PP's published code, which does not square attention."""
 
     statistic: ClassVar[Statistic | None] = PPReferenceFluctuation()
+    exempt: ClassVar[Mapping[str, str]] = {"check_observation": "the published recurrence divides means as if sums"}
     name: Literal["pp_reference_flap"] = "pp_reference_flap"
 
 
@@ -61,6 +62,7 @@ class PPReferenceFlapAllocator(SparsityAllocator):
     """The FLAP baseline in PP's code: heads are compared in groups of 128 channels, whatever the head size."""
 
     needs_scores: ClassVar[bool] = True
+    exempt: ClassVar[Mapping[str, str]] = {"check_budget": "the published price of a head is not its parameters"}
     name: Literal["pp_reference_flap"] = "pp_reference_flap"
     sequence_length: int = Field(
         default=1024, ge=1, description="positions T in the price of attention's score products"
