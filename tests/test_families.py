@@ -5,6 +5,7 @@ A new line of the table of families brings its own test. Where the general recip
 """
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -273,7 +274,7 @@ def test_the_command_lists_all_types(command, tmp_path):
     code, output = command("families", "--json")
     listed = json.loads(output)
     assert code == 0 and [each["model_type"] for each in listed] == sorted(TYPES)
-    assert len(listed) >= 54 and all(each["tested"] for each in listed)
+    assert len(listed) >= 55 and all(each["tested"] for each in listed)
     (mixtral,) = [each for each in listed if each["model_type"] == "mixtral"]
     assert mixtral["architecture"] == "mixtral" and mixtral["exports"] == [
         "hf-uniform",
@@ -288,6 +289,18 @@ def test_the_command_lists_all_types(command, tmp_path):
     assert "biogpt two-layer MLP" in output
 
 
+def test_the_page_names_all_types_without_smaller_exports(command):
+    page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    exports = page.split("- **Exports**: only")[1].split("- **")[0]
+    named = set(re.findall(r"`(\w+)`", exports)) - {"padded", "dynamic"}
+    _, output = command("families", "--json")
+    listed = json.loads(output)
+    assert named == {each["model_type"] for each in listed if each["exports"] == ["padded", "dynamic"]}
+    experts = page.split("- **Whole experts** (`reap`):")[1].split(". ")[0]
+    also = set(re.findall(r"`(\w+)`", experts)) - {"hf", "dynamic"}
+    assert also and also <= {each["model_type"] for each in listed if each["fewer_experts"]} & named
+
+
 def test_the_family_of_the_page_takes_ten_lines(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
     source = page.split("```python\n")[1].split("```")[0]
@@ -299,3 +312,9 @@ def test_the_family_of_the_page_takes_ten_lines(tmp_path):
     model = tiny("biogpt", **dropout).eval()
     check_sites(catalog.get("architectures", "biogpt")(), model)
     check_family(model, cover(), catalog)
+    with prune(model, "magnitude", ratio=0.5, catalog=catalog) as pruned:
+        pruned.save(tmp_path / "out", profile="hf-hetero")
+    like_opt = {"like": "opt", "layers": "biogpt.layers"}
+    with prune(model, "magnitude", ratio=0.5, catalog=CATALOG, architecture=like_opt) as pruned:
+        with pytest.raises(ModelError, match="has no field ffn_dim"):
+            pruned.save(tmp_path / "no", profile="hf-hetero")

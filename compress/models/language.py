@@ -8,16 +8,53 @@ from torch import nn
 
 from ...registry import Architecture
 
-AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""Classes of transformers that load language models, alone or inside of others; the first that knows one loads it."""
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+}
+"""Classes of transformers that load language models, alone or inside of others, and the hub's names of their tasks."""
+
+READ_IMAGES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm")
+"""Model types that also read images, and of which prunekit's tests cut the language model."""
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class of transformers that builds a model of this configuration."""
+    """The Auto class of transformers that builds a model of this configuration.
+
+    Where several can, it is the one whose class the configuration names. Without a name, a model with a language model
+    inside is built whole: ``AutoModelForCausalLM`` may build the language model alone, without the vision tower.
+    """
     import transformers
 
     known = [getattr(transformers, name) for name in AUTO_CLASSES if hasattr(transformers, name)]
-    return next((auto for auto in known if type(config) in auto._model_mapping), known[0])
+    builds = [auto for auto in known if type(config) in auto._model_mapping]
+    if len(builds) < 2:
+        return next(iter(builds), known[0])
+    whole = config.get_text_config() is not config
+
+    def later(auto: Any) -> tuple[bool, bool]:
+        named = auto._model_mapping[type(config)].__name__ in (config.architectures or ())
+        return not named, whole and auto is known[0]
+
+    return min(builds, key=later)
+
+
+def auto_name(model_class: str) -> str:
+    """The name of the Auto class that loads a class of transformers, such as "LlavaForConditionalGeneration".
+
+    ``AutoModelForCausalLM`` where none of the others does.
+    """
+    from transformers.models.auto import modeling_auto
+
+    names = {
+        "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    }
+    for auto, mapping in names.items():
+        if model_class in getattr(modeling_auto, mapping, {}).values():
+            return auto
+    return next(iter(AUTO_CLASSES))
 
 
 def text_config(model: Any) -> Any:
