@@ -6,7 +6,9 @@ import pytest
 import torch
 import transformers
 from prunekit.compress import Pipeline, prune
+from prunekit.compress.cli.families import INSIDE, served
 from prunekit.compress.models.language import auto_class
+from prunekit.compress.models.loading import ModelSource, load
 from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import Catalog, ModelError
 
@@ -75,6 +77,26 @@ def configs(family):
         return t.Qwen2_5_VLConfig(
             text_config={**TEXT, "rope_parameters": rope(1, 1, 2)}, vision_config=vision, **QWEN_TOKENS
         )
+    if family == "qwen2_vl":
+        vision = dict(
+            depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=1, patch_size=4, spatial_merge_size=2
+        )
+        return t.Qwen2VLConfig(
+            text_config={**TEXT, "rope_parameters": rope(1, 1, 2)}, vision_config=vision, **QWEN_TOKENS
+        )
+    if family == "qwen3_5":
+        text = dict(
+            **TEXT,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            linear_conv_kernel_dim=3,
+            rope_parameters={**rope(1, 1, 2), "partial_rotary_factor": 1.0},
+        )
+        vision = dict(**QWEN_VISION, num_position_embeddings=16)
+        return t.AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision, **QWEN_TOKENS)
     if family == "qwen3_vl":
         vision = dict(**QWEN_VISION, num_position_embeddings=16, deepstack_visual_indexes=[0])
         return t.Qwen3VLConfig(
@@ -98,11 +120,13 @@ def configs(family):
     )
 
 
-TOWERS = ["llava", "gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl"]
+TOWERS = ["llava", "gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "internvl"]
 
 
 def build(family, attention="sdpa"):
     """A tiny model whose weights are random, norms and biases too."""
+    if family == "qwen3_5" and family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     config = configs(family)
     model = auto_class(config).from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(5)
@@ -126,7 +150,9 @@ def call(family, seed=0):
     shape = {
         "llava": (2, 3, 8, 8),
         "smolvlm": (2, 1, 3, 16, 16),
+        "qwen2_vl": (32, 96),
         "qwen2_5_vl": (32, 96),
+        "qwen3_5": (32, 96),
         "qwen3_vl": (32, 96),
     }.get(family, (2, 3, 16, 16))
     found["pixel_values"] = torch.randn(shape, generator=generator)
@@ -209,7 +235,7 @@ def test_the_language_model_inside_is_pruned_with_images_in_the_call(family, cat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_images_count_as_tokens_and_generation_keeps_the_prompts_units(family, catalog):
     model, given = build(family), call(family)
     oracle = Oracle(model, find_sites(model, catalog, "kv_group")[1])
@@ -228,6 +254,24 @@ def test_images_count_as_tokens_and_generation_keeps_the_prompts_units(family, c
         assert torch.equal(found, oracle.model.generate(**given, **steps))
         chosen.append(kept)
     assert chosen[0] != chosen[1]
+
+
+def test_a_model_is_loaded_whole_unless_its_configuration_names_the_language_model(tmp_path, make_tokenizer):
+    """Both classes of Qwen 3.5 take its configuration, and that of the language model alone leaves the tower out."""
+    build("qwen3_5").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    whole = load(ModelSource(name=str(tmp_path), device="cpu")).model
+    assert type(whole).__name__ == "Qwen3_5ForConditionalGeneration" and hasattr(whole.model, "visual")
+    config = configs("qwen3_5")
+    assert auto_class(config) is transformers.AutoModelForImageTextToText
+    config.architectures = ["Qwen3_5ForCausalLM"]
+    assert auto_class(config) is transformers.AutoModelForCausalLM
+    assert auto_class(transformers.LlamaConfig()) is transformers.AutoModelForCausalLM
+
+
+def test_every_type_that_is_only_inside_of_others_is_tested_here(catalog):
+    listed = [each for each in served(catalog) if each.tested == INSIDE]
+    assert listed and {each.model_type for each in listed} <= {configs(each).text_config.model_type for each in TOWERS}
 
 
 def test_a_module_without_the_familys_layers_is_named(catalog):

@@ -14,6 +14,11 @@ from ..output import printing
 TESTED = (
     "on tiny random models, by four strategies: what is cut equals what is zeroed, padded or not, in generation too"
 )
+INSIDE = (
+    "inside of tiny random models that also read images, by four strategies: what is cut equals what is zeroed, with "
+    "images, padded on the left, in generation too"
+)
+"""How types are tested that are not models of their own."""
 EVERY = ("padded", "dynamic")
 """Formats that hold every model, and do not make it smaller on disk."""
 
@@ -41,15 +46,17 @@ class Served:
 def served(catalog: Catalog) -> list[Served]:
     """All model types that the catalog's architectures serve, sorted by name."""
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ALONE
 
     found = []
     for entry in catalog.of_role("architectures"):
         made: Any = entry.component
         architecture = made()
         about = (entry.name, entry.provider, architecture.form, architecture.leaves)
-        tested = TESTED if entry.provider.startswith("prunekit ") else ""
+        ours = entry.provider.startswith("prunekit ")
         for kind in types_of(entry):
             exports, experts = profiles_for(kind, architecture), kind in EXPERTS
+            tested = (INSIDE if kind in CONFIG_MAPPING and kind not in ALONE else TESTED) if ours else ""
             found.append(Served(kind, *about, exports, experts, tested, kind in CONFIG_MAPPING))
     return sorted(found, key=lambda each: each.model_type)
 
@@ -62,13 +69,13 @@ def show(catalog: Catalog) -> None:
         smaller = ", ".join(name for name in each.exports if name not in EVERY)
         if each.fewer_experts and "hf-uniform" not in each.exports:
             smaller = "hf-uniform of whole experts"
-        ours = "yes" if each.tested else f"no, by {each.provider}"
+        ours = {TESTED: "yes", INSIDE: "inside"}.get(each.tested, f"no, by {each.provider}")
         name = each.model_type if each.installed else f"{each.model_type} (not in this transformers)"
         rows.append((name, each.layers or "as Llama", each.leaves or "-", smaller or "-", ours))
     printing.show_table(("model type", "layers", "left whole", "smaller exports", "tested"), rows, left=5)
     printing.say(
         f"{len(found)} model types. Exports {' and '.join(EVERY)} hold every one; of whole experts that are gone, "
-        f"hf-uniform and dynamic do. Tested: {TESTED}."
+        f"hf-uniform and dynamic do. Tested: {TESTED}. Tested inside: {INSIDE}."
     )
     printing.say(
         "Another type whose layers look like one of these: architecture: {like: TYPE} (docs/architectures.md)."

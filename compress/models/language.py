@@ -9,15 +9,28 @@ from torch import nn
 from ...registry import Architecture
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""Classes of transformers that load language models, alone or inside of others; the first that knows one loads it."""
+"""Classes of transformers that load language models, alone or inside of others."""
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class of transformers that builds a model of this configuration."""
+    """The Auto class of transformers that builds a model of this configuration.
+
+    Where several can, it is the one whose class the configuration names. Without a name, a model with a language model
+    inside is built whole: ``AutoModelForCausalLM`` may build the language model alone, without the vision tower.
+    """
     import transformers
 
     known = [getattr(transformers, name) for name in AUTO_CLASSES if hasattr(transformers, name)]
-    return next((auto for auto in known if type(config) in auto._model_mapping), known[0])
+    builds = [auto for auto in known if type(config) in auto._model_mapping]
+    if len(builds) < 2:
+        return next(iter(builds), known[0])
+    whole = config.get_text_config() is not config
+
+    def later(auto: Any) -> tuple[bool, bool]:
+        named = auto._model_mapping[type(config)].__name__ in (config.architectures or ())
+        return not named, whole and auto is known[0]
+
+    return min(builds, key=later)
 
 
 def text_config(model: Any) -> Any:
