@@ -55,6 +55,23 @@ def test_the_model_card_can_be_read_by_the_hub(exported):
     assert str(exported.parent) not in card.text
 
 
+@pytest.mark.parametrize(
+    ("architecture", "auto", "tag"),
+    [
+        ("LlavaForConditionalGeneration", "AutoModelForImageTextToText", "image-text-to-text"),
+        ("Gemma3ForConditionalGeneration", "AutoModelForImageTextToText", "image-text-to-text"),
+        ("Gemma3ForCausalLM", "AutoModelForCausalLM", "text-generation"),
+    ],
+)
+def test_the_card_loads_a_model_that_reads_images_by_its_class(architecture, auto, tag, exported):
+    manifest = read_manifest(exported)
+    base = manifest.base.model_copy(update={"architecture": architecture})
+    written = card(manifest.model_copy(update={"profile": "hf-uniform", "base": base}), "out")
+    assert f"from transformers import {auto}, AutoTokenizer\nmodel = {auto}.from_pretrained(" in written
+    assert f"pipeline_tag: {tag}" in written
+    assert ("AutoProcessor" in written) == (tag != "text-generation")
+
+
 def test_the_licence_of_the_base_is_carried_over(pipeline_file, tmp_path):
     base = tmp_path / "base-llama-gqa"
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")

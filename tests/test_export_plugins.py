@@ -6,6 +6,7 @@ import transformers
 from prunekit.compress import Exporter, PipelineSpec, load, prune
 from prunekit.compress.export import exporting
 from prunekit.compress.models.families import FAMILIES
+from prunekit.compress.models.language import auto_name
 from prunekit.registry import Catalog, ModelError, SpecError
 from prunekit.registry.checks.sites import check_sites
 
@@ -120,6 +121,6 @@ def test_a_language_model_inside_another_keeps_the_class_around_it(family, tmp_p
         with pytest.raises(ModelError, match=r"profile hf-hetero: a \w+ inside of a \w+ has no class whose layers"):
             pruned.save(tmp_path / "no", profile="hf-hetero")
     for profile in ("hf-uniform", "padded"):
-        again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / profile).eval()
+        again = getattr(transformers, auto_name(type(model).__name__)).from_pretrained(tmp_path / profile).eval()
         assert type(again) is type(model)
         torch.testing.assert_close(again(**given).logits, expected, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.exported.manifest import Manifest
 from ..models.gguf_file import ENDING
+from ..models.language import AUTO_CLASSES, auto_name
 from ..models.named import MODELS
 from ..output.formatting import kept_units, names_of, number, sentence, share, table, value_text
 from ..output.records import LayerCut, is_expert
@@ -26,6 +27,7 @@ def card(manifest: Manifest, name: str) -> str:
     from jinja2 import Environment
 
     base = manifest.base
+    auto = auto_name(base.architecture)
     results = [
         EvalResult(
             task_type="text-generation",
@@ -42,7 +44,7 @@ def card(manifest: Manifest, name: str) -> str:
     data = ModelCardData(
         license=manifest.license,
         library_name="prunekit" if manifest.profile == "dynamic" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=AUTO_CLASSES[auto],
         base_model=hub_id(base.name),
         tags=["prunekit", "pruned", "structured-pruning", manifest.strategy],
         model_name=name,
@@ -62,6 +64,8 @@ def card(manifest: Manifest, name: str) -> str:
         name=name,
         quoted=shlex.quote(name),
         profile=manifest.profile,
+        auto=auto,
+        reads_images=auto != "AutoModelForCausalLM",
         base="prunekit's bundled model" if base.name == "bundled" else Path(base.name).name,
         revision=base.commit or base.revision,
         runs=", ".join(f"{tool} ({state})" for tool, state in states.items() if state != "no"),

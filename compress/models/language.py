@@ -8,8 +8,12 @@ from torch import nn
 
 from ...registry import Architecture
 
-AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""Classes of transformers that load language models, alone or inside of others."""
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+}
+"""Classes of transformers that load language models, alone or inside of others, and the hub's names of their tasks."""
 
 
 def auto_class(config: Any) -> Any:
@@ -31,6 +35,23 @@ def auto_class(config: Any) -> Any:
         return not named, whole and auto is known[0]
 
     return min(builds, key=later)
+
+
+def auto_name(model_class: str) -> str:
+    """The name of the Auto class that loads a class of transformers, such as "LlavaForConditionalGeneration".
+
+    ``AutoModelForCausalLM`` where none of the others does.
+    """
+    from transformers.models.auto import modeling_auto
+
+    names = {
+        "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    }
+    for auto, mapping in names.items():
+        if model_class in getattr(modeling_auto, mapping, {}).values():
+            return auto
+    return next(iter(AUTO_CLASSES))
 
 
 def text_config(model: Any) -> Any:
