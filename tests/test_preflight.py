@@ -1,6 +1,9 @@
 """Before anything is loaded: what a pipeline file, the folders it names and this machine tell."""
 
+from functools import partial
+
 import pytest
+import transformers
 from prunekit.compress.ablation.mistakes import preflight
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.cli import main
@@ -12,6 +15,7 @@ from prunekit.registry import Measurement
 from typer.testing import CliRunner
 
 PP = {"use": "pp", "ratio": 0.4}
+REAP = {"use": "reap", "ratio": 0.5}
 
 
 @pytest.fixture
@@ -130,3 +134,25 @@ def test_an_export_looks_at_what_it_runs(write, tmp_path):
     arguments = ["export", str(path), "--profile", "dynamic", "--out", str(tmp_path / "out")]
     said = CliRunner().invoke(main.app, arguments).stderr
     assert "2 mistakes" in said and "line 1: model.device" in said and "line 4: evaluate.0.window" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "prune", "said"),
+    [
+        (transformers.LlamaConfig, REAP, "prune.experts: whole removes routed experts, and"),
+        (transformers.BioGptConfig, PP, "model.name: no architecture serves model type 'biogpt'"),
+        (transformers.T5Config, PP, "model.name: t5 is an encoder-decoder"),
+        (
+            partial(transformers.DeepseekV3Config, n_group=2),
+            {"use": "reap", "ratio": 0.5},
+            "prune: model.layers.1.mlp.gate divides",
+        ),
+    ],
+)
+def test_the_configuration_says_whether_the_model_can_be_cut(config, prune, said, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    experts = {"n_routed_experts": 4, "first_k_dense_replace": 1, "moe_intermediate_size": 16}
+    config(**sizes, **experts, vocab_size=64, intermediate_size=32).save_pretrained(tmp_path / "model")
+    (found,) = mistakes(PipelineSpec.of({"model": {"name": str(tmp_path / "model")}, "prune": prune}))
+    assert found.message.startswith(said.partition(": ")[2]), found
+    assert ".".join(map(str, found.place)) == said.partition(": ")[0]

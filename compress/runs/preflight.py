@@ -8,15 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ...registry import DataError, PrunekitError, TextSource
+from ...registry import DataError, ExpertUnit, PrunekitError, TextSource
 from ...registry.tensors.tokens import context_length
 from ..calibration.statistics_file import check_place
 from ..files.reader import Mistake, Place
 from ..files.spec import PipelineSpec
 from ..files.yaml_file import parse_place
 from ..models import gguf_file
-from ..models.loading import ModelSource, place_of, usable_device
-from ..pruning.sites import sites_within
+from ..models.given import check_predicts
+from ..models.loading import ModelSource, outline_of, place_of, usable_device
+from ..pruning.sites import find_sites, serving, sites_within
 
 Check = tuple[Place, Hashable, Callable[[], object]]
 """The place in the pipeline, what is checked (once, however many pipelines share it), and the check."""
@@ -36,6 +37,9 @@ def checks(spec: PipelineSpec, here: bool = True) -> Iterator[Check]:
         yield ("model", "device"), ("device", source.device), lambda: usable_device(source.device)
         yield ("model", "name"), ("place", source), lambda: place_of(source)
         yield ("prune",), ("layers", source, strategy), lambda: _check_layers(spec)
+        family, named = (source, spec.architecture, spec.plugins), spec.architecture is not None
+        yield ("architecture",) if named else ("model", "name"), ("family", family), lambda: _check_family(spec)
+        yield ("prune",), ("experts", family, strategy.experts), lambda: _check_experts(spec)
         if calibration.statistics is not None and not calibration.statistics.exists():
             yield ("calibration", "statistics"), calibration.statistics, partial(check_place, calibration.statistics)
     context = None if outline is None else context_length(outline)
@@ -115,6 +119,29 @@ def _check_layers(spec: PipelineSpec) -> None:
     layers = None if outline is None else getattr(outline.config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int):
         sites_within(spec.prune, [], layers)
+
+
+def _check_family(spec: PipelineSpec) -> None:
+    """Check that an architecture serves the model, and that one that the user names has its layers."""
+    outline = _outline(spec.model)
+    if outline is None:
+        return
+    check_predicts(outline.config)
+    if spec.architecture is not None or serving(outline.config, spec.catalog) is None:
+        _find_sites(spec, "keep")
+
+
+def _check_experts(spec: PipelineSpec) -> None:
+    """Check that whole experts can be removed, where the strategy does that and an architecture serves the model."""
+    outline = _outline(spec.model)
+    if spec.prune.experts == "whole" and outline is not None and serving(outline.config, spec.catalog) is not None:
+        _find_sites(spec, "whole")
+
+
+def _find_sites(spec: PipelineSpec, experts: ExpertUnit) -> None:
+    model = outline_of(spec.model)
+    if model is not None:
+        find_sites(model, spec.catalog, spec.prune.attention_unit, experts)
 
 
 @lru_cache(maxsize=64)
