@@ -120,7 +120,7 @@ def test_what_is_asked_stands_in_the_list():
         (dict(use="pp", profile="dynamic", options={"freeze": "last"}), r"--freeze: profile dynamic goes on deciding"),
         (dict(options={"freeze": "last"}), r"--freeze: strategy wanda_sp decides once anyway"),
         (dict(use="pp", options={"freeze": "middle"}), r"freeze: unknown way 'middle'"),
-        (dict(family="opt"), r"heads.*Nearest: --profile hf-hetero; or cut the MLP alone.*attention: \[0, 0, 0\]"),
+        (dict(family="opt"), r"heads.*nearest: --profile hf-hetero; or cut MLPs alone.*attention: \[0, 0, 0\]"),
         (dict(family="opt", profile="gguf"), r"profile gguf: .*opt"),
         (dict(family="qwen3", profile="gguf"), r"profile gguf: .*qwen3"),
         (dict(family="qwen3", compensate="mean"), r"Qwen3 has no place for the biases.*nearest: --profile hf-hetero"),

@@ -124,3 +124,17 @@ def test_a_language_model_inside_another_keeps_the_class_around_it(family, tmp_p
         again = getattr(transformers, auto_name(type(model).__name__)).from_pretrained(tmp_path / profile).eval()
         assert type(again) is type(model)
         torch.testing.assert_close(again(**given).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_class_that_ties_heads_to_the_hidden_size_takes_smaller_mlps(family, tmp_path):
+    model, catalog, whole = build(family), Catalog.discover(block=""), [0, 0]
+    with prune(model, "magnitude", ratio=0.5, catalog=catalog) as pruned:
+        with pytest.raises(SpecError, match=r"2 of 4 heads .*ties heads to the hidden size; nearest: --profile padded"):
+            pruned.save(tmp_path / "no", profile="hf-uniform")
+    mlps = {"name": "explicit", "attention": whole, "mlp": [0.5, 0.5]}
+    with prune(model, "magnitude", allocator=mlps, catalog=catalog) as pruned:
+        pruned.save(tmp_path / "out", profile="hf-uniform")
+        expected = model(**call(family)).logits
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(**call(family)).logits, expected, rtol=1e-4, atol=1e-4)

@@ -92,13 +92,43 @@ def own_config(dense: Any, layer: LayerShape, family: Family) -> Any:
 
     Raises :class:`SpecError` where the class refuses them.
     """
+    text, sizes = dense.get_text_config(), family.sizes
+    heads, nearest = getattr(text, sizes.heads), family.nearest("hf-uniform")
+    if sizes.head_size is None and layer.heads not in (None, heads):
+        raise SpecError(_tied_heads(type(dense).__name__, layer.heads, heads, text.num_hidden_layers, nearest))
+    family.check_biases("hf-uniform", _biased(layer, family))
+    try:
+        return _sized(dense, layer, family)
+    except Exception as error:  # every class has rules of its own
+        name, allowed = type(dense).__name__, _head_counts(dense, layer, family)
+        if allowed:
+            raise SpecError(
+                f"profile hf-uniform: {name} allows {', '.join(map(str, allowed))} of {heads} query heads with this "
+                f"hidden size, and {layer.heads} were to be kept; {nearest}; or {_mlps_alone(text.num_hidden_layers)}"
+            ) from error
+        raise SpecError(
+            f"profile hf-uniform: {name} refuses {_shape(layer)} ({' '.join(str(error).split())[:200]}); {nearest}"
+        ) from error
+
+
+def _head_counts(dense: Any, layer: LayerShape, family: Family) -> list[int]:
+    """The numbers of query heads that the class allows, with as many of them to each key/value head."""
+    if not layer.heads or not layer.kv_heads:
+        return []
+    heads, group, allowed = getattr(dense.get_text_config(), family.sizes.heads), layer.heads // layer.kv_heads, []
+    for count in range(group, heads + 1, group):
+        try:
+            _sized(dense, replace(layer, heads=count, kv_heads=count // group), family)
+        except Exception:  # as in own_config
+            continue
+        allowed.append(count)
+    return allowed
+
+
+def _sized(dense: Any, layer: LayerShape, family: Family) -> Any:
+    """A configuration with the sizes of ``layer``; raises what the class raises for sizes that it refuses."""
     config, sizes = copy.deepcopy(dense), family.sizes
     text = config.get_text_config()
-    if sizes.head_size is None and layer.heads not in (None, getattr(text, sizes.heads)):
-        raise SpecError(
-            f"profile hf-uniform: {layer.heads} of {getattr(text, sizes.heads)} heads were to be kept, but "
-            f"{type(config).__name__} ties heads to the hidden size; {family.nearest('hf-uniform')}; or cut MLPs alone"
-        )
     if layer.heads is not None:
         setattr(text, sizes.heads, layer.heads)
         if sizes.kv_heads is not None and hasattr(text, sizes.kv_heads):
@@ -109,18 +139,15 @@ def own_config(dense: Any, layer: LayerShape, family: Family) -> Any:
         setattr(text, sizes.width, layer.width)
     if family.expert_field is not None:
         setattr(text, family.expert_field, layer.experts or layer.expert_width)
-    biases: dict[SiteKind, bool] = {"attention": layer.attention_bias, "mlp": layer.mlp_bias}
-    biased = [kind for kind, has in biases.items() if has and not family.has_bias(kind)]
-    family.check_biases("hf-uniform", biased)
-    for kind in biased:
+    for kind in _biased(layer, family):
         setattr(text, f"{kind}_bias", True)
-    try:
-        return type(config).from_dict(config.to_dict())
-    except Exception as error:  # every class has rules of its own
-        raise SpecError(
-            f"profile hf-uniform: {type(config).__name__} refuses {_shape(layer)} ("
-            f"{' '.join(str(error).split())[:200]}); {family.nearest('hf-uniform')}"
-        ) from error
+    return type(config).from_dict(config.to_dict())
+
+
+def _biased(layer: LayerShape, family: Family) -> list[SiteKind]:
+    """The blocks with biases that the stock model lacks."""
+    biases: dict[SiteKind, bool] = {"attention": layer.attention_bias, "mlp": layer.mlp_bias}
+    return [kind for kind, has in biases.items() if has and not family.has_bias(kind)]
 
 
 def stock_config(dense: Any, layer: LayerShape, layers: int) -> Any:
@@ -135,7 +162,8 @@ def stock_config(dense: Any, layer: LayerShape, layers: int) -> Any:
     family = dense.model_type
     if family == "opt":
         if layer.heads != dense.num_attention_heads:
-            raise SpecError(_opt_heads(layer.heads, dense.num_attention_heads, layers))
+            nearest = "nearest: --profile hf-hetero"
+            raise SpecError(_tied_heads("OPTConfig", layer.heads, dense.num_attention_heads, layers, nearest))
         return _changed(dense, {"ffn_dim": layer.width})
     sizes = {
         "num_attention_heads": layer.heads,
@@ -225,12 +253,18 @@ def _shape(layer: LayerShape) -> str:
     return ", ".join(f"{size} {what}" for size, what in sizes if size is not None)
 
 
-def _opt_heads(kept: int | None, heads: int, layers: int) -> str:
+def _tied_heads(name: str, kept: int | None, heads: int, layers: int, nearest: str) -> str:
+    return (
+        f"profile hf-uniform: {kept} of {heads} heads were to be kept, but {name} ties heads to the hidden size; "
+        f"{nearest}; or {_mlps_alone(layers)}"
+    )
+
+
+def _mlps_alone(layers: int) -> str:
     whole = "[" + ", ".join(["0"] * layers) + "]"
     return (
-        f"profile hf-uniform: {kept} of OPT's {heads} heads were to be kept, but its stock class ties heads to the "
-        "hidden size. Nearest: --profile hf-hetero; or cut the MLP alone, by --set prune.ratio=null --set "
-        f"'prune.allocator={{name: explicit, attention: {whole}, mlp: [0.4, ...]}}' with a share for every layer"
+        f"cut MLPs alone, by --set prune.ratio=null --set 'prune.allocator={{name: explicit, attention: {whole}, "
+        "mlp: [0.4, ...]}' with a share for every layer"
     )
 
 

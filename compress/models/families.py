@@ -47,6 +47,7 @@ def expert(path: str, **changes: Any) -> tuple[MlpNames]:
     return (Llama().mlp.model_copy(update=names),)
 
 
+INSIDE = "inside of a model that also reads images"
 NORMS_BY_HEAD = {"by_head": ("q_norm.weight",), "by_kv_head": ("k_norm.weight",)}
 """Norms with weights of every head, where the model has them."""
 PARALLEL = {"norm": "input_layernorm"}
@@ -64,9 +65,10 @@ SHARED_EXPERTS: dict[str, Any] = {"other_mlps": expert("mlp.shared_experts"), "s
 FAMILIES: tuple[type[PreNormDecoder], ...] = (
     # Only the names of modules.
     family(
-        "granite gemma ministral ministral3 olmo smollm3 helium ernie4_5 hunyuan_v1_dense hyperclovax cwm seed_oss "
-        "internlm3 iquestcoder"
+        "granite gemma ministral ministral3 olmo smollm3 ernie4_5 hunyuan_v1_dense hyperclovax cwm seed_oss internlm3 "
+        "iquestcoder"
     ),
+    family("helium", sizes={"head_size": None}),
     family("gemma2 gemma3_text vaultgemma", mlp={"norm": "pre_feedforward_layernorm"}, form="sandwich norms"),
     family("cohere cohere2", attention=NORMS_BY_HEAD, mlp=PARALLEL, form="parallel blocks"),
     family(
@@ -81,7 +83,8 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         form="two-layer MLP",
     ),
     family("exaone4", attention={"norm": None}, mlp={"norm": None}, form="post-norm"),
-    family("qwen2_vl_text qwen2_5_vl_text qwen3_vl_text", form="inside of a model that also reads images"),
+    family("qwen2_vl_text qwen2_5_vl_text", sizes={"head_size": None}, form=INSIDE),
+    family("qwen3_vl_text", form=INSIDE),
     # Layers of other shapes.
     family("glm", mlp=GATE_UP, form="fused gate_up"),
     family("glm4", mlp=GATE_UP, form="fused gate_up, sandwich norms"),
