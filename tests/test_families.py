@@ -5,6 +5,7 @@ A new line of the table of families brings its own test. Where the general recip
 """
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -285,7 +286,7 @@ def test_the_command_lists_all_types(command, tmp_path):
     code, output = command("families", "--json")
     listed = json.loads(output)
     assert code == 0 and [each["model_type"] for each in listed] == sorted(TYPES)
-    assert len(listed) >= 54 and all(each["tested"] for each in listed)
+    assert len(listed) >= 55 and all(each["tested"] for each in listed)
     (mixtral,) = [each for each in listed if each["model_type"] == "mixtral"]
     assert mixtral["architecture"] == "mixtral" and mixtral["exports"] == [
         "hf-uniform",
@@ -298,6 +299,18 @@ def test_the_command_lists_all_types(command, tmp_path):
     code, output = command("families", "--plugin", tmp_path / "biogpt.py")
     assert code == 0 and f"{len(TYPES) + 1} model types" in output
     assert "biogpt two-layer MLP" in output
+
+
+def test_the_page_names_all_types_without_smaller_exports(command):
+    page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    exports = page.split("- **Exports**: only")[1].split("- **")[0]
+    named = set(re.findall(r"`(\w+)`", exports)) - {"padded", "dynamic"}
+    _, output = command("families", "--json")
+    listed = json.loads(output)
+    assert named == {each["model_type"] for each in listed if each["exports"] == ["padded", "dynamic"]}
+    experts = page.split("- **Whole experts** (`reap`):")[1].split(". ")[0]
+    also = set(re.findall(r"`(\w+)`", experts)) - {"hf", "dynamic"}
+    assert also and also <= {each["model_type"] for each in listed if each["fewer_experts"]} & named
 
 
 def test_the_family_of_the_page_takes_ten_lines(tmp_path):

@@ -75,8 +75,9 @@ def show(catalog: Catalog) -> None:
     printing.show_table(("model type", "layers", "left whole", "smaller exports", "tested"), rows, left=5)
     printing.say(
         f"{len(found)} model types. Exports {' and '.join(EVERY)} hold every one; of whole experts that are gone, "
-        f"hf-uniform and dynamic do. Tested: {TESTED}. Tested inside: {INSIDE}."
+        f"hf-uniform and dynamic do, where the configuration divides experts into no groups (n_group: 1)."
     )
+    printing.say(f"Tested: {TESTED}. Tested inside: {INSIDE}.")
     printing.say(
         "Another type whose layers look like one of these: architecture: {like: TYPE} (docs/architectures.md)."
     )

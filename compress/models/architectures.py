@@ -348,6 +348,7 @@ class Opt(PreNormDecoder):
     name: Literal["opt"] = "opt"
     model_types: tuple[str, ...] = ("opt", PRUNED + "opt")
     layers: str = "model.decoder.layers"
+    form: str = "two-layer MLP, not a module"
     sizes: SizeFields | None = SizeFields(kv_heads=None, width="ffn_dim", head_size=None)
     attention: AttentionNames = AttentionNames(
         norm="self_attn_layer_norm", module="self_attn", output="out_proj", head_count="num_heads"

@@ -15,7 +15,7 @@ from .architectures import PRUNED, Llama, MlpNames, PreNormDecoder
 
 
 def family(types: str, **changes: Any) -> type[PreNormDecoder]:
-    """The architecture of some model types, separated by spaces; it bears the name of the first.
+    """The architecture of some model types, separated by spaces. Its name is the first of them.
 
     ``changes`` are fields that differ from those of Llama; of names, a mapping changes those in it alone.
     """

@@ -126,7 +126,7 @@ class Falcon(PreNormDecoder):
 
 
 unwritten = partial(family, sizes=None)
-"""A family whose smaller models no export writes."""
+"""A family of which no export writes smaller attentions, MLPs or experts; fewer whole experts it may write."""
 
 TIED = {"kv_heads": None, "head_size": None}
 
@@ -138,7 +138,7 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         attention=INTERLEAVED | {"module": "attention"},
         mlp=TWO_LAYERS,
         sizes=TIED,
-        form="query, key and value interleaved in one layer, two-layer MLP",
+        form="parallel blocks, query, key and value interleaved in one layer, two-layer MLP",
     ),
     unwritten(
         "gptj",
@@ -213,7 +213,7 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
         form="query, key and value in one layer, fused gate_up",
     ),
     # Sinks, and norms over all heads.
-    unwritten("gpt_oss", attention=SINKS, mlp=None, form="attention sinks"),
+    unwritten("gpt_oss", attention=SINKS, mlp=None, form="attention sinks, no dense MLP"),
     unwritten(
         "granitemoe_swa",
         attention=SINKS,
@@ -223,8 +223,10 @@ FAMILIES: tuple[type[PreNormDecoder], ...] = (
     ),
     unwritten("granite_swa", attention=SINKS, form="attention sinks"),
     unwritten("olmo2 olmo3", attention={"norm": None, **NORMS_OF_ALL}, mlp={"norm": None}, form="norms over all heads"),
-    unwritten("flex_olmo", attention={"norm": None, **NORMS_OF_ALL}, mlp=None, form="norms over all heads"),
-    unwritten("olmoe minimax_m2", attention=NORMS_OF_ALL, mlp=None, form="norms over all heads"),
+    unwritten(
+        "flex_olmo", attention={"norm": None, **NORMS_OF_ALL}, mlp=None, form="norms over all heads, no dense MLP"
+    ),
+    unwritten("olmoe minimax_m2", attention=NORMS_OF_ALL, mlp=None, form="norms over all heads, no dense MLP"),
     # Conv1D and FalconLinear, ALiBi, heads in pairs.
     unwritten(
         "gpt2",

@@ -224,7 +224,7 @@ def cut_router(block: nn.Module, router: nn.Module, count: int, kept: Tensor) ->
     try:
         for module, name in numbers:
             vars(module)[name] = len(kept)
-        for (module, name), dim in tensors.items():  # it is found before the parameter, which stays where it is
+        for (module, name), dim in tensors.items():  # an attribute of this name hides the parameter, which stays
             tensor = getattr(module, name)
             vars(module)[name] = tensor.index_select(dim, kept.to(tensor.device))
         yield
