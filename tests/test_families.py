@@ -324,3 +324,9 @@ def test_the_family_of_the_page_takes_ten_lines(tmp_path):
     model = tiny("biogpt", **dropout).eval()
     check_sites(catalog.get("architectures", "biogpt")(), model)
     check_family(model, cover(), catalog)
+    with prune(model, "magnitude", ratio=0.5, catalog=catalog) as pruned:
+        pruned.save(tmp_path / "out", profile="hf-hetero")
+    like_opt = {"like": "opt", "layers": "biogpt.layers"}
+    with prune(model, "magnitude", ratio=0.5, catalog=CATALOG, architecture=like_opt) as pruned:
+        with pytest.raises(ModelError, match="has no field ffn_dim"):
+            pruned.save(tmp_path / "no", profile="hf-hetero")

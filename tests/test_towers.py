@@ -1,16 +1,18 @@
 """Language models inside of models that also read images: found, pruned, loaded and exported."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from prunekit.compress import Pipeline, prune
 from prunekit.compress.cli.families import INSIDE, served
-from prunekit.compress.models.language import auto_class
+from prunekit.compress.models.language import READ_IMAGES, auto_class
+from prunekit.compress.models.likeness import Like
 from prunekit.compress.models.loading import ModelSource, load
 from prunekit.compress.pruning.sites import find_sites
-from prunekit.registry import Catalog, ModelError
+from prunekit.registry import Catalog, ModelError, SpecError
 
 TEXT = dict(
     vocab_size=64,
@@ -267,6 +269,15 @@ def test_a_model_is_loaded_whole_unless_its_configuration_names_the_language_mod
     config.architectures = ["Qwen3_5ForCausalLM"]
     assert auto_class(config) is transformers.AutoModelForCausalLM
     assert auto_class(transformers.LlamaConfig()) is transformers.AutoModelForCausalLM
+
+
+def test_types_that_read_images_are_listed(catalog, command):
+    code, output = command("families")
+    page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    assert sorted(TOWERS) == sorted(READ_IMAGES) and all(f"`{family}`" in page for family in TOWERS)
+    assert code == 0 and ", ".join(READ_IMAGES) in " ".join(output.split())
+    with pytest.raises(SpecError, match=r"'gemma3' is a model that also reads images, .* leave architecture out"):
+        Like(like="gemma3").only(catalog)
 
 
 def test_every_type_that_is_only_inside_of_others_is_tested_here(catalog):

@@ -8,6 +8,7 @@ from typing import Any
 from ...registry import Catalog
 from ..export.support import profiles_for
 from ..models.experts import EXPERTS
+from ..models.language import READ_IMAGES
 from ..models.likeness import types_of
 from ..output import printing
 
@@ -78,6 +79,10 @@ def show(catalog: Catalog) -> None:
         f"hf-uniform and dynamic do, where the configuration divides experts into no groups (n_group: 1)."
     )
     printing.say(f"Tested: {TESTED}. Tested inside: {INSIDE}.")
+    printing.say(
+        f"Models that also read images are pruned by the language model inside: {', '.join(READ_IMAGES)}, and others "
+        "whose language model has one of these types (docs/limits.md)."
+    )
     printing.say(
         "Another type whose layers look like one of these: architecture: {like: TYPE} (docs/architectures.md)."
     )

@@ -15,6 +15,9 @@ AUTO_CLASSES = {
 }
 """Classes of transformers that load language models, alone or inside of others, and the hub's names of their tasks."""
 
+READ_IMAGES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm")
+"""Model types that also read images, and of which prunekit's tests cut the language model."""
+
 
 def auto_class(config: Any) -> Any:
     """The Auto class of transformers that builds a model of this configuration.

@@ -12,6 +12,7 @@ from torch import nn
 from ...registry import Architecture, Catalog, SpecError, near
 from ...registry.catalog import Entry
 from .architectures import PRUNED, Llama, PreNormDecoder
+from .language import READ_IMAGES
 
 ANY = "*"
 """As a model type: the architecture serves every model, because the user says so."""
@@ -46,6 +47,11 @@ class Like(BaseModel):
         if found:
             names = " and ".join(each.name for each in found)
             raise SpecError(f"architectures {names} serve {self.like!r}; name one of them")
+        if self.like in READ_IMAGES:
+            raise SpecError(
+                f"{self.like!r} is a model that also reads images, and no family; the language model inside of it is "
+                "found without this: leave architecture out, or name the type of that language model"
+            )
         types = [kind for each in known for kind in types_of(each)]
         raise SpecError(f"no family is called {self.like!r}{near(self.like, types)}; prunekit families lists all")
 
