@@ -27,7 +27,7 @@ def card(manifest: Manifest, name: str) -> str:
     from jinja2 import Environment
 
     base = manifest.base
-    auto = auto_name(base.architecture or "")
+    auto = auto_name(base.architecture)
     results = [
         EvalResult(
             task_type="text-generation",

@@ -127,7 +127,7 @@ class Family:
     def refusal(self, profile: str) -> str | None:
         """Why hf-uniform or hf-hetero cannot write smaller models of this family; None: as far as known, it can."""
         if self.routed and profile != "hf-uniform":
-            return "routed experts are cut, and a checkpoint has one size of them for all layers; hf-uniform holds it"
+            return "routed experts are cut, and a checkpoint has one size of them for all layers, as hf-uniform writes"
         if self.routed and self.expert_field is None:
             return f"no field of the configuration says {self.routed[0].units} for all layers with routed experts"
         return self._refusal(profile) if self.sites else None

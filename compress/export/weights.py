@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from ...registry import ModelError, SpecError
 from ...registry.tensors.devices import stored_tensor
+from ...registry.tensors.experts import experts_in
+from ..models.architectures import PRUNED
 from ..output.folders import make_readable
 
 SHARD_SIZE = "5GB"
@@ -38,6 +41,38 @@ class PlannedTensor:
 
 Tensors = dict[str, PlannedTensor]
 """Tensors by their names in transformers' state dict; tied weights are there once."""
+
+
+Publish = Callable[[str, Tensor], dict[str, Tensor]]
+"""Turns a tensor of transformers' state dict into those of a checkpoint, by their names."""
+
+
+def published(model: Any) -> Publish | None:
+    """How checkpoints on the hub hold the tensors of a model with routed experts; None: as the state dict does.
+
+    transformers joins the experts of a layer in one tensor. Checkpoints, and other tools that read them, have a tensor
+    for each expert.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if model.config.model_type.startswith(PRUNED) or not experts_in(model):
+        return None
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    # A prefix is taken off where a checkpoint has one; the state dict has none.
+    rules = [
+        rule for rule in get_model_conversion_mapping(fresh, add_legacy=False) if type(rule).__name__ != "PrefixChange"
+    ]
+    if not rules or any(len(rule.target_patterns) > 1 for rule in rules):
+        return None  # where several tensors make one of the checkpoint, they may be in different shards
+    fresh._weight_conversions = rules
+
+    def publish(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        found = revert_weight_conversion(fresh, {name: tensor})
+        return {key: part.contiguous().clone() for key, part in found.items()}
+
+    return publish
 
 
 def dense_tensors(model: Any) -> Tensors:
@@ -76,18 +111,22 @@ def check_shard_size(size: str) -> None:
     _shards({}, size)
 
 
-def write_weights(folder: Path, tensors: Tensors, shard_size: str = SHARD_SIZE) -> None:
+def write_weights(folder: Path, tensors: Tensors, shard_size: str = SHARD_SIZE, publish: Publish | None = None) -> None:
     """Write model.safetensors, or shards of at most ``shard_size`` (such as "5GB") with their index.
 
-    A shard's tensors are created when it is written, so memory holds one shard at a time.
+    A shard's tensors are created when it is written, so memory holds one shard at a time. ``publish`` turns each into
+    those that the file holds.
     """
-    plan = _shards(tensors, shard_size)
+    plan, places = _shards(tensors, shard_size), dict[str, str]()
     for name, keys in plan.filename_to_tensors.items():
         made = {key: tensors[key].make() for key in keys}
+        if publish is not None:
+            made = {new: part for key, tensor in made.items() for new, part in publish(key, tensor).items()}
+        places |= dict.fromkeys(made, name)
         save_file(made, folder / name, {"format": "pt"})
         make_readable(folder / name)
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index = {"metadata": plan.metadata, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -34,7 +34,7 @@ from .dynamic_state import save_state
 from .expert_tensors import check_biases
 from .family import Family
 from .profiles import Profile
-from .weights import SHARD_SIZE, Tensors, write_weights
+from .weights import SHARD_SIZE, Tensors, published, write_weights
 
 
 def write_model(
@@ -75,7 +75,8 @@ def write_model(
         config._name_or_path = ""
         if config.model_type.startswith(PRUNED):
             add_code(folder, config)
-        write_weights(folder, tensors, shard_size)
+        as_published = None if config.model_type.startswith(PRUNED) else published(pruned.model)
+        write_weights(folder, tensors, shard_size, as_published)
         config.save_pretrained(folder)
         _save_generation(getattr(pruned.model, "generation_config", None), folder)
         if tokenizer is not None:

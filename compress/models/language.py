@@ -40,7 +40,7 @@ def auto_class(config: Any) -> Any:
     return min(builds, key=later)
 
 
-def auto_name(model_class: str) -> str:
+def auto_name(model_class: str | None) -> str:
     """The name of the Auto class that loads a class of transformers, such as "LlavaForConditionalGeneration".
 
     ``AutoModelForCausalLM`` where none of the others does.

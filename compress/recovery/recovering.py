@@ -21,7 +21,7 @@ from ..export.card import card
 from ..export.comparing import compared, logits_of
 from ..export.measures import measure, record, recorded
 from ..export.profiles import profile_named
-from ..export.weights import INDEX, dense_tensors, write_weights
+from ..export.weights import INDEX, dense_tensors, published, write_weights
 from ..models.exported.manifest import CARD, MANIFEST, ExportMetric, Manifest, Training, read_manifest, write_manifest
 from ..models.loading import Loaded, ModelSource, fingerprint
 from ..models.loading import load as load_model
@@ -144,7 +144,7 @@ class Recovery:
             if not name.endswith(WEIGHTS) and name not in (CARD, INDEX):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.folder / name, partial / name)
-        write_weights(partial, dense_tensors(model), manifest.options.shard_size)
+        write_weights(partial, dense_tensors(model), manifest.options.shard_size, published(model))
 
     def _measure(
         self, evaluators: Sequence[Evaluator], again: Loaded, before: Manifest
