@@ -5,6 +5,7 @@ Letters: B rows, T positions, C channels; z (C,) is what enters the consumer for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -95,6 +96,9 @@ class BwapScorer(ShareNorm):
     """GRIFFIN's score row by row, and of these the largest; no weights."""
 
     paper: ClassVar[str] = BWAP
+    exempt: ClassVar[Mapping[str, str]] = {
+        "check_observation": "history is the mean over rows, a probe has the largest"
+    }
     statistic: ClassVar[Statistic | None] = LargestShare()
     name: Literal["bwap"] = "bwap"
 
@@ -103,6 +107,9 @@ class RankMerge(HistoryMerger):
     """A weighted mean of the channels' ranks in the probe and in the calibrated history (GLASS)."""
 
     paper: ClassVar[str] = GLASS
+    exempt: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("check_merge_order", "check_merge_scale"), "it merges ranks over all positions"
+    )
     name: Literal["ranks"] = "ranks"
     prior: float = Field(default=0.5, ge=0, le=1, description="the history's weight")
 

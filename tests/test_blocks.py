@@ -23,6 +23,7 @@ class Angle(BlockStatistic):
 class Looking(SparsityAllocator):
     """Keeps everything, and notes what it was given."""
 
+    exempt: ClassVar[dict[str, str]] = {"check_budget": "it keeps everything"}
     name: Literal["looking"] = "looking"
     by: BlockStatistic = BlockInfluence()
     given: ClassVar[list] = []

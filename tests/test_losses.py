@@ -11,7 +11,7 @@ from prunekit.compress import prune
 from prunekit.compress.calibration import losses
 from prunekit.compress.calibration.losses import spread
 from prunekit.compress.calibration.shared import SharedStatistics
-from prunekit.registry import DataError, ModelError, NonFiniteError, SparsityAllocator, SpecError
+from prunekit.registry import DataError, ModelError, NonFiniteError, PluginError, SparsityAllocator, SpecError
 from torch.nn import functional
 
 ALL = 10_000
@@ -259,7 +259,7 @@ def test_losses_are_kept_in_a_statistics_file(make_model, batches, tmp_path):
     model, path = make_model("llama-gqa"), tmp_path / "statistics.safetensors"
     cuts, steps = [(4, 192, 4, 192, 4, width) for width in (20, 40, 60)], []
     handle = model.lm_head.register_forward_hook(lambda *_: steps.append(1) or (1 / (3 - len(steps)) and None))
-    with pytest.raises(ZeroDivisionError):  # after the dense pass and one candidate
+    with pytest.raises(PluginError, match="raised ZeroDivisionError"):  # after the dense pass and one candidate
         measured(model, batches, *cuts, statistics=path)
     handle.remove()
     model.lm_head.register_forward_hook(lambda *_: steps.append(1))

@@ -148,6 +148,8 @@ def test_studies_of_a_real_model_are_valid_once_their_texts_are_there(path, tmp_
 GRADIENTS = {"llm_pruner", "lora_prune", "gisp"}
 DEPTH = {"shortgpt", "sleb", "block_pruner"}
 """They are compared in docs/results/methods."""
+GENERATION = {"griffin", "bwap", "glass"}
+"""They are compared in docs/studies/real/generation.yaml."""
 EXPERTS = {"reap", "expert_frequency"}
 """They need a model with routed experts."""
 
@@ -156,10 +158,8 @@ def test_compare_is_every_strategy_at_both_ratios(load):
     study = load(FOLDER / "compare.yaml")
     # What differs from another strategy by its compensation has studies of its own, and so have published codes.
     own = {name for name in study.catalog.names("strategies") if "reference" not in name}
-    assert (
-        set(study.axes["prune.use"])
-        == own - {"reconstruct", "pp_ls", "cfsp", "two_ssp", "obs"} - GRADIENTS - DEPTH - EXPERTS
-    )
+    others = {"reconstruct", "pp_ls", "cfsp", "two_ssp", "obs"} | GRADIENTS | DEPTH | EXPERTS | GENERATION
+    assert set(study.axes["prune.use"]) == own - others
     assert study.axes["prune.ratio"] == [0.2, 0.4]
 
 
@@ -178,5 +178,5 @@ def test_allocations_run_on_the_real_model_too():
     assert {planned.spec.model.name for planned in study.trials} == {"smollm2-135m"} and len(study.trials) == 66
     built_in = {name for name in study.catalog.names("allocators") if "reference" not in name}
     used = {planned.spec.prune.allocator.name for planned in study.trials}
-    assert used == built_in - {"explicit"} - {"lowest_influence", "block_by_block"}  # of whole layers
+    assert used == built_in - {"explicit", "mlp_only"} - {"lowest_influence", "block_by_block"}  # of whole layers
     assert len({planned.spec.prune.scorer.identity for planned in study.trials}) == 1

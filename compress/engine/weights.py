@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry.tensors.devices import is_offloaded
+from ...registry.tensors.experts import ExpertNorms
 
 if TYPE_CHECKING:
     from .site_cut import SiteCut
@@ -30,7 +31,8 @@ def weights_version(linear: nn.Linear) -> tuple:
     """
     if hasattr(linear, "_hf_hook") and is_offloaded(linear):
         return ("offloaded",)
-    weight, bias = linear.weight, linear.bias
+    # What is computed wherever it is read has the version of what it is computed from.
+    weight, bias = linear.source if isinstance(linear, ExpertNorms) else linear.weight, linear.bias
     version = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
     if bias is None:
         return version

@@ -92,14 +92,16 @@ def _check_counts(allocator: SparsityAllocator, scores: list[SiteScores]) -> Non
 def check_budget(allocator: SparsityAllocator) -> None:
     """The sites lose the ratio of all parameters, or of all units, within one unit a site.
 
-    With ``granularity`` it is so many units. None is empty up to a ratio of one half, except with ``whole_blocks``.
+    Sites of groups in ``spares`` do not count. With ``granularity`` it is so many units. None is empty up to a ratio
+    of one half, except with ``whole_blocks``.
     """
     for scores in _some_scores(allocator) if allocator.takes_ratio else []:
-        sites = [each.site for each in scores]
+        sites = [each.site for each in scores if each.site.group not in allocator.spares]
         for ratio in RATIOS:
             counts = _allocated(allocator, scores, ratio)
             if counts is None:
                 continue
+            counts = [c for each, c in zip(scores, counts, strict=True) if each.site.group not in allocator.spares]
             lost = [site.units - count for site, count in zip(sites, counts, strict=True)]
             steps = [min(site.units, allocator.granularity(site)) for site in sites]
             misses = []

@@ -75,8 +75,12 @@ class ExpertNorms(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # it is computed wherever it is read
         """(1, E) float32."""
-        down: Tensor = self.experts.get_parameter(DOWN)
-        return torch.stack([each.float().norm() for each in down.detach()])[None]
+        return torch.stack([each.float().norm() for each in self.source.detach()])[None]
+
+    @property
+    def source(self) -> Tensor:
+        """What the weight is computed from."""
+        return self.experts.get_parameter(DOWN)
 
     def get_parameter(self, target: str) -> Any:
         return getattr(self, target)
