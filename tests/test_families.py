@@ -140,27 +140,19 @@ def served(kind: str):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_family(kind):
-    """12 of the 48 combinations of strategy, unit, attention and padding; four types together run all of them."""
+    """All 48 combinations of strategy, unit, attention and padding."""
     architecture, model = served(kind), tiny(kind).eval()
     for unit in UNITS:
         check_sites(architecture, model, unit)
-    check_family(model, cover(TYPES.index(kind)), CATALOG)
+    check_family(model, ALL, CATALOG)
 
 
-def test_four_turns_run_all_combinations():
-    turns = [cover(turn) for turn in range(4)]
-    assert {case for turn in turns for case in turn} == set(ALL)
-    for cases in turns:
-        assert {(case.strategy, case.padding) for case in cases} == set(product(STRATEGIES, PADDINGS))
-        for strategy in STRATEGIES:
-            mine = [case for case in cases if case.strategy == strategy]
-            assert len({case.unit for case in mine}) == len({case.attention for case in mine}) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "deepseek_v3"])
-def test_all_combinations(kind):
-    check_family(tiny(kind), ALL, CATALOG)
+def test_a_quarter_of_the_combinations_meets_every_strategy_under_every_padding():
+    assert len(ALL) == 48 and {*cover()} < {*ALL}
+    assert {(case.strategy, case.padding) for case in cover()} == set(product(STRATEGIES, PADDINGS))
+    for strategy in STRATEGIES:
+        mine = [case for case in cover() if case.strategy == strategy]
+        assert len({case.unit for case in mine}) == len({case.attention for case in mine}) == 2
 
 
 @pytest.mark.parametrize("kind", ["cohere", "glm4", "deepseek_v3"])

@@ -56,13 +56,13 @@ ALL = [Case(*parts) for parts in product(STRATEGIES, UNITS, ATTENTIONS, PADDINGS
 """All 48 combinations."""
 
 
-def cover(turn: int = 0) -> list[Case]:
+def cover() -> list[Case]:
     """12 of the 48: every strategy under every padding. Units and attentions take turns, so that each strategy meets
-    both of both; another ``turn`` gives the strategies other pairs, and four turns give all 48."""
+    both of both."""
     pairs = list(product(UNITS, ATTENTIONS))
     places = product(enumerate(STRATEGIES), enumerate(PADDINGS))
     return [
-        Case(strategy, *pairs[(number + (0, 3, 1)[place] + turn) % 4], padding)
+        Case(strategy, *pairs[(number + (0, 3, 1)[place]) % 4], padding)
         for (number, strategy), (place, padding) in places
     ]
 
