@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -14,7 +13,7 @@ from ..registry import Evaluator, Measurement, Subject, hookimpl
 from ..registry.tensors.caches import cache_bytes
 from .latency import compared
 from .passes import Decoding, decode_step, next_logits, setting, short_pass
-from .timing import Clock, clock_of, machine
+from .timing import Clock, alternated, clock_of, machine
 
 
 @dataclass
@@ -53,14 +52,8 @@ class DecodeLatency(Decoding):
         length = self.prompt_length(subject.model)
         ids = self.batch(subject, length + self.decode_steps)
         clock = clock_of(subject.model)
-        pruned: list[Round] = []
-        dense: list[Round] = []
-        rounds = self.warmup + self.pairs
-        for _ in subject.progress(range(rounds), self.name, rounds):
-            for into, mode in ((pruned, nullcontext), (dense, subject.dense)):
-                with mode():
-                    into.append(one_round(clock, subject.model, ids, length))
-        pruned, dense = pruned[self.warmup :], dense[self.warmup :]
+        once = partial(one_round, clock, subject.model, ids, length)
+        pruned, dense = alternated(subject, self.name, self.warmup, self.pairs, once)
         values: dict[str, float | int | None] = {
             **compared("first_token", [[one.first] for one in pruned], [[one.first] for one in dense], self.batch_size),
             **compared("token", [one.steps for one in pruned], [one.steps for one in dense], self.batch_size),

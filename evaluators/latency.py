@@ -15,7 +15,7 @@ from torch import Tensor
 from ..registry import STAGES, Evaluator, Measurement, Subject, hookimpl
 from .parts import HEAD, MLP, OTHER, PROJECTIONS, SCORES, attributed
 from .passes import Decoding, cached_prefill, decode_step, prefill, setting, short_pass
-from .timing import Clock, clock_of, machine, percentile
+from .timing import Clock, alternated, clock_of, machine, percentile
 
 ATTENTION = "attention"
 PARTS = (ATTENTION, MLP, HEAD, OTHER, *STAGES)
@@ -67,14 +67,8 @@ class Latency(Decoding):
         length = self.prompt_length(subject.model)
         ids = self.batch(subject, length + self.decode_steps)
         clock = clock_of(subject.model)
-        pruned: list[Round] = []
-        dense: list[Round] = []
-        rounds = self.warmup + self.pairs
-        for _ in subject.progress(range(rounds), self.name, rounds):
-            for into, mode in ((pruned, nullcontext), (dense, subject.dense)):
-                with mode():
-                    into.append(one_round(clock, subject.model, ids, length))
-        pruned, dense = pruned[self.warmup :], dense[self.warmup :]
+        once = partial(one_round, clock, subject.model, ids, length)
+        pruned, dense = alternated(subject, self.name, self.warmup, self.pairs, once)
 
         def of(take: Callable[[Round], Sequence[float]]) -> tuple[list, list]:
             return [take(done) for done in pruned], [take(done) for done in dense]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy
 import torch
 
+from ..registry import Subject
 from ..registry.tensors.devices import place_name
 
 Result = TypeVar("Result")
@@ -78,6 +80,19 @@ def accelerators(model: Any) -> tuple[torch.device, ...]:
     places = (getattr(model, "hf_device_map", None) or {}).values()
     found |= {torch.device(place_name(place)) for place in places if place != "disk"}
     return tuple(sorted((device for device in found if device.type not in ("cpu", "meta")), key=str))
+
+
+def alternated(
+    subject: Subject, name: str, warmup: int, pairs: int, once: Callable[[], Result]
+) -> tuple[list[Result], list[Result]]:
+    """What ``once`` gives pruned and dense, in turns: ``pairs`` of each, after ``warmup`` rounds that do not count."""
+    pruned: list[Result] = []
+    dense: list[Result] = []
+    for _ in subject.progress(range(warmup + pairs), name, warmup + pairs):
+        for into, mode in ((pruned, nullcontext), (dense, subject.dense)):
+            with mode():
+                into.append(once())
+    return pruned[warmup:], dense[warmup:]
 
 
 def percentile(samples: Sequence[float]) -> float:

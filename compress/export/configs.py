@@ -26,6 +26,16 @@ WITHOUT_WINDOW = ("llama", "mistral", "qwen2")
 """Families that compute the same function if no sliding window is in force; their classes allow different shapes."""
 
 
+SIZES = {
+    "heads": "query heads",
+    "kv_heads": "key/value heads",
+    "width": "channels",
+    "experts": "experts",
+    "expert_width": "channels of each expert",
+}
+"""The sizes of a :class:`LayerShape`, as messages name them."""
+
+
 def window_in_force(config: Any) -> bool:
     """Whether attention is limited to a sliding window that is shorter than the model's context."""
     window, used = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
@@ -214,43 +224,22 @@ def _uniform_layer(layers: Sequence[LayerShape], family: Family) -> LayerShape:
 
     Layers without a site of a kind have any shape there.
     """
-    first = layers[0]
-    for layer in layers[1:]:
-        heads = layer if first.heads is None else first
-        width = layer.width if first.width is None else first.width
-        experts = layer if first.experts is None else first
-        channels = layer if first.expert_width is None else first
-        first = replace(
-            first,
-            heads=heads.heads,
-            kv_heads=heads.kv_heads,
-            width=width,
-            experts=experts.experts,
-            expert_width=channels.expert_width,
-        )
+    known = {name: [size for layer in layers if (size := getattr(layer, name)) is not None] for name in SIZES}
+    first = {name: sizes[0] if sizes else None for name, sizes in known.items()}
+    biases = any(layer.attention_bias for layer in layers), any(layer.mlp_bias for layer in layers)
+    whole = replace(layers[0], **first, attention_bias=biases[0], mlp_bias=biases[1])
     for index, layer in enumerate(layers):
-        alike = (layer.heads, layer.kv_heads) in ((None, None), (first.heads, first.kv_heads))
-        for name in ("width", "experts", "expert_width"):
-            alike = alike and getattr(layer, name) in (None, getattr(first, name))
-        if not alike:
+        if any(getattr(layer, name) not in (None, size) for name, size in first.items()):
             raise SpecError(
-                f"profile hf-uniform: layer {index} keeps {_shape(layer)}, layer 0 {_shape(first)}; a stock class has "
+                f"profile hf-uniform: layer {index} keeps {_shape(layer)}, layer 0 {_shape(whole)}; a stock class has "
                 f"one shape for all layers. {family.nearest('hf-uniform').capitalize()}; or prune all layers alike: no "
                 "skip_layers, and allocator: {name: uniform, rounding: down}"
             )
-    biases = any(layer.attention_bias for layer in layers), any(layer.mlp_bias for layer in layers)
-    return replace(first, attention_bias=biases[0], mlp_bias=biases[1])
+    return whole
 
 
 def _shape(layer: LayerShape) -> str:
-    sizes = (
-        (layer.heads, "query heads"),
-        (layer.kv_heads, "key/value heads"),
-        (layer.width, "channels"),
-        (layer.experts, "experts"),
-        (layer.expert_width, "channels of each expert"),
-    )
-    return ", ".join(f"{size} {what}" for size, what in sizes if size is not None)
+    return ", ".join(f"{size} {what}" for name, what in SIZES.items() if (size := getattr(layer, name)) is not None)
 
 
 def _tied_heads(name: str, kept: int | None, heads: int, layers: int, nearest: str) -> str:
