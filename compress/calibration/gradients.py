@@ -34,7 +34,7 @@ from ..engine.engine import Engine
 from ..engine.shapes import checked
 from ..engine.site_cut import SiteCut
 from .covariance import free_memory
-from .passes import Batch, Progress
+from .passes import Batch, Progress, differentiating
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -308,23 +308,6 @@ def _loss(engine: Engine, part: TextPart) -> Tensor:
     logits = model(**{key: value.to(device) for key, value in part.batch.items()}, use_cache=False).logits
     targets = part.targets.to(logits.device).reshape(-1)
     return functional.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, ignore_index=-100)
-
-
-@contextmanager
-def differentiating(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within it these weights have gradients, and no other parameter has; flags and gradients are restored."""
-    parameters = list(model.parameters())
-    before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
-    wanted = {id(weight) for weight in weights}
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.requires_grad_(id(parameter) in wanted)
-        yield
-    finally:
-        for parameter, (requires_grad, grad) in zip(parameters, before, strict=True):
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
 
 
 @contextmanager

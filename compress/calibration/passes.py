@@ -114,6 +114,23 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def differentiating(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within it these weights have gradients, and no other parameter has; flags and gradients are restored."""
+    parameters = list(model.parameters())
+    before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
+    wanted = {id(weight) for weight in weights}
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, (requires_grad, grad) in zip(parameters, before, strict=True):
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
 def calibrate(engine: Engine, batches: list[Batch], progress: Progress, every_mean: bool = False) -> None:
     """Fill the histories of all sites in one pass of the model over the batches.
 

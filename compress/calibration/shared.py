@@ -12,6 +12,7 @@ from typing import TypeVar
 from ...registry import ChannelHistory, ChannelMoments, GroupPart, Statistic
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
+from .fitting import Fits
 from .journal import Journal
 from .origin import fingerprint, origin_of
 from .passes import Batch, Progress, calibrate
@@ -28,7 +29,8 @@ class SharedStatistics:
     """What one loaded model has shown on the calibration texts used last, so that no text is read twice.
 
     What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the text and the
-    statistic, what allocators have measured, and reduced gradients. At most ``texts`` are remembered, the oldest going
+    statistic, what allocators have measured, what scorers have fitted, and reduced
+    gradients. At most ``texts`` are remembered, the oldest going
     first; a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up to
     ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB. Never shared: statistics of
     a model that is partly cut (sequential calibration, choices in several steps).
@@ -43,6 +45,7 @@ class SharedStatistics:
         self._moments: OrderedDict[str, SomeMoments] = OrderedDict()
         self._measured: OrderedDict[str, MutableMapping[str, float]] = OrderedDict()
         self._gradients: OrderedDict[str, dict[str, tuple[GroupPart, ...]]] = OrderedDict()
+        self._fits: OrderedDict[str, Fits] = OrderedDict()
         self._covariance_bytes = covariance_bytes
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
@@ -75,6 +78,11 @@ class SharedStatistics:
     def gradients(self, batches: list[Batch]) -> dict[str, tuple[GroupPart, ...]]:
         """What scorers have made of the dense model's gradients on this text; new ones are added to it."""
         return self._of_text(self._gradients, batches, {})
+
+    @contextmanager
+    def fits(self, engine: Engine, batches: list[Batch]) -> Iterator[Fits]:
+        """What scorers have fitted with the dense model on this text; new ones are added to it."""
+        yield self._of_text(self._fits, batches, {})
 
     def _of_text(self, known: OrderedDict[str, Known], batches: list[Batch], empty: Known) -> Known:
         """What is known of a text, which becomes the one used last; the texts used longest ago are forgotten."""

@@ -1,12 +1,13 @@
 """Calibration statistics in a file: gathered once, read by every later run on the same model and text.
 
-A safetensors file: for every site and statistic the table (T, C), the rows (T,) and the mean (C,) in float32, and in
-its metadata what they were gathered from, and the numbers that allocators have measured. Covariances are not in it:
-they are many times larger.
+A safetensors file: for every site and statistic the table (T, C), the rows (T,) and the mean (C,) in float32, what
+scorers have fitted, and in its metadata what they were gathered from, and the numbers that allocators have measured.
+Covariances are not in it: they are many times larger.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
 from ..output.folders import make_readable
 from ..output.reading import check_regular
+from .fitting import Fits
 from .journal import Journal
 from .origin import origin_of
 from .passes import Batch, Progress, calibrate
@@ -37,6 +39,9 @@ PARTS = ("table", "rows", "mean")
 
 MEASURED = "losses"
 """Key of the measured numbers in the metadata; files of earlier versions have losses alone."""
+
+FITTED = "fits"
+"""Key of what scorers have fitted in the metadata: the number of tensors, by what they are of."""
 
 MODULES = {Statistic.__module__: "prunekit.registry.statistics"}
 """By module: its name in files, where it has moved since version 0.1."""
@@ -112,6 +117,31 @@ class StatisticsFile:
                     journal.unlink(missing_ok=True)
             self.used = self.used or ("written" if len(known) > len(stored) else "read")
 
+    @contextmanager
+    def fits(self, engine: Engine, batches: list[Batch]) -> Iterator[Fits]:
+        """What scorers have fitted, by what it is of; what is new is written."""
+        origin = self._origin = self._origin or origin_of(engine.model, batches)
+        stored: Fits = {}
+        if self.path.exists():
+            with opened(self.path) as (file, metadata):
+                self._check_origin(metadata, origin)
+                stored = self._fitted(file, metadata)
+        else:
+            check_place(self.path)
+        known = dict(stored)
+        yield known
+        if len(known) > len(stored):
+            with self._locked():
+                self._write(origin, [], fits=known)
+        self.used = "written" if len(known) > len(stored) else self.used or "read"
+
+    def _fitted(self, file: Any, metadata: dict[str, str]) -> dict[str, tuple[Tensor, ...]]:
+        try:
+            known = json.loads(metadata.get(FITTED, "{}"))
+            return {key: tuple(map(file.get_tensor, _fit_names(key, int(number)))) for key, number in known.items()}
+        except (ValueError, TypeError, AttributeError, SafetensorError):
+            raise self._damaged(FITTED, "tensors are missing") from None
+
     def _measured(self, metadata: dict[str, str]) -> dict[str, float]:
         try:
             known = json.loads(metadata.get(MEASURED, "{}"))
@@ -163,8 +193,14 @@ class StatisticsFile:
     def _damaged(self, what: str, how: str) -> DataError:
         return DataError(f"{self.path}: {what} is damaged: {how}; delete the file to gather it anew")
 
-    def _write(self, origin: dict[str, str], cuts: list[SiteCut], measured: Mapping[str, float] | None = None) -> None:
-        """Add these sites' statistics, and these measured numbers, to what the file has, through a temporary file."""
+    def _write(
+        self,
+        origin: dict[str, str],
+        cuts: list[SiteCut],
+        measured: Mapping[str, float] | None = None,
+        fits: Fits | None = None,
+    ) -> None:
+        """Add these sites' statistics, measured numbers and fits to what the file has, through a temporary file."""
         tensors: dict[str, Tensor] = {}
         metadata: dict[str, str] = {}
         if self.path.exists():
@@ -181,6 +217,11 @@ class StatisticsFile:
             metadata[f"{place}.tokens"] = repr(history.tokens)
         if measured:
             metadata[MEASURED] = json.dumps({**self._measured(metadata), **measured})
+        for key, parts in (fits or {}).items():
+            tensors.update(zip(_fit_names(key, len(parts)), parts, strict=True))
+        if fits:
+            known = json.loads(metadata.get(FITTED, "{}"))
+            metadata[FITTED] = json.dumps(known | {key: len(parts) for key, parts in fits.items()})
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, {**metadata, **origin, "format": FORMAT})
@@ -224,6 +265,11 @@ def _place(cut: SiteCut) -> str:
     return (
         f"{cut.site.consumer}:{module}.{cls.__qualname__}:{json.dumps(json.loads(options), sort_keys=True)}{weighted}"
     )
+
+
+def _fit_names(key: str, number: int) -> list[str]:
+    """The names of the tensors in the file that were fitted together."""
+    return [f"fit.{hashlib.sha256(key.encode()).hexdigest()[:16]}.{place}" for place in range(number)]
 
 
 def _short(value: str | None) -> str:

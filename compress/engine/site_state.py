@@ -114,6 +114,10 @@ class SiteState:
         self.gradients: tuple[GroupPart, ...] = ()
         """What the scorer made of the gradients of the site's matrices; empty before calibration, or if it reads
         none."""
+        self.fits = strategy.fits
+        """Whether the scorer fits something with the model."""
+        self.fitted: Tensor | None = None
+        """What it has fitted at the site."""
         self.router_weights = strategy.router_weights and site.expert is not None
         """Whether statistics are weighted by the router."""
         self.unreached = False
@@ -166,6 +170,10 @@ class SiteState:
         self.keep(count)
         self.fix(fixed)
 
+    def use_fitted(self, fitted: Tensor | None) -> None:
+        """Score by ``fitted`` from now on."""
+        self.fitted, self._prepared = fitted, None
+
     def forget_weights(self) -> None:
         """Compute anew what was computed from the weights."""
         self._prepared = self._mean_output = None
@@ -178,6 +186,8 @@ class SiteState:
             return self.choice is not None
         if self.scores_gradients:
             return bool(self.gradients)
+        if self.fits and self.fitted is None:
+            return False
         return self.statistic is None or self.history.positions > 0
 
     @property
@@ -190,7 +200,8 @@ class SiteState:
     @property
     def bytes(self) -> int:
         """Bytes of the site's statistics, those of its compensation included."""
-        return self.history.bytes + self.compensation.bytes
+        fitted = 0 if self.fitted is None else self.fitted.nbytes
+        return self.history.bytes + self.compensation.bytes + fitted
 
     def prepared(self, scorer: Scorer) -> Any:
         """The weights' part of the score, computed once for as long as the weights stay what they are."""
@@ -207,7 +218,8 @@ class SiteState:
                     stack.enter_context(weights_present(linear))
                 weight, *producers = [matrix_of(linear).detach().float() for linear in linears]
                 more = (producers,) if self.scores_producers else ()
-                self._prepared = known = version, prepare(weight, self.binding.site, *more)
+                fitted = {"fitted": self.fitted} if self.fits else {}
+                self._prepared = known = version, prepare(weight, self.binding.site, *more, **fitted)
             if tuple(map(weights_version, linears)) != version:
                 raise written_to(self.binding.site, scorer, "prepare")
         return known[1]

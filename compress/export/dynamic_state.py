@@ -41,6 +41,7 @@ def save_state(pruned: Pruned, folder: Path) -> None:
             _put(tensors, f"{label}.rows", history.rows)
         _put(tensors, f"{label}.mean", history.mean)
         _put(tensors, f"{label}.fixed", cut.fixed)
+        _put(tensors, f"{label}.fitted", cut.state.fitted)
         for number, matrix in enumerate(compensation.fixed or ()):
             _put(tensors, f"{label}.slope.{number}", matrix)
         _put(tensors, f"{label}.shift", compensation.shift)
@@ -127,6 +128,7 @@ def _restore(cut: SiteCut, about: dict[str, Any], file: Any, names: set[str], st
     if not 0 <= count <= cut.site.units:
         raise ValueError(f"{label} keeps {count} of {cut.site.units} units")
     cut.state.restore(history, count, tensor("fixed"))
+    cut.state.use_fitted(tensor("fitted"))
     slope = None if about["slope"] is None else numbered("slope", about["slope"])
     parts = numbered("prepared", about["prepared"])
     prepared = (parts[0] if len(parts) == 1 else parts) if parts else None

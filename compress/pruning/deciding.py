@@ -15,6 +15,7 @@ from ...registry import (
 from ..calibration.blocks import describe_blocks
 from ..calibration.covariance import check_layers, choose, finalize, gather_covariances, order_units
 from ..calibration.experts import score_unreached
+from ..calibration.fitting import Fits, fit_scorer
 from ..calibration.gradients import gather_gradients
 from ..calibration.passes import (
     Progress,
@@ -94,6 +95,10 @@ def _learn(
         gather_gradients(engine, batches, in_steps, {} if statistics is None else statistics.gradients(batches))
         if not strategy.compensates and not isinstance(statistics, StatisticsFile):
             return
+    elif strategy.fits and not strategy.allocator.whole_blocks:
+        kept: AbstractContextManager[Fits] = nullcontext({})
+        with kept if statistics is None else statistics.fits(engine, batches) as fits:
+            fit_scorer(engine, batches, in_steps, fits)
     else:
         progress = in_steps
     if strategy.sequential and not strategy.allocator.needs_scores:
@@ -120,6 +125,10 @@ def _learn_again(engine: Engine, batches: list, progress: Progress) -> None:
         if engine.strategy.scores_gradients:
             gather_gradients(engine, batches, progress, {})
             return
+        if engine.strategy.fits:
+            fit_scorer(engine, batches, progress, {})
+            if engine.strategy.scorer.statistic is None:
+                return
         for cut in engine.cuts:
             cut.state.replace_history(ChannelHistory(cut.site.channels, cut.history.device))
         calibrate(engine, batches, progress)

@@ -122,6 +122,7 @@ def prune(
                 decides = chosen.decides_by_activations
                 who = f"strategy {chosen.name}" if decides else f"compensator {chosen.compensate.name}"
                 reads = "takes gradients" if chosen.scores_gradients else "looks at activations"
+                reads = "fits something with the model" if chosen.fits else reads
                 raise DataError(f"{who} {reads}: give it calibration batches")
             batches = calibration_list(calibration)
             for number, batch in enumerate(batches):

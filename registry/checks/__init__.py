@@ -24,6 +24,7 @@ from ..errors import PluginError, PrunekitError
 from ..roles.choosing import Chooser
 from ..roles.compensation import Compensator
 from ..roles.evaluation import Evaluator, Subject, checked
+from ..roles.fitting import FittedScorer
 from ..roles.gradients import GradientScorer
 from ..roles.hookspecs import ROLES
 from ..roles.parts import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
@@ -35,6 +36,7 @@ from .allocators import check_allocation, check_block_statistic, check_budget, c
 from .appliers import check_application
 from .choosers import CHOOSER_CHECKS
 from .compensators import COMPENSATOR_CHECKS
+from .fitting import FITTING_CHECKS
 from .gradients import GRADIENT_CHECKS
 from .parts import expect
 from .policies import POLICY_CHECKS
@@ -310,6 +312,7 @@ ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     Architecture: [check_model_types],
     Chooser: CHOOSER_CHECKS,
     GradientScorer: GRADIENT_CHECKS,
+    FittedScorer: FITTING_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
     Policy: POLICY_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..roles.fitting import FittedScorer
 from ..roles.gradients import GradientScorer, GroupPart, MatrixGradient
 from ..roles.parts import Scorer, SparsityAllocator, missing_argument
 from ..sites import Site
+from .fitting import fitted_at
 from .parts import (
     UNIT_SIZE,
     UNITS,
@@ -83,6 +86,8 @@ def _turned(given: Any, site: Site) -> Any:
 def _prepared(scorer: Scorer, weight: Tensor, site: Site, inputs: int = 16, order: Tensor | None = None) -> Any:
     """What the scorer prepares, from the producers' weights, too, where it asks for them, with rows in this order."""
     prepare: Any = scorer.prepare
+    if isinstance(scorer, FittedScorer):
+        prepare = partial(prepare, fitted=fitted_at(scorer, site, order))
     if not scorer.uses_producers:
         return prepare(weight, site)
     rows = slice(None) if order is None else order

@@ -14,6 +14,7 @@ from ..tensors.history_storage import HistoryStorage
 from ..tensors.statistics import ExpertStatistic, Statistic
 from .choosing import Chooser
 from .compensation import Compensator, NoCompensation
+from .fitting import FittedScorer
 from .gradients import GradientScorer
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, missing_argument
 from .policies import PerPrompt, Policy
@@ -289,6 +290,11 @@ class Strategy(Component):
         return isinstance(self.scorer, GradientScorer)
 
     @property
+    def fits(self) -> bool:
+        """Whether the scorer fits something with the model before units are chosen."""
+        return isinstance(self.scorer, FittedScorer)
+
+    @property
     def decides_in_steps(self) -> bool:
         """Whether units are chosen several times, by the model as cut so far."""
         return len(self.schedule(0.5)) > 1
@@ -306,7 +312,7 @@ class Strategy(Component):
             return True
         if self.allocator.whole_blocks:
             return False
-        if self.chooser is not None or self.scores_gradients:
+        if self.chooser is not None or self.scores_gradients or self.fits:
             return True
         if self.allocator.needs_scores and self.scorer.statistic is not None:
             return True
