@@ -16,6 +16,7 @@ from .errors import (
 from .roles.choosing import Chooser, Order
 from .roles.compensation import Compensator, MemoryPlan, NoCompensation, Prepared, SiteCovariance, Slope
 from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stage, Subject
+from .roles.exporting import ExportFormat
 from .roles.fitting import FittedScorer
 from .roles.gradients import GradientScorer, GroupPart, MatrixGradient
 from .roles.hookspecs import PLUGIN_API, ROLES, hookimpl
@@ -79,6 +80,7 @@ __all__ = [
     "ExpertLinear",
     "ExpertStatistic",
     "ExpertUnit",
+    "ExportFormat",
     "FittedScorer",
     "Fluctuation",
     "GradientScorer",

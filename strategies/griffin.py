@@ -77,9 +77,6 @@ def normalised(x: Tensor) -> Tensor:
 class ShareNorm(Scorer):
     """L2 norm over tokens of the token-normalised activation; no weights."""
 
-    def prepare(self, weight: Tensor, site: Site) -> None:
-        return None
-
     def score(self, prepared: None, statistic: Tensor) -> Tensor:
         return statistic.sqrt()
 

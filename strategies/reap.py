@@ -12,7 +12,6 @@ from ..registry import (
     ExpertUnit,
     MaskApplier,
     Scorer,
-    Site,
     SparsityAllocator,
     Statistic,
     Strategy,
@@ -43,9 +42,6 @@ class Frequency(ExpertStatistic):
 
 class ExpertScorer(Scorer):
     """Scores experts by their statistic alone."""
-
-    def prepare(self, weight: Tensor, site: Site) -> None:
-        """Nothing of the weights counts."""
 
     def score(self, prepared: None, statistic: Any) -> Tensor:
         return statistic

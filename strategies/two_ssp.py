@@ -12,7 +12,6 @@ from ..registry import (
     ChannelHistory,
     MaskApplier,
     Scorer,
-    Site,
     SparsityAllocator,
     Statistic,
     Strategy,
@@ -64,9 +63,6 @@ class TwoSspScorer(Scorer):
     paper: ClassVar[str] = PAPER
     statistic: ClassVar[Statistic | None] = SequenceNorm()
     name: Literal["two_ssp"] = "two_ssp"
-
-    def prepare(self, weight: Tensor, site: Site) -> None:
-        return None
 
     def score(self, prepared: None, statistic: Tensor) -> Tensor:
         return statistic.clone()

@@ -14,6 +14,7 @@ from prunekit.registry.catalog import PARTS
 pytestmark = pytest.mark.smoke
 
 BUILT_IN = {
+    "export_formats": set(),  # prunekit's own are profiles
     "strategies": {
         "pp",
         "full_batch_probing",

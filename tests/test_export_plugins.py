@@ -1,14 +1,18 @@
 """Exports of families that an outside plugin serves, and of language models inside of others."""
 
+import json
+
 import pytest
 import torch
 import transformers
+import yaml
 from prunekit.compress import Exporter, PipelineSpec, load, prune
 from prunekit.compress.export import exporting
 from prunekit.compress.models.families import FAMILIES
 from prunekit.compress.models.language import auto_name
 from prunekit.compress.pruning.checking import randomise
-from prunekit.registry import Catalog, ModelError, SpecError
+from prunekit.registry import Catalog, ModelError, PluginError, SpecError
+from prunekit.registry.checks import check_component
 from prunekit.registry.checks.sites import check_sites
 
 from tests.test_families import tiny
@@ -39,6 +43,55 @@ class Sandwich(Outside):
 def architectures():
     return [Outside, Sandwich]
 '''
+
+
+SHAPES = '''
+import json
+from typing import ClassVar, Literal
+
+from prunekit.registry import ExportFormat, ModelError, hookimpl
+
+
+class Shapes(ExportFormat):
+    """A list of all tensors with their shapes."""
+
+    made_from: ClassVar[Literal["hf-hetero", "hf-uniform"]] = "hf-hetero"
+    multiple: ClassVar[int] = 8
+    name: Literal["NAME"] = "NAME"
+    how: Literal["HOW"] = "HOW"
+
+    def check(self, config):
+        if config.model_type == "gemma2":
+            raise ModelError("format shapes: gemma2 has no shapes; use --profile padded")
+
+    def write(self, model, tokenizer, folder):
+        shapes = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+        if self.how == "raise":
+            return shapes["nothing"]
+        if self.how == "outside":
+            (folder.parent / "config.json").write_text("{}")
+        if self.how == "other place":
+            (folder.parent / "more.json").write_text("{}")
+        if self.how == "change":
+            model.lm_head.weight.data.add_(1)
+        if self.how == "again":
+            shapes["at"] = id(folder)
+        if self.how != "nothing":
+            (folder / "shapes.json").write_text(json.dumps([len(tokenizer), shapes]))
+        return ["shapes alone run nowhere"]
+
+
+@hookimpl
+def export_formats():
+    return [Shapes]
+'''
+
+
+def with_format(content, tmp_path, how="", name="shapes"):
+    """A pipeline whose plugins have a format."""
+    (tmp_path / "shapes.py").write_text(SHAPES.replace("HOW", how).replace("NAME", name))
+    data = yaml.safe_load(content.to_yaml())
+    return PipelineSpec.of(data | {"plugins": [*data["plugins"], str(tmp_path / "shapes.py")]})
 
 
 @pytest.fixture
@@ -138,3 +191,83 @@ def test_a_class_that_ties_heads_to_the_hidden_size_takes_smaller_mlps(family, t
         expected = model(**call(family)).logits
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(again(**call(family)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plugins_format_is_written_from_the_smaller_model(outside, tmp_path, command):
+    spec = with_format(outside("granite"), tmp_path)
+    manifest = Exporter(spec, "shapes", tmp_path / "out").export()
+    words, shapes = json.loads((tmp_path / "out" / "shapes" / "shapes.json").read_text())
+    again = load(tmp_path / "out", device="cpu")  # the profile that it is made from loads as always
+    assert shapes == {name: list(tensor.shape) for name, tensor in again.model.named_parameters()}
+    assert words == len(again.tokenizer) and manifest.profile == "hf-hetero" and "shapes/shapes.json" in manifest.files
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith("down_proj.weight")}
+    assert widths and all(width % 8 == 0 for width in widths)  # the format's multiple
+    assert {"written as shapes, too: folder shapes", "shapes alone run nowhere"} <= set(manifest.notes)
+    code, output = command("export", "--list", "--plugin", tmp_path / "shapes.py")
+    assert code == 0 and "as hf-hetero" in output and "by file" in output
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise", "export format 'shapes' of plugin file shapes.py raised KeyError"),
+        ("outside", "export format 'shapes' of plugin file shapes.py has changed files outside of its folder"),
+        ("nothing", "export format 'shapes' of plugin file shapes.py has written no file"),
+    ],
+)
+def test_a_format_that_errs_is_named_and_leaves_no_folder(outside, tmp_path, how, words):
+    spec = with_format(outside("granite"), tmp_path, how)
+    with pytest.raises(PluginError) as caught:
+        Exporter(spec, "shapes", tmp_path / "out").export()
+    assert words in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_format_refuses_before_loading(outside, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "load", None)
+    spec = with_format(outside("gemma2"), tmp_path)
+    with pytest.raises(ModelError, match="gemma2 has no shapes"):
+        Exporter(spec, "shapes", tmp_path / "out").export()
+    with pytest.raises(SpecError, match=r"no profile 'shape' \(did you mean 'shapes'\?\); there are hf-.*shapes"):
+        Exporter(spec, "shape", tmp_path / "out").export()
+    with pytest.raises(SpecError, match="takes multiples of 8, found 4"):
+        Exporter(spec, "shapes", tmp_path / "out", multiple=4).export()
+    spec = with_format(outside("granite"), tmp_path, name="padded")
+    with pytest.raises(SpecError, match="padded is a profile of prunekit, and a plugin has an export format of that"):
+        Exporter(spec, "padded", tmp_path / "out").export()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("", None),
+        ("nothing", "Shapes writes no file"),
+        ("other place", "Shapes writes more.json outside of the folder"),
+        ("change", "Shapes changes lm_head.weight; write must leave the model"),
+        ("again", "Shapes writes other files the second time"),
+        ("raise", "Shapes raises KeyError"),
+    ],
+)
+def test_formats_are_checked(tmp_path, how, words):
+    (tmp_path / "shapes.py").write_text(SHAPES.replace("HOW", how).replace("NAME", "shapes"))
+    component = Catalog.discover([tmp_path / "shapes.py"], block="").get("export_formats", "shapes")
+    if words is None:
+        return check_component(component)
+    with pytest.raises(AssertionError) as caught:
+        check_component(component)
+    assert words in str(caught.value)
+
+
+def test_experts_and_a_strategy_that_decides_per_batch_are_refused_at_once(tmp_path):
+    """Not first for the freezing that is missing, and then for the experts."""
+    mixtral = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    mixtral.architectures = ["MixtralForCausalLM"]
+    mixtral.save_pretrained(tmp_path / "model")
+    spec = PipelineSpec.of({"model": {"name": str(tmp_path / "model")}, "prune": {"use": "pp", "ratio": 0.3}})
+    with pytest.raises(ModelError, match="profile hf-hetero: routed experts are cut") as caught:
+        Exporter(spec, "hf-hetero", tmp_path / "out").export()
+    assert "--freeze" not in str(caught.value)
+    with pytest.raises(SpecError, match="add --freeze"):
+        Exporter(spec, "hf-uniform", tmp_path / "out").export()

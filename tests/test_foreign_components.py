@@ -117,6 +117,21 @@ def test_remove_names_the_component_that_changed_the_model(make_model, batches):
     assert pruned.changed in message
 
 
+class Hidden(PP):
+    """Writes to weights in a way that torch does not count."""
+
+    name: Literal["hidden"] = "hidden"
+
+    def install(self, model, layers, sites, padding_of):
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
+        return []
+
+
+def test_remove_notices_writes_through_data(make_model, batches):
+    with pytest.warns(PruneWarning, match=r"model\.layers\.1\.mlp\.up_proj\.weight has been written to.*'hidden'"):
+        prune(make_model("llama-gqa"), Hidden(ratio=0.4), calibration=batches).remove()
+
+
 def test_remove_has_nothing_to_name_where_the_model_is_as_it_was(make_model, batches, recwarn):
     model = make_model("llama-gqa")
     with prune(model, "pp", ratio=0.4, calibration=batches, scorer=Good()) as pruned:
@@ -146,6 +161,8 @@ class Rude(Evaluator):
         if self.how == "weight":
             with torch.no_grad():
                 model.lm_head.weight.mul_(2)
+        if self.how == "data":
+            model.model.embed_tokens.weight.data[0] += 1
         if self.how == "raise":
             1 / 0
         return Measurement({"one": 1}, {"counted": "one"})
@@ -179,9 +196,10 @@ def test_what_an_evaluator_leaves_is_put_back_and_noted(run):
     assert not [note for note in polite.notes if "put back" in note]
 
 
-def test_an_evaluator_that_changes_a_weight_ends_the_run(run):
-    with pytest.raises(PluginError, match=r"evaluator 'rude' of plugin file rude\.py has written to lm_head\.weight"):
-        Pipeline(run("weight")).measure()
+@pytest.mark.parametrize(("how", "weight"), [("weight", "lm_head"), ("data", "model.embed_tokens")])
+def test_an_evaluator_that_changes_a_weight_ends_the_run(run, how, weight):
+    with pytest.raises(PluginError, match=rf"evaluator 'rude' of plugin file rude\.py has written to {weight}\.weight"):
+        Pipeline(run(how)).measure()
 
 
 @pytest.mark.parametrize(

@@ -181,3 +181,18 @@ def test_experts_of_a_model_like_another_have_the_names_of_that_very_type():
         model, "reap", ratio=0.5, calibration=[torch.ones(1, 8, dtype=int)], architecture={"like": "phimoe"}
     ) as cut:
         assert {site.router for site in cut.sites} == {f"model.layers.{layer}.mlp.router" for layer in (0, 1)}
+
+
+def test_validate_is_short_and_families_prints_the_lines(command, tmp_path):
+    folder = tmp_path / "model"
+    biogpt().config.save_pretrained(folder)
+    (tmp_path / "p.yaml").write_text(f"model: {{name: {folder}}}\nprune: {{use: magnitude, ratio: 0.3}}\n")
+    pointer = f"(docs/architectures.md); prunekit families --model {folder} prints them"
+    code, output = command("validate", tmp_path / "p.yaml")
+    assert code == 2 and "It looks like opt" in output and "def architectures" not in output
+    assert pointer in output
+    code, output = command("families", "--model", folder)
+    assert code == 2 and "It looks like opt" in output and "def architectures(): return [Mine]" in output
+    transformers.LlamaConfig(**RECIPE, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    code, output = command("families", "--model", folder)
+    assert code == 0 and output == f"{folder}: architecture llama"

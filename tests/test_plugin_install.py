@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,11 +27,16 @@ def installed(tmp_path_factory) -> Path:
     """A folder into which pip has installed the example, built from a copy so that the checkout stays clean."""
     folder = tmp_path_factory.mktemp("plugin")
     shutil.copytree(EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    return install(folder / "source", folder / "site")
+
+
+def install(source: Path, site: Path) -> Path:
+    """Have pip install a package into a folder."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    command += ["--no-deps", "--no-build-isolation", "--target", folder / "site", folder / "source"]
+    command += ["--no-deps", "--no-build-isolation", "--target", site, source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder / "site"
+    return site
 
 
 @pytest.fixture
@@ -80,3 +86,23 @@ def test_it_runs_from_yaml(prunekit, tmp_path):
     without = prunekit("run", "pipeline.yaml", "--out", "again", plugin=False)
     assert without.returncode == 2 and "no Strategy is called 'max_weight_pp'" in without.stderr
     assert not (tmp_path / "again").exists()
+
+
+def test_the_example_distribution_passes_its_own_tests(tmp_path):
+    """LLM-Pruner's importance, written with public names, installed by pip."""
+    taylor = EXAMPLE.parent / "prunekit-taylor"
+    copy, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(taylor, copy, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    install(copy, site)
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")]))
+    environment = {key: value for key, value in os.environ.items() if key != "PRUNEKIT_BLOCK"} | {"PYTHONPATH": path}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 passed" in done.stdout
+
+
+def test_the_example_distribution_uses_public_names_alone():
+    source = (EXAMPLE.parent / "prunekit-taylor" / "prunekit_taylor.py").read_text()
+    homes = set(re.findall(r"^from (prunekit\S*) import", source, re.MULTILINE))
+    assert homes == {"prunekit.registry", "prunekit.strategies.allocation", "prunekit.strategies.application"}

@@ -2,13 +2,15 @@
 
 import copy
 import io
+import json
 from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
-from prunekit.compress import prune
-from prunekit.registry import DataError, ModelError, PerPrompt, SpecError
+import yaml
+from prunekit.compress import Pipeline, PipelineSpec, prune
+from prunekit.registry import Catalog, DataError, ModelError, PerPrompt, SpecError
 from prunekit.strategies.policies import DecodeOnly, Drift, EveryN, PrefillOnly
 from transformers import DynamicCache, StaticCache
 
@@ -534,3 +536,75 @@ def test_a_prompt_longer_than_the_history_is_refused_or_extends_it(dense, storag
         changed = [cut.history.at(torch.arange(20)) for cut in pruned.cuts]
         assert not any(torch.equal(a, b) for a, b in zip(changed, table, strict=True)), "the first positions learn"
         model(prompts(1, 60))
+
+
+# Other people's policies
+
+OUTSIDE = '''
+from typing import ClassVar, Literal
+
+from prunekit.registry import Policy, hookimpl
+
+
+class Thirds(Policy):
+    """Decode steps choose units again after every third token, which it counts in its memory."""
+
+    watches: ClassVar[bool] = True
+    name: Literal["thirds"] = "thirds"
+
+    @property
+    def reads(self):
+        return 3
+
+    def again(self, since, memory):
+        return memory["steps"] >= 2
+
+    def watch(self, memory, output, decided):
+        return {"steps": 0 if decided else memory.get("steps", 0) + 1, "last": output}
+
+
+@hookimpl
+def policies():
+    return [Thirds]
+'''
+
+
+@torch.no_grad()
+def test_a_policy_from_a_file_equals_the_built_in_one(dense, tmp_path):
+    (tmp_path / "thirds.py").write_text(OUTSIDE)
+    catalog, found = Catalog.discover([tmp_path / "thirds.py"], block=""), {}
+    for policy in ("thirds", EveryN(n=3), "per_prompt"):
+        with prune(copy.deepcopy(dense), "pp", policy=policy, catalog=catalog, **OPTIONS) as pruned:
+            found[str(policy)] = generated(pruned.model, prompts(2))
+    mine, built_in, once = found.values()
+    assert torch.equal(mine[0], built_in[0]) and torch.equal(mine[1], built_in[1])
+    assert not torch.equal(mine[1], once[1])
+
+
+def test_a_policy_from_a_file_in_a_run_and_in_generate(small_pipeline, command, tmp_path):
+    (tmp_path / "thirds.py").write_text(OUTSIDE)
+    content = small_pipeline(use="pp", ratio=0.5, attention_unit="query_head", merger="probe_only")
+    evaluator = {"name": "continuation", "text": content["evaluate"][0]["text"]}
+    evaluator |= {"prompt_length": 6, "length": 12, "prompts": 4}
+    content |= {"plugins": [str(tmp_path / "thirds.py")], "evaluate": [evaluator]}
+    values, answers = [], []
+    for policy in ("thirds", {"name": "every_n", "n": 3}, "per_prompt"):
+        content["prune"] = content["prune"] | {"policy": policy}
+        values.append(Pipeline(PipelineSpec.of(content)).measure().record.metrics[0].pruned)
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump(content))
+        code, output = command(
+            "generate",
+            tmp_path / "p.yaml",
+            "--prompt",
+            "w5 w17 w40",
+            "--max-new-tokens",
+            12,
+            "--json",
+            "--device",
+            "cpu",
+        )
+        assert code == 0
+        (answer,) = json.loads(output[output.index("{") :])["pp"]["answers"]
+        answers.append(answer["answer"])
+    assert values[0] == values[1] != values[2]
+    assert answers[0] == answers[1] != answers[2]

@@ -12,9 +12,8 @@ from ...registry import FittedScorer, ModelError, NonFiniteError, PluginError
 from ...registry.catalog import named
 from ...registry.errors import FINITE_REMEDY
 from ...registry.tensors.devices import device_of
-from ...registry.tensors.model_state import ModelState
 from ..engine.engine import Engine
-from ..engine.weights import contents
+from ..engine.weights import ModelWatch
 from .passes import Batch, Progress, differentiating, evaluating
 
 Fits = MutableMapping[str, "tuple[Tensor, ...]"]
@@ -70,7 +69,7 @@ def lent(model: nn.Module, scorer: FittedScorer) -> Iterator[None]:
     Flags, gradients, modes and the random state are put back, hooks are removed. Raises :class:`PluginError`, which
     names the scorer, for weights, buffers, hooks or forwards that are not as before.
     """
-    before, values, forwards = ModelState(model), _values(model), _forwards(model)
+    before, forwards = ModelWatch(model), _forwards(model)
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
     failure: BaseException | None = None
     with ExitStack() as stack:
@@ -83,9 +82,7 @@ def lent(model: nn.Module, scorer: FittedScorer) -> Iterator[None]:
             yield
         except Exception as error:
             failure = error
-    now = _values(model)
-    written = [*before.weights(), *(name for name in values if not _same(values[name], now.get(name)))]
-    left = [f"has written to {name}" for name in dict.fromkeys(written)] + before.left()
+    left = [f"has written to {name}" for name in before.weights()] + before.left()
     replaced = sorted({name for name, *_ in _forwards(model) ^ forwards})
     left += [f"leaves another forward at {name or 'the model'}" for name in replaced]
     before.restore()
@@ -96,17 +93,6 @@ def lent(model: nn.Module, scorer: FittedScorer) -> Iterator[None]:
         ) from failure
     if failure is not None:
         raise failure
-
-
-def _values(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Sums over the bytes of every parameter: torch does not count writes through ``.data``."""
-    return {name: contents(each.detach()) for name, each in model.named_parameters() if not each.is_meta}
-
-
-def _same(one: list[Tensor], other: list[Tensor] | None) -> bool:
-    if other is None or len(one) != len(other):
-        return False
-    return all(a.device == b.device and torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _forwards(model: nn.Module) -> set[tuple[str, int, int]]:

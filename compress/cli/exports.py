@@ -52,7 +52,7 @@ def export(
     from ..output import printing
 
     if list_profiles:
-        return command.list_profiles()
+        return command.list_profiles(plugin or ())
     printing.quiet()
     options = dict(multiple=multiple, freeze=freeze, shard_size=shard_size, overwrite=overwrite)
     command.export(source, profile, out, settings or (), plugin or (), **options)

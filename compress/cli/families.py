@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...registry import Catalog
+from ...registry import Catalog, ModelError
 from ..export.support import profiles_for
 from ..models.experts import EXPERTS
 from ..models.language import READ_IMAGES
 from ..models.likeness import types_of
+from ..models.loading import ModelSource, outline_of
 from ..output import printing
+from ..pruning.sites import architecture_of, find_sites
 
 TESTED = (
     "on tiny random models, by four strategies: what is cut equals what is zeroed, padded or not, in generation too"
@@ -86,6 +88,15 @@ def show(catalog: Catalog) -> None:
     printing.say(
         "Another type whose layers look like one of these: architecture: {like: TYPE} (docs/architectures.md)."
     )
+
+
+def show_of(name: str, catalog: Catalog) -> None:
+    """Print which architecture serves a model; raises :class:`ModelError`, with the lines of a plugin, for none."""
+    model = outline_of(ModelSource(name=name))
+    if model is None:
+        raise ModelError(f"the configuration of {name} is not known here; name a folder, or download the model first")
+    find_sites(model, catalog, "kv_group")
+    printing.say(f"{name}: architecture {architecture_of(model.config, catalog).name}")
 
 
 def as_data(catalog: Catalog) -> list[dict[str, Any]]:

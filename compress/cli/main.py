@@ -186,6 +186,10 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")], plugin: PluginFil
 
 def families(
     plugin: PluginFiles = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="A hub id or folder: say which family it is, or looks like."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
 ) -> None:
     """List the model types that can be pruned.
@@ -197,6 +201,8 @@ def families(
     from . import families as listed
 
     catalog = _catalog(plugin)
+    if model is not None:
+        return listed.show_of(model, catalog)
     if as_json:
         return typer.echo(json.dumps(listed.as_data(catalog), indent=2))
     listed.show(catalog)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...registry import ChannelHistory, Component, PerPrompt, Site, Strategy
 from ...registry.catalog import is_foreign, named
 from ...registry.sites import owned_norms
-from ...registry.tensors.model_state import ModelState
 from . import linears
 from .batch import Mode, learn_parameters
 from .checkpointing import restore_checkpoint
@@ -38,6 +37,7 @@ from .rotary import restore_rotary, rotary_state
 from .runtime import Runtime
 from .site_cut import SiteCut
 from .site_state import SiteBinding, SiteState
+from .weights import ModelWatch
 
 Learn = Callable[[SiteCut, Tensor, "Tensor | None"], None]
 """Takes a site, what enters its consumer (B, T, C), and the batch's real tokens (B, T) or None."""
@@ -81,7 +81,7 @@ class Engine:
         self._foreign = [
             part for part in (strategy, *dict(strategy).values()) if isinstance(part, Component) and is_foreign(part)
         ]
-        self._before = ModelState(model) if self._foreign else None
+        self._before = ModelWatch(model) if self._foreign else None
         self._undo: list[Callable[[], Any]] = []
         self._use(strategy, trace)
         try:

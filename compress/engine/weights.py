@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...registry.tensors.devices import is_offloaded
 from ...registry.tensors.experts import ExpertNorms
+from ...registry.tensors.model_state import ModelState
 
 if TYPE_CHECKING:
     from .site_cut import SiteCut
@@ -68,6 +69,31 @@ class WeightsWatch:
             for linear in [] if cut.whole else [*producers, cut.binding.consumer]:
                 if not is_offloaded(linear) and not differentiates(linear):
                     yield from linear.parameters(recurse=False)
+
+
+class ModelWatch(ModelState):
+    """A model's state, which also notices parameters that were written to through ``.data``.
+
+    It reads all parameters that are in memory when it is made and when :meth:`weights` is called.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._sums = self._contents()
+
+    def weights(self) -> list[str]:
+        now = self._contents()
+        written = (name for name, sums in self._sums.items() if name in now and not _equal(sums, now[name]))
+        return list(dict.fromkeys([*super().weights(), *written]))
+
+    @torch.no_grad()
+    def _contents(self) -> dict[str, Tensor]:
+        parameters = ((name, each.detach()) for name, each in self._model.named_parameters() if not each.is_meta)
+        return {name: torch.cat(contents(tensor)) for name, tensor in parameters}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
 
 
 def contents(tensor: Tensor) -> list[Tensor]:

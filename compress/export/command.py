@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from ...registry import SpecError
+from ...registry import Catalog, SpecError
 from ..files.reader import Mistake
 from ..files.spec import PipelineSpec
 from ..files.yaml_file import read_yaml
@@ -21,12 +21,16 @@ from ..runs.records import Comparison, RunResult, read_results
 from .card import damages, metric_heads, metric_rows
 from .constraint import sentence as rounding_sentence
 from .exporting import Exporter
-from .profiles import PROFILES, TOOLS
+from .profiles import PROFILES, TOOLS, asked_for
 
 
-def list_profiles() -> None:
-    """Print the profiles: what is written, what each requires of the cut, and where it runs."""
+def list_profiles(plugins: Sequence[Path]) -> None:
+    """Print the profiles: what is written, what each requires of the cut, and where it runs; those of plugins too."""
     rows = [(profile.name, profile.writes, profile.requires, profile.remark) for profile in PROFILES]
+    catalog = Catalog.discover(plugins)
+    for entry in catalog.of_role("export_formats"):
+        made_from = asked_for(entry.name, catalog)[0].name
+        rows.append((entry.name, entry.component.summary(), f"as {made_from}", f"by {entry.provider}"))
     printing.show_table(("profile", "what is written", "requires of the cut", "remark"), rows, left=4)
     printing.show_table(("runs in", *TOOLS), [(p.name, *p.runs) for p in PROFILES], left=1 + len(TOOLS))
     printing.say("verified: prunekit's tests run it; read: its documentation or code says so; no: it cannot run it")

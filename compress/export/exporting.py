@@ -46,9 +46,10 @@ from .card import card
 from .comparing import check_tokenizer, compared, logits_of, some_tokens
 from .constraint import rounding
 from .family import Family
+from .formats import write_format
 from .licence import copy_licence_files, licence_of
 from .measures import measure, record, repeatable
-from .profiles import Profile, check_freezing, profile_named
+from .profiles import Profile, asked_for, check_freezing
 from .reload import source_of
 from .weights import SHARD_SIZE, check_shard_size
 from .writing import check_counts, check_possible, check_vocabulary, write_model
@@ -91,18 +92,24 @@ class Exporter:
         errors of :func:`~prunekit.compress.prune`. After an error there is no folder.
         """
         self._notes = []
-        spec, profile = self.spec, profile_named(self.profile)
+        spec = self.spec
+        profile, own = asked_for(self.profile, spec.catalog)
         folder = RunFolder(Path(self.out), self.overwrite, "exported folder", MANIFEST)
-        self._check_options(profile, folder)
+        self._check_options(folder)
         strategy = profile.constraint(self.multiple).on(spec.prune)
         outline = outline_of(spec.model)
         if outline is not None:
             check_possible(profile, outline, strategy, spec.catalog)
+            if own is not None:
+                own.check(outline.config)
+        check_freezing(profile, spec.prune, self.freeze)
         loaded = load(spec.model)
         self._check_run(loaded)
         check_lengths(spec.model_copy(update={"evaluate": repeatable(spec.evaluate)}), loaded)
         if outline is None:
             check_possible(profile, loaded.model, strategy, spec.catalog)
+            if own is not None:
+                own.check(loaded.model.config)
         check_vocabulary(profile, loaded)
         torch.manual_seed(spec.seed)
         calibrates = spec.prune.needs_calibration
@@ -144,12 +151,14 @@ class Exporter:
                 write_kept(partial, pruned.sites_kept)
             (partial / RECIPE).write_text(pinned(spec, loaded).to_yaml(), encoding="utf-8")
             self._notes += copy_licence_files(spec.model, partial)
-            again, handle, check = self._load_again(loaded, pruned, partial, ids)
+            again, handle, check = self._load_again(profile, loaded, pruned, partial, ids)
             with handle or nullcontext():
                 # A GGUF is not loaded here, so its weights have no fingerprint.
                 weights = None if check is None else fingerprint(again.model)
                 exported = active if check is None else sum(p.numel() for p in again.model.parameters())
                 metrics = [self._metric(found, again, handle) for found in before]
+                if own is not None:
+                    self._notes += write_format(own, again, partial)
             run = self._run_facts(cut, calibration)
             manifest = Manifest(
                 profile=profile.name,
@@ -182,7 +191,7 @@ class Exporter:
             (partial / CARD).write_text(card(manifest, name), encoding="utf-8")
             return write_manifest(partial, manifest)
 
-    def _check_options(self, profile: Profile, folder: RunFolder) -> None:
+    def _check_options(self, folder: RunFolder) -> None:
         """Raise for a wrong option before anything is loaded."""
         folder.check()
         name = self.spec.model.name
@@ -190,7 +199,6 @@ class Exporter:
             raise SpecError(f"--out names the model that is to be pruned ({folder.target}); choose another folder")
         for evaluator in repeatable(self.spec.evaluate):
             evaluator.check_options()
-        check_freezing(profile, self.spec.prune, self.freeze)
         check_shard_size(self.shard_size)
 
     @property
@@ -228,13 +236,13 @@ class Exporter:
         ]
 
     def _load_again(
-        self, loaded: Loaded, pruned: Pruned, partial: Path, ids: Tensor
+        self, profile: Profile, loaded: Loaded, pruned: Pruned, partial: Path, ids: Tensor
     ) -> tuple[Loaded, Pruned | None, LogitCheck | None]:
         """Load the written model, with its pruning if it decides per batch, and compare its logits for ids (b, t).
 
         One model is in memory at a time. A GGUF is not loaded: transformers measures the weights written to it.
         """
-        if self.profile == "gguf":
+        if profile.name == "gguf":
             self._notes.append(
                 "measured in transformers before the weights went to the GGUF; prunekit verify measures the file "
                 "itself where llama-cpp-python is installed"
@@ -243,7 +251,7 @@ class Exporter:
         expected, dtype = logits_of(loaded.model, ids, pruned), loaded.model.dtype
         pruned.remove()
         handle = None
-        if self.profile == "dynamic":
+        if profile.name == "dynamic":
             again = loaded
             handle = dynamic_state.restore(loaded.model, self.spec.prune, self.spec.catalog, partial, self._runtime)
         else:
@@ -252,7 +260,7 @@ class Exporter:
             again = load(source_of(partial, self.spec.model), check=False)
             check_tokenizer(loaded.tokenizer, again.tokenizer)
         try:
-            alike = self.profile in ("hf-hetero", "dynamic")
+            alike = profile.name in ("hf-hetero", "dynamic")
             return again, handle, compared(expected, logits_of(again.model, ids, handle), dtype, alike)
         except BaseException:
             if handle is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ...registry import SpecError, Strategy, near
+from ...registry import Catalog, ExportFormat, SpecError, Strategy, near
 from ..pruning.freezing import MEANINGS, check_freeze
 from .constraint import Constraint
 
@@ -90,13 +91,31 @@ PROFILES = (
 )
 
 
-def profile_named(name: str) -> Profile:
-    """The profile of that name; raises :class:`SpecError` naming the nearest name."""
-    names = [profile.name for profile in PROFILES]
+def profile_named(name: str, formats: Sequence[str] = ()) -> Profile:
+    """The profile of that name; raises :class:`SpecError` naming the nearest name, one of plugins' ``formats`` too."""
     for profile in PROFILES:
         if profile.name == name:
             return profile
+    names = [*(profile.name for profile in PROFILES), *formats]
     raise SpecError(f"--profile: there is no profile {name!r}{near(name, names)}; there are {', '.join(names)}")
+
+
+def asked_for(name: str, catalog: Catalog) -> tuple[Profile, ExportFormat | None]:
+    """The profile of that name; or the format of a plugin, and the profile that it is made from.
+
+    Raises :class:`SpecError` for none, and for a format that has the name of a profile.
+    """
+    formats = catalog.names("export_formats")
+    if name not in formats:
+        return profile_named(name, formats), None
+    if any(profile.name == name for profile in PROFILES):
+        raise SpecError(
+            f"--profile: {name} is a profile of prunekit, and a plugin has an export format of that name; rename that "
+            "format, or switch the plugin off with PRUNEKIT_BLOCK"
+        )
+    found = catalog.get("export_formats", name).model_validate({})
+    assert isinstance(found, ExportFormat)
+    return replace(profile_named(found.made_from), multiple=found.multiple), found
 
 
 def check_freezing(profile: Profile, strategy: Strategy, freeze: str | None) -> None:

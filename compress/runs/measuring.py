@@ -24,9 +24,9 @@ from ...registry import (
 )
 from ...registry.catalog import is_foreign, named
 from ...registry.roles.evaluation import checked
-from ...registry.tensors.model_state import ModelState
 from ..calibration.passes import Progress, no_progress
 from ..engine.rotary import rotary_kept
+from ..engine.weights import ModelWatch
 from ..files.reader import with_rows
 from ..models.loading import Loaded
 from ..pruning.prune import prune
@@ -79,7 +79,7 @@ class Measuring(Subject):
             raise PluginError(self._damaged)
         if key not in known:
             self._begin()
-            before = ModelState(self.model) if is_foreign(evaluator) else None
+            before = ModelWatch(self.model) if is_foreign(evaluator) else None
             try:
                 with rotary_kept(self.model), self.dense() if dense else nullcontext():
                     known[key] = checked(evaluator, self._evaluated(evaluator))

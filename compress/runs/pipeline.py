@@ -80,7 +80,8 @@ class Pipeline:
     ) -> Results:
         """Run everything and write nothing.
 
-        With ``keep`` an evaluator of a plugin that fails has no values but a note, and the others are kept.
+        With ``keep`` an evaluator of a plugin that fails has no values but a note, and the others are kept; a plugin
+        that changes the model is noted, too.
         Runs on one ``loaded`` model may share ``dense``, the measurements of the unpruned model, and ``statistics``,
         those of the calibration; both are filled here.
         """
@@ -137,7 +138,10 @@ class Pipeline:
             cut, search = about_cut(pruned), pruned.search
             notes = [*flaws_of(spec), *pruned.notes]
         if pruned.changed:  # nobody but a plugin can have written to it
-            raise PluginError(f"{pruned.changed}; fix the plugin")
+            if not keep:
+                raise PluginError(f"{pruned.changed}; fix the plugin")
+            failed.append(f"{pruned.changed}; all values may be wrong: fix the plugin")
+            notes.append(failed[-1])
         ended = time.perf_counter()
         if calibration is not None and stored is not None:
             calibration = calibration.model_copy(update={"statistics": stored.used})

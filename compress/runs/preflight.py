@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ...registry import DataError, ExpertUnit, PrunekitError, TextSource
+from ...registry import DataError, ExpertUnit, ModelError, PrunekitError, TextSource
 from ...registry.tensors.tokens import context_length
 from ..calibration.statistics_file import check_place
 from ..files.reader import Mistake, Place
@@ -140,8 +140,15 @@ def _check_experts(spec: PipelineSpec) -> None:
 
 def _find_sites(spec: PipelineSpec, experts: ExpertUnit) -> None:
     model = outline_of(spec.model)
-    if model is not None:
+    if model is None:
+        return
+    try:
         find_sites(model, spec.catalog, spec.prune.attention_unit, experts)
+    except ModelError as error:
+        message, _, lines = str(error).partition(":\n\n")
+        if not lines:
+            raise
+        raise ModelError(f"{message}; prunekit families --model {spec.model.label} prints them") from None
 
 
 @lru_cache(maxsize=64)

@@ -24,6 +24,7 @@ from ..errors import PluginError, PrunekitError
 from ..roles.choosing import Chooser
 from ..roles.compensation import Compensator
 from ..roles.evaluation import Evaluator, Subject, checked
+from ..roles.exporting import ExportFormat
 from ..roles.fitting import FittedScorer
 from ..roles.gradients import GradientScorer
 from ..roles.hookspecs import ROLES
@@ -36,6 +37,7 @@ from .allocators import check_allocation, check_block_statistic, check_budget, c
 from .appliers import check_application
 from .choosers import CHOOSER_CHECKS
 from .compensators import COMPENSATOR_CHECKS
+from .exporting import EXPORT_CHECKS
 from .fitting import FITTING_CHECKS
 from .gradients import GRADIENT_CHECKS
 from .parts import expect
@@ -317,4 +319,5 @@ ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     Policy: POLICY_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
     Evaluator: [check_rows],
+    ExportFormat: EXPORT_CHECKS,
 }

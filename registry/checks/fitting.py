@@ -18,14 +18,9 @@ from .toy import reorder, toy_batches, toy_model, toy_sites
 
 def check_fit(scorer: FittedScorer) -> None:
     """It fits a finite tensor for each site, in their order, the same every time."""
-    sites, found, again = toy_sites(), fits(scorer), fit_on(scorer, toy_model())
-    expect(
-        _is_list(found) and len(found) == len(sites),
-        scorer,
-        f"must return a list of {len(sites)} tensors from fit, one for each site; found {found!r}",
-    )
+    found, again = fits(scorer), fit_on(scorer, toy_model())
     for tensor, other in zip(found, again, strict=True):
-        expect_tensor(tensor, scorer, "what it fits", tuple(getattr(tensor, "shape", ())))
+        expect_tensor(tensor, scorer, "what it fits", tuple(tensor.shape))
         same = torch.equal(tensor, other)
         expect(same, scorer, "fits something else the second time; draw random numbers with torch, whose seed is set")
 
@@ -65,12 +60,19 @@ def check_fit_order(scorer: FittedScorer) -> None:
 
 
 def fit_on(scorer: FittedScorer, model: Any, given: Sequence[dict[str, Tensor]] | None = None) -> Sequence[Tensor]:
-    """What the scorer fits with a small model, as when it is pruned: with gradients on and no flag set."""
+    """What the scorer fits with a small model, float32, as when it is pruned: with gradients on and no flag set."""
+    sites = toy_sites()
     with torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
-        found = scorer.fit(model, toy_sites(), toy_batches() if given is None else given)
+        found: Any = scorer.fit(model, sites, toy_batches() if given is None else given)
     model.requires_grad_(False).zero_grad(set_to_none=True)
-    return [each.detach() if isinstance(each, Tensor) else each for each in found] if _is_list(found) else found
+    listed = isinstance(found, (list, tuple)) and len(found) == len(sites)
+    expect(
+        listed and all(isinstance(each, Tensor) for each in found),
+        scorer,
+        f"must return a list of {len(sites)} tensors from fit, one for each site; found {found!r:.200}",
+    )
+    return [each.detach().float() for each in found]
 
 
 @lru_cache(maxsize=8)
@@ -92,10 +94,6 @@ def in_order(fitted: Tensor, site: Site, units: Tensor, channels: Tensor) -> Ten
         if size in fitted.shape:
             return fitted.index_select(list(fitted.shape).index(size), order)
     return fitted
-
-
-def _is_list(found: Any) -> bool:
-    return isinstance(found, (list, tuple))
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

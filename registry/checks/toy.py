@@ -72,6 +72,15 @@ def toy_batches() -> list[dict[str, Tensor]]:
     return [{"input_ids": ids[:2]}, {"input_ids": ids[2:].clone().masked_fill_(mask == 0, 0), "attention_mask": mask}]
 
 
+def toy_tokenizer() -> Any:
+    """A tokenizer of as many words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+
+
 def reorder(model: Any, site: Site, units: Tensor) -> None:
     """Put the units of a site in another order; the model computes the same."""
     for producer in site.producers:

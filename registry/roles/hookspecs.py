@@ -7,6 +7,7 @@ import pluggy
 from ..component import Component
 from .compensation import Compensator
 from .evaluation import Evaluator
+from .exporting import ExportFormat
 from .parts import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 from .policies import Policy
 from .strategy import Strategy
@@ -30,6 +31,7 @@ ROLES: dict[str, type[Component]] = {
     "policies": Policy,
     "architectures": Architecture,
     "evaluators": Evaluator,
+    "export_formats": ExportFormat,
 }
 """Hook name -> what the classes it returns must derive from."""
 

@@ -40,9 +40,9 @@ class Scorer(Component):
     """Whether it scores by the producers' weights, too. It is then called ``prepare(weight, site, producers)``, with
     the weight (R, D) float32 of every layer of ``site.producers``; declare ``producers: Sequence[Tensor] = ()``."""
 
-    @abstractmethod
     def prepare(self, weight: Tensor, site: Site) -> Any:
-        """The weights' part of the score, computed once per site; weight (O, C) float32 -> anything."""
+        """The weights' part of the score, once per site; weight (O, C) float32 -> anything. None by default."""
+        return None
 
     @abstractmethod
     def score(self, prepared: Any, statistic: Any) -> Tensor:
