@@ -35,7 +35,7 @@ MODEL = tiny()
 
 
 def loss_of(model, batch):
-    """The sum of the losses of the next tokens that are no padding."""
+    """The sum of the losses of the next tokens except at padding."""
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     targets = batch["input_ids"].masked_fill(mask == 0, -100)[:, 1:]
     logits = model(**batch, use_cache=False).logits[:, :-1]
