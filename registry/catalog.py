@@ -26,9 +26,9 @@ FILE_PREFIX = "prunekit_plugin_"
 """Begins the module name of a plugin file."""
 
 PARTS = {
-    "scorer": "Scorer = WandaSpScorer(), from prunekit.strategies.wanda_sp",
-    "allocator": "SparsityAllocator = Uniform(), from prunekit.strategies.allocation",
-    "applier": "MaskApplier = Slice(), from prunekit.strategies.application",
+    "scorer": "Scorer = WandaSpScorer(), from prunekit.strategies",
+    "allocator": "SparsityAllocator = Uniform(), from prunekit.strategies",
+    "applier": "MaskApplier = Slice(), from prunekit.strategies",
 }
 """Parts that every strategy has, with an example."""
 

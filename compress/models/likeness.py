@@ -18,7 +18,7 @@ ANY = "*"
 """As a model type: the architecture serves every model, because the user says so."""
 
 LINES = """\
-    from prunekit.compress.models.families import family
+    from prunekit.compress import family
     from prunekit.registry import hookimpl
 
     Mine = family({fields})
