@@ -70,7 +70,7 @@ def private_imports(source: str) -> list[str]:
     """What a source imports from prunekit that is not on the page."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (place := node.module or "").startswith("prunekit"):
+        if isinstance(node, ast.ImportFrom) and (place := node.module or "").partition(".")[0] == "prunekit":
             found += [f"{place}.{each.name}" for each in node.names if each.name not in PLACES.get(place, ())]
         elif isinstance(node, ast.Import):
             names = [each.name for each in node.names if each.name.startswith("prunekit.")]
