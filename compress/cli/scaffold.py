@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 KINDS = sorted(path.name.partition(".")[0] for path in (TEMPLATES / "plugin").iterdir())
-PARTS = {"scorer": "scorer", "allocator": "allocator"}
-"""The kinds that are a part of a strategy, with the part's key."""
+PARTS = {
+    "scorer": ("wanda_sp", "scorer"),
+    "allocator": ("wanda_sp", "allocator"),
+    "mask_applier": ("wanda_sp", "applier"),
+    "compensator": ("wanda_sp", "compensate"),
+    "probe_selector": ("pp", "selector"),
+    "history_merger": ("pp", "merger"),
+    "policy": ("griffin", "policy"),
+}
+"""The kinds that are a part of a strategy: the strategy that uses it in the package, and the part's key."""
 WRITTEN = ("norm", "module", "query", "key", "value", "output")
 """Names of Llama's attention that a new family has in its code, to be changed."""
 VOCABULARY = 4096
@@ -93,10 +101,13 @@ def write_package(kind: str, name: str, out: Path | None, model_type: str | None
         names, model = family_of(catalog, model_type)
         values |= {"model_type": model_type, **names}
         variant = kind if model is not None else "unknown_type"
-    elif kind in PARTS or kind == "strategy":
-        variant, part = "part", PARTS.get(kind)
-        values["use"] = f"wanda_sp, ratio: 0.4, {part}: {name}" if part else f"{name}, ratio: 0.4"
-        values["call"] = f'"wanda_sp", ratio=0.5, {part}={cls}()' if part else f"{cls}(ratio=0.5)"
+    elif kind == "strategy":
+        variant = "part"
+        values |= {"use": f"{name}, ratio: 0.4", "call": f"{cls}(ratio=0.5)"}
+    elif kind in PARTS:
+        variant, (strategy, key) = "part", PARTS[kind]
+        values["use"] = f"{strategy}, ratio: 0.4, {key}: {name}"
+        values["call"] = f'"{strategy}", ratio=0.5, {key}={cls}()'
     places = {
         "pyproject.toml": "pyproject.toml",
         "README.md": "README.md",
