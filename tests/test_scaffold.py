@@ -65,6 +65,10 @@ def test_the_command_says_what_to_run_next(command, tmp_path, monkeypatch):
     assert code == 2 and "prunekit-some-scorer exists; choose another folder with --out" in output
     code, output = command("new", "scorer", "some_scorer", "--out", "a/b")
     assert code == 0 and "prunekit run a/b/pipeline.yaml" in output
+    code, output = command("new", "architecture", "some_family", "--model-type", "xglm", "--out", "c")
+    assert code == 0 and "The names in the layers of xglm are guessed; prunekit check says if they are right." in output
+    source = (tmp_path / "c" / "prunekit_some_family.py").read_text()
+    assert "sizes: SizeFields | None = None" in source and 'consumer="fc2"' in source
 
 
 def test_every_package_is_listed(installed, command):

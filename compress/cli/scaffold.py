@@ -69,6 +69,8 @@ def new(
     folder = write_package(kind, name, out, model_type)
     where = shlex.quote(os.path.relpath(folder))
     printing.say(f"{folder} has {', '.join(sorted(path.name for path in folder.iterdir()))}", whole=True)
+    if (folder / "model").is_dir():
+        printing.say(f"The names in the layers of {model_type} are guessed; prunekit check says if they are right.")
     printing.say("Next:", whole=True)
     for command in (
         f"pip install -e {where if os.sep in where else f'./{where}'}",
@@ -91,7 +93,7 @@ def write_package(kind: str, name: str, out: Path | None, model_type: str | None
     catalog, cls = Catalog.discover(block=""), "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     check_name(catalog, kind, name, cls)
     project = f"prunekit-{name.replace('_', '-')}"
-    target = Path(out or project)
+    target = Path(out or project).expanduser()
     if os.path.lexists(target):
         raise SpecError(f"{target} exists; choose another folder with --out")
     values = {"kind": kind, "name": name, "cls": cls, "project": project, "module": f"prunekit_{name}"}
@@ -152,7 +154,7 @@ def family_of(catalog: Catalog, model_type: str) -> tuple[dict[str, str], Any]:
     """
     from transformers import CONFIG_MAPPING
 
-    from ...registry import SpecError
+    from ...registry import SizeFields, SpecError
     from ..models.architectures import Llama
     from ..models.language import READ_IMAGES
     from ..models.likeness import guessed_family, types_of, written
@@ -175,16 +177,18 @@ def family_of(catalog: Catalog, model_type: str) -> tuple[dict[str, str], Any]:
         guess = guessed_family(model)
         if guess is None:
             raise SpecError(f"the layers of type {model_type!r} have not one attention and one MLP each; {remedy}")
-        layers, _, names = guess
+        layers, layer, names = guess
+        width: Any = layer.get_submodule(names["mlp"]["consumer"])
+        known = getattr(model.config, SizeFields().width, None) == width.in_features
     else:
-        model, layers = None, Llama().layers
+        model, layers, known = None, Llama().layers, True
         names = {"attention": {key: getattr(Llama().attention, key) for key in WRITTEN}}
         names["mlp"] = Llama().mlp.model_dump(exclude_defaults=True)
     lines = {
         block: "".join(f"\n        {key}={written(value)}," for key, value in found.items()) + "\n    "
         for block, found in names.items()
     }
-    return {"layers": layers, **lines}, model
+    return {"layers": layers, "sizes": "SizeFields()" if known else "None", **lines}, model
 
 
 def _template(place: str) -> str:
