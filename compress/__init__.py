@@ -6,28 +6,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .ablation.store import Store
     from .export.evaluating import evaluate
     from .export.exporting import Exporter
     from .export.generating import generate
     from .export.reload import load
     from .files.spec import PipelineSpec
+    from .models.architectures import AttentionNames, MlpNames, PreNormDecoder
+    from .models.families import family
     from .pruning.checking import check_architecture
     from .pruning.prune import prune
     from .pruning.pruned import Pruned
     from .runs.pipeline import Pipeline
+    from .runs.records import read_results
     from .runs.text import calibration_batches
 
 __all__ = [
+    "AttentionNames",
     "Exporter",
+    "MlpNames",
     "Pipeline",
     "PipelineSpec",
+    "PreNormDecoder",
     "Pruned",
+    "Store",
     "calibration_batches",
     "check_architecture",
     "evaluate",
+    "family",
     "generate",
     "load",
     "prune",
+    "read_results",
 ]
 
 _HOMES = {
@@ -41,6 +51,12 @@ _HOMES = {
     "load": "export.reload",
     "evaluate": "export.evaluating",
     "generate": "export.generating",
+    "PreNormDecoder": "models.architectures",
+    "AttentionNames": "models.architectures",
+    "MlpNames": "models.architectures",
+    "family": "models.families",
+    "read_results": "runs.records",
+    "Store": "ablation.store",
 }
 
 

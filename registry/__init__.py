@@ -1,4 +1,4 @@
-"""Everything a plugin author imports: roles, sites, statistics, hooks, the catalog and the errors."""
+"""What plugins are made of: roles, sites, statistics, hooks, the catalog and the errors (docs/public-names.md)."""
 
 from .catalog import Catalog, Entry, near
 from .component import Component

@@ -26,9 +26,9 @@ FILE_PREFIX = "prunekit_plugin_"
 """Begins the module name of a plugin file."""
 
 PARTS = {
-    "scorer": "Scorer = WandaSpScorer(), from prunekit.strategies.wanda_sp",
-    "allocator": "SparsityAllocator = Uniform(), from prunekit.strategies.allocation",
-    "applier": "MaskApplier = Slice(), from prunekit.strategies.application",
+    "scorer": "Scorer = WandaSpScorer(), from prunekit.strategies",
+    "allocator": "SparsityAllocator = Uniform(), from prunekit.strategies",
+    "applier": "MaskApplier = Slice(), from prunekit.strategies",
 }
 """Parts that every strategy has, with an example."""
 
@@ -181,10 +181,14 @@ class Catalog:
 def named(component: Component) -> str:
     """Role, name and plugin of a component in a few words: ``scorer 'mine' of plugin file mine.py``."""
     role = next((role for role, base in ROLES.items() if isinstance(component, base)), "components")
-    title = "strategy" if role == "strategies" else role[:-1].replace("_", " ")
     module = type(component).__module__.partition(".")[0]
     plugin = f"file {module.removeprefix(FILE_PREFIX)}.py" if module.startswith(FILE_PREFIX) else module
-    return f"{title} {component.name!r} of plugin {plugin}"
+    return f"{singular(role).replace('_', ' ')} {component.name!r} of plugin {plugin}"
+
+
+def singular(role: str) -> str:
+    """The name of a hook for one component: ``scorer``, ``strategy``, ``probe_selector``."""
+    return f"{role[:-3]}y" if role.endswith("ies") else role[:-1]
 
 
 def is_foreign(component: Component) -> bool:

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 from prunekit import registry
 from prunekit.registry import PLUGIN_API, ROLES, Catalog, PluginError, Scorer
-from prunekit.registry.catalog import PARTS
+from prunekit.registry.catalog import PARTS, named, singular
 
 pytestmark = pytest.mark.smoke
 
@@ -378,3 +378,8 @@ def test_the_examples_of_parts_can_be_imported():
     for example in PARTS.values():
         role, made, home = re.fullmatch(r"(\w+) = (\w+)\(\), from ([\w.]+)", example).groups()
         assert isinstance(getattr(importlib.import_module(home), made)(), getattr(registry, role))
+
+
+def test_a_component_is_named_by_its_role_and_plugin():
+    assert named(registry.PerPrompt()) == "policy 'per_prompt' of plugin prunekit"
+    assert list(map(singular, ("strategies", "probe_selectors", "scorers"))) == ["strategy", "probe_selector", "scorer"]

@@ -98,12 +98,13 @@ def test_what_a_component_is_exempt_from_is_left_out_with_the_reason(command):
 def test_architectures_are_checked_on_small_models(command, tmp_path):
     page = (Path(__file__).resolve().parents[1] / "docs" / "plugins.md").read_text()
     (example,) = re.findall(r'^```python\n("""BioGPT.*?)^```', page, re.MULTILINE | re.DOTALL)
-    types = '("biogpt", "llama4_text", "nowhere")'
+    types = '("biogpt", "llama4_text", "nowhere", "whisper")'
     (tmp_path / "biogpt.py").write_text(example.replace('("biogpt",)', types))
     output = command("check", tmp_path / "biogpt.py", "--json")[1]
     found = [each for each in json.loads(output) if each["check"] == "check_architecture"]
-    assert [each["result"] for each in found] == ["passed", "failed", "left out"]
+    assert [each["result"] for each in found] == ["passed", "failed", "left out", "left out"]
     assert "no small nowhere can be made (the installed transformers has no such type)" in found[2]["message"]
+    assert "no small whisper can be made (ValueError: embed_dim must be divisible" in found[3]["message"]
 
 
 def test_a_name_that_nothing_has_is_refused(command):

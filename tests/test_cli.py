@@ -206,7 +206,7 @@ def test_show_tells_every_option_of_every_role_of_that_name(command):
     for words in ("attention_unit: kv_group | query_head, default kv_group", "skip_layers: list of int, default []"):
         assert words in text
     assert "ratio: float, required (unless the allocator takes none)" in text
-    assert "In Python: from prunekit.strategies.pp import PP " in text
+    assert "In Python: from prunekit.strategies import PP " in text
     random = command("show", "random").stdout
     assert all(role in random for role in ("Strategy", "Scorer", "ProbeSelector"))
     explicit = " ".join(command("show", "explicit").stdout.split())

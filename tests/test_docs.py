@@ -14,7 +14,6 @@ import pytest
 import yaml
 from prunekit.compress import Pruned
 from prunekit.compress.files import moved
-from prunekit.registry import Catalog
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -120,20 +119,6 @@ def test_every_member_of_the_handle_is_described():
     rows = re.findall(r"^\| (`.+) \|", PYTHON, re.MULTILINE)
     described = {name for row in rows for name in re.findall(r"`(\w+)[`(]", row.split(" | ")[0])}
     assert {name for name in vars(Pruned) if not name.startswith("_")} <= described | {"model", "strategy", "catalog"}
-
-
-def test_every_built_in_component_is_listed_with_its_import():
-    listed = {}
-    for module, classes in re.findall(r"^\| [\w ]*\| `(prunekit\.[\w.]+)` \| (.+) \|$", PYTHON, re.MULTILINE):
-        for name in re.findall(r"`(\w+)`", classes):
-            listed[getattr(importlib.import_module(module), name)] = module
-    elsewhere = ("architectures", "evaluators")  # on pages of their own
-    ours = [
-        entry
-        for entry in Catalog.discover(block="").entries
-        if entry.provider.startswith("prunekit ") and ".reference" not in entry.component.__module__
-    ]
-    assert [e.name for e in ours if e.role not in elsewhere and e.component not in listed] == []
 
 
 def test_the_figures_of_the_front_page_are_recorded():

@@ -137,24 +137,6 @@ def test_every_field_of_a_site_is_described():
     ]
 
 
-def test_where_components_are_imported_from():
-    """The table of docs/python.md says what prunekit show prints."""
-    table = (DOCS / "python.md").read_text().split("| role | import from | classes |")[1].split("\n\n")[0]
-    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
-    told = {
-        f"from {home.strip(' `')} import {name.strip(' `')}" for _, home, names in rows for name in names.split(",")
-    }
-    here = ("prunekit.strategies.reference", "prunekit.evaluators", "prunekit.compress")
-    lines = {
-        entry.import_line
-        for entry in Catalog.discover(block="").entries
-        if entry.provider.startswith("prunekit ") and not entry.plugin.endswith("families")  # they are data
-    }
-    assert told == {line for line in lines if not line.startswith(tuple(f"from {home}" for home in here))}
-    for line in lines:
-        exec(line, {})
-
-
 def test_a_plugin_file_cannot_import_its_neighbours(tmp_path):
     (tmp_path / "neighbour_of_example.py").write_text("x = 1")
     file = tmp_path / "example.py"

@@ -114,7 +114,7 @@ def _on_models(architecture: Architecture, loaded: Loaded | None) -> Iterator[Fi
         try:
             model = small_model(kind) if kind in CONFIG_MAPPING else None
         except Exception as error:  # the recipe does not fit every type
-            model, why = None, f"{type(error).__name__}: {error:.200}"
+            model, why = None, f"{type(error).__name__}: {error!s:.200}"
         else:
             why = "the installed transformers has no such type"
         if model is None:

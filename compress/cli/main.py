@@ -12,7 +12,7 @@ import typer
 
 from ... import __version__
 from ..output import stopping
-from . import checks, exports, generating, studies
+from . import checks, exports, generating, scaffold, studies
 from .options import Commands, OutFolder, Overwrite, PipelineFile, PluginFiles, Settings, guarded
 
 if TYPE_CHECKING:
@@ -230,6 +230,7 @@ COMMANDS: Commands = {
     "fetch": fetch,
     "validate": validate,
     **checks.COMMANDS,
+    **scaffold.COMMANDS,
     "list": list_components,
     "show": show,
     "families": families,

@@ -18,7 +18,7 @@ ANY = "*"
 """As a model type: the architecture serves every model, because the user says so."""
 
 LINES = """\
-    from prunekit.compress.models.families import family
+    from prunekit.compress import family
     from prunekit.registry import hookimpl
 
     Mine = family({fields})
@@ -89,27 +89,23 @@ def advice(model: nn.Module, kind: str, known: Iterable[Architecture]) -> str:
 
     Empty for a model that has no list of equal layers with an attention and an MLP.
     """
-    lists = [(path, stack) for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList)]
-    stacks = [(path, stack) for path, stack in lists if len({type(layer) for layer in stack}) == 1]
-    if not stacks or not hasattr(model, "get_input_embeddings"):
+    guess = guessed_family(model)
+    if guess is None:
         return ""
-    path, stack = max(stacks, key=lambda found: sum(each.numel() for each in found[1].parameters()))
-    names = guessed_names(stack[0], _width(model))
-    if names is None:
-        return ""
+    path, layer, names = guess
     decoders = [each for each in known if isinstance(each, PreNormDecoder)]
     plain = [
         each for each in decoders if each.mlp is not None and not (each.other_mlps or each.leaves or each.has_experts)
     ]
-    order = sorted(plain, key=lambda each: (len(_missing(each, stack[0])), each.name != "llama"))
+    order = sorted(plain, key=lambda each: (len(_missing(each, layer)), each.name != "llama"))
     found = order[0] if order else Llama()
-    missing = _missing(found, stack[0])
+    missing = _missing(found, layer)
     place = "" if found.layers == path else f", layers: {path}"
     run = f"run with architecture: {{like: {found.model_types[0]}{place}}}, which is checked on the model first; or "
     if missing:
         said, run = f"Its layers have no {', '.join(missing)}, which {found.name} has; ", ""
     else:
-        more = _others(found, stack[0])
+        more = _others(found, layer)
         said = f"It looks like {found.name}{f' with {more}' if more else ''}; "
         try:
             found.model_copy(update={"layers": path}).sites(model, "kv_group")
@@ -117,6 +113,17 @@ def advice(model: nn.Module, kind: str, known: Iterable[Architecture]) -> str:
             said, run = f"{said[:-2]}, but {error}; ", ""
     lines = LINES.format(fields=_fields(kind, path, names))
     return f"{said}{run}write these lines into a plugin, with the names corrected (docs/architectures.md):\n\n{lines}"
+
+
+def guessed_family(model: nn.Module) -> tuple[str, nn.Module, dict[str, dict[str, Any]]] | None:
+    """Path of the decoder layers, the first of them, and the names in it; None where they cannot be guessed."""
+    lists = [(path, stack) for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList)]
+    stacks = [(path, stack) for path, stack in lists if len({type(layer) for layer in stack}) == 1]
+    if not stacks or not hasattr(model, "get_input_embeddings"):
+        return None
+    path, stack = max(stacks, key=lambda found: sum(each.numel() for each in found[1].parameters()))
+    names = guessed_names(stack[0], _width(model))
+    return None if names is None else (path, stack[0], names)
 
 
 def guessed_names(layer: nn.Module, width: int) -> dict[str, dict[str, Any]] | None:
@@ -198,11 +205,11 @@ def _fields(kind: str, layers: str, names: dict[str, dict[str, Any]]) -> str:
     for key, found in names.items():
         own = {name: value for name, value in found.items() if value != getattr(getattr(llama, key), name)}
         if own:
-            pairs = ", ".join(f'"{name}": {_written(value)}' for name, value in own.items())
+            pairs = ", ".join(f'"{name}": {written(value)}' for name, value in own.items())
             parts.append(f"{key}={{{pairs}}}")
     return ", ".join(parts) if len(parts) == 1 else "\n        " + ",\n        ".join(parts) + ",\n    "
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as Python writes it, with double quotes."""
     return repr(value).replace("'", '"')

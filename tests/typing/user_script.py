@@ -19,11 +19,7 @@ from prunekit.registry import (
     SparsityAllocator,
     Subject,
 )
-from prunekit.strategies.allocation import Uniform
-from prunekit.strategies.compensation import LeastSquares
-from prunekit.strategies.pp import PP, ProbePruning
-from prunekit.strategies.pp.mergers import MovingAverage
-from prunekit.strategies.reference.pp import PPReference
+from prunekit.strategies import PP, LeastSquares, MovingAverage, PPReference, ProbePruning, Uniform
 from torch import Tensor, nn
 
 uniform = Uniform()

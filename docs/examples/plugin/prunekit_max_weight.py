@@ -3,7 +3,7 @@
 from typing import Literal
 
 from prunekit.registry import Scorer, hookimpl
-from prunekit.strategies.pp import ProbePruning
+from prunekit.strategies import ProbePruning
 
 
 class MaxWeight(Scorer):
