@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from prunekit.compress import prune
 from prunekit.compress.calibration.shared import SharedStatistics
-from prunekit.registry import SpecError
+from prunekit.registry import NonFiniteError, SpecError
 from prunekit.strategies.greedy import Greedy
 from prunekit.strategies.sensitivity import Sensitivity
 
@@ -90,6 +90,10 @@ def test_an_infinite_loss_is_the_last_choice():
     sites = places(2)
     losses = Losses(sites, lambda shares: np.inf if shares[0] else 3.0)
     assert Greedy().allocate(sites, 0.5, losses)[0] == 6
+    losses = Losses(sites, lambda shares: np.inf if shares.sum() > 1 else 3.0)
+    assert Greedy().allocate(sites, 0.2, losses)
+    with pytest.raises(NonFiniteError, match=r"greedy: no cut that it measured for this ratio has a finite objective"):
+        Greedy().allocate(sites, 0.5, losses)
 
 
 def test_a_larger_ratio_measures_only_what_is_new(make_model, batches):
