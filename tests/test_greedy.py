@@ -1,10 +1,13 @@
 """The allocator that cuts step by step: what it finds, and what it measures for it."""
 
+from typing import ClassVar, Literal
+
 import numpy as np
 import pytest
 from prunekit.compress import prune
 from prunekit.compress.calibration.shared import SharedStatistics
 from prunekit.registry import NonFiniteError, SpecError
+from prunekit.registry.checks import check_component
 from prunekit.strategies.greedy import Greedy
 from prunekit.strategies.sensitivity import Sensitivity
 
@@ -94,6 +97,19 @@ def test_an_infinite_loss_is_the_last_choice():
     assert Greedy().allocate(sites, 0.2, losses)
     with pytest.raises(NonFiniteError, match=r"greedy: no cut that it measured for this ratio has a finite objective"):
         Greedy().allocate(sites, 0.5, losses)
+
+
+class Unscored(Greedy):
+    """Measures cuts of units that have no scores."""
+
+    needs_scores: ClassVar[bool] = False
+    name: Literal["unscored"] = "unscored"
+
+
+def test_the_contract():
+    check_component(Greedy())
+    with pytest.raises(AssertionError, match="measures, so its needs_scores must be true"):
+        check_component(Unscored())
 
 
 def test_a_larger_ratio_measures_only_what_is_new(make_model, batches):
