@@ -107,9 +107,16 @@ class BlockByBlock(DepthAllocator):
         """
         if evaluate is None:
             raise SpecError(f"allocator {self.name} measures the model, and is called without a way to; fix the caller")
-        return self._without(sites, ratio, self._order(sites, evaluate))
+        losses: dict[Block, float] = {}
+        counts = self._without(sites, ratio, self._order(sites, evaluate, losses))
+        for block, loss in losses.items():
+            if not counts[block[0]]:  # the last one may be too large
+                gone = [sites[place].site.label for place in block]
+                evaluate.record(gone=", ".join(gone), objective="loss", tokens=self.tokens, best=loss)
+        return counts
 
-    def _order(self, sites: Sequence[SiteScores], evaluate: Evaluate) -> Iterator[Block]:
+    def _order(self, sites: Sequence[SiteScores], evaluate: Evaluate, found: dict[Block, float]) -> Iterator[Block]:
+        """The blocks, the first to go at the beginning; ``found`` gets the loss without each and all before it."""
         counts = [scores.site.units for scores in sites]
         alive = self._removable(sites, by_site=self.blocks == "sites")
         while alive:
@@ -118,7 +125,7 @@ class BlockByBlock(DepthAllocator):
             best = min(range(len(alive)), key=losses.__getitem__)
             if not math.isfinite(losses[best]):
                 raise not_finite(self.name, "loss")
-            counts = candidates[best]
+            counts, found[alive[best]] = candidates[best], losses[best]
             yield alive.pop(best)
 
 

@@ -72,6 +72,9 @@ class Greedy(MeasuringAllocator):
             counts[:], loss, budget = candidate, found, budget - freed
             heapq.heappush(queue, (rate, done, place))
             done += 1
+            evaluate.record(
+                site=sites[place].label, kept=counts[place], objective=self.objective, tokens=self.tokens, best=loss
+            )
             yield freed
 
     def _least(self, site: Site) -> int:

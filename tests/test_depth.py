@@ -72,11 +72,14 @@ def test_blocks_go_one_by_one_where_the_loss_is_smallest(model, batches):
     ):
         found = set()
         with prune(model, use, **options, allocator={"tokens": 10_000}) as pruned:
-            removed = gone(pruned)
+            removed, steps = gone(pruned), pruned.search
+        order = [step["gone"].split(", ") for step in steps]
+        assert {label for labels in order for label in labels} == {f"layer {layer} {kind}" for layer, kind in removed}
         while found < removed:
             losses = {i: loss_without(model, batches, found | block) for i, block in enumerate(allowed)}
             best = min(losses, key=losses.get)
             found |= allowed.pop(best)
+            assert steps.pop(0)["best"] == pytest.approx(losses[best], rel=1e-5)
         assert found == removed and removed, use
 
 
@@ -105,6 +108,7 @@ def test_an_infinite_loss_is_the_last_choice_and_alone_refused():
     def evaluate(candidates, tokens, **how):
         return [math.inf if not counts[0] or counts.count(0) > 4 else 3.0 for counts in candidates]
 
+    evaluate.record = lambda **step: None
     assert BlockByBlock().allocate(sites, 0.5, evaluate) == [6, 24, 0, 0, 0, 0, 6, 24]
     with pytest.raises(
         NonFiniteError, match=r"block_by_block: no cut that it measured .* has a finite objective .loss."

@@ -19,10 +19,14 @@ class Losses:
 
     def __init__(self, sites, of):
         self.units, self.of, self.asked = [scores.site.units for scores in sites], of, []
+        self.steps = []
 
     def __call__(self, candidates, tokens, **how):
         self.asked += [tuple(counts) for counts in candidates]
         return [float(self.of(1 - np.array(counts) / self.units)) for counts in candidates]
+
+    def record(self, **step):
+        self.steps.append(step)
 
     @staticmethod
     def progress(items, label, total):
@@ -52,6 +56,10 @@ def test_lazy_steps_are_those_of_a_search_that_measures_everything(seed):
     counts = Greedy(step=0.01).allocate(sites, 0.5, losses)
     assert counts == eager(sites, of, 18)
     assert len(set(losses.asked)) < 18 * 6 / 2
+    assert len(losses.steps) == 18
+    ends = {step["site"]: step["kept"] for step in losses.steps}
+    assert ends == {each.site.label: n for each, n in zip(sites, counts, strict=True) if n < each.site.units}
+    assert losses.steps[-1]["best"] == of(1 - np.array(counts) / losses.units)
 
 
 def test_cuts_that_act_on_each_other_are_seen():
