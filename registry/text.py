@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 FORMATS = ".txt, .jsonl, .json, .csv and .tsv, each also as .gz, .parquet, and folders of datasets' save_to_disk"
 """What can be read."""
 
-LATER = {"data_files": None, "apply_chat_template": False, "skip_null": False, "mixture": None}
+LATER = {"data_files": None, "apply_chat_template": False, "skip_null": False, "mixture": None, "generated": None}
 """Options that are newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_serializer
 from torch import Tensor
 
-from ..registry import MEASURED_LENGTH, Evaluate, Objective, Site, SparsityAllocator, SpecError
+from ..registry import MEASURED_LENGTH, Evaluate, NonFiniteError, Objective, Site, SparsityAllocator, SpecError
 
 WORST = 1e6
 """Nats per token that stand for an infinite loss."""
@@ -36,6 +36,14 @@ def parameters_to_cut(
             "lower the ratio or minimum_units"
         )
     return ratio * total * EXACT
+
+
+def not_finite(allocator: str, objective: Objective) -> NonFiniteError:
+    """The error of an allocator whose measurements are all infinite, so that none of them is a reason for a choice."""
+    return NonFiniteError(
+        f"allocator {allocator}: no cut that it measured for this ratio has a finite objective ({objective}); lower "
+        "the ratio, or load the model in float32 or bfloat16"
+    )
 
 
 def kept_by_rank(values: Sequence[Tensor], costs: Sequence[float], budget: float, minimum_units: int) -> list[int]:

@@ -6,6 +6,7 @@ as many of the first ones go as come nearest to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
@@ -25,6 +26,7 @@ from ..registry import (
     hookimpl,
 )
 from .application import Slice
+from .budget import not_finite
 from .magnitude import MagnitudeScorer
 
 Block = tuple[int, ...]
@@ -98,19 +100,32 @@ class BlockByBlock(DepthAllocator):
     length: int = Field(default=MEASURED_LENGTH, ge=2, description="most tokens of a row that are measured")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float, evaluate: Evaluate | None = None) -> list[int]:
-        """Kept units of every site; raises :class:`SpecError` for a ratio that too few blocks may go for."""
+        """Kept units of every site.
+
+        Raises :class:`SpecError` for a ratio that too few blocks may go for, and :class:`NonFiniteError` if no further
+        block can go with a finite loss.
+        """
         if evaluate is None:
             raise SpecError(f"allocator {self.name} measures the model, and is called without a way to; fix the caller")
-        return self._without(sites, ratio, self._order(sites, evaluate))
+        losses: dict[Block, float] = {}
+        counts = self._without(sites, ratio, self._order(sites, evaluate, losses))
+        for block, loss in losses.items():
+            if not counts[block[0]]:  # the last one may be too large
+                gone = [sites[place].site.label for place in block]
+                evaluate.record(gone=", ".join(gone), objective="loss", tokens=self.tokens, best=loss)
+        return counts
 
-    def _order(self, sites: Sequence[SiteScores], evaluate: Evaluate) -> Iterator[Block]:
+    def _order(self, sites: Sequence[SiteScores], evaluate: Evaluate, found: dict[Block, float]) -> Iterator[Block]:
+        """The blocks, the first to go at the beginning; ``found`` gets the loss without each and all before it."""
         counts = [scores.site.units for scores in sites]
         alive = self._removable(sites, by_site=self.blocks == "sites")
         while alive:
             candidates = [[0 if place in block else n for place, n in enumerate(counts)] for block in alive]
             losses = evaluate(candidates, self.tokens, length=self.length)
             best = min(range(len(alive)), key=losses.__getitem__)
-            counts = candidates[best]
+            if not math.isfinite(losses[best]):
+                raise not_finite(self.name, "loss")
+            counts, found[alive[best]] = candidates[best], losses[best]
             yield alive.pop(best)
 
 

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from ..registry import Evaluate, NonFiniteError, Objective, Site, SiteScores, SparsityAllocator, hookimpl
+from ..registry import Evaluate, Objective, Site, SiteScores, SparsityAllocator, hookimpl
 from .allocation import Uniform, kept_width
-from .budget import MeasuringAllocator, parameters_to_cut
+from .budget import MeasuringAllocator, not_finite, parameters_to_cut
 
 DRAWS = 100
 """Draws of a switch before a parent counts as one that cannot be changed."""
@@ -100,10 +100,7 @@ class Evolutionary(MeasuringAllocator):
                 tokens=self.tokens, best=best,
             )  # fmt: skip
         if not math.isfinite(best):
-            raise NonFiniteError(
-                f"allocator {self.name}: none of the cuts that it measured has a finite objective ({self.objective}); "
-                "lower the ratio, or load the model in float32 or bfloat16"
-            )
+            raise not_finite(self.name, self.objective)
         return parent
 
     def _offspring(

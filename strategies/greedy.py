@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ..registry import Evaluate, Site, SiteScores, SparsityAllocator, hookimpl
-from .budget import WORST, MeasuringAllocator, parameters_to_cut
+from .budget import WORST, MeasuringAllocator, not_finite, parameters_to_cut
 
 
 class Greedy(MeasuringAllocator):
@@ -29,7 +29,11 @@ class Greedy(MeasuringAllocator):
     step: float = Field(default=0.25, gt=0, le=1, description="share of a site's units in one step, at least one unit")
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float, evaluate: Evaluate | None = None) -> list[int]:
-        """Kept units of every site; raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible."""
+        """Kept units of every site.
+
+        Raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible, and :class:`NonFiniteError` if no
+        further step has a finite objective.
+        """
         evaluate = self._measuring(evaluate)
         places = [scores.site for scores in sites]
         most = [site.units - self._least(site) for site in places]
@@ -63,9 +67,14 @@ class Greedy(MeasuringAllocator):
                 if queue and rate > queue[0][0]:
                     heapq.heappush(queue, (rate, done, place))
                     continue
+            if found >= WORST:  # so has every other step
+                raise not_finite(self.name, self.objective)
             counts[:], loss, budget = candidate, found, budget - freed
             heapq.heappush(queue, (rate, done, place))
             done += 1
+            evaluate.record(
+                site=sites[place].label, kept=counts[place], objective=self.objective, tokens=self.tokens, best=loss
+            )
             yield freed
 
     def _least(self, site: Site) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +11,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from ..registry import Evaluate, Site, SiteScores, SparsityAllocator, hookimpl
-from .budget import EXACT, WORST, MeasuringAllocator, parameters_to_cut
+from .budget import EXACT, WORST, MeasuringAllocator, not_finite, parameters_to_cut
 
 GRID = 4096
 """Steps into which dynamic programming divides the parameters to cut."""
@@ -52,7 +53,11 @@ class Sensitivity(MeasuringAllocator):
         return levels
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float, evaluate: Evaluate | None = None) -> list[int]:
-        """Kept units of every site; raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible."""
+        """Kept units of every site.
+
+        Raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible, and :class:`NonFiniteError` if no cut
+        has a finite objective.
+        """
         evaluate = self._measuring(evaluate)
         places = [scores.site for scores in sites]
         droppable = [self._droppable(site) for site in places]
@@ -83,6 +88,8 @@ class Sensitivity(MeasuringAllocator):
         cuts = [(place, dropped) for place, site in enumerate(sites) for dropped in self._measured(site)]
         candidates = [[*whole[:place], whole[place] - dropped, *whole[place + 1 :]] for place, dropped in cuts]
         dense, *losses = evaluate([whole, *candidates], self.tokens, **self._how)
+        if not any(map(math.isfinite, losses)):
+            raise not_finite(self.name, self.objective)
         measured = [np.zeros((2, 1)) for _ in sites]
         for (place, dropped), loss in zip(cuts, losses, strict=True):
             increase = min(max(loss - dense, measured[place][1, -1]), WORST)

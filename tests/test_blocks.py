@@ -153,9 +153,21 @@ class Writing(BlockStatistic):
         return entering.mul_(2).sum(1)
 
 
+class NoStatistic(Looking):
+    """Has a number for a statistic."""
+
+    name: Literal["no_statistic"] = "no_statistic"
+
+    @property
+    def block_statistic(self):
+        return 0.5
+
+
 def test_the_check_of_block_statistics():
     check_component(Looking())
     check_component(Looking(by=Angle()))
     for broken, message in ((Wide(), "the statistic of tokens"), (Mixing(), "other tokens"), (Writing(), "changes")):
         with pytest.raises(AssertionError, match=message):
             check_component(Looking(by=broken))
+    with pytest.raises(AssertionError, match=r"must have a BlockStatistic or None, found 0\.5"):
+        check_component(NoStatistic())

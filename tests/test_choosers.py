@@ -21,6 +21,7 @@ from prunekit.registry import (
 )
 from prunekit.registry.checks import check_component
 from prunekit.registry.checks.parts import some_site
+from prunekit.registry.errors import LinAlgError
 from prunekit.strategies.modegpt import ModegptChooser
 from prunekit.strategies.obs import ObsChooser
 
@@ -169,6 +170,10 @@ def broken(**body):
     return type("Broken", (Reversed,), {"__module__": __name__, "__doc__": "Broken.", **body})
 
 
+def unsolved(self, covariance, weight, site):
+    raise LinAlgError("not today")
+
+
 def ordering(make):
     return broken(order=lambda self, covariance, weight, site: make(site.units, weight))
 
@@ -186,6 +191,8 @@ def ordering(make):
         (ordering(lambda n, w: Order(torch.arange(n), w.zero_()[0, :1].expand(n).clone())), "changes the weight"),
         (broken(memory_plan=lambda self, site: MemoryPlan(0.5, 0)), "an int of 0 or more"),
         (broken(memory_plan=lambda self, site: 5), "must return a MemoryPlan"),
+        (broken(memory_plan=lambda self, site: MemoryPlan(0, 0, 0)), "must plan limit as an int of at least 1"),
+        (broken(order=unsolved), "cannot solve a covariance that is positive definite"),
         (broken(exempt={}), "orders units by their numbers"),
         (broken(exempt={"check_units": "misspelt"}), "is exempt from 'check_units', which is not a check of its"),
         (broken(order=lambda self, covariance, weight: None), "must have def order(self, covariance, weight, site)"),

@@ -1,6 +1,7 @@
 """Depth strategies: the layers with the lowest influence, and the blocks without which the loss is smallest."""
 
 import json
+import math
 import re
 from typing import ClassVar
 
@@ -9,10 +10,12 @@ import torch
 import yaml
 from prunekit.compress import prune
 from prunekit.compress.pruning.matching import Match
-from prunekit.registry import SpecError
+from prunekit.registry import NonFiniteError, SpecError
 from prunekit.registry.checks import check_component
 from prunekit.strategies.depth import BlockByBlock, LowestInfluence, Sleb
 from torch.nn import functional
+
+from tests.toy_sites import places
 
 LAYERS = 6
 
@@ -69,11 +72,14 @@ def test_blocks_go_one_by_one_where_the_loss_is_smallest(model, batches):
     ):
         found = set()
         with prune(model, use, **options, allocator={"tokens": 10_000}) as pruned:
-            removed = gone(pruned)
+            removed, steps = gone(pruned), pruned.search
+        order = [step["gone"].split(", ") for step in steps]
+        assert {label for labels in order for label in labels} == {f"layer {layer} {kind}" for layer, kind in removed}
         while found < removed:
             losses = {i: loss_without(model, batches, found | block) for i, block in enumerate(allowed)}
             best = min(losses, key=losses.get)
             found |= allowed.pop(best)
+            assert steps.pop(0)["best"] == pytest.approx(losses[best], rel=1e-5)
         assert found == removed and removed, use
 
 
@@ -94,6 +100,20 @@ def test_a_match_says_how_near_it_came(model, batches):
 def test_a_ratio_out_of_reach_is_refused(model, batches):
     with pytest.raises(SpecError, match="out of reach with keep_first: 1 and keep_last: 1"):
         prune(model, "sleb", ratio=0.9, calibration=batches)
+
+
+def test_an_infinite_loss_is_the_last_choice_and_alone_refused():
+    sites = places(4)
+
+    def evaluate(candidates, tokens, **how):
+        return [math.inf if not counts[0] or counts.count(0) > 4 else 3.0 for counts in candidates]
+
+    evaluate.record = lambda **step: None
+    assert BlockByBlock().allocate(sites, 0.5, evaluate) == [6, 24, 0, 0, 0, 0, 6, 24]
+    with pytest.raises(
+        NonFiniteError, match=r"block_by_block: no cut that it measured .* has a finite objective .loss."
+    ):
+        BlockByBlock().allocate(sites, 0.75, evaluate)
 
 
 def test_blocks_are_measured_on_as_many_tokens_of_a_row_as_asked(model, batches):

@@ -309,6 +309,16 @@ class Rows(Sum):
         return parts[0].values.flatten()
 
 
+class ByNumber(Sum):
+    """Counts the first rows less."""
+
+    name: Literal["by_number"] = "by_number"
+
+    def reduce(self, matrix):
+        found = super().reduce(matrix)
+        return found * torch.arange(len(found))
+
+
 class Old(Sum):
     """A method of another form."""
 
@@ -324,6 +334,7 @@ BROKEN = {
     Writing: "changes the weight, gradient or squares it was given",
     Drawing: "reduces the same gradient differently",
     Dividing: "returns the reduction with NaN or infinity for finite input",
+    ByNumber: "reduces a row by its number: in another order, rows get other numbers",
     Rows: "must return channel scores as float32",
     Old: r"Old.reduce takes \(self, weight, gradient\); a GradientScorer must have def reduce\(self, matrix\)",
 }

@@ -1,10 +1,13 @@
 """The allocator that cuts step by step: what it finds, and what it measures for it."""
 
+from typing import ClassVar, Literal
+
 import numpy as np
 import pytest
 from prunekit.compress import prune
 from prunekit.compress.calibration.shared import SharedStatistics
-from prunekit.registry import SpecError
+from prunekit.registry import NonFiniteError, SpecError
+from prunekit.registry.checks import check_component
 from prunekit.strategies.greedy import Greedy
 from prunekit.strategies.sensitivity import Sensitivity
 
@@ -16,10 +19,14 @@ class Losses:
 
     def __init__(self, sites, of):
         self.units, self.of, self.asked = [scores.site.units for scores in sites], of, []
+        self.steps = []
 
     def __call__(self, candidates, tokens, **how):
         self.asked += [tuple(counts) for counts in candidates]
         return [float(self.of(1 - np.array(counts) / self.units)) for counts in candidates]
+
+    def record(self, **step):
+        self.steps.append(step)
 
     @staticmethod
     def progress(items, label, total):
@@ -49,6 +56,10 @@ def test_lazy_steps_are_those_of_a_search_that_measures_everything(seed):
     counts = Greedy(step=0.01).allocate(sites, 0.5, losses)
     assert counts == eager(sites, of, 18)
     assert len(set(losses.asked)) < 18 * 6 / 2
+    assert len(losses.steps) == 18
+    ends = {step["site"]: step["kept"] for step in losses.steps}
+    assert ends == {each.site.label: n for each, n in zip(sites, counts, strict=True) if n < each.site.units}
+    assert losses.steps[-1]["best"] == of(1 - np.array(counts) / losses.units)
 
 
 def test_cuts_that_act_on_each_other_are_seen():
@@ -90,6 +101,23 @@ def test_an_infinite_loss_is_the_last_choice():
     sites = places(2)
     losses = Losses(sites, lambda shares: np.inf if shares[0] else 3.0)
     assert Greedy().allocate(sites, 0.5, losses)[0] == 6
+    losses = Losses(sites, lambda shares: np.inf if shares.sum() > 1 else 3.0)
+    assert Greedy().allocate(sites, 0.2, losses)
+    with pytest.raises(NonFiniteError, match=r"greedy: no cut that it measured for this ratio has a finite objective"):
+        Greedy().allocate(sites, 0.5, losses)
+
+
+class Unscored(Greedy):
+    """Measures cuts of units that have no scores."""
+
+    needs_scores: ClassVar[bool] = False
+    name: Literal["unscored"] = "unscored"
+
+
+def test_the_contract():
+    check_component(Greedy())
+    with pytest.raises(AssertionError, match="measures, so its needs_scores must be true"):
+        check_component(Unscored())
 
 
 def test_a_larger_ratio_measures_only_what_is_new(make_model, batches):

@@ -260,6 +260,26 @@ class Writing(WeightStatistic):
         return float(weights[0].read().abs_().sum())
 
 
+class WritingNorms(OutlierShare):
+    """Writes into the norms of what enters the weights."""
+
+    name: Literal["writing_norms"] = "writing_norms"
+
+    def measure(self, weights):
+        weights[0].norms.clamp_(max=0.1)
+        return float(len(weights))
+
+
+class NoStatistic(Looking):
+    """Has a number for a statistic."""
+
+    name: Literal["no_statistic"] = "no_statistic"
+
+    @property
+    def weight_statistic(self):
+        return 0.5
+
+
 class Counting(WeightStatistic):
     """Differs from call to call."""
 
@@ -273,10 +293,16 @@ class Counting(WeightStatistic):
 
 def test_the_check_of_weight_statistics_and_what_is_not_finite(make_model, batches):
     check_component(Looking())
-    for broken, message in ((NotFinite(), "a finite number, found nan"), (Writing(), "changes the weights"),
-                            (Counting(), "measures the same weights differently")):  # fmt: skip
+    for broken, message in (
+        (NotFinite(), "a finite number, found nan"),
+        (Writing(), "changes the weights"),
+        (WritingNorms(), "changes the norms"),
+        (Counting(), "measures the same weights differently"),
+    ):
         with pytest.raises(AssertionError, match=message):
             check_component(Looking(by=broken))
+    with pytest.raises(AssertionError, match=r"must have a WeightStatistic or None, found 0\.5"):
+        check_component(NoStatistic())
     with pytest.raises(NonFiniteError, match="layer 0: not_finite of the weights of this layer is NaN"):
         seen(make_model("llama-gqa"), batches, NotFinite())
 

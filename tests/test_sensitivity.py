@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from prunekit.compress import prune
-from prunekit.registry import SiteScores, SpecError
+from prunekit.registry import NonFiniteError, SiteScores, SpecError
 from prunekit.registry.checks.parts import some_site
 from prunekit.strategies.sensitivity import Options, Sensitivity, cheapest, filled
 
@@ -106,6 +106,9 @@ def test_an_infinite_loss_is_the_last_choice():
     sites = places(2, 6, 24, HEAD, CHANNEL)
     evaluate = lambda candidates, tokens, **how: [float("inf") if c[0] < 6 else 3.0 for c in candidates]  # noqa: E731
     assert Sensitivity().allocate(sites, 0.5, evaluate)[0] == 6
+    infinite = lambda candidates, tokens, **how: [3.0] + [float("inf")] * (len(candidates) - 1)  # noqa: E731
+    with pytest.raises(NonFiniteError, match=r"sensitivity: no cut that it measured .* has a finite objective .loss."):
+        Sensitivity().allocate(sites, 0.5, infinite)
 
 
 @pytest.mark.parametrize("allocator", ["sensitivity", "greedy"])

@@ -355,10 +355,10 @@ def test_too_little_text_in_a_mixture_says_how_much_there_is(tokenizer, tmp_path
         ({"mixture": ()}, "name at least one"),
         (
             {"mixture": ({"bundled": "a"},), "bundled": "b"},
-            "one of bundled, file, dataset or mixture .found bundled and",
+            "one of bundled, file, dataset, generated or mixture .found bundled and",
         ),
         ({"mixture": ({"bundled": "a"}, {"bundled": "b"}), "sequences": 1}, "cannot be shared by the 2 texts"),
-        ({"mixture": ({"bundled": "a", "file": "b"},)}, "name one of bundled, file or dataset"),
+        ({"mixture": ({"bundled": "a", "file": "b"},)}, "name one of bundled, file, dataset or generated"),
         ({"mixture": ({"bundled": "a"}, {"file": "b"}, {"bundled": "a"})}, "bundled a is named twice"),
     ],
 )

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
+
 from ...registry import ChannelHistory, ChannelMoments, GroupPart, Statistic
 from ..engine.engine import Engine
 from ..engine.site_cut import SiteCut
@@ -47,6 +49,8 @@ class SharedStatistics:
         self._gradients: OrderedDict[str, dict[str, tuple[GroupPart, ...]]] = OrderedDict()
         self._fits: OrderedDict[str, Fits] = OrderedDict()
         self._covariance_bytes = covariance_bytes
+        self.generated: dict[tuple, Tensor] = {}
+        """Texts that the model has generated, by how."""
 
     def calibrate(self, engine: Engine, batches: list[Batch], progress: Progress) -> None:
         """Give every site its history, gathering what is not there yet in one pass over ``batches``."""

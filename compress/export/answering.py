@@ -81,7 +81,7 @@ def _pipeline(path: Path, settings: Sequence[str], plugins: Sequence[Path], prog
         loaded,
         spec.prune,
         progress,
-        calibration=calibration_of(spec.calibration, loaded)[0] if calibrates else None,
+        calibration=calibration_of(spec.calibration, loaded, progress)[0] if calibrates else None,
         catalog=spec.catalog,
         statistics=StatisticsFile(file) if file is not None and calibrates else None,
         runtime=spec.runtime,

@@ -115,7 +115,7 @@ class Exporter:
         calibrates = spec.prune.needs_calibration
         batches, calibration = None, None
         if calibrates or self.freeze in ("mean-score", "last"):
-            batches, calibration = calibration_of(spec.calibration, loaded)
+            batches, calibration = calibration_of(spec.calibration, loaded, self.progress)
         file = spec.calibration.statistics
         statistics = StatisticsFile(file) if file is not None and calibrates else None
         models = "dense, and the written model" if self.freeze is None else "dense, per batch, and the written model"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, 
 from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, near
 from ...registry.text import is_saved_dataset
 from ..bundled import TEXTS
+from ..calibration.generated import Generated
 from ..engine.runtime import Runtime
 from ..models.likeness import Like
 from ..models.loading import ModelSource
@@ -25,15 +26,43 @@ from .yaml_plain import Dumper
 DEFAULT_EVALUATORS = ("perplexity", "cost")
 
 
-class Calibration(TextSource):
+class CalibrationText(TextSource):
+    """One text to calibrate on: one that is read, or ``generated``."""
+
+    places: ClassVar[tuple[str, ...]] = (*TextSource.places, "generated")
+
+    generated: Generated | None = Field(
+        default=None, description="the text that the model itself generates before it is pruned; {} with all defaults"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_source(cls, data: Any) -> Any:
+        return data.model_dump(exclude_unset=True) if type(data) is TextSource else data
+
+    @model_validator(mode="after")
+    def _not_read(self) -> CalibrationText:
+        reads = [key for key in TextSource.model_fields if key in self.model_fields_set - set(self.places)]
+        given = [key for key in reads if getattr(self, key) != TextSource.model_fields[key].default]
+        if self.generated is not None and given:
+            raise ValueError(f"{given[0]} is of texts that are read, and generated text is not; leave one of them out")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The text's name in reports."""
+        return super().label if self.generated is None else self.generated.label
+
+
+class Calibration(CalibrationText):
     """The text that static decisions and PP's history are calibrated on; the bundled text by default."""
 
-    places: ClassVar[tuple[str, ...]] = (*TextSource.places, "mixture")
+    places: ClassVar[tuple[str, ...]] = (*CalibrationText.places, "mixture")
 
     bundled: str | None = Field(
         default=None, description="a bundled text; reference-calibration where no other text is given"
     )
-    mixture: tuple[TextSource, ...] | None = Field(
+    mixture: tuple[CalibrationText, ...] | None = Field(
         default=None,
         description="several texts, such as [{bundled: reference-calibration}, {file: mine.txt}], each with an equal "
         "share of the sequences",
@@ -45,7 +74,9 @@ class Calibration(TextSource):
         description="tokens of a sequence; never shortened: longer than the model's context is refused",
     )
     batch_size: int = Field(default=8, ge=1, description="sequences run at once; the result does not depend on it")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the places that sequences are taken from")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="seed of the places that sequences are taken from, or of generated text"
+    )
     statistics: Path | None = Field(
         default=None,
         description="a .safetensors file that the statistics are written to, or read from where it is there; one of "
@@ -61,7 +92,7 @@ class Calibration(TextSource):
 
     @field_validator("mixture")
     @classmethod
-    def _each_text_once(cls, mixture: tuple[TextSource, ...] | None) -> tuple[TextSource, ...] | None:
+    def _each_text_once(cls, mixture: tuple[CalibrationText, ...] | None) -> tuple[CalibrationText, ...] | None:
         for place, source in enumerate(mixture or ()):
             if source in (mixture or ())[:place]:
                 raise ValueError(f"{source.label} is named twice, and would give the same sequences twice")
@@ -77,9 +108,9 @@ class Calibration(TextSource):
         return self
 
     @property
-    def sources(self) -> tuple[TextSource, ...]:
+    def sources(self) -> tuple[CalibrationText, ...]:
         """The texts alone, without how they are cut up."""
-        return self.mixture or (TextSource(**{key: getattr(self, key) for key in TextSource.model_fields}),)
+        return self.mixture or (CalibrationText(**{key: getattr(self, key) for key in CalibrationText.model_fields}),)
 
     @property
     def label(self) -> str:

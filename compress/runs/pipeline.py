@@ -97,7 +97,7 @@ class Pipeline:
         check_lengths(spec, loaded)
         batches, calibration = None, None
         if spec.prune.needs_calibration:
-            batches, calibration = calibration_of(spec.calibration, loaded)
+            batches, calibration = calibration_of(spec.calibration, loaded, progress, statistics)
         if say is not silent:
             for line in planned(calibration, labelled(spec.evaluate), Unpruned(loaded), "dense and pruned"):
                 say(line)
@@ -201,23 +201,31 @@ def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> Evaluat
     )
 
 
-def calibration_of(calibration: Calibration, loaded: Loaded) -> tuple[list, CalibrationFacts]:
-    """Calibration batches and their description; raises :class:`DataError` where they exceed the model's context."""
+def calibration_of(
+    calibration: Calibration,
+    loaded: Loaded,
+    progress: Progress = no_progress,
+    statistics: SharedStatistics | None = None,
+) -> tuple[list, CalibrationFacts]:
+    """Calibration batches and their description.
+
+    ``statistics`` remembers generated text. Raises :class:`DataError` where sequences exceed the model's context.
+    """
     check_calibration(calibration.length, context_length(loaded.model))
     tokenizer, sources = loaded.tokenizer, calibration.sources
     shares = [len(range(first, calibration.sequences, len(sources))) for first in range(len(sources))]
-    parts = [
-        sequences_of(
-            tokenizer,
-            read_documents(source, tokenizer),
-            share,
-            calibration.length,
-            seed=calibration.seed,
-            label=source.label,
-            texts=len(sources),
-        )
-        for source, share in zip(sources, shares, strict=True)
-    ]
+    length, seed, parts = calibration.length, calibration.seed, []
+    for source, share in zip(sources, shares, strict=True):
+        if source.generated is None:
+            documents = read_documents(source, tokenizer)
+            part = sequences_of(tokenizer, documents, share, length, seed, source.label, texts=len(sources))
+        else:
+            known = {} if statistics is None else statistics.generated
+            key = (source.generated, share, length, calibration.batch_size, seed)
+            if key not in known:
+                known[key] = source.generated.sequences(loaded.model, tokenizer, *key[1:], progress)
+            part = known[key]
+        parts.append(part)
     batches = in_batches(torch.cat(parts), calibration.batch_size)
     return batches, CalibrationFacts(
         text=calibration.label,

@@ -85,7 +85,7 @@ def unseen(specs: Iterable[PipelineSpec]) -> str:
     for spec in specs:
         if spec.model.is_on_hub:
             hub[f"model {spec.model.label}"] = None
-        texts = list(spec.calibration.sources) if spec.prune.needs_calibration else []
+        texts: list[TextSource] = list(spec.calibration.sources) if spec.prune.needs_calibration else []
         texts += [text for each in spec.evaluate for _, text in each if isinstance(text, TextSource)]
         hub |= dict.fromkeys(f"dataset {text.dataset}" for text in texts if text.dataset)
     there = f", and on the hub: {', '.join(hub)}" if hub else ""
