@@ -17,6 +17,7 @@ from .roles.choosing import Chooser, Order
 from .roles.compensation import Compensator, MemoryPlan, NoCompensation, Prepared, SiteCovariance, Slope
 from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stage, Subject
 from .roles.gradients import GradientScorer, GroupPart, MatrixGradient
+from .roles.grouping import Grouping, OneForAll
 from .roles.hookspecs import PLUGIN_API, ROLES, hookimpl
 from .roles.parts import (
     MEASURED_LENGTH,
@@ -81,6 +82,7 @@ __all__ = [
     "Fluctuation",
     "GradientScorer",
     "GroupPart",
+    "Grouping",
     "HistoryMerger",
     "HistoryStorage",
     "LayerWeight",
@@ -93,6 +95,7 @@ __all__ = [
     "NoCompensation",
     "NonFiniteError",
     "Objective",
+    "OneForAll",
     "Order",
     "PaddingOf",
     "PerPrompt",

@@ -25,6 +25,7 @@ from ..roles.choosing import Chooser
 from ..roles.compensation import Compensator
 from ..roles.evaluation import Evaluator, Subject, checked
 from ..roles.gradients import GradientScorer
+from ..roles.grouping import Grouping
 from ..roles.hookspecs import ROLES
 from ..roles.parts import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 from ..roles.policies import Policy
@@ -36,6 +37,7 @@ from .appliers import check_application
 from .choosers import CHOOSER_CHECKS
 from .compensators import COMPENSATOR_CHECKS
 from .gradients import GRADIENT_CHECKS
+from .grouping import GROUPING_CHECKS
 from .parts import expect
 from .policies import POLICY_CHECKS
 from .probes import (
@@ -312,6 +314,7 @@ ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     GradientScorer: GRADIENT_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
     Policy: POLICY_CHECKS,
+    Grouping: GROUPING_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
     Evaluator: [check_rows],
 }

@@ -7,6 +7,7 @@ import pluggy
 from ..component import Component
 from .compensation import Compensator
 from .evaluation import Evaluator
+from .grouping import Grouping
 from .parts import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 from .policies import Policy
 from .strategy import Strategy
@@ -28,6 +29,7 @@ ROLES: dict[str, type[Component]] = {
     "allocators": SparsityAllocator,
     "compensators": Compensator,
     "policies": Policy,
+    "groupings": Grouping,
     "architectures": Architecture,
     "evaluators": Evaluator,
 }
