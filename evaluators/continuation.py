@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from ..registry import DataError, Evaluator, Measurement, NonFiniteError, SpecError, Subject, TextSource, hookimpl
 from ..registry.tensors.tokens import check_token_ids, context_length, ending_ids, left_padded, until_end
 from ..registry.tensors.windows import digest, token_stream
-from .passes import device_of, next_logits, setting, vocabulary_size
+from .passes import Texts, device_of, next_logits, setting, vocabulary_size
 from .perplexity import exponential
 
 
@@ -39,7 +40,7 @@ class Continued:
     greedy: list[int]
 
 
-class Continuation(Evaluator):
+class Continuation(Texts):
     """Perplexity of reference continuations, agreement of greedy tokens with the dense model, and repetition.
 
     A prompt runs once and fills a key/value cache. The reference is then read token by token through that cache, and
@@ -60,7 +61,6 @@ class Continuation(Evaluator):
     row_option: ClassVar[str | None] = "prompt_length"
 
     name: Literal["continuation"] = "continuation"
-    text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what holds the prompts")
     answers: TextSource | None = Field(
         default=None,
         description="the reference continuation of every document of text, which is then one prompt; null: what "
@@ -82,6 +82,10 @@ class Continuation(Evaluator):
     def _template_has_prompts(self) -> Continuation:
         if self.apply_chat_template and self.answers is None:
             raise ValueError("apply_chat_template is for whole prompts; name their answers, or leave it out")
+        if self.mixture is not None and self.answers is not None:
+            raise ValueError("answers belong to the prompts of one text; leave mixture out")
+        if self.prompts < len(self.texts):
+            raise ValueError(f"prompts: {self.prompts} cannot be shared by {len(self.texts)} texts; set it higher")
         return self
 
     def check(self, model: Any) -> None:
@@ -96,7 +100,7 @@ class Continuation(Evaluator):
     def plan(self, subject: Subject) -> str:
         """Number of prompts, and tokens of prompts and continuations; raises as :meth:`evaluate` for the text."""
         most = "up to " if self.answers else ""
-        count = len(self._cases(subject))
+        count = sum(map(len, self._runs(subject)))
         return f"{count} prompts of {most}{self.prompt_length} tokens, {most}{self.length} tokens after each"
 
     def evaluate(self, subject: Subject) -> Measurement:
@@ -121,8 +125,9 @@ class Continuation(Evaluator):
     def alone(self, subject: Subject) -> Measurement:
         """What is measured of one model, without a second one."""
         self.check(subject.model)
-        cases = self._cases(subject)
-        batches = [cases[start : start + self.batch_size] for start in range(0, len(cases), self.batch_size)]
+        runs = self._runs(subject)
+        cases, size = [*chain.from_iterable(runs)], self.batch_size
+        batches = [run[start : start + size] for run in runs for start in range(0, len(run), size)]
         found: list[Continued] = []
         for batch in subject.progress(batches, self.name, len(batches)):
             subject.reset()
@@ -140,7 +145,7 @@ class Continuation(Evaluator):
     def _protocol(self, subject: Subject, cases: Sequence[Case]) -> dict[str, Any]:
         parts = (part for case in cases for part in (case.prompt, case.reference))
         return {
-            "text": self.text.label,
+            **self.about_texts(),
             "answers": None if self.answers is None else self.answers.label,
             "prompts": len(cases),
             "prompt_length": self.prompt_length,
@@ -174,26 +179,28 @@ class Continuation(Evaluator):
     def _bos(self, tokenizer: Any) -> int | None:
         return None if self.bos == "none" or self.apply_chat_template else tokenizer.bos_token_id
 
-    def _cases(self, subject: Subject) -> list[Case]:
-        cases = self._in_stream(subject) if self.answers is None else list(self._answered(subject, self.answers))
-        for case in cases:
-            check_token_ids(
-                torch.tensor([*case.prompt, *case.reference]), vocabulary_size(subject.model), self.text.label
-            )
-        return cases
+    def _runs(self, subject: Subject) -> list[list[Case]]:
+        """The cases, in runs that share no batch."""
+        if self.answers is None:
+            runs = self.in_turn([self._in_stream(subject, text) for text in self.texts])
+        else:
+            runs = [list(self._answered(subject, self.answers))]
+        for case in chain.from_iterable(runs):
+            check_token_ids(torch.tensor([*case.prompt, *case.reference]), vocabulary_size(subject.model), self.label)
+        return runs
 
-    def _in_stream(self, subject: Subject) -> list[Case]:
+    def _in_stream(self, subject: Subject, text: TextSource) -> list[Case]:
         """Continuations at equal distances, each with the tokens before it as its prompt."""
-        stream = token_stream(subject.read(self.text), subject.tokenizer).tolist()
+        stream, prompts = token_stream(subject.read(text), subject.tokenizer).tolist(), self.prompts // len(self.texts)
         bos = self._bos(subject.tokenizer)
         before = self.prompt_length - (bos is not None)
-        apart, needed = (len(stream) - self.length) // self.prompts, max(before, self.length)
+        apart, needed = (len(stream) - self.length) // prompts, max(before, self.length)
         if apart < needed:
             raise DataError(
-                f"{self.text.label} has {len(stream)} tokens, and {self.prompts} prompts take "
-                f"{self.prompts * needed + self.length}; lower prompts, prompt_length or length, or name a longer text"
+                f"{text.label} has {len(stream)} tokens, and {prompts} prompts take "
+                f"{prompts * needed + self.length}; lower prompts, prompt_length or length, or name a longer text"
             )
-        starts = range(apart, apart * self.prompts + 1, apart)
+        starts = range(apart, apart * prompts + 1, apart)
         begin = [] if bos is None else [bos]
         return [
             Case([*begin, *stream[start - before : start]], stream[start : start + self.length]) for start in starts
@@ -236,7 +243,7 @@ class Continuation(Evaluator):
         for index, one in enumerate(found, start=number):
             if not math.isfinite(one.loss):
                 raise NonFiniteError(
-                    f"continuation on {self.text.label}: the loss after prompt {index} is {one.loss} in "
+                    f"continuation on {self.label}: the loss after prompt {index} is {one.loss} in "
                     f"{setting(subject.model)['dtype']}; try model.dtype: float32 (or bfloat16 for float16)"
                 )
         return found

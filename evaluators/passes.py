@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
 from ..registry import DataError, Evaluator, SpecError, Subject, TextSource
@@ -19,6 +20,58 @@ OWN_ATTENTION = "prunekit_"
 
 SHORT = 8
 """Tokens of the short pass after a change between pruned and dense."""
+
+
+Row = TypeVar("Row")
+
+LATER = {"mixture": None, "mixed": False}
+"""Options that are newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
+
+
+class Texts(Evaluator):
+    """An evaluator of the rows of one text, or of several, whose rows share batches or do not."""
+
+    text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to measure on")
+    mixture: tuple[TextSource, ...] | None = Field(
+        default=None, description="several texts instead of text; equally many rows of each are measured"
+    )
+    mixed: bool = Field(
+        default=False,
+        description="with mixture: rows of all texts take turns in every batch; false: a batch has one text",
+    )
+
+    @model_validator(mode="after")
+    def _several_texts(self) -> Texts:
+        if self.mixture is not None and len(set(self.mixture)) < max(len(self.mixture), 2):
+            raise ValueError("mixture is of two or more texts, each named once; of one text use text")
+        if self.mixed and self.mixture is None:
+            raise ValueError("mixed needs several texts; name them in mixture, or leave mixed out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: Any) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in LATER or value != LATER[key]}
+
+    @property
+    def texts(self) -> tuple[TextSource, ...]:
+        """The texts whose rows are measured."""
+        return self.mixture or (self.text,)
+
+    @property
+    def label(self) -> str:
+        """The name of the text, or of all of them, in reports."""
+        return " + ".join(text.label for text in self.texts)
+
+    def about_texts(self) -> dict[str, Any]:
+        """The texts' part of the protocol."""
+        how = {} if self.mixture is None else {"batches": "of all texts in turn" if self.mixed else "of one text each"}
+        return {"text": self.label, **how}
+
+    def in_turn(self, rows: Sequence[Sequence[Row]]) -> list[list[Row]]:
+        """The rows of every text, equally many of each, in runs; no batch goes from one run into the next."""
+        least = min(map(len, rows))
+        runs = [list(each[:least]) for each in rows]
+        return [[row for turn in zip(*runs, strict=True) for row in turn]] if self.mixed else runs
 
 
 class OneBatch(Evaluator):

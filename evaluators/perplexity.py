@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,14 +16,14 @@ from torch.nn.functional import cross_entropy
 from ..registry import DataError, Evaluator, Measurement, NonFiniteError, SpecError, Subject, TextSource, hookimpl
 from ..registry.tensors.tokens import check_token_ids, context_length
 from ..registry.tensors.windows import BosPolicy, Tail, Window, cut_windows, digest, token_stream, with_bos
-from .passes import device_of, setting, vocabulary_size
+from .passes import Texts, device_of, setting, vocabulary_size
 from .wikitext_words import read_pages
 
 SLICE = 1 << 24
 """Most logits that are copied to float32 at a time (64 MB), for any batch and vocabulary."""
 
 
-class Perplexity(Evaluator):
+class Perplexity(Texts):
     """Perplexity of a text in windows; every scored token has the same weight.
 
     The text's documents are joined and tokenised as one stream, which is cut in windows of the same length. Windows run
@@ -31,13 +32,13 @@ class Perplexity(Evaluator):
 
     With ``convention: wikitext_words`` the text is cut page by page as in lm-evaluation-harness' ``wikitext`` task, and
     the summed loss is also divided by words and by bytes of the text: word_perplexity, byte_perplexity, bits_per_byte.
-    The windows of a batch have the same length, so that nothing is padded.
+    The windows of a batch have the same length, so that nothing is padded. Of the texts of a ``mixture`` whole windows
+    are measured.
     """
 
     row_option: ClassVar[str | None] = "window"
 
     name: Literal["perplexity"] = "perplexity"
-    text: TextSource = Field(default=TextSource(bundled="reference-evaluation"), description="what to measure on")
     convention: Literal["tokens", "wikitext_words"] = Field(
         default="tokens",
         description="tokens: one stream of tokens, as pruning papers do; wikitext_words: pages, and perplexity per "
@@ -70,6 +71,8 @@ class Perplexity(Evaluator):
             own = {"stride": None, "bos": "first", "separator": "\n\n", "tail": "keep"}
             for key in [key for key, default in own.items() if getattr(self, key) != default]:
                 raise ValueError(f"convention: wikitext_words has its own way to cut the text; leave {key} out")
+            if self.mixture is not None:
+                raise ValueError("convention: wikitext_words reads the pages of one text; leave mixture out")
         if self.stride is not None and self.window is not None:
             self._check_stride(self.window)
         return self
@@ -86,14 +89,15 @@ class Perplexity(Evaluator):
     def plan(self, subject: Subject) -> str:
         """Number and length of the windows, and the option for fewer; raises as :meth:`evaluate` for the text."""
         window = self._window(subject.model)
-        windows = self._read(subject, window)[0]
-        count = f"{len(windows):,} window{'s' * (len(windows) != 1)} of {window} tokens"
+        windows = sum(map(len, self._read(subject, window)[0]))
+        count = f"{windows:,} window{'s' * (windows != 1)} of {window} tokens"
         return count if self.limit else f"all {count}, fewer with limit"
 
     def evaluate(self, subject: Subject) -> Measurement:
         """Measure; raises SpecError (window beyond the context), DataError (no text), NonFiniteError (NaN losses)."""
-        windows, how, divisors, notes = self._read(subject, self._window(subject.model))
-        losses, tokens = self._losses(subject, windows), [window.scored for window in windows]
+        runs, how, divisors, notes = self._read(subject, self._window(subject.model))
+        windows = [*chain.from_iterable(runs)]
+        losses, tokens = self._losses(subject, runs), [window.scored for window in windows]
         total = math.fsum(losses)
         loss = total / sum(tokens)
         values = {"perplexity": exponential(loss, "token", notes), "loss": loss}
@@ -102,7 +106,7 @@ class Perplexity(Evaluator):
         if "byte" in divisors:
             values["bits_per_byte"] = total / divisors["byte"] / math.log(2)
         protocol = {
-            "text": self.text.label,
+            **self.about_texts(),
             "convention": self.convention,
             "revision": self.text.revision,
             "documents": self.text.limit or "all",
@@ -117,38 +121,51 @@ class Perplexity(Evaluator):
         }
         return Measurement(values, protocol, notes, {"window_losses": losses, "window_tokens": tokens})
 
-    def _read(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
-        """Windows of the text, their part of the protocol, divisors of the loss besides the tokens, and notes."""
+    def _read(self, subject: Subject, window: int) -> tuple[list[list[Window]], dict, dict, list[str]]:
+        """Windows of the texts in runs that share no batch, their part of the protocol, divisors of the loss, notes."""
         return (self._pages if self.convention == "wikitext_words" else self._stream)(subject, window)
 
-    def _stream(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
-        """The text as one stream of tokens: windows, their part of the protocol, no other divisors, and notes."""
-        label = self.text.label
+    def _stream(self, subject: Subject, window: int) -> tuple[list[list[Window]], dict, dict, list[str]]:
+        """Every text as one stream of tokens: windows, their part of the protocol, no other divisors, and notes."""
         bos_id = None if self.bos == "none" else subject.tokenizer.bos_token_id
         bos = self.bos if bos_id is not None else "none"
-        ids = token_stream(subject.read(self.text), subject.tokenizer, self.separator)
-        if len(ids) < 2:
-            raise DataError(f"{label} has {len(ids)} tokens; perplexity takes at least 2: name a longer text")
-        if bos == "first":
-            ids = with_bos(ids, subject.tokenizer)
-        check_token_ids(ids, vocabulary_size(subject.model), label)
-        windows = cut_windows(ids, window, self.stride, bos_id if bos == "every" else None, self.tail)[: self.limit]
-        if not windows:
-            raise DataError(
-                f"{label} has {len(ids)} tokens, less than one window of {window}, and the tail is dropped; "
-                "shorten window, set tail: keep, or name a longer text"
-            )
+        cut = [self._windows(subject, text, window, bos, bos_id) for text in self.texts]
         how = {
             "separator": self.separator,
             "window": window,
             "stride": self.stride or window - (bos == "every"),
             "bos": bos,
-            "tail": self.tail,
+            "tail": self._tail,
         }
         notes = [] if bos == self.bos else [f"the tokenizer has no BOS token, so bos: {self.bos} adds none"]
-        return windows, how, {}, notes
+        return self.in_turn(cut), how, {}, notes
 
-    def _pages(self, subject: Subject, window: int) -> tuple[list[Window], dict, dict, list[str]]:
+    def _windows(
+        self, subject: Subject, text: TextSource, window: int, bos: BosPolicy, bos_id: int | None
+    ) -> list[Window]:
+        """The windows of one text, at most its share of ``limit``."""
+        label, limit = text.label, self.limit
+        ids = token_stream(subject.read(text), subject.tokenizer, self.separator)
+        if len(ids) < 2:
+            raise DataError(f"{label} has {len(ids)} tokens; perplexity takes at least 2: name a longer text")
+        if bos == "first":
+            ids = with_bos(ids, subject.tokenizer)
+        check_token_ids(ids, vocabulary_size(subject.model), label)
+        if self.mixture is not None and limit is not None:
+            limit = max(limit // len(self.texts), 1)
+        windows = cut_windows(ids, window, self.stride, bos_id if bos == "every" else None, self._tail)[:limit]
+        if not windows:
+            raise DataError(
+                f"{label} has {len(ids)} tokens, less than one window of {window}, and the tail is dropped; "
+                "shorten window, set tail: keep, or name a longer text"
+            )
+        return windows
+
+    @property
+    def _tail(self) -> Tail:
+        return self.tail if self.mixture is None else "drop"
+
+    def _pages(self, subject: Subject, window: int) -> tuple[list[list[Window]], dict, dict, list[str]]:
         """The text page by page: windows, their part of the protocol, the other divisors of the loss, and notes."""
         found = read_pages(subject.read(self.text), subject.tokenizer, window, self.limit, self.text.label)
         for piece in found.windows:
@@ -161,7 +178,7 @@ class Perplexity(Evaluator):
             "prefix": found.prefix,
             "text_as": f"detokenised by lm-eval {version('lm-eval')}; words and bytes before that",
         }
-        return found.windows, how, {"word": found.words, "byte": found.bytes}, []
+        return [found.windows], how, {"word": found.words, "byte": found.bytes}, []
 
     def _window(self, model: Any) -> int:
         context = context_length(model)
@@ -179,9 +196,9 @@ class Perplexity(Evaluator):
             raise SpecError(f"perplexity.stride: {error}") from None
         return window
 
-    def _losses(self, subject: Subject, windows: list[Window]) -> list[float]:
+    def _losses(self, subject: Subject, runs: list[list[Window]]) -> list[float]:
         """Summed loss of every window in nats."""
-        batches = list(_batches(windows, self.batch_size))
+        batches = [batch for run in runs for batch in _batches(run, self.batch_size)]
         device = device_of(subject.model)
         found: list[float] = []
         for batch in subject.progress(batches, "perplexity", len(batches)):
@@ -193,7 +210,7 @@ class Perplexity(Evaluator):
             for number, loss in enumerate(losses, start=len(found)):
                 if not math.isfinite(loss):
                     raise NonFiniteError(
-                        f"perplexity on {self.text.label}: the loss of window {number} is {loss} in "
+                        f"perplexity on {self.label}: the loss of window {number} is {loss} in "
                         f"{setting(subject.model)['dtype']}; try model.dtype: float32 (or bfloat16 for float16)"
                     )
             found += losses

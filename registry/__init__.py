@@ -19,6 +19,7 @@ from .roles.evaluation import STAGES, Evaluator, Measurement, PlainSubject, Stag
 from .roles.exporting import ExportFormat
 from .roles.fitting import FittedScorer
 from .roles.gradients import GradientScorer, GroupPart, MatrixGradient
+from .roles.grouping import Grouping, OneForAll
 from .roles.hookspecs import PLUGIN_API, ROLES, hookimpl
 from .roles.parts import (
     MEASURED_LENGTH,
@@ -85,6 +86,7 @@ __all__ = [
     "Fluctuation",
     "GradientScorer",
     "GroupPart",
+    "Grouping",
     "HistoryMerger",
     "HistoryStorage",
     "LayerWeight",
@@ -97,6 +99,7 @@ __all__ = [
     "NoCompensation",
     "NonFiniteError",
     "Objective",
+    "OneForAll",
     "Order",
     "PaddingOf",
     "PerPrompt",

@@ -43,6 +43,7 @@ BUILT_IN = {
         "pp_reference_flap",
     },
     "compensators": {"none", "mean", "probe_mean", "least_squares", "low_rank_least_squares"},
+    "groupings": {"batch", "row", "cluster"},
     "policies": {"per_prompt", "prefill_only", "decode_only", "every_n", "drift"},
     "architectures": {"llama", "opt"},
     "evaluators": {

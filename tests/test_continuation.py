@@ -212,3 +212,44 @@ def test_a_run_has_dense_and_pruned_values(small_pipeline, tmp_path):
         first.dense["loss"] != first.pruned["loss"] and 0 <= first.pruned["same_start"] <= first.pruned["agreement"] < 1
     )
     assert second.protocol["prompts"] == 3 and second.protocol["answers"] == "asked.jsonl"
+
+
+TWO = (TextSource(bundled="a", field="first"), TextSource(bundled="a", field="second"))
+SECOND = " ".join(f"w{number * 11 % 89}" for number in range(300))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_prompts_of_several_texts_share_batches_or_do_not(model, tokenizer, mixed, monkeypatch):
+    """Both ways continue the same prompts; in a mixed batch those of the texts take turns."""
+    subject, seen = Both(model, tokenizer, {"first": [DOCUMENT], "second": [SECOND]}), []
+    alone = [Continuation(**SMALL | {"prompts": 3}, text=text)._runs(subject)[0] for text in TWO]
+    evaluator = Continuation(**SMALL | {"prompts": 7}, mixture=TWO, mixed=mixed, batch_size=2)
+
+    def note(self, subject, batch, number):
+        seen.append(batch)
+        return continued(model, batch, 5, 0)
+
+    monkeypatch.setattr(Continuation, "_continued", note)
+    found = evaluator.evaluate(subject)
+    first, second = alone
+    if mixed:
+        assert seen == [list(pair) for pair in zip(first, second, strict=True)]
+    else:
+        assert seen == [first[:2], first[2:], second[:2], second[2:]]
+    assert found.protocol["text"] == "bundled a + bundled a" and found.protocol["prompts"] == 6
+    assert found.protocol["batches"] == ("of all texts in turn" if mixed else "of one text each")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mixture": TWO[:1]}, "mixture is of two or more texts"),
+        ({"mixture": TWO[:1] * 2}, "each named once"),
+        ({"mixed": True}, "mixed needs several texts"),
+        ({"mixture": TWO, "answers": TWO[0]}, "answers belong to the prompts of one text"),
+        ({"mixture": TWO, "prompts": 1}, "prompts: 1 cannot be shared by 2 texts"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Continuation(**options)

@@ -247,3 +247,24 @@ def test_a_trained_model_gets_the_loss_that_transformers_computes(shared):
         own = [loaded.model(input_ids=piece[None], labels=piece[None]).loss for piece in ids.split(512)[:10]]
     assert found.values["loss"] == pytest.approx(float(torch.stack(own).mean()), rel=1e-5)
     assert found.values["perplexity"] < 6  # it has learnt this kind of text; 512 would be guessing
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_windows_of_several_texts_share_batches_or_do_not(subject, mixed):
+    """The same windows either way, and their losses; only the batches differ."""
+    texts = {"a": "qwertyuiopasdfghjklzxcvbnm" * 4, "b": "mqnwbevrctxyzulikojphgafsd" * 3}
+    sources = tuple(TextSource(bundled="text", field=name) for name in texts)
+    subject.read = lambda source: [texts[source.field]]
+    options = dict(window=16, bos="none", batch_size=4)
+    alone = [Perplexity(text=source, tail="drop", **options).evaluate(subject) for source in sources]
+    first, second = (found.details["window_losses"] for found in alone)
+    assert (len(first), len(second)) == (6, 4)
+    del subject.batches[:]
+    found = Perplexity(mixture=sources, mixed=mixed, limit=12, **options).evaluate(subject)
+    pairs = zip(first[:4], second, strict=True)
+    order = [loss for pair in pairs for loss in pair] if mixed else [*first[:4], *second]
+    assert found.details["window_losses"] == pytest.approx(order, rel=1e-4)
+    assert [len(ids) for ids, _ in subject.batches] == [4, 4] and found.protocol["tail"] == "drop"
+    assert not {"mixture", "mixed"} & {*Perplexity().model_dump()}
+    with pytest.raises(ValidationError, match="reads the pages of one text"):
+        Perplexity(mixture=sources, convention="wikitext_words")

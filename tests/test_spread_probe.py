@@ -68,7 +68,7 @@ def test_tokens_are_picked_row_by_row():
 def chosen_arguments(arguments, rows, positions, shown):
     """What an attention's other arguments are in a probe of a batch of 6 positions."""
     given = probing.SiteInput(None, torch.zeros(len(rows), 6, 8), None, None, arguments)
-    return probing._chosen_arguments(some_site("attention"), given, rows, positions, shown)
+    return probing.chosen_arguments(some_site("attention"), given, rows, positions, shown)
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["selected", "first"])

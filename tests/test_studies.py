@@ -18,6 +18,7 @@ OWN = [
     FOLDER / "compare.yaml",
     FOLDER / "allocation.yaml",
     FOLDER / "generation.yaml",
+    FOLDER / "mixed.yaml",
     *sorted(FOLDER.glob("compensation*.yaml")),
     *sorted(FOLDER.glob("speed-*.yaml")),
 ]
@@ -104,6 +105,7 @@ def test_a_small_study_runs_offline_on_what_comes_with_the_package(load, path):
         assert spec.model.name is None
         assert spec.calibration.bundled in TEXTS
         texts = [getattr(evaluator, "text", None) for evaluator in spec.evaluate]
+        texts += [text for evaluator in spec.evaluate for text in getattr(evaluator, "mixture", None) or ()]
         assert all(text.bundled in TEXTS for text in texts if text is not None)
 
 

@@ -28,7 +28,10 @@ REUSED_UP_TO = 2048
 
 
 class Decision(NamedTuple):
-    """Kept units (k,), and the probe's rows (b,) and positions (t,) or (b, t); all int64 ascending."""
+    """Kept units (k,), and the probe's rows (b,) and positions (t,) or (b, t); all int64 ascending.
+
+    Where rows keep different units, (B, k); rows and positions are then those of the first group.
+    """
 
     kept: Tensor
     rows: Tensor
@@ -37,6 +40,8 @@ class Decision(NamedTuple):
     """(C,) float32: the channels' mean in the probe, where compensation uses it."""
     shares: Tensor | None = None
     """(2,) float32: the shares of mean and slope that fit the probe best, where compensation checks them."""
+    groups: tuple[tuple[Tensor, Any], ...] = ()
+    """The rows of every group of the batch, int64 ascending, and its own decision; empty: there is one for all."""
 
 
 @dataclass(eq=False)
@@ -106,9 +111,9 @@ class SiteBatch:
     """(B, T, D): input of the site's norm, from the norm's call until the site is entered."""
     decision: Decision | None = None
     """Made when the site is entered, or ahead of it."""
-    selected: tuple[Any, Tensor, Tensor] | None = None
+    selected: tuple[Any, tuple[Tensor, Tensor] | None] | None = None
     """In a prompt with all units: what the site was entered with, and the rows (b,) and positions (t,) or (b, t) of the
-    tokens that choose units once they reach its consumer."""
+    tokens that choose units once they reach its consumer; None: every group of rows selects its own then."""
     entered: bool = False
     """Whether its layer was called."""
     read: set[nn.Module] = field(default_factory=set)

@@ -72,6 +72,18 @@ class Decider:
     @torch.no_grad()
     def decide(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Decision:
         """Merge the probe's statistic with history, score the units, and keep the highest."""
+        kept = self.chosen(cut, self.units(cut, given, probe))
+        return Decision(kept, probe.rows, probe.positions, probe.mean)
+
+    def chosen(self, cut: SiteCut, units: Tensor) -> Tensor:
+        """The units (k,) with the highest scores (U,)."""
+        with self.stages.score:
+            if self._watcher is not None:
+                self._watcher(cut, units)
+            return keep_highest(units, cut.state.count)
+
+    def units(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Tensor:
+        """The units' scores (U,) by the probe's statistic and history."""
         merger, state, positions = self.strategy.merger, cut.state, probe.positions
         assert merger is not None  # without one the units are decided once
         length, filled = given.start + given.residual.shape[1], state.history.positions
@@ -97,9 +109,7 @@ class Decider:
                 merged = merged.masked_fill(~pick_tokens(given.valid, probe.rows, positions).reshape(-1, 1), 0)
             channels, units = self._scored(state, merged.sum(0))
             given.batch.checks.add(channels, SCORES, cut.binding.site)
-            if self._watcher is not None:
-                self._watcher(cut, units)
-            return Decision(keep_highest(units, state.count), probe.rows, positions, probe.mean)
+            return units
 
     def _scored(self, state: SiteState, statistic: Any) -> tuple[Tensor, Tensor]:
         """Scores of the channels (C,) and of the units (U,); statistic (C,), reduced gradients, or None."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -17,7 +17,8 @@ from ...registry.tensors.caches import held
 from .site_cut import SiteCut
 
 Kept = tuple[Tensor, "Tensor | None", "Tensor | None"]
-"""Kept units (k,); with a probe for compensation, its mean (C,) and the shares (2,) of mean and slope."""
+"""Kept units (k,), or (B, k) where rows have their own; with a probe for compensation, its mean (C,) and the shares
+(2,) of mean and slope."""
 
 Seen = tuple[int, Tensor, dict[str, Any]]
 """A step's position, its residual stream before a site (B, 1, D), and what else its block was called with."""
@@ -30,6 +31,19 @@ REMEDY = (
     "pass the whole prompt in one call with an empty cache (in generate(), without prefill_chunk_size and "
     "past_key_values), or choose the units once for all texts with pruned.freeze()"
 )
+
+
+MOVES = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+"""Methods of a cache that move its rows. Where each row has its own units, the cache refuses them."""
+
+
+def rows_stay(*_: Any, **__: Any) -> NoReturn:
+    """Raise the :class:`DataError` of :data:`MOVES`. As a function of a module it is copied and stored with a cache."""
+    raise DataError(
+        "the rows of this key/value cache have units of their own (group_by: row or cluster), so they cannot be "
+        "reordered, repeated or selected; run the rows that you want as a prompt with an empty cache, or use group_by: "
+        "batch"
+    )
 
 
 class CacheDecisions:
@@ -80,6 +94,8 @@ class CacheDecisions:
         known = self._layer(own_cache(cache), layer)
         assert known is not None  # the layer has begun
         known[site.kind] = decided
+        if decided[0].dim() == 2:
+            vars(own_cache(cache)).update(dict.fromkeys(MOVES, rows_stay))
 
     def memory(self, cache: Any) -> dict[str, Any]:
         """What a policy remembers of a cache that this pruning fills."""
@@ -104,6 +120,9 @@ class CacheDecisions:
     def _begin(self, cache: Any, layer: int, tokens: int, pruning: bool) -> None:
         """A prompt begins in an empty cache: what was decided for an earlier one is gone."""
         mark = vars(cache).get(MARK)
+        for name in MOVES:
+            if vars(cache).get(name) is rows_stay:
+                del vars(cache)[name]
         if pruning:
             if mark is None or mark["pruning"] != self.pruning:
                 mark = vars(cache)[MARK] = {"pruning": self.pruning, "layers": {}}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, Component, PerPrompt, Site, Strategy
+from ...registry import ChannelHistory, Component, OneForAll, PerPrompt, Site, Strategy
 from ...registry.catalog import is_foreign, named
 from ...registry.sites import owned_norms
 from . import linears
@@ -219,7 +219,8 @@ class Engine:
         that needs a probe.
         """
         compensator = without_probe(self.strategy.compensate)
-        changes = {"selector": None, "merger": None, "compensate": compensator, "policy": PerPrompt()}
+        changes: dict[str, Any] = {"selector": None, "merger": None, "compensate": compensator}
+        changes |= {"policy": PerPrompt(), "group_by": OneForAll()}
         with self._lock:
             previous = self.shared.running.usual
             self._switch("dense")

@@ -43,10 +43,17 @@ def batching(hooks: Hooks, *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-def repeating(hooks: Hooks, generation_config: Any, *args: Any, **kwargs: Any) -> str | None:
-    """Why a generation without a cache is refused: every step is called with the whole text, like a prompt."""
-    policy = hooks.policy
-    if policy.is_plain or hooks.shared.running.mode != "prune" or generation_config.use_cache is not False:
+def stepping(hooks: Hooks, generation_config: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Why a generation is refused for its steps: without a cache they look like prompts, and beams change rows."""
+    policy, beams = hooks.policy, generation_config.num_beams or 1
+    if hooks.shared.running.mode != "prune":
+        return None
+    if hooks.groups and beams > 1:
+        return (
+            f"generate(num_beams={beams}): group_by: {hooks.decider.strategy.group_by.name} chooses units for each "
+            "row, and beams move from row to row; use num_beams=1, or group_by: batch"
+        )
+    if policy.is_plain or generation_config.use_cache is not False:
         return None
     return (
         f"generate(use_cache=False): policy {policy.name} treats decode steps otherwise than prompts, and without a "
@@ -57,7 +64,7 @@ def repeating(hooks: Hooks, generation_config: Any, *args: Any, **kwargs: Any) -
 REFUSED: dict[str, Callable[..., str | None]] = {
     "_get_candidate_generator": drafting,
     "init_continuous_batching": batching,
-    "_prepare_cache_for_generation": repeating,
+    "_prepare_cache_for_generation": stepping,
 }
 """Methods of transformers that are called first, and why a pruned model may refuse a call of them."""
 

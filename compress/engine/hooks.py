@@ -24,6 +24,7 @@ from .checkpointing import check_not_again, use_checkpoint
 from .copying import Hook, Unpickled
 from .decider import Decider
 from .decode_cache import CacheDecisions, own_cache
+from .grouping import decide_in_groups
 from .kv_index import enable_kv_index
 from .learning import Learner, commit
 from .open_cut import Shared
@@ -49,7 +50,7 @@ class Hooks:
     ):
         self.cuts, self.shared, self.trace = cuts, shared, trace
         self.decider, self.prober, self.learner = decider, prober, learner
-        self.policy = decider.strategy.policy
+        self.policy, self.groups = decider.strategy.policy, decider.strategy.group_by.splits
         self.installed = False
         """Whether the engine has put them on the model."""
         self.indexes: Any = None
@@ -179,7 +180,7 @@ class Hooks:
                 decision = at_site.decision
                 if decision is None:
                     given = hooks.input_of(cut, batch, residual, hidden, arguments)
-                    decision = at_site.decision = hooks.decide(cut, given, prober.probe(cut, given))
+                    decision = at_site.decision = hooks.decided(cut, given, prober)
                 else:
                     hooks._side.join()
                 decided = decision.kept, decision.probe_mean, decision.shares
@@ -215,6 +216,12 @@ class Hooks:
         residual = residual.to(device).reshape(*batch.shape, residual.shape[-1])
         reuse = self.shared.reuses and state.fixed is None and worth_reusing(hidden)
         return SiteInput(batch, residual, hidden, batch.valid_on(device), arguments, reuse)
+
+    def decided(self, cut: SiteCut, given: SiteInput, prober: Prober) -> Decision:
+        """Probe, and decide for all rows or for groups of them."""
+        if self.groups:
+            return decide_in_groups(self.decider, prober, cut, given)
+        return self.decide(cut, given, prober.probe(cut, given))
 
     def decide(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Decision:
         """Decide by the result of a probe; a site whose units are decided once is probed for compensation alone."""
@@ -356,8 +363,13 @@ class Hooks:
         )
 
     def record(self, cut: SiteCut, decision: Decision, batch: Batch | None) -> None:
-        """Add a decision to the trace, where one is kept; no ``batch`` for decisions made once."""
+        """Add a decision to the trace, where one is kept, group by group; no ``batch`` for decisions made once."""
         if self.trace is None:
+            return
+        for rows, part in decision.groups:
+            self.record(cut, part, batch)
+            (self.trace if batch is None else batch.records)[-1]["group"] = rows.tolist()
+        if decision.groups:
             return
         number = None if batch is None else self._batches
         where = {"batch": number, "layer": cut.site.layer, "kind": cut.site.kind}

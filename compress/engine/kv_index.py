@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -13,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...registry import ModelError
 
 KV_INDEX = "prunekit_kv_index"
-"""Attribute of an attention module: the key/value head of every query head that is left, (k,) int64."""
+"""Attribute of an attention module: the key/value head of every query head that is left, (k,) int64, or (B, k)."""
 
 PREFIX = "prunekit_"
 
@@ -27,7 +28,11 @@ def _indexed(base: str) -> Callable:
         index = getattr(module, KV_INDEX, None)
         if index is None:
             return compute(module, query, key, value, attention_mask, **kwargs)
-        key, value = key.index_select(1, index), value.index_select(1, index)
+        if index.dim() == 2:
+            row = torch.arange(len(index), device=index.device)[:, None]
+            key, value = key[row, index], value[row, index]
+        else:
+            key, value = key.index_select(1, index), value.index_select(1, index)
         groups, module.num_key_value_groups = module.num_key_value_groups, 1
         try:
             return compute(module, query, key, value, attention_mask, **kwargs)

@@ -53,30 +53,59 @@ class Learner:
         self, cut: SiteCut, columns: Tensor, x: Tensor, valid: Tensor | None, checks: FiniteChecks
     ) -> tuple[Tensor, Tensor] | None:
         """The computed channels (c,), and what history becomes there (T, c), after a batch x (B, T, c or C); None: it
-        stays what it is. valid (B, T) bool: the real tokens; None where all are."""
+        stays what it is. valid (B, T) bool: the real tokens; None where all are. Where ``columns`` are (B, c), each
+        row has computed its own channels."""
         with self.stages.history:
             history, length = cut.state.history, x.shape[1]
             if self._extends and length > history.positions:  # nothing is stored of further positions
                 length = history.positions
                 x, valid = x[:, :length], None if valid is None else valid[:, :length]
-            if x.shape[-1] != len(columns):
-                x = x.index_select(2, columns)
-            mean = None if history.mean is None else history.mean[columns]
-            observed = self.strategy.measure(self.statistic, x, valid, mean)
+            counts: Tensor | None
+            if columns.dim() == 2:
+                columns, observed, counts = self._measured_apart(columns, x, valid, history.mean)
+            else:
+                if x.shape[-1] != len(columns):
+                    x = x.index_select(2, columns)
+                observed, counts = self._measured(columns, x, valid, history.mean)
             known = history.of_columns(length, columns)
-            counted = None if valid is None else self.strategy.counted(valid)
-            if counted is not None or not history.is_plain:
-                counts = observed.new_full((length,), x.shape[0]) if counted is None else counted.sum(0).float()
+            if counts is None and not history.is_plain:
+                counts = observed.new_full((length,), x.shape[0])
+            if counts is not None:
                 observed, counts = history.storage.pooled(observed, counts)
             updated = self.merger.update(known, observed)
             if updated is None:
                 return None
             checked(updated, known.shape, "update", "history merger", self.merger, cut.binding.site)
-            if counted is not None:
-                # A position where every row is padding keeps its history.
-                updated = torch.where((counts > 0)[:, None], updated, known)
+            if counts is not None:
+                # What is padding in every row that computes it keeps its history.
+                updated = torch.where((counts > 0).view(len(counts), -1), updated, known)
             checks.add(updated, LEARNT, cut.binding.site)
             return columns, updated
+
+    def _measured(
+        self, columns: Tensor, x: Tensor, valid: Tensor | None, mean: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The statistic of rows x (B, T, c), and how many tokens it counts at each position (T,); None: all rows."""
+        observed = self.strategy.measure(self.statistic, x, valid, None if mean is None else mean[columns])
+        counted = None if valid is None else self.strategy.counted(valid)
+        return observed, None if counted is None else counted.sum(0).float()
+
+    def _measured_apart(
+        self, columns: Tensor, x: Tensor, valid: Tensor | None, mean: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All computed channels, the mean of their rows' statistics (T, c), and how many tokens it counts (T, c).
+
+        x (B, T, .): the channels ``columns`` (B, .) of each row.
+        """
+        united, place = columns.unique(return_inverse=True)
+        totals, tokens = (x.new_zeros(x.shape[1], len(united), dtype=torch.float32) for _ in range(2))
+        for row in range(len(columns)):
+            own = None if valid is None else valid[row : row + 1]
+            observed, counts = self._measured(columns[row], x[row : row + 1], own, mean)
+            counts = observed.new_ones(len(observed)) if counts is None else counts
+            totals.index_add_(1, place[row], observed * counts[:, None])
+            tokens.index_add_(1, place[row], counts[:, None].expand_as(observed))
+        return united, totals / tokens.clamp(min=1), tokens
 
 
 def commit(batch: Batch, cuts: Sequence[SiteCut], stages: Stages, prober: Prober | None = None) -> None:

@@ -20,6 +20,7 @@ from ...registry.tensors.linears import matrix_of
 from .batch import Batch
 from .copying import Unpickled
 from .gathering import store_row_major
+from .grouped_cut import GroupedCut
 from .open_cut import OpenCut
 from .site_cut import SiteCut
 
@@ -60,6 +61,8 @@ class ProducerLinear(SiteLinear):
             if products is not None and probe is not None and probe.is_running:
                 products.outputs[self] = made
             return made
+        if isinstance(open_cut, GroupedCut):
+            return open_cut.linear(x, batch, lambda part: part.producer(self, self.producer))
         if open_cut.fuses and _can_fuse(self, x, dim=0):
             return _fused_producer(self, open_cut, x)
         weight, bias = open_cut.producer(self, self.producer)
@@ -95,6 +98,8 @@ class ConsumerLinear(SiteLinear):
         open_cut = site_cut.open_cut
         if open_cut is None:
             return functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        if isinstance(open_cut, GroupedCut):
+            return open_cut.linear(x, batch, OpenCut.consumer)
         if open_cut.fuses and not site_cut.compensation.wanted and _can_fuse(self, x, dim=1):
             return _fused_consumer(self, open_cut, x)
         return functional.linear(x, *open_cut.consumer())

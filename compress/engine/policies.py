@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ...registry import DataError, ModelError, Site
 from ...registry.tensors.caches import without_caches
-from .batch import Batch
+from .batch import Batch, Decision
 from .copying import Hook
 from .decode_cache import REMEDY
+from .grouping import decide_in_groups
 from .hooks import Hooks
 from .probing import MASK, Prober, SiteInput, pick_tokens
 from .site_cut import SiteCut
@@ -72,7 +73,7 @@ class PolicyHooks(Hooks):
         cut.suspend()
         given = self.input_of(cut, batch, residual, hidden, arguments)
         with torch.no_grad():
-            batch.sites[cut.number].selected = given, *prober.select(cut, given)
+            batch.sites[cut.number].selected = given, None if self.groups else prober.select(cut, given)
         return True
 
     # A prompt with all units.
@@ -84,17 +85,19 @@ class PolicyHooks(Hooks):
         selected = None if batch is None else batch.sites[cut.number].selected
         if batch is None or prober is None or selected is None:
             return
-        at_site, (given, rows, positions) = batch.sites[cut.number], selected
+        at_site, (given, tokens) = batch.sites[cut.number], selected
         at_site.selected = None
         x, valid = batch.seen(cut.number, x.detach())
-        probe = prober.probe(cut, given, (rows, positions), pick_tokens(x, rows, positions))
-        self._decided(cut, batch, given, probe)
+        if tokens is None:
+            decision = decide_in_groups(self.decider, prober, cut, given, x)
+        else:
+            decision = self.decide(cut, given, prober.probe(cut, given, tokens, pick_tokens(x, *tokens)))
+        self._decided(cut, batch, given, decision)
         if self.learner is not None:
             columns = torch.arange(x.shape[-1], device=x.device)
             at_site.learnt = self.learner.observe(cut, columns, x, valid, batch.checks)
 
-    def _decided(self, cut: SiteCut, batch: Batch, given: SiteInput, probe: Any) -> None:
-        decision = self.decide(cut, given, probe)
+    def _decided(self, cut: SiteCut, batch: Batch, given: SiteInput, decision: Decision) -> None:
         decision = batch.sites[cut.number].decision = decision._replace(positions=decision.positions + given.start)
         cut.computed = decision.kept
         if batch.cache is not None:
@@ -126,7 +129,7 @@ class PolicyHooks(Hooks):
         _, tokens, called = zip(*seen, strict=True)
         states = torch.cat(tokens, 1)
         given = SiteInput(batch, states, None, None, joined(called, states), start=position + 1 - len(seen))
-        self._decided(cut, batch, given, prober.probe(cut, given))
+        self._decided(cut, batch, given, self.decide(cut, given, prober.probe(cut, given)))
         self.cached.decided_at(cache, batch.layer, cut.site, position + 1)
 
 

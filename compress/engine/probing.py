@@ -39,6 +39,8 @@ class SiteInput:
     """Whether the batch reuses what the producers compute for the probe."""
     start: int = 0
     """Position of the first token; more than 0 for tokens of decode steps."""
+    generator: torch.Generator | None = None
+    """What a random selector draws from; None: from the batch's."""
 
     def normed(self, cut: SiteCut) -> Tensor:
         """(B, T, D): the normed states."""
@@ -123,7 +125,8 @@ class Prober:
             counted = None if given.valid is None else self.strategy.counted(given.valid)
             looks = self._is_foreign and not torch.compiler.is_compiling()
             before = states._version if looks and not states.is_inference() else None
-            rows, positions = self.selector.select(states, counted, given.batch.generator or self.generator)
+            generator = given.generator or given.batch.generator or self.generator
+            rows, positions = self.selector.select(states, counted, generator)
             checked(rows, (len(rows),), "select (rows)", "probe selector", self.selector, cut.binding.site)
             shape = (len(rows), positions.shape[-1])[2 - positions.dim() :]
             checked(positions, shape, "select (positions)", "probe selector", self.selector, cut.binding.site)
@@ -188,7 +191,7 @@ def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor
     try:
         if binding.activation is not None:
             return binding.activation(binding.entry.forward(chosen))
-        others = given.arguments and _chosen_arguments(binding.site, given, rows, positions, mask_positions)
+        others = given.arguments and chosen_arguments(binding.site, given, rows, positions, mask_positions)
         for name in binding.site.position_tables:
             table = getattr(binding.entry, name)
             vars(binding.entry)[name] = _chosen_mask(table, given.residual.shape[0], rows, mask_positions)
@@ -203,7 +206,7 @@ def probe_states(cut: SiteCut, given: SiteInput, rows: Tensor, positions: Tensor
     return states
 
 
-def _chosen_arguments(
+def chosen_arguments(
     site: Site, given: SiteInput, rows: Tensor, positions: Tensor, mask_positions: Tensor
 ) -> dict[str, Any]:
     """The block's other arguments, those per token cut to the probe's tokens, the cache left out."""

@@ -19,6 +19,7 @@ from .absent import Replaced, restore, unchanged
 from .absent import replace as replace_forward
 from .batch import split
 from .compensation import SiteCompensation
+from .grouped_cut import GroupedCut
 from .kv_index import KV_INDEX
 from .open_cut import OpenCut, Shared, Weights
 from .site_state import SiteBinding, SiteState
@@ -75,7 +76,7 @@ class SiteCut:
 
     @property
     def kept(self) -> Tensor | None:
-        """(k,) int64 ascending while the cut is open."""
+        """(k,) int64 ascending, or (B, k) where rows have their own, while the cut is open."""
         return None if self.open_cut is None else self.open_cut.kept
 
     # Opening and closing.
@@ -83,7 +84,8 @@ class SiteCut:
     def open(
         self, kept: Tensor, probe_mean: Tensor | None = None, shares: Tensor | None = None, stays: bool = False
     ) -> None:
-        """Compute with ``kept`` (k,) int64 from now on; if the last cut had the same tensor, its copies are reused.
+        """Compute with ``kept`` (k,) int64 from now on, or (B, k), each row with its own; if the last cut had the same
+        tensor, its copies are reused.
 
         probe_mean (C,) and the shares (2,) of mean and slope are those of a probe. ``stays``: whether the cut serves
         several passes.
@@ -100,17 +102,18 @@ class SiteCut:
             elif self.shared.applier.resizes:
                 binding = self.binding
                 for module, name, per_unit, _ in binding.attributes:
-                    setattr(module, name, len(kept) * per_unit)
+                    setattr(module, name, kept.shape[-1] * per_unit)
                 if binding.site.query_heads_per_kv:
                     setattr(binding.entry, KV_INDEX, kept // binding.site.query_heads_per_kv)
         open_cut.use_probe(probe_mean, shares)
 
     def cut_to(self, kept: Tensor, stays: bool) -> OpenCut:
-        """The cut to ``kept`` (k,) that is to be opened next."""
+        """The cut to ``kept`` (k,) or (B, k) that is to be opened next."""
         if self._suspended is None or self._suspended.kept is not kept:
             if stays:
                 self.shared.gatherer.release(self.binding.site.kind)  # unused until a cut that does not stay
-            self._suspended = OpenCut(self.state, self.shared, kept, stays)
+            made = OpenCut if kept.dim() == 1 else GroupedCut
+            self._suspended = made(self.state, self.shared, kept, stays)
         return self._suspended
 
     def suspend(self) -> None:

@@ -11,7 +11,7 @@ from ..calibration.passes import Progress
 from ..engine.engine import Engine
 from ..output.records import MatchFacts
 from .matching import Counts, DecoderCost, Match, is_near, nearest, unmatched
-from .policies import check_policy
+from .policies import check_grouping, check_policy
 from .sites import sites_within
 
 
@@ -52,15 +52,22 @@ def allocate(
         counts = counts_at(found.ratio)
     for cut in cuts:
         cut.state.keep(counts[cut.site.layer, cut.site.kind])
-    check_policy(strategy, [(cut.site, cut.count) for cut in cuts])
+    _check(strategy, [(cut.site, cut.count) for cut in cuts])
     return found
 
 
 def check_policy_beforehand(strategy: Strategy, sites: Sequence[Site], ratio: float | None) -> None:
-    """Raise :class:`SpecError` for a policy that cannot be right, where counts are known without calibration."""
-    if not (strategy.policy.is_plain or strategy.allocator.looks_at_model):
+    """Raise :class:`SpecError` for a policy or a grouping that cannot be right, where counts are known without
+    calibration."""
+    asks = not strategy.policy.is_plain or strategy.group_by.splits
+    if asks and not strategy.allocator.looks_at_model:
         counts = _counts(strategy.allocator, [SiteScores(site) for site in sites], ratio, [])
-        check_policy(strategy, [(site, counts[site.layer, site.kind]) for site in sites])
+        _check(strategy, [(site, counts[site.layer, site.kind]) for site in sites])
+
+
+def _check(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None:
+    check_policy(strategy, counts)
+    check_grouping(strategy, counts)
 
 
 def _counts(allocator: Any, scores: Sequence[SiteScores], ratio: float | None, measured: Sequence[CutLosses]) -> Counts:

@@ -45,6 +45,11 @@ def frozen_units(engine: Engine, how: Freeze, batches: Iterable[Any] | None, pro
             )
         with torch.no_grad():
             return [_all(cut) if cut.whole else engine.decider.calibrated_units(cut) for cut in engine.cuts]
+    if how == "last" and engine.strategy.group_by.splits:
+        raise SpecError(
+            f"freeze: last keeps what the last batch kept, and with group_by: {engine.strategy.group_by.name} its rows "
+            "kept different units; use mean-score"
+        )
     if batches is None:
         raise DataError(f"freeze: {how} runs batches through the pruned model; give it calibration batches")
     sums: dict[SiteCut, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Policies that a cut does not allow."""
+"""Policies and groupings that a cut does not allow."""
 
 from __future__ import annotations
 
@@ -31,3 +31,22 @@ def check_policy(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None
         raise SpecError(
             f"policy {policy.name}: {site.label} keeps {count} of {site.units} units, and {why}; nearest: {others}"
         )
+
+
+def check_grouping(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None:
+    """Raise :class:`SpecError` where rows cannot have units of their own at sites that keep so many."""
+    for site, count in counts if strategy.group_by.splits else ():
+        along = [each.name for each in site.unit_tensors] + [each.name for each in site.unit_arguments]
+        along += [producer.path for producer in site.selected]
+        if count in (0, site.units):
+            continue
+        if site.routed:
+            why, others = "a routed expert reads tokens of all rows together", "experts: keep"
+        elif site.position_tables:
+            why, others = f"{site.entry} adds terms of positions to its scores", "allocator: mlp_only"
+        elif along and strategy.applier.resizes:
+            why, others = f"{along[0]} is cut for all rows alike", "applier: zero"
+            others = f"allocator: mlp_only, {others}" if site.kind == "attention" else others
+        else:
+            continue
+        raise SpecError(f"group_by: {strategy.group_by.name}: {site.label}: {why}; nearest: {others}, group_by: batch")

@@ -155,6 +155,11 @@ def engine_of(
     layers, all_sites = find_sites(model, catalog, strategy.attention_unit, strategy.experts)
     sites, ratio = sites_within(strategy, all_sites, len(cast(Any, model.get_submodule(layers))))
     _check_experts(strategy, all_sites, runtime)
+    if runtime.compile is not None and strategy.group_by.splits:
+        raise SpecError(
+            f"group_by: {strategy.group_by.name} excludes runtime.compile: {runtime.compile}; leave compile out, or "
+            "group_by: batch"
+        )
     if strategy.probes_with is not None:
         check_attention(model)
     if strategy.decides_ahead:

@@ -76,7 +76,8 @@ class Pruned:
         """One record per decision, where ``trace=True`` was asked for.
 
         Keys: ``batch`` (None for a strategy that decides once), ``layer``, ``kind``, ``rows`` and
-        ``positions`` of the probe, ``kept`` units, ascending.
+        ``positions`` of the probe, ``kept`` units, ascending. Where rows of a batch decide apart, a record for each
+        group, whose rows are ``group``.
         """
         return self._engine.hooks.trace
 
@@ -226,11 +227,11 @@ class Pruned:
         return self._engine.shared.stages.watched(stage)
 
     def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
-        """The units, by layer and kind, that the last forward pass computed with, ascending."""
+        """The units, by layer and kind, that the last forward pass computed with, ascending; those of all its rows."""
         found = {}
         for cut in self._engine.cuts:
             computed = None if self.is_dense or cut.whole else cut.computed
-            units = range(cut.site.units) if computed is None else computed.tolist()
+            units = range(cut.site.units) if computed is None else computed.unique().tolist()
             found[cut.site.layer, cut.site.kind] = tuple(units)
         return found
 

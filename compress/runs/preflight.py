@@ -86,7 +86,9 @@ def unseen(specs: Iterable[PipelineSpec]) -> str:
         if spec.model.is_on_hub:
             hub[f"model {spec.model.label}"] = None
         texts: list[TextSource] = list(spec.calibration.sources) if spec.prune.needs_calibration else []
-        texts += [text for each in spec.evaluate for _, text in each if isinstance(text, TextSource)]
+        found = [text for each in spec.evaluate for _, text in each]
+        found += [text for texts in found if isinstance(texts, tuple) for text in texts]
+        texts += [text for text in found if isinstance(text, TextSource)]
         hub |= dict.fromkeys(f"dataset {text.dataset}" for text in texts if text.dataset)
     there = f", and on the hub: {', '.join(hub)}" if hub else ""
     return f"not looked at: the weights, whether texts are long enough, the data of tasks{there}"

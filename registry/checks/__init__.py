@@ -27,6 +27,7 @@ from ..roles.evaluation import Evaluator, Subject, checked
 from ..roles.exporting import ExportFormat
 from ..roles.fitting import FittedScorer
 from ..roles.gradients import GradientScorer
+from ..roles.grouping import Grouping
 from ..roles.hookspecs import ROLES
 from ..roles.parts import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 from ..roles.policies import Policy
@@ -40,6 +41,7 @@ from .compensators import COMPENSATOR_CHECKS
 from .exporting import EXPORT_CHECKS
 from .fitting import FITTING_CHECKS
 from .gradients import GRADIENT_CHECKS
+from .grouping import GROUPING_CHECKS
 from .parts import expect
 from .policies import POLICY_CHECKS
 from .probes import (
@@ -317,6 +319,7 @@ ALL_ROLE_CHECKS: dict[type[Component], Sequence[Check]] = {
     FittedScorer: FITTING_CHECKS,
     Compensator: COMPENSATOR_CHECKS,
     Policy: POLICY_CHECKS,
+    Grouping: GROUPING_CHECKS,
     Strategy: [check_strategy_ratio, check_strategy_parts],
     Evaluator: [check_rows],
     ExportFormat: EXPORT_CHECKS,

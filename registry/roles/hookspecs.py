@@ -8,6 +8,7 @@ from ..component import Component
 from .compensation import Compensator
 from .evaluation import Evaluator
 from .exporting import ExportFormat
+from .grouping import Grouping
 from .parts import Architecture, HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator
 from .policies import Policy
 from .strategy import Strategy
@@ -29,6 +30,7 @@ ROLES: dict[str, type[Component]] = {
     "allocators": SparsityAllocator,
     "compensators": Compensator,
     "policies": Policy,
+    "groupings": Grouping,
     "architectures": Architecture,
     "evaluators": Evaluator,
     "export_formats": ExportFormat,

@@ -16,13 +16,20 @@ from .choosing import Chooser
 from .compensation import Compensator, NoCompensation
 from .fitting import FittedScorer
 from .gradients import GradientScorer
+from .grouping import Grouping, OneForAll
 from .parts import HistoryMerger, MaskApplier, ProbeSelector, Scorer, SparsityAllocator, missing_argument
 from .policies import PerPrompt, Policy
 
 PaddingOf = Callable[[Tensor], Tensor | None]
 
 
-LATER = {"experts": "channels", "router_weights": False, "policy": {"name": "per_prompt"}, "long_prompts": "refuse"}
+LATER = {
+    "experts": "channels",
+    "router_weights": False,
+    "policy": {"name": "per_prompt"},
+    "group_by": {"name": "batch"},
+    "long_prompts": "refuse",
+}
 """Options that are newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
 
 
@@ -64,6 +71,11 @@ class Strategy(Component):
         default=PerPrompt(),
         description="generation: which calls are pruned, and when units are chosen again (strategies that decide per "
         "batch)",
+    )
+    group_by: Grouping = Field(
+        default=OneForAll(),
+        description="which rows of a batch share a decision: batch, all; row, none; cluster, those with like scores "
+        "(strategies that decide per batch)",
     )
     long_prompts: Literal["refuse", "extend"] = Field(
         default="refuse",
@@ -148,10 +160,28 @@ class Strategy(Component):
                 f"allocator {self.allocator.name} measures cuts by scores, so its needs_scores must be true, too (or "
                 "whole_blocks, where every site keeps all or nothing); fix the plugin"
             )
+        if self.group_by.splits:
+            self._check_grouping()
         if self.decides_in_steps:
             self._check_steps()
         self._check_experts()
         return self
+
+    def _check_grouping(self) -> None:
+        """Raise :class:`ValueError` for what excludes several decisions in one batch."""
+        name, policy, compensator = f"group_by: {self.group_by.name}", self.policy.name, self.compensate.name
+        if not self.dynamic:
+            raise ValueError(f"{name} is for strategies that choose units for every batch; leave it out")
+        others = {
+            f"policy {policy}, whose steps choose again for all rows; use policy: decode_only": self.policy.reads > 0,
+            "ahead: true of the selector, which chooses for the whole batch; set ahead to false": self.decides_ahead,
+            f"compensator {compensator}, which reads a probe of the whole batch; use compensate: mean": (
+                self.compensate.uses_probe
+            ),
+        }
+        for other, found in others.items():
+            if found:
+                raise ValueError(f"{name} excludes {other}, or group_by: batch")
 
     def _check_experts(self) -> None:
         """Raise :class:`ValueError` for what cannot be done with routed experts."""

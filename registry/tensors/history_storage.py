@@ -38,14 +38,18 @@ class HistoryStorage(BaseModel):
         return (positions + 2 * self.pool - 2) // self.pool if positions else 0
 
     def pooled(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Means per position (T, c) of ``counts`` tokens each (T,), as means per row (R, c) and their tokens (R,)."""
+        """Means per position (T, c) of ``counts`` tokens each, as means per row (R, c) and their tokens.
+
+        Tokens are counted for all channels, (T,) -> (R,), or for each, (T, c) -> (R, c).
+        """
         if self.pool == 1:
             return values, counts
         rows = self.row_of(torch.arange(len(values), device=values.device))
         shape = self.rows_for(len(values))
-        tokens = counts.new_zeros(shape).index_add_(0, rows, counts)
-        sums = values.new_zeros(shape, values.shape[1]).index_add_(0, rows, values * counts[:, None])
-        return sums.div_(tokens.clamp(min=1)[:, None]), tokens
+        wide = counts.view(len(counts), -1)
+        tokens = wide.new_zeros(shape, wide.shape[1]).index_add_(0, rows, wide)
+        sums = values.new_zeros(shape, values.shape[1]).index_add_(0, rows, values * wide)
+        return sums.div_(tokens.clamp(min=1)), tokens.view(shape, *counts.shape[1:])
 
     def encode(self, values: Tensor) -> Tensor:
         """Values (..., c) float32, not negative, in the stored form."""
