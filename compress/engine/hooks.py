@@ -29,6 +29,7 @@ from .learning import Learner, commit
 from .open_cut import Shared
 from .probing import Probe, Prober, SiteInput
 from .site_cut import SiteCut
+from .steady import Steady
 from .weights import WeightsWatch
 
 
@@ -52,6 +53,9 @@ class Hooks:
         self.policy = decider.strategy.policy
         self.installed = False
         """Whether the engine has put them on the model."""
+        self.repeats_steps = False
+        """Whether decode steps may leave out what they find as in the step before: no other hooks are installed."""
+        self._steady: Steady | None = None
         self.indexes: Any = None
         """The model, where its attention reads key/value heads by index."""
         self._batches = 0
@@ -78,14 +82,16 @@ class Hooks:
         if self.indexes is not None and self.installed and not torch.compiler.is_compiling():
             enable_kv_index(self.indexes)
         mode, observe = self.shared.running.mode if self.installed else "dense", None
+        tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
+        rows, length = tokens.shape[:2]
+        if mode == "prune" and self._steady is not None and self._steady.repeats(arguments, (rows, length)):
+            return Batch(mode, (rows, length), None, 0, steady=True)
         if mode == "calibrate":
             observe = self._calibration
         elif mode == "prune" and self.learner is not None:
             observe = self.learn
         if mode == "prune" and self.depends_on_batch:
             check_not_again()
-        tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
-        rows, length = tokens.shape[:2]
         counts = mode == "calibrate" or (mode == "prune" and self.prober is not None)
         valid = valid_tokens(arguments.get("attention_mask"), rows, length) if counts else None
         batch = Batch(mode, (rows, length), valid, len(self.cuts), observe)
@@ -95,6 +101,8 @@ class Hooks:
 
     def succeed(self, batch: Batch) -> None:
         """The batch has passed: write the updated histories, and what it leaves to the next one."""
+        if batch.steady:
+            return
         self._side.join()
         self.check_read(batch)
         with torch.no_grad():
@@ -102,9 +110,13 @@ class Hooks:
         if self.trace is not None and batch.records:
             self.trace += batch.records
             self._batches += 1
+        if self.repeats_steps and batch.mode == "prune" and batch.cached and batch.shape[1] == 1:
+            self._steady = Steady.after(self.cuts, batch)
 
     def end(self, batch: Batch) -> None:
         """The batch has ended, with or without an error."""
+        if batch.steady:
+            return
         self._side.join()
         self.leave_all(batch)
         batch.close()
@@ -119,7 +131,7 @@ class Hooks:
             hooks: Hooks, mine: list[SiteCut], index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
         ) -> None:
             batch = hooks.shared.running.batch
-            if batch is not None:
+            if batch is not None and not batch.steady:
                 arguments, pruning = named(layer, args, kwargs), batch.mode == "prune"
                 decides = hooks.prober is not None and not all(cut.settled for cut in mine)
                 if pruning and decides:
@@ -143,7 +155,7 @@ class Hooks:
         """A site's norm reads the residual stream."""
 
         def hook(running: Running, number: int, norm: nn.Module, args: tuple) -> None:
-            if running.batch is not None:
+            if running.batch is not None and not running.batch.steady:
                 running.batch.sites[number].residual = args[0]
 
         return Hook(hook, self.shared.running, cut.number)
@@ -158,7 +170,7 @@ class Hooks:
             if batch is None:
                 hooks.check_no_batch(cut)
                 return
-            if batch.mode != "prune":
+            if batch.steady or batch.mode != "prune":
                 return
             if cut.number:
                 hooks.leave(hooks.cuts[cut.number - 1], batch)
@@ -373,6 +385,7 @@ class Hooks:
 
     def forget_weights(self) -> None:
         """Compute and copy anew what was made of the weights."""
+        self._steady = None
         for cut in self.cuts:
             cut.forget_weights()
 
