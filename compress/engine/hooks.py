@@ -23,7 +23,7 @@ from .batch import Batch, Decision, Mode, Observe, Running, named, split, valid_
 from .checkpointing import check_not_again, use_checkpoint
 from .copying import Hook, Unpickled
 from .decider import Decider
-from .decode_cache import CacheDecisions, own_cache
+from .decode_cache import CacheDecisions, Seen, own_cache
 from .kv_index import enable_kv_index
 from .learning import Learner, commit
 from .open_cut import Shared
@@ -84,8 +84,11 @@ class Hooks:
         mode, observe = self.shared.running.mode if self.installed else "dense", None
         tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         rows, length = tokens.shape[:2]
-        if mode == "prune" and self._steady is not None and self._steady.repeats(arguments, (rows, length)):
-            return Batch(mode, (rows, length), None, 0, steady=True)
+        steady = self._steady
+        if mode == "prune" and steady and (cached := steady.again(arguments, (rows, length), self.policy)):
+            batch = Batch(mode, (rows, length), None, len(self.cuts) if self.policy.reads else 0, steady=True)
+            batch.cached, batch.cache = cached, cache_among(arguments)
+            return batch
         if mode == "calibrate":
             observe = self._calibration
         elif mode == "prune" and self.learner is not None:
@@ -131,7 +134,9 @@ class Hooks:
             hooks: Hooks, mine: list[SiteCut], index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
         ) -> None:
             batch = hooks.shared.running.batch
-            if batch is not None and not batch.steady:
+            if batch is not None and batch.steady:
+                batch.layer = index
+            elif batch is not None:
                 arguments, pruning = named(layer, args, kwargs), batch.mode == "prune"
                 decides = hooks.prober is not None and not all(cut.settled for cut in mine)
                 if pruning and decides:
@@ -155,7 +160,7 @@ class Hooks:
         """A site's norm reads the residual stream."""
 
         def hook(running: Running, number: int, norm: nn.Module, args: tuple) -> None:
-            if running.batch is not None and not running.batch.steady:
+            if running.batch is not None and running.batch.sites:
                 running.batch.sites[number].residual = args[0]
 
         return Hook(hook, self.shared.running, cut.number)
@@ -170,9 +175,9 @@ class Hooks:
             if batch is None:
                 hooks.check_no_batch(cut)
                 return
-            if batch.steady or batch.mode != "prune":
+            if batch.mode != "prune" or (batch.steady and (cut.settled or not batch.sites)):
                 return
-            if cut.number:
+            if cut.number and not batch.steady:
                 hooks.leave(hooks.cuts[cut.number - 1], batch)
             at_site = batch.sites[cut.number]
             residual, at_site.residual = at_site.residual, None
@@ -181,6 +186,9 @@ class Hooks:
                 if cut.binding.norm is not None:
                     raise hooks.no_norm(cut)
                 residual = hidden
+            if batch.steady:
+                hooks.note(cut, batch, residual, arguments)
+                return
             if not cut.settled:
                 if not hooks.is_plain and hooks.by_policy(cut, batch, residual, hidden, arguments, prober):
                     return
@@ -217,6 +225,10 @@ class Hooks:
     ) -> bool:
         """Whether another policy than ``per_prompt`` has a site compute all units in this call."""
         return False
+
+    def note(self, cut: SiteCut, batch: Batch, residual: Tensor, arguments: dict[str, Any]) -> list[Seen]:
+        """Store a step's token, where the policy reads tokens of steps."""
+        return []
 
     def input_of(
         self, cut: SiteCut, batch: Batch, residual: Tensor, hidden: Tensor, arguments: dict[str, Any]

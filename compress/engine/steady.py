@@ -13,6 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ...registry import Policy
 from ...registry.tensors.caches import cache_among, counts_positions, held
 from .batch import Batch
 from .decode_cache import MARK, own_cache
@@ -30,7 +31,7 @@ class Steady:
         layers = self._mark["layers"]
         self._decided = [(layer, known, dict(known)) for layer, known in layers.items()]
         self._layer = next(layer for layer in layers if counts_positions(cache, layer))
-        self._least: int = layers[self._layer]["prompt"]
+        self._least: int = max(at for known in layers.values() for at in _positions(known))
         """Positions that the cache must hold: fewer are refused by name."""
         self._open: list[tuple[SiteCut, OpenCut | None]] = [(cut, cut.open_cut) for cut in cuts]
         self._inference = torch.is_inference_mode_enabled()
@@ -50,21 +51,27 @@ class Steady:
                 return None
         return cls(cuts, batch)
 
-    def repeats(self, arguments: dict[str, Any], shape: tuple[int, int]) -> bool:
-        """Whether a call of the decoder with these arguments, on so many rows and tokens, is such a step again."""
+    def again(self, arguments: dict[str, Any], shape: tuple[int, int], policy: Policy) -> int:
+        """Positions that the cache holds if a call of the decoder with these arguments is such a step again, else 0.
+
+        ``shape`` is its rows and tokens. A step in which the policy chooses units is another one.
+        """
         if shape != (self._rows, 1) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
+            return 0
         cache = cache_among(arguments)
         own = None if cache is None else own_cache(cache)
         if own is None or own is not self._cache() or vars(own).get(MARK) is not self._mark:
-            return False
-        return (
+            return 0
+        same = (
             self._inference == torch.is_inference_mode_enabled()
             and all(cut.open_cut is before for cut, before in self._open)
             and all(map(self._known, self._decided))
             and all(map(_unchanged, self._weights))
-            and held(own, self._layer, 1) >= self._least
         )
+        length = held(own, self._layer, 1) if same else 0
+        if length < self._least or (policy.reads and policy.again(length + 1 - self._least, {})):
+            return 0
+        return length
 
     def _known(self, decided: tuple[int, dict[str, Any], dict[str, Any]]) -> bool:
         """Whether what is stored of a layer is what it was."""
@@ -75,6 +82,11 @@ class Steady:
 
 Weight = tuple[dict[str, Any], str, Tensor, int, int]
 """A module's parameters, the name of one, and the parameter: its address and version when it was copied."""
+
+
+def _positions(known: dict[str, Any]) -> list[int]:
+    """The prompt's length in a layer, and where its sites were decided since."""
+    return [known["prompt"], *(since[0] for name, since in known.items() if name.startswith("since "))]
 
 
 def _weights(cut: SiteCut) -> list[Weight]:
