@@ -447,6 +447,8 @@ class DecoderForward(Unpickled):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
+            if cache_among(named(self.decoder, args, kwargs)) is not None:
+                return _uncompiled(self, args, kwargs)
             return self._run(args, kwargs)
         with self.hooks.shared.running.one_at_a_time.lock:
             return self._run(args, kwargs)
@@ -463,3 +465,9 @@ class DecoderForward(Unpickled):
             finally:
                 running.enter(outer)
                 hooks.end(batch)
+
+
+@torch.compiler.disable
+def _uncompiled(decoder: DecoderForward, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The decoder runs as it is, within code that a user or ``generate`` compiles: the decisions lie with the cache."""
+    return decoder(*args, **kwargs)

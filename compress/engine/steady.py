@@ -64,7 +64,7 @@ class Steady:
             return 0
         same = (
             self._inference == torch.is_inference_mode_enabled()
-            and all(cut.open_cut is before for cut, before in self._open)
+            and all(cut.open_cut is before and (not before or before.ready) for cut, before in self._open)
             and all(map(self._known, self._decided))
             and all(map(_unchanged, self._weights))
         )
@@ -103,4 +103,3 @@ def _version(tensor: Tensor) -> int:
 def _unchanged(weight: Weight) -> bool:
     parameters, name, tensor, address, version = weight
     return parameters[name] is tensor and tensor.data_ptr() == address and _version(tensor) == version
-
