@@ -130,9 +130,17 @@ class Batch:
     """One call of the decoder. The hooks write it, and the probing what concerns the probe; everybody else reads."""
 
     def __init__(
-        self, mode: Mode, shape: tuple[int, int], valid: Tensor | None, sites: int, observe: Observe | None = None
+        self,
+        mode: Mode,
+        shape: tuple[int, int],
+        valid: Tensor | None,
+        sites: int,
+        observe: Observe | None = None,
+        steady: bool = False,
     ):
         self.mode, self.shape, self.observe = mode, shape, observe
+        self.steady = steady
+        """Whether it is a decode step like the one before, in which no hook has anything to do (:mod:`.steady`)."""
         self.valid = valid
         """(B, T) bool: real tokens; None where all are."""
         self.sites = [SiteBatch() for _ in range(sites)]

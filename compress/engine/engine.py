@@ -129,6 +129,7 @@ class Engine:
             own = self.strategy.install(self.model, self.layers, self.all_sites, hooks.padding_of)
         for handle in own:
             self._hook(handle)
+        hooks.repeats_steps = not (own or self.strategy.policy.watches)
         # The strategy's hooks need a recomputation's batch in every layer.
         for index in range(len(self.layers)) if own else sorted({cut.site.layer for cut in self.cuts}):
             self._undo.append(partial(restore_checkpoint, self.layers[index]))

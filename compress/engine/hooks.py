@@ -23,13 +23,14 @@ from .batch import Batch, Decision, Mode, Observe, Running, named, split, valid_
 from .checkpointing import check_not_again, use_checkpoint
 from .copying import Hook, Unpickled
 from .decider import Decider
-from .decode_cache import CacheDecisions, own_cache
+from .decode_cache import CacheDecisions, Seen, own_cache
 from .grouping import decide_in_groups
 from .kv_index import enable_kv_index
 from .learning import Learner, commit
 from .open_cut import Shared
 from .probing import Probe, Prober, SiteInput
 from .site_cut import SiteCut
+from .steady import Steady
 from .weights import WeightsWatch
 
 
@@ -53,6 +54,9 @@ class Hooks:
         self.policy, self.groups = decider.strategy.policy, decider.strategy.group_by.splits
         self.installed = False
         """Whether the engine has put them on the model."""
+        self.repeats_steps = False
+        """Whether decode steps may leave out what they find as in the step before: no other hooks are installed."""
+        self._steady: Steady | None = None
         self.indexes: Any = None
         """The model, where its attention reads key/value heads by index."""
         self._batches = 0
@@ -79,14 +83,19 @@ class Hooks:
         if self.indexes is not None and self.installed and not torch.compiler.is_compiling():
             enable_kv_index(self.indexes)
         mode, observe = self.shared.running.mode if self.installed else "dense", None
+        tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
+        rows, length = tokens.shape[:2]
+        steady = self._steady
+        if mode == "prune" and steady and (cached := steady.again(arguments, (rows, length), self.policy)):
+            batch = Batch(mode, (rows, length), None, len(self.cuts) if self.policy.reads else 0, steady=True)
+            batch.cached, batch.cache = cached, cache_among(arguments)
+            return batch
         if mode == "calibrate":
             observe = self._calibration
         elif mode == "prune" and self.learner is not None:
             observe = self.learn
         if mode == "prune" and self.depends_on_batch:
             check_not_again()
-        tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
-        rows, length = tokens.shape[:2]
         counts = mode == "calibrate" or (mode == "prune" and self.prober is not None)
         valid = valid_tokens(arguments.get("attention_mask"), rows, length) if counts else None
         batch = Batch(mode, (rows, length), valid, len(self.cuts), observe)
@@ -96,6 +105,8 @@ class Hooks:
 
     def succeed(self, batch: Batch) -> None:
         """The batch has passed: write the updated histories, and what it leaves to the next one."""
+        if batch.steady:
+            return
         self._side.join()
         self.check_read(batch)
         with torch.no_grad():
@@ -103,9 +114,13 @@ class Hooks:
         if self.trace is not None and batch.records:
             self.trace += batch.records
             self._batches += 1
+        if self.repeats_steps and batch.mode == "prune" and batch.cached and batch.shape[1] == 1:
+            self._steady = Steady.after(self.cuts, batch)
 
     def end(self, batch: Batch) -> None:
         """The batch has ended, with or without an error."""
+        if batch.steady:
+            return
         self._side.join()
         self.leave_all(batch)
         batch.close()
@@ -120,7 +135,9 @@ class Hooks:
             hooks: Hooks, mine: list[SiteCut], index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
         ) -> None:
             batch = hooks.shared.running.batch
-            if batch is not None:
+            if batch is not None and batch.steady:
+                batch.layer = index
+            elif batch is not None:
                 arguments, pruning = named(layer, args, kwargs), batch.mode == "prune"
                 decides = hooks.prober is not None and not all(cut.settled for cut in mine)
                 if pruning and decides:
@@ -144,7 +161,7 @@ class Hooks:
         """A site's norm reads the residual stream."""
 
         def hook(running: Running, number: int, norm: nn.Module, args: tuple) -> None:
-            if running.batch is not None:
+            if running.batch is not None and running.batch.sites:
                 running.batch.sites[number].residual = args[0]
 
         return Hook(hook, self.shared.running, cut.number)
@@ -159,9 +176,9 @@ class Hooks:
             if batch is None:
                 hooks.check_no_batch(cut)
                 return
-            if batch.mode != "prune":
+            if batch.mode != "prune" or (batch.steady and (cut.settled or not batch.sites)):
                 return
-            if cut.number:
+            if cut.number and not batch.steady:
                 hooks.leave(hooks.cuts[cut.number - 1], batch)
             at_site = batch.sites[cut.number]
             residual, at_site.residual = at_site.residual, None
@@ -170,6 +187,9 @@ class Hooks:
                 if cut.binding.norm is not None:
                     raise hooks.no_norm(cut)
                 residual = hidden
+            if batch.steady:
+                hooks.note(cut, batch, residual, arguments)
+                return
             if not cut.settled:
                 if not hooks.is_plain and hooks.by_policy(cut, batch, residual, hidden, arguments, prober):
                     return
@@ -206,6 +226,10 @@ class Hooks:
     ) -> bool:
         """Whether another policy than ``per_prompt`` has a site compute all units in this call."""
         return False
+
+    def note(self, cut: SiteCut, batch: Batch, residual: Tensor, arguments: dict[str, Any]) -> list[Seen]:
+        """Store a step's token, where the policy reads tokens of steps."""
+        return []
 
     def input_of(
         self, cut: SiteCut, batch: Batch, residual: Tensor, hidden: Tensor, arguments: dict[str, Any]
@@ -385,6 +409,7 @@ class Hooks:
 
     def forget_weights(self) -> None:
         """Compute and copy anew what was made of the weights."""
+        self._steady = None
         for cut in self.cuts:
             cut.forget_weights()
 
@@ -434,6 +459,8 @@ class DecoderForward(Unpickled):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
+            if cache_among(named(self.decoder, args, kwargs)) is not None:
+                return _uncompiled(self, args, kwargs)
             return self._run(args, kwargs)
         with self.hooks.shared.running.one_at_a_time.lock:
             return self._run(args, kwargs)
@@ -450,3 +477,9 @@ class DecoderForward(Unpickled):
             finally:
                 running.enter(outer)
                 hooks.end(batch)
+
+
+@torch.compiler.disable
+def _uncompiled(decoder: DecoderForward, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The decoder runs as it is, within code that a user or ``generate`` compiles: the decisions lie with the cache."""
+    return decoder(*args, **kwargs)

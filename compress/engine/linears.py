@@ -50,11 +50,13 @@ class ProducerLinear(SiteLinear):
     def forward(self, x: Tensor) -> Tensor:
         """All rows while the site's cut is closed, as in a probe, else the kept ones; (..., D) -> (..., r)."""
         open_cut, batch = self.site_cut.open_cut, self.site_cut.shared.running.batch
+        if batch is not None and batch.steady and open_cut is not None:
+            return functional.linear(x, *open_cut.ready[self])
         if open_cut is not None and open_cut.absent:
             return x[..., :0]
         probe = None if batch is None else batch.probe
         products = None if probe is None else probe.products
-        if batch is not None:
+        if batch is not None and not batch.steady:
             self.note(batch)
         if open_cut is None:
             made = functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
@@ -86,9 +88,11 @@ class ConsumerLinear(SiteLinear):
         In a probe x is kept, nothing is multiplied, and what the block computes afterwards is not used.
         """
         site_cut, batch = self.site_cut, self.site_cut.shared.running.batch
+        if batch is not None and batch.steady and site_cut.open_cut is not None:
+            return functional.linear(x, *site_cut.open_cut.ready[self])
         if site_cut.open_cut is not None and site_cut.open_cut.absent:
             return site_cut.open_cut.constant(x)
-        if batch is not None:
+        if batch is not None and not batch.steady:
             self.note(batch)
             if batch.probe is not None and batch.probe.is_running:
                 batch.probe.states = x

@@ -86,10 +86,20 @@ class OpenCut:
         self.fuses = shared.runtime.fused_gather and shared.selects and not stays
         """Whether kept rows and columns are read inside the matrix products, without copies."""
         self._copies: dict[tuple[nn.Module, str], tuple[tuple, Any]] = {}
+        self.ready: dict[nn.Module, Any] = {}
+        """Weight and bias by layer, for steps that have checked that all are as they were (:mod:`.steady`)."""
 
     def forget_copies(self) -> None:
         """Copy weights anew when they are used next."""
-        self._copies = {}
+        self._copies, self.ready = {}, {}
+
+    def make_ready(self) -> bool:
+        """Whether all copies are kept; :attr:`ready` then has them."""
+        consumer = self.state.binding.consumer
+        weight = self._recall(consumer, "weight")
+        self.ready = {linear: self._recall(linear, "producer") for linear, _ in self.state.binding.producers}
+        self.ready[consumer] = None if weight is None else (weight, self._bias(consumer, weight))
+        return all(made is not None for made in self.ready.values())
 
     def use_probe(self, mean: Tensor | None, shares: Tensor | None) -> None:
         """Compensate with the mean in this batch's probe (C,) and these shares (2,) of mean and slope.
@@ -99,7 +109,7 @@ class OpenCut:
         if mean is self.probe_mean and shares is self.shares:
             return
         outdated = {"bias"} if shares is self.shares or not self._has_slope else {"bias", "weight"}
-        self.probe_mean, self.shares = mean, shares
+        self.probe_mean, self.shares, self.ready = mean, shares, {}
         self._copies = {key: made for key, made in self._copies.items() if key[1] not in outdated}
 
     @torch.no_grad()

@@ -112,6 +112,19 @@ class PolicyHooks(Hooks):
         self, cut: SiteCut, batch: Batch, residual: Tensor, arguments: dict[str, Any], prober: Prober
     ) -> None:
         """Note the step's token (B, 1, D), and choose units by the tokens since the last decision if it is time."""
+        cache, position = batch.cache, batch.cached
+        seen = self.note(cut, batch, residual, arguments)
+        decided = self.cached.since(cache, batch.layer, cut.site)[0]
+        if not self.policy.again(position + 1 - decided, self.cached.memory(cache)):
+            return
+        _, tokens, called = zip(*seen, strict=True)
+        states = torch.cat(tokens, 1)
+        given = SiteInput(batch, states, None, None, joined(called, states), start=position + 1 - len(seen))
+        self._decided(cut, batch, given, self.decide(cut, given, prober.probe(cut, given)))
+        self.cached.decided_at(cache, batch.layer, cut.site, position + 1)
+
+    def note(self, cut: SiteCut, batch: Batch, residual: Tensor, arguments: dict[str, Any]) -> list[Seen]:
+        """Store a step's token (B, 1, D); returns the tokens that a decision would read."""
         cache, position, memory = batch.cache, batch.cached, self.cached.memory(batch.cache)
         decided, seen = self.cached.since(cache, batch.layer, cut.site)
         if position < decided or memory.get("positions", position) != position:
@@ -119,18 +132,11 @@ class PolicyHooks(Hooks):
                 f"{cut.site.label}: the key/value cache was cropped to {position} positions, and policy "
                 f"{self.policy.name} has read later ones; {REMEDY}"
             )
-        device = cut.state.history.device
-        residual = residual.detach().to(device).reshape(batch.shape[0], 1, -1).clone()
+        residual = residual.detach().to(cut.state.history.device).reshape(batch.shape[0], 1, -1).clone()
         seen[:] = [each for each in seen if each[0] < position and len(each[1]) == len(residual)]
         seen.append((position, residual, without_caches(arguments)))
         del seen[: -self.policy.reads]
-        if not self.policy.again(position + 1 - decided, memory):
-            return
-        _, tokens, called = zip(*seen, strict=True)
-        states = torch.cat(tokens, 1)
-        given = SiteInput(batch, states, None, None, joined(called, states), start=position + 1 - len(seen))
-        self._decided(cut, batch, given, self.decide(cut, given, prober.probe(cut, given)))
-        self.cached.decided_at(cache, batch.layer, cut.site, position + 1)
+        return seen
 
 
 def joined(calls: Sequence[dict[str, Any]], states: Tensor) -> dict[str, Any]:
