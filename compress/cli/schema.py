@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -14,6 +15,10 @@ from ..files.spec import PipelineSpec
 from ..output.records import Of
 
 REFERENCE = "#/$defs/"
+OURS = "prunekit "
+"""Begins the provider of what prunekit brings itself; its version follows."""
+MEANING_OF = "what the ratio is a share of; decoder: of the decoder's parameters, as with match: parameters"
+"""Of the key ``of``, which the section ``prune`` has besides the strategy's options."""
 
 
 def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
@@ -59,6 +64,11 @@ def ablation_schema(catalog: Catalog) -> dict[str, Any]:
     return {**whole, "$schema": pipeline["$schema"], "title": "prunekit ablation file", "$defs": definitions}
 
 
+def without_installed(catalog: Catalog) -> Catalog:
+    """The catalog without what installed plugins bring; plugin files stay."""
+    return replace(catalog, entries=[e for e in catalog.entries if e.provider.startswith((OURS, "file "))])
+
+
 def _mark(definition: dict[str, Any], role: str) -> None:
     """Add the key by which a mapping of this role names its component."""
     properties = definition["properties"]
@@ -67,8 +77,7 @@ def _mark(definition: dict[str, Any], role: str) -> None:
         compensate = properties["compensate"]  # null means the component none
         about = {key: compensate.pop(key) for key in ("default", "description") if key in compensate}
         properties["compensate"] = {**about, "anyOf": [compensate, {"type": "null"}]}
-        about_of = "what the ratio is a share of; decoder: of the decoder's parameters, as with match: parameters"
-        of = {"enum": list(get_args(Of)), "default": "units", "description": about_of}
+        of = {"enum": list(get_args(Of)), "default": "units", "description": MEANING_OF}
         definition["properties"] = {"use": properties.pop("name"), **properties, "of": of}
         required.insert(0, "use")
     elif role == "evaluators" or required:
