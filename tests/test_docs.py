@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import operator
 import os
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 from prunekit.compress import Pruned
+from prunekit.compress.cli.main import app
 from prunekit.compress.files import moved
 from prunekit.registry import Catalog
+from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -70,6 +73,38 @@ def test_a_broken_link_is_found(tmp_path):
         "# One heading\n[a](#one-heading) [b](#another) [c](page.md) [d](other.md) [e](https://x.example)\n"
     )
     assert broken(page) == ["#another", "other.md"]
+
+
+def misread(page: str) -> list[str]:
+    """Lines that GitHub and the site show differently: a list under a paragraph, and an indent of 1 to 3 spaces."""
+    lines = ["", *re.sub(r"^(```|~~~).*?^\1", "", page, flags=re.MULTILINE | re.DOTALL).splitlines()]
+    pairs = list(itertools.pairwise(lines))
+    item = re.compile(r" *(?:[-*]|\d+\.) ")
+    begins = [line for above, line in pairs if item.match(line) and above.strip() and not re.match(r"[-*\d ]", above)]
+    indented = [line for above, line in pairs if re.match(r" {1,3}\S", line) and (not above or item.match(line))]
+    return begins + indented
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_read_the_same_on_the_site(path):
+    assert misread(path.read_text(encoding="utf-8")) == [], "an empty line before a list; an indent of 4 spaces"
+
+
+def test_what_the_site_would_misread_is_found():
+    page = "A list:\n- a\n  - b\n\n  more\n\n- c\n  goes on\n    - d\n\n```\nx:\n- y\n```\n"
+    assert misread(page) == ["- a", "  - b", "  more"]
+
+
+def test_every_command_and_option_is_on_a_page():
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", pages))
+    missing = []
+    for name, command in get_command(app).commands.items():
+        missing += [] if re.search(rf"prunekit {name}\b", pages) else [name]
+        for option in (parameter for parameter in command.params if parameter.param_type_name == "option"):
+            known = {text for text in (*option.opts, *option.secondary_opts) if text.startswith("--")}
+            missing += [] if known & words else [f"{name} {option.opts}"]
+    assert missing == []
 
 
 def test_every_page_is_reached_from_the_index():

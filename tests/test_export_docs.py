@@ -1,6 +1,5 @@
 """The pages on exports say what the code does."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -50,11 +49,3 @@ def test_every_option_exists(page):
     recover = {option for parameter in commands["recover"].params for option in parameter.opts}
     if page == "recovery":
         assert recover - {"--out", "--plugin", "--overwrite"} <= named | {"DIR", "folder"}, recover - named
-
-
-@pytest.mark.parametrize("page", [*PAGES, "README"])
-def test_python_on_the_pages_can_be_read(page):
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGES.get(page, README), re.MULTILINE | re.DOTALL)
-    assert blocks or page == "recovery"
-    for block in blocks:
-        ast.parse(block)
