@@ -32,16 +32,18 @@ LANGUAGES = {".yaml": "yaml", ".py": "python", ".toml": "toml", ".txt": "text", 
 ASSETS = ("iframe-worker.js", "site.css")
 API = {
     "api/compress.md": ("Prune, measure, export", "compress", ""),
-    "api/roles.md": ("Strategies, parts, roles", "registry", "roles"),
+    "api/roles.md": ("Roles", "registry", "roles"),
     "api/sites.md": ("Sites", "registry", "sites"),
     "api/tensors.md": ("Statistics and tensors", "registry", "tensors"),
     "api/registry.md": ("Catalog, components and errors", "registry", "catalog component errors text"),
     "api/checks.md": ("Checks", "registry/checks", ""),
+    "api/strategies.md": ("Built-in strategies and parts", "strategies", ""),
+    "api/evaluators.md": ("Built-in evaluators", "evaluators", ""),
 }
 """A page -> its title, the package whose public names it describes, and the modules that these are from, else all."""
 
 
-def on_config(config: MkDocsConfig) -> None:
+def on_startup(command: str, dirty: bool) -> None:
     """Link the package to where its docstrings are read: the checkout has no folder of that name."""
     package = ROOT / "build" / "api" / "prunekit"
     package.mkdir(parents=True, exist_ok=True)
@@ -72,6 +74,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links between files of the checkout into links between pages of the site."""
     uri = page.file.src_uri
+    if uri.startswith(("results/", "benchmarks/", "changelog")):
+        page.meta["search"] = {"boost": 0.3}  # pages that explain come first
     names = {uri: name for name, uri in OUTSIDE.items()}
     origin = ROOT / names[uri] if uri in names else DOCS / uri
     pieces = [part if code else LINK.sub(lambda link: moved(link, origin, uri), part) for code, part in parts(markdown)]
