@@ -14,10 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 from prunekit.compress import Pruned
-from prunekit.compress.cli.main import app
 from prunekit.compress.files import moved
 from prunekit.registry import Catalog
-from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -93,18 +91,6 @@ def test_pages_read_the_same_on_the_site(path):
 def test_what_the_site_would_misread_is_found():
     page = "A list:\n- a\n  - b\n\n  more\n\n- c\n  goes on\n    - d\n\n```\nx:\n- y\n```\n"
     assert misread(page) == ["- a", "  - b", "  more"]
-
-
-def test_every_command_and_option_is_on_a_page():
-    pages = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
-    words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", pages))
-    missing = []
-    for name, command in get_command(app).commands.items():
-        missing += [] if re.search(rf"prunekit {name}\b", pages) else [name]
-        for option in (parameter for parameter in command.params if parameter.param_type_name == "option"):
-            known = {text for text in (*option.opts, *option.secondary_opts) if text.startswith("--")}
-            missing += [] if known & words else [f"{name} {option.opts}"]
-    assert missing == []
 
 
 def test_every_page_is_reached_from_the_index():
