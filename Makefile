@@ -8,7 +8,7 @@ ARGS ?=
 WORKERS ?= auto
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 4
 
-.PHONY: help demo demo-real test test-fast test-real check attack lint format types test-kernels test-gguf clean
+.PHONY: help demo demo-real test test-fast test-real check attack lint format types docs reference test-kernels test-gguf clean
 
 help:
 	@echo "make demo   prune the bundled model with every strategy and print the table (4 minutes)"
@@ -19,6 +19,8 @@ help:
 	@echo "make check  run the linter and the smoke tests (under a minute)"
 	@echo "make attack  crash commands, fill disks, damage files, and count what goes wrong (up to 30 minutes)"
 	@echo "make lint   check style, format and types; make format repairs the first two"
+	@echo "make docs   build the documentation site in build/site, and check all its links (under a minute)"
+	@echo "make reference  write docs/schema and docs/yaml-reference.md anew, after a change of options"
 	@echo "make test-kernels  install Triton (1 GB) and test the kernels for CUDA devices in its interpreter"
 	@echo "make test-gguf  build llama.cpp (some minutes) and test that it serves exported models"
 	@echo "make clean  remove $(VENV) and what building left behind"
@@ -61,6 +63,16 @@ types: $(VENV)/.dev-ready
 	@mkdir -p build/types && ln -sfn ../.. build/types/prunekit
 	@$(VENV)/bin/mypy
 
+docs: $(VENV)/.docs-ready
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build $(ARGS)
+	@echo "open build/site/index.html"
+
+# After a change of options: the schemas for editors and the YAML reference, which tests compare with the code.
+reference: $(VENV)/.demo-ready
+	@$(VENV)/bin/prunekit schema --built-in >docs/schema/pipeline.schema.json
+	@$(VENV)/bin/prunekit schema --built-in --ablation >docs/schema/ablation.schema.json
+	@$(VENV)/bin/prunekit schema --built-in --markdown >docs/yaml-reference.md
+
 test-kernels: $(VENV)/.test-ready
 	@"$(VENV)/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt triton
 	@TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/test_kernels.py $(ARGS)
@@ -83,6 +95,9 @@ $(VENV)/.test-ready: pyproject.toml constraints.txt
 
 $(VENV)/.dev-ready: pyproject.toml constraints.txt
 	$(call install,.[dev])
+
+$(VENV)/.docs-ready: pyproject.toml constraints.txt
+	$(call install,.[docs])
 
 # The stamp is made only where pip succeeds: the pipe would hide its exit status.
 define install

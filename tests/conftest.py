@@ -1,6 +1,7 @@
 """Fixtures: tiny models built from a config (no downloads), and the shared reference material where it lies."""
 
 import gc
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -161,3 +162,16 @@ def command():
         return result.exit_code, " ".join(result.output.split())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fits_schema():
+    """By kind of file, pipeline or ablation: whether data fits the schema in docs/schema."""
+    import jsonschema
+
+    found = {}
+    for kind in ("pipeline", "ablation"):
+        schema = json.loads((ROOT / "docs" / "schema" / f"{kind}.schema.json").read_text(encoding="utf-8"))
+        jsonschema.Draft202012Validator.check_schema(schema)
+        found[kind] = jsonschema.Draft202012Validator(schema).is_valid
+    return found

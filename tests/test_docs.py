@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import operator
 import os
 import re
@@ -69,6 +70,26 @@ def test_a_broken_link_is_found(tmp_path):
         "# One heading\n[a](#one-heading) [b](#another) [c](page.md) [d](other.md) [e](https://x.example)\n"
     )
     assert broken(page) == ["#another", "other.md"]
+
+
+def misread(page: str) -> list[str]:
+    """Lines that GitHub and the site show differently: a list under a paragraph, and an indent of 1 to 3 spaces."""
+    lines = ["", *re.sub(r"^(```|~~~).*?^\1", "", page, flags=re.MULTILINE | re.DOTALL).splitlines()]
+    pairs = list(itertools.pairwise(lines))
+    item = re.compile(r" *(?:[-*]|\d+\.) ")
+    begins = [line for above, line in pairs if item.match(line) and above.strip() and not re.match(r"[-*\d ]", above)]
+    indented = [line for above, line in pairs if re.match(r" {1,3}\S", line) and (not above or item.match(line))]
+    return begins + indented
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_read_the_same_on_the_site(path):
+    assert misread(path.read_text(encoding="utf-8")) == [], "an empty line before a list; an indent of 4 spaces"
+
+
+def test_what_the_site_would_misread_is_found():
+    page = "A list:\n- a\n  - b\n\n  more\n\n- c\n  goes on\n    - d\n\n```\nx:\n- y\n```\n"
+    assert misread(page) == ["- a", "  - b", "  more"]
 
 
 def test_every_page_is_reached_from_the_index():

@@ -78,10 +78,15 @@ def _say(text: str, indent: int) -> None:
 
 def about(info: FieldInfo) -> str:
     """An option's description, its range, and the command that lists its choices."""
-    bounds = [f"{sign} {getattr(limit, key)}" for limit in info.metadata for key, sign in SIGNS if hasattr(limit, key)]
     role = role_in(info.annotation)
     choices = None if role is None else f"choices: prunekit list {role}"
-    return "; ".join(part for part in (info.description, " and ".join(bounds), choices) if part)
+    return "; ".join(part for part in (info.description, bounds(info), choices) if part)
+
+
+def bounds(info: FieldInfo) -> str:
+    """The range of an option, such as ``>= 0 and < 1``; empty for an option without one."""
+    found = [f"{sign} {getattr(limit, key)}" for limit in info.metadata for key, sign in SIGNS if hasattr(limit, key)]
+    return " and ".join(found)
 
 
 def type_name(info: FieldInfo) -> str:
@@ -112,5 +117,5 @@ def default_text(info: FieldInfo) -> str:
         value = [each.model_dump(mode="json") if isinstance(each, BaseModel) else each for each in value]
     if isinstance(value, str) and "\n" in value:
         return f", default {json.dumps(value)}"
-    written = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    written = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
     return ", default " + written.removesuffix("\n").removesuffix("...").strip()

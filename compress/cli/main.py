@@ -211,14 +211,22 @@ def families(
 def schema(
     plugin: PluginFiles = None,
     ablation: Annotated[bool, typer.Option("--ablation", help="The schema of ablation files instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A page on both kinds of files instead.")] = False,
+    built_in: Annotated[bool, typer.Option("--built-in", help="Leave installed plugins out.")] = False,
 ) -> None:
     """Print the JSON Schema of pipeline files, plugins included."""
     import json
 
-    from .schema import ablation_schema, pipeline_schema
+    from ...registry import SpecError
+    from .reference import reference
+    from .schema import ablation_schema, pipeline_schema, without_installed
 
-    made = (ablation_schema if ablation else pipeline_schema)(_catalog(plugin))
-    typer.echo(json.dumps(made, indent=2))
+    if ablation and markdown:
+        raise SpecError("--markdown prints one page on both kinds of files; leave --ablation out")
+    catalog = without_installed(_catalog(plugin)) if built_in else _catalog(plugin)
+    if markdown:
+        return typer.echo(reference(catalog), nl=False)
+    typer.echo(json.dumps((ablation_schema if ablation else pipeline_schema)(catalog), indent=2))
 
 
 COMMANDS: Commands = {

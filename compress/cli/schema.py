@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -16,6 +17,12 @@ from ..output.records import Of
 REFERENCE = "#/$defs/"
 NO_OPTION = ("architectures", "export_formats")
 """Roles whose components no pipeline file names."""
+NULL = {"type": "null"}
+"""A section that is null takes all its defaults."""
+OURS = "prunekit "
+"""Begins the provider of what prunekit brings itself; its version follows."""
+MEANING_OF = "what the ratio is a share of; decoder: of the decoder's parameters, as with match: parameters"
+"""Of the key ``of``, which the section ``prune`` has besides the strategy's options."""
 
 
 def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
@@ -36,9 +43,11 @@ def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
         definitions[names[ROLES[role]]] = {"title": ROLES[role].__name__, "anyOf": choices}
     whole = definitions.pop(names[PipelineSpec])
     whole["required"] = ["prune"]
-    model = whole["properties"]["model"]  # a bare name too
-    about = {key: model.pop(key) for key in ("default", "description") if key in model}
-    whole["properties"]["model"] = {**about, "anyOf": [model, {"type": "string"}]}
+    sections = whole["properties"]
+    sections["model"] = _or(sections["model"], {"type": "string"})  # a bare name too
+    for key, section in sections.items():
+        if key != "prune" and NULL not in section.get("anyOf", ()):
+            sections[key] = _or(section, NULL)
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "prunekit pipeline file"}
     return {**whole, **title, "$defs": definitions}
 
@@ -53,6 +62,7 @@ def ablation_schema(catalog: Catalog) -> dict[str, Any]:
     base = {key: value for key, value in pipeline.items() if key not in ("$schema", "title", "required")}
     whole = StudyFile.model_json_schema(ref_template=REFERENCE + "{model}")
     definitions.update(whole.pop("$defs"))
+    base["properties"]["prune"] = _or(base["properties"]["prune"], NULL)
     properties = whole["properties"]
     properties["base"] = {"description": properties["base"]["description"], "anyOf": [{"type": "string"}, base]}
     values, labels = {"type": "array", "minItems": 1}, {"type": "object", "minProperties": 1}
@@ -61,21 +71,30 @@ def ablation_schema(catalog: Catalog) -> dict[str, Any]:
     return {**whole, "$schema": pipeline["$schema"], "title": "prunekit ablation file", "$defs": definitions}
 
 
+def without_installed(catalog: Catalog) -> Catalog:
+    """The catalog without what installed plugins bring; plugin files stay."""
+    return replace(catalog, entries=[e for e in catalog.entries if e.provider.startswith((OURS, "file "))])
+
+
 def _mark(definition: dict[str, Any], role: str) -> None:
     """Add the key by which a mapping of this role names its component."""
     properties = definition["properties"]
     required = [key for key in definition.get("required", []) if key != "name"]
     if role == "strategies":
-        compensate = properties["compensate"]  # null means the component none
-        about = {key: compensate.pop(key) for key in ("default", "description") if key in compensate}
-        properties["compensate"] = {**about, "anyOf": [compensate, {"type": "null"}]}
-        about_of = "what the ratio is a share of; decoder: of the decoder's parameters, as with match: parameters"
-        of = {"enum": list(get_args(Of)), "default": "units", "description": about_of}
+        properties["compensate"] = _or(properties["compensate"], NULL)  # null means the component none
+        of = {"enum": list(get_args(Of)), "default": "units", "description": MEANING_OF}
         definition["properties"] = {"use": properties.pop("name"), **properties, "of": of}
         required.insert(0, "use")
     elif role == "evaluators" or required:
         required.insert(0, "name")
     definition["required"] = required
+
+
+def _or(schema: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a value that may be something else too; its default and description stay where editors look."""
+    about = {key: schema[key] for key in ("default", "description") if key in schema}
+    rest = {key: value for key, value in schema.items() if key not in about}
+    return {**about, "anyOf": [*rest["anyOf"], other] if list(rest) == ["anyOf"] else [rest, other]}
 
 
 def _needs_options(component: Any) -> bool:
