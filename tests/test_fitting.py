@@ -52,6 +52,7 @@ class Gates(FittedScorer):
     def fit(self, model, sites, batches):
         self.losses.clear()
         assert torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()) and not model.training
+        assert {type(linear_at(model, site.consumer)) for site in sites} == {torch.nn.Linear}  # the plain model
         gates = [torch.ones(site.channels, requires_grad=True) for site in sites]
         hooks = [
             linear_at(model, site.consumer).register_forward_pre_hook(lambda module, args, gate=gate: (args[0] * gate,))
