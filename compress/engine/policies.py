@@ -18,7 +18,7 @@ from ...registry import DataError, ModelError, Site
 from ...registry.tensors.caches import without_caches
 from .batch import Batch, Decision
 from .copying import Hook
-from .decode_cache import REMEDY
+from .decode_cache import REMEDY, Seen
 from .grouping import decide_in_groups
 from .hooks import Hooks
 from .probing import MASK, Prober, SiteInput, pick_tokens
