@@ -103,6 +103,10 @@ def test_the_model_is_as_before(make_model, tokenizer):
 
 def test_what_cannot_be_generated_is_refused(make_model, tokenizer):
     model = make_model("llama-gqa")
+    handle = model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
+    with pytest.raises(SpecError, match="LlamaForCausalLM has no key/value cache"):
+        made(model, tokenizer)
+    handle.remove()
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(NonFiniteError, match=r"logits are NaN or infinite while it generates .* nothing was pruned"):
