@@ -15,6 +15,8 @@ from ..files.spec import PipelineSpec
 from ..output.records import Of
 
 REFERENCE = "#/$defs/"
+NO_OPTION = ("architectures", "export_formats")
+"""Roles whose components no pipeline file names."""
 NULL = {"type": "null"}
 """A section that is null takes all its defaults."""
 OURS = "prunekit "
@@ -25,7 +27,7 @@ MEANING_OF = "what the ratio is a share of; decoder: of the decoder's parameters
 
 def pipeline_schema(catalog: Catalog) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a pipeline file; a component may be written as its bare name."""
-    classes = {role: [entry.component for entry in catalog.of_role(role)] for role in ROLES if role != "architectures"}
+    classes = {role: [entry.component for entry in catalog.of_role(role)] for role in ROLES if role not in NO_OPTION}
     roles = [ROLES[role] for role in classes]
     models: list[type[BaseModel]] = [PipelineSpec, *roles, *(c for found in classes.values() for c in found)]
     places, schema = models_json_schema([(model, "validation") for model in models], ref_template=REFERENCE + "{model}")
