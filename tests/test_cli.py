@@ -247,6 +247,13 @@ def test_schema_is_json_with_plugins(command, tmp_path):
     assert "slow" in schema["$defs"]["Evaluator"]["anyOf"][0]["enum"]
 
 
+def test_the_reference_has_plugin_files_too(command, tmp_path):
+    (tmp_path / "slow.py").write_text(PLUGIN)
+    assert "\n### `slow`\n" in command("schema", "--markdown", "--built-in", "--plugin", "slow.py").stdout
+    both = command("schema", "--markdown", "--ablation")
+    assert both.exit_code == 2 and "leave --ablation out" in both.stderr
+
+
 def test_the_installed_command_is_this_one():
     text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
     assert 'prunekit = "prunekit.__main__:main"' in text

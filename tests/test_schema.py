@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from prunekit.compress.cli.reference import reference
-from prunekit.compress.cli.schema import ablation_schema, pipeline_schema, without_installed
+from prunekit.compress.cli.schema import NO_OPTION, ablation_schema, pipeline_schema, without_installed
 from prunekit.registry import ROLES, Catalog, Entry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCHEMAS = DOCS / "schema"
-FILES = [path for path in sorted(DOCS.rglob("*.yaml")) if path.parent.name != "tasks"]
-"""Pipeline and ablation files; those in folders called tasks are lm-eval's."""
+FOLDERS = {path.parent for path in DOCS.rglob("*.yaml") if not (path.parent / "pyproject.toml").exists()}
+FILES = [path for folder in sorted(FOLDERS) if folder.name != "tasks" for path in sorted(folder.glob("*.yaml"))]
+"""Pipeline and ablation files; not lm-eval's in folders called tasks, nor those that name components of a package."""
 MADE = {"pipeline": pipeline_schema, "ablation": ablation_schema}
 PAGE = (DOCS / "yaml-reference.md").read_text(encoding="utf-8")
 
@@ -36,7 +37,7 @@ def test_the_published_reference_is_that_of_the_code(catalog):
 
 def test_every_component_and_option_is_in_the_reference_with_its_meaning(catalog):
     for role in ROLES:
-        for entry in catalog.of_role(role) if role != "architectures" else ():
+        for entry in catalog.of_role(role) if role not in NO_OPTION else ():
             section = PAGE.split(f"\n## {role.replace('_', ' ').capitalize()}\n")[1].split("\n## ")[0]
             assert f"\n### `{entry.name}`\n" in section
             options = set(entry.component.model_fields) - {"name"}

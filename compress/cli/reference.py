@@ -17,7 +17,7 @@ from ..files.reader import kind_of, role_in, role_of, visible
 from ..files.spec import DEFAULT_EVALUATORS, PipelineSpec
 from ..output.records import Of
 from .listing import bounds, default_text, type_name
-from .schema import MEANING_OF
+from .schema import MEANING_OF, NO_OPTION
 
 HEAD = """\
 # YAML reference
@@ -43,9 +43,8 @@ def reference(catalog: Catalog) -> str:
     lines = [HEAD, *section("Pipeline file", PipelineSpec), *section("Ablation file", StudyFile)]
     for cls, title in SECTIONS.items():
         lines += section(f"`{title}`", cls)
-    for role in ROLES:
-        classes = [entry.component for entry in catalog.of_role(role)]
-        lines += [] if role == "architectures" else components(role, classes)
+    for role in (role for role in ROLES if role not in NO_OPTION):
+        lines += components(role, [entry.component for entry in catalog.of_role(role)])
     return "\n".join(lines[:-1]) + "\n"
 
 

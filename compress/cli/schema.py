@@ -92,7 +92,7 @@ def _mark(definition: dict[str, Any], role: str) -> None:
 
 def _or(schema: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The schema of a value that may be something else too; its default and description stay where editors look."""
-    about: dict[str, Any] = {key: schema[key] for key in ("default", "description") if key in schema}
+    about = {key: value for key, value in schema.items() if key in ("default", "description")}
     rest = {key: value for key, value in schema.items() if key not in about}
     return {**about, "anyOf": [*rest["anyOf"], other] if list(rest) == ["anyOf"] else [rest, other]}
 
