@@ -227,11 +227,16 @@ class Pruned:
         return self._engine.shared.stages.watched(stage)
 
     def kept(self) -> dict[tuple[int, SiteKind], tuple[int, ...]]:
-        """The units, by layer and kind, that the last forward pass computed with, ascending; those of all its rows."""
+        """The units, by layer and kind, that the last forward pass computed with, ascending.
+
+        Where rows of a batch have their own (``group_by``), those of the first row; the trace has all.
+        """
         found = {}
         for cut in self._engine.cuts:
             computed = None if self.is_dense or cut.whole else cut.computed
-            units = range(cut.site.units) if computed is None else computed.unique().tolist()
+            if computed is not None and computed.dim() == 2:
+                computed = computed[0]
+            units = range(cut.site.units) if computed is None else computed.tolist()
             found[cut.site.layer, cut.site.kind] = tuple(units)
         return found
 
