@@ -13,6 +13,7 @@ from .gisp import Gisp, GispScorer
 from .global_ranking import GlobalRanking
 from .greedy import Greedy
 from .griffin import Bwap, BwapScorer, Glass, Griffin, GriffinScorer, RankMerge
+from .grouping import ByLikeness, ByRow
 from .layers import AlphaPruning, InfluenceShares, LayerShares, LogIncremental, Owl
 from .llm_pruner import LlmPruner, TaylorScorer
 from .lora_prune import LoRAPrune, LoRAPruneScorer
@@ -42,6 +43,8 @@ __all__ = [
     "BlockPruner",
     "Bwap",
     "BwapScorer",
+    "ByLikeness",
+    "ByRow",
     "Cfsp",
     "CfspScorer",
     "DecodeOnly",

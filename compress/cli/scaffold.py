@@ -29,6 +29,7 @@ PARTS = {
     "probe_selector": ("pp", "selector"),
     "history_merger": ("pp", "merger"),
     "policy": ("griffin", "policy"),
+    "grouping": ("pp", "group_by"),
 }
 """The kinds that are a part of a strategy: the strategy that uses it in the package, and the part's key."""
 WRITTEN = ("norm", "module", "query", "key", "value", "output")

@@ -16,8 +16,7 @@ from prunekit.registry import (
     hookimpl,
     linear_at,
 )
-from prunekit.strategies.allocation import Uniform
-from prunekit.strategies.application import Slice
+from prunekit.strategies import Slice, Uniform
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
