@@ -30,13 +30,13 @@ One batch of a strategy that decides per batch:
 12. Commit: the decoder has returned; if what was decided and observed is finite, histories are written
     (:mod:`.learning`). A batch that fails changes no history.
 
-Where units are decided once, cuts stay open, and a site takes only steps 8, 9 and 11; if the compensation uses a probe,
-steps 3 to 5 too. Around this: :mod:`.engine` installs all of it on a model and removes it; :mod:`.ahead` decides for a
-site while the one before it runs; :mod:`.checkpointing` repeats decisions in a backward pass; :mod:`.compiling`
-compiles the decoder; :mod:`.grouping` decides for groups of rows, which compute one after the other in the linear
-layers of one block (:mod:`.grouped_cut`); :mod:`.kv_index` is attention for unevenly cut query heads; :mod:`.per_unit` cuts tensors and
-arguments that have entries of units, :mod:`.config_view` sizes in a configuration; :mod:`.generation` refuses ways to
-generate that cannot be right; :mod:`.policies` prunes prompts or steps alone, and decides again in steps;
-:mod:`.rotary` puts rotary frequencies back; :mod:`.runtime` holds the options of all this, and announces the steps of a
-decision.
+Where units are decided once, cuts stay open, and a site takes only steps 8, 9 and 11; if the compensation uses a
+probe, steps 3 to 5 too. Around this: :mod:`.engine` installs all of it on a model and removes it; :mod:`.ahead`
+decides for a site while the one before it runs; :mod:`.checkpointing` repeats decisions in a backward pass;
+:mod:`.compiling` compiles the decoder; :mod:`.grouping` decides for groups of rows, which compute one after the other
+in the linear layers of one block (:mod:`.grouped_cut`); :mod:`.kv_index` is attention for unevenly cut query heads;
+:mod:`.per_unit` cuts tensors and arguments that have entries of units, :mod:`.config_view` sizes in a configuration;
+:mod:`.generation` refuses ways to generate that cannot be right; :mod:`.policies` prunes prompts or steps alone, and
+decides again in steps; :mod:`.rotary` puts rotary frequencies back; :mod:`.runtime` holds the options of all this, and
+announces the steps of a decision.
 """
