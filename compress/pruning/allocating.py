@@ -58,7 +58,8 @@ def allocate(
 
 def check_policy_beforehand(strategy: Strategy, sites: Sequence[Site], ratio: float | None) -> None:
     """Raise :class:`SpecError` for a policy that cannot be right, where counts are known without calibration."""
-    if not (strategy.policy.is_plain or strategy.allocator.looks_at_model):
+    refuses = not strategy.policy.is_plain or strategy.turns == "decide"
+    if refuses and not strategy.allocator.looks_at_model:
         counts = _counts(strategy.allocator, [SiteScores(site) for site in sites], ratio, [])
         check_policy(strategy, [(site, counts[site.layer, site.kind]) for site in sites])
 

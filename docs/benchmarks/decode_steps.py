@@ -140,9 +140,9 @@ def page(chosen: argparse.Namespace, made: list[tuple], model: Any) -> str:
         "",
         f"Prompts of {chosen.prompt} random tokens, {2 * EVERY} counted steps after each of {chosen.rounds} prompts, "
         f"{chosen.ratio:.0%} cut, float32; all arms run the same step in turn, in changing order. *sliced* is a plain "
-        "model of the same widths. *token / sliced*: median of the paired ratios of single steps, with their 10% and 90% "
-        f"quantiles. *{EVERY} tokens / per_prompt*: median of the paired ratios of {EVERY} steps together, in which "
-        "every_n chooses units once. The first step after a prompt, in which griffin copies weights, is not counted.",
+        "model of the same widths. *token / sliced*: median of the paired ratios of single steps, with their 10% and "
+        f"90% quantiles. *{EVERY} tokens / per_prompt*: median of the paired ratios of {EVERY} steps together, in "
+        "which every_n chooses units once. The first step after a prompt, in which griffin copies weights, is not counted.",
         "",
         f"Clock: {clock}. {about['processor']}, threads: {about['threads']}, torch {about['torch']}. Made by "
         "`python docs/benchmarks/decode_steps.py`, with the options that these figures name.",
