@@ -148,7 +148,7 @@ def test_hybrid_caches(name, implementation):
     assert (generated(ByCall(clean, pruned.sites, kept).model, ids, **how)[1] - wanted).abs().max() > 5e-3
 
 
-# generate() compiles steps with a static cache, on a GPU by itself
+# generate() compiles steps with a static cache, on a GPU automatically
 
 
 @torch.no_grad()
