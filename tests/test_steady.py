@@ -1,6 +1,7 @@
-"""Steps that repeat the step before, hybrid caches, and compiled decoding: the same tokens, and nothing looked up twice."""
+"""Steps that repeat the step before, hybrid caches, and compiled decoding: the same tokens, nothing looked up twice."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -61,28 +62,26 @@ def test_which_steps_repeat(dense, repeated, name):
 def test_weights_that_change_between_two_steps(dense, strategy, kind):
     """Written to, replaced, or moved: the next step computes with the new ones, as without copies."""
     model, ids, found = copy.deepcopy(dense), prompts(2), []
-    options = {"merger": "probe_only"} if strategy == "pp" else {}
+    options, mlp = {"merger": "probe_only"} if strategy == "pp" else {}, model.model.layers[1].mlp
+    up, down = mlp.up_proj, mlp.down_proj
+    changes = [
+        lambda: None,
+        lambda: up.weight.mul_(1.5),
+        lambda: setattr(down, "weight", torch.nn.Parameter(down.weight * 0.5, False)),
+        lambda: setattr(up.weight, "data", up.weight.data.clone() * 2),
+    ]
     with prune(model, strategy, ratio=0.5, calibration=CALIBRATION, **options) as pruned:
         for forget in (False, True):
-            torch.manual_seed(0)
             cache, logits = start(model, ids, kind), []
-            mlp = model.model.layers[1].mlp
-            before = [copy.deepcopy(linear.weight) for linear in (mlp.up_proj, mlp.down_proj)]
-            for place, change in enumerate(
-                [
-                    lambda: None,
-                    lambda: mlp.up_proj.weight.mul_(1.5),
-                    lambda: setattr(mlp.down_proj, "weight", torch.nn.Parameter(mlp.down_proj.weight * 0.5, False)),
-                    lambda: setattr(mlp.up_proj.weight, "data", mlp.up_proj.weight.data.clone() * 2),
-                ]
-            ):
+            before = [copy.deepcopy(linear.weight) for linear in (up, down)]
+            for place, change in enumerate(changes):
                 logits += steps(model, cache, ids[:, 2 * place : 2 * place + 1])
                 change()
                 if forget:
                     pruned.refresh()
                 logits += steps(model, cache, ids[:, 2 * place + 1 : 2 * place + 2])
             found.append(logits)
-            mlp.up_proj.weight, mlp.down_proj.weight = before
+            up.weight, down.weight = before
     assert all(map(torch.equal, *found))
     assert not torch.allclose(found[0][2], found[0][3], atol=0.1)
 
@@ -132,8 +131,10 @@ HYBRID = dict(use_sliding_window=True, sliding_window=8, layer_types=["sliding_a
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["dynamic", "static", "hybrid"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*product(["per_prompt", "decode_only", "every_n"], ["dynamic", "static"]), ("per_prompt", "hybrid")],
+)
 def test_hybrid_caches(name, implementation):
     clean, ids, policy = small_model("qwen2", **HYBRID), prompts(2), POLICIES[name]
     model, how = copy.deepcopy(clean), {"cache_implementation": implementation}
@@ -147,7 +148,7 @@ def test_hybrid_caches(name, implementation):
     assert (generated(ByCall(clean, pruned.sites, kept).model, ids, **how)[1] - wanted).abs().max() > 5e-3
 
 
-# generate() compiles steps with a static cache, on a GPU by itself
+# generate() compiles steps with a static cache, on a GPU automatically
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ One batch of a strategy that decides per batch:
 
 1.  The decoder is called. ``DecoderForward`` makes the ``Batch``: its shape, its real tokens (:mod:`.hooks`).
 2.  A layer begins. The batch notes the layer's key/value cache; decode steps reuse the decisions stored with the
-    cache, and leave out steps 4 to 6 and 10 (:mod:`.decode_cache`).
+    cache, and leave out steps 4 to 6 and 10 (:mod:`.decode_cache`). A step like the one before leaves out all of them
+    (:mod:`.steady`).
 3.  The site's norm reads the residual stream, which the batch keeps until the block is entered (:mod:`.hooks`).
 4.  Select: the strategy's selector picks the probe's rows and positions (:mod:`.probing`).
 5.  Probe: the block's own forward runs on them with all units, and what reaches its consumer is kept. The probe's

@@ -151,6 +151,8 @@ class Batch:
         """The index of that layer in the cache."""
         self.cached = 0
         """Positions that the cache already holds of that layer; more than 0 in the decode steps of a generation."""
+        self.is_turn = False
+        """Whether its tokens follow others in the cache, and choose units like a prompt."""
         self.probe: ProbeRun | None = None
         """The last probe."""
         self.records: list[dict[str, Any]] = []

@@ -77,11 +77,14 @@ class CacheDecisions:
                     f"layer {layer}: the key/value cache was cropped to {cached} positions, but its units were chosen "
                     f"from a prompt of {known['prompt']}; {REMEDY}"
                 )
-            if tokens > 1:
+            if tokens > 1 and self.strategy.turns == "refuse":
                 raise DataError(
                     f"layer {layer}: {tokens} tokens in one call continue a key/value cache of {cached} positions, "
-                    f"whose units were chosen without them; {REMEDY}"
+                    f"whose units were chosen without them; set turns: keep or turns: decide, {REMEDY}"
                 )
+            if tokens > 1 and self.strategy.turns == "decide":
+                known.clear()
+                known["prompt"] = cached + tokens
         return cached
 
     def of(self, cache: Any, layer: int, site: Site) -> Kept | None:

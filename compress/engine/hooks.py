@@ -148,6 +148,7 @@ class Hooks:
                     if any(cut.absent and cut.site.kind == "attention" for cut in mine):
                         count_tokens(own_cache(batch.cache), index, split(layer, args, kwargs)[0])
                 is_step = batch.cached and batch.shape[1] == 1
+                batch.is_turn = bool(batch.cached) and not is_step and hooks.decider.strategy.turns == "decide"
                 for cut in mine:
                     batch.sites[cut.number].entered = True
                     if cut.number == 0 and pruning and not is_step:
@@ -193,14 +194,18 @@ class Hooks:
             if not cut.settled:
                 if not hooks.is_plain and hooks.by_policy(cut, batch, residual, hidden, arguments, prober):
                     return
-                known = None if batch.cache is None else hooks.cached.of(batch.cache, batch.layer, cut.binding.site)
+                stored = batch.cache is not None and not batch.is_turn
+                known = None if not stored else hooks.cached.of(batch.cache, batch.layer, cut.binding.site)
                 if known is not None:
                     cut.open(*known, stays=True)
                     return
                 decision = at_site.decision
                 if decision is None:
                     given = hooks.input_of(cut, batch, residual, hidden, arguments)
-                    decision = at_site.decision = hooks.decided(cut, given, prober)
+                    decision = hooks.decided(cut, given, prober)
+                    if batch.is_turn:
+                        decision = decision._replace(positions=decision.positions + given.start)
+                    at_site.decision = decision
                 else:
                     hooks._side.join()
                 decided = decision.kept, decision.probe_mean, decision.shares
@@ -239,7 +244,7 @@ class Hooks:
         hidden = hidden.to(device).reshape(*batch.shape, hidden.shape[-1])
         residual = residual.to(device).reshape(*batch.shape, residual.shape[-1])
         reuse = self.shared.reuses and state.fixed is None and worth_reusing(hidden)
-        return SiteInput(batch, residual, hidden, batch.valid_on(device), arguments, reuse)
+        return SiteInput(batch, residual, hidden, batch.valid_on(device), arguments, reuse, start=batch.cached)
 
     def decided(self, cut: SiteCut, given: SiteInput, prober: Prober) -> Decision:
         """Probe, and decide for all rows or for groups of them."""

@@ -40,7 +40,7 @@ class PolicyHooks(Hooks):
         super().succeed(batch)
         if self.policy.watches and batch.mode == "prune" and batch.cache is not None and batch.output is not None:
             decided = not batch.cached or any(at_site.decision is not None for at_site in batch.sites)
-            memory = self.cached.memory(batch.cache) if batch.cached else {}
+            memory = self.cached.memory(batch.cache) if batch.cached and not batch.is_turn else {}
             memory = self.policy.watch(memory, batch.output, decided)
             self.cached.keep_memory(batch.cache, memory | {"positions": batch.cached + batch.shape[1]})
 
@@ -61,7 +61,7 @@ class PolicyHooks(Hooks):
         arguments: dict[str, Any],
         prober: Prober,
     ) -> bool:
-        if batch.cached:
+        if batch.cached and not batch.is_turn:
             if not self.policy.prunes_steps:
                 cut.suspend()
                 return True
@@ -93,7 +93,7 @@ class PolicyHooks(Hooks):
         else:
             decision = self.decide(cut, given, prober.probe(cut, given, tokens, pick_tokens(x, *tokens)))
         self._decided(cut, batch, given, decision)
-        if self.learner is not None:
+        if self.learner is not None and not batch.cached:
             columns = torch.arange(x.shape[-1], device=x.device)
             at_site.learnt = self.learner.observe(cut, columns, x, valid, batch.checks)
 
@@ -190,6 +190,6 @@ def _note_output(hooks: Hooks, module: nn.Module, args: tuple, output: Tensor) -
     if batch is None or batch.mode != "prune" or (batch.probe is not None and batch.probe.is_running):
         return
     states, valid = output.detach().reshape(-1, output.shape[-1]).float(), None
-    if not batch.cached:
+    if not batch.cached or batch.is_turn:
         valid = batch.valid_on(output.device)
     batch.output = (states if valid is None else states[valid.reshape(-1)]).mean(0)

@@ -59,7 +59,7 @@ def allocate(
 def check_policy_beforehand(strategy: Strategy, sites: Sequence[Site], ratio: float | None) -> None:
     """Raise :class:`SpecError` for a policy or a grouping that cannot be right, where counts are known without
     calibration."""
-    asks = not strategy.policy.is_plain or strategy.group_by.splits
+    asks = not strategy.policy.is_plain or strategy.group_by.splits or strategy.turns == "decide"
     if asks and not strategy.allocator.looks_at_model:
         counts = _counts(strategy.allocator, [SiteScores(site) for site in sites], ratio, [])
         _check(strategy, [(site, counts[site.layer, site.kind]) for site in sites])

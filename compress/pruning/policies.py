@@ -10,11 +10,11 @@ from .notes import is_grouped
 
 def check_policy(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None:
     """Raise :class:`SpecError` where a policy cannot be right for sites that keep so many units."""
-    policy = strategy.policy
-    for site, count in () if policy.is_plain else counts:
+    policy, decides = strategy.policy, strategy.turns == "decide"
+    for site, count in counts if decides or not policy.is_plain else ():
         if count == site.units:
             continue
-        others = "policy: per_prompt"
+        others = "policy: per_prompt" + (" with turns: keep" if decides else "")
         if site.routed:
             why, others = "routed experts are chosen with the prompt alone", f"experts: keep, or {others}"
         elif not count:
@@ -26,15 +26,24 @@ def check_policy(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None
         elif policy.reads and site.kind == "attention" and (site.unit_arguments or site.position_tables):
             why = f"{site.entry} adds terms of positions to its scores, which a probe of a step does not know"
             others = f"allocator: mlp_only, policy: decode_only, or {others}"
+        elif decides and policy.prunes_prompt and site.kind == "attention":
+            why = "a probe of a turn does not see the cache before it"
+            others = f"allocator: mlp_only, policy: decode_only, or {others}"
         else:
             continue
+        name = policy.name + (", turns: decide" if decides else "")
         raise SpecError(
-            f"policy {policy.name}: {site.label} keeps {count} of {site.units} units, and {why}; nearest: {others}"
+            f"policy {name}: {site.label} keeps {count} of {site.units} units, and {why}; nearest: {others}"
         )
 
 
 def check_grouping(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None:
     """Raise :class:`SpecError` where rows cannot have units of their own at sites that keep so many."""
+    if strategy.group_by.splits and strategy.turns != "refuse":
+        raise SpecError(
+            f"group_by: {strategy.group_by.name}: turns: {strategy.turns} serves batches with one decision; nearest: "
+            "group_by: batch, turns: refuse"
+        )
     for site, count in counts if strategy.group_by.splits else ():
         along = [each.name for each in site.unit_tensors] + [each.name for each in site.unit_arguments]
         along += [producer.path for producer in site.selected]

@@ -58,7 +58,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time, which other processes do not change")
-    parser.add_argument("--out", type=Path, help="write the page here, and a .csv beside it, instead of to stdout")
+    parser.add_argument("--out", type=Path, help="write the page here, and a .csv next to it, instead of to stdout")
     return parser.parse_args(arguments)
 
 
@@ -140,9 +140,10 @@ def page(chosen: argparse.Namespace, made: list[tuple], model: Any) -> str:
         "",
         f"Prompts of {chosen.prompt} random tokens, {2 * EVERY} counted steps after each of {chosen.rounds} prompts, "
         f"{chosen.ratio:.0%} cut, float32; all arms run the same step in turn, in changing order. *sliced* is a plain "
-        "model of the same widths. *token / sliced*: median of the paired ratios of single steps, with their 10% and 90% "
-        f"quantiles. *{EVERY} tokens / per_prompt*: median of the paired ratios of {EVERY} steps together, in which "
-        "every_n chooses units once. The first step after a prompt, in which griffin copies weights, is not counted.",
+        "model of the same widths. *token / sliced*: median of the paired ratios of single steps, with their 10% and "
+        f"90% quantiles. *{EVERY} tokens / per_prompt*: median of the paired ratios of {EVERY} steps together, in "
+        "which every_n chooses units once. The first step after a prompt, in which griffin copies weights, is not "
+        "counted.",
         "",
         f"Clock: {clock}. {about['processor']}, threads: {about['threads']}, torch {about['torch']}. Made by "
         "`python docs/benchmarks/decode_steps.py`, with the options that these figures name.",

@@ -29,6 +29,7 @@ LATER = {
     "policy": {"name": "per_prompt"},
     "group_by": {"name": "batch"},
     "long_prompts": "refuse",
+    "turns": "refuse",
 }
 """Options that are newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
 
@@ -81,6 +82,11 @@ class Strategy(Component):
         default="refuse",
         description="batches with more positions than the calibration text had: refuse them, or take for further "
         "positions the mean of the history's last rows",
+    )
+    turns: Literal["refuse", "keep", "decide"] = Field(
+        default="refuse",
+        description="several tokens in a cache that is filled (a second turn, the next piece of a prompt): refuse "
+        "them, keep the units and run them like decode steps, or decide again and run them like a prompt",
     )
     history: HistoryStorage = Field(
         default=HistoryStorage(), description="how the channels' history is stored, where decisions are made per batch"
@@ -149,6 +155,16 @@ class Strategy(Component):
             raise ValueError(
                 f"policy {self.policy.name} excludes ahead: true of the selector, which chooses units before their "
                 "block is called; set ahead to false, or use policy: per_prompt"
+            )
+        if self.turns == "decide" and not self.dynamic:
+            raise ValueError(
+                "turns: decide is for strategies that choose units for every prompt, and this one chooses them once; "
+                "use turns: keep"
+            )
+        if self.turns == "keep" and self.policy.reads:
+            raise ValueError(
+                f"turns: keep: policy {self.policy.name} chooses from single tokens of steps, which a turn does not "
+                "have; use turns: decide, or policy: per_prompt"
             )
         if self.dynamic and self.sequential:
             raise ValueError(
