@@ -105,4 +105,4 @@ def test_the_example_distribution_passes_its_own_tests(tmp_path):
 def test_the_example_distribution_uses_public_names_alone():
     source = (EXAMPLE.parent / "prunekit-taylor" / "prunekit_taylor.py").read_text()
     homes = set(re.findall(r"^from (prunekit\S*) import", source, re.MULTILINE))
-    assert homes == {"prunekit.registry", "prunekit.strategies.allocation", "prunekit.strategies.application"}
+    assert homes == {"prunekit.registry", "prunekit.strategies"}

@@ -72,15 +72,15 @@ class Decider:
     @torch.no_grad()
     def decide(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Decision:
         """Merge the probe's statistic with history, score the units, and keep the highest."""
-        kept = self.chosen(cut, self.units(cut, given, probe))
+        with self.stages.score:
+            kept = self.chosen(cut, self.units(cut, given, probe))
         return Decision(kept, probe.rows, probe.positions, probe.mean)
 
     def chosen(self, cut: SiteCut, units: Tensor) -> Tensor:
         """The units (k,) with the highest scores (U,)."""
-        with self.stages.score:
-            if self._watcher is not None:
-                self._watcher(cut, units)
-            return keep_highest(units, cut.state.count)
+        if self._watcher is not None:
+            self._watcher(cut, units)
+        return keep_highest(units, cut.state.count)
 
     def units(self, cut: SiteCut, given: SiteInput, probe: Probe) -> Tensor:
         """The units' scores (U,) by the probe's statistic and history."""
@@ -92,24 +92,23 @@ class Decider:
                 f"a batch of {length} positions is longer than the history, which calibration filled for {filled}; "
                 f"calibrate with sequences of at least {length} tokens, cut the batch, or set long_prompts: extend"
             )
-        with self.stages.score:
-            history, places = None, positions.reshape(-1) + given.start
-            if merger.uses_history:
-                history = state.history.extended_at(places) if length > filled else state.history.at(places)
-            if probe.reached:
-                merged = merger.merge(probe.statistic, history, cut.binding.site)
-            elif history is not None:
-                merged = history
-            else:
-                merged = torch.ones(1, cut.binding.site.channels, device=given.residual.device)
-            shape = (positions.numel(), cut.binding.site.channels)
-            checked(merged, shape, "merge", "history merger", merger, cut.binding.site)
-            if given.valid is not None and positions.dim() == 2:
-                # Where every row has positions of its own, padding among them does not count.
-                merged = merged.masked_fill(~pick_tokens(given.valid, probe.rows, positions).reshape(-1, 1), 0)
-            channels, units = self._scored(state, merged.sum(0))
-            given.batch.checks.add(channels, SCORES, cut.binding.site)
-            return units
+        history, places = None, positions.reshape(-1) + given.start
+        if merger.uses_history:
+            history = state.history.extended_at(places) if length > filled else state.history.at(places)
+        if probe.reached:
+            merged = merger.merge(probe.statistic, history, cut.binding.site)
+        elif history is not None:
+            merged = history
+        else:
+            merged = torch.ones(1, cut.binding.site.channels, device=given.residual.device)
+        shape = (positions.numel(), cut.binding.site.channels)
+        checked(merged, shape, "merge", "history merger", merger, cut.binding.site)
+        if given.valid is not None and positions.dim() == 2:
+            # Where every row has positions of its own, padding among them does not count.
+            merged = merged.masked_fill(~pick_tokens(given.valid, probe.rows, positions).reshape(-1, 1), 0)
+        channels, units = self._scored(state, merged.sum(0))
+        given.batch.checks.add(channels, SCORES, cut.binding.site)
+        return units
 
     def _scored(self, state: SiteState, statistic: Any) -> tuple[Tensor, Tensor]:
         """Scores of the channels (C,) and of the units (U,); statistic (C,), reduced gradients, or None."""

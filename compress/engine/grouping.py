@@ -50,7 +50,9 @@ def decide_in_groups(
         own = every[group == number]
         known = len(own) == 1 and alone
         one = alone[int(own)] if known else _scored(decider, prober, cut, given, own, entered)
-        parts.append((own, Decision(decider.chosen(cut, one.units), one.rows, one.positions)))
+        with decider.stages.score:
+            chosen = decider.chosen(cut, one.units)
+        parts.append((own, Decision(chosen, one.rows, one.positions)))
     first = parts[0][1]
     if len(parts) == 1:
         return first
@@ -72,7 +74,9 @@ def _scored(
     if entered is not None:
         reached = pick_tokens(pick_tokens(entered, members, places), rows, positions)
     probe = prober.probe(cut, own, (rows, positions), reached)
-    return Scored(decider.units(cut, own, probe), members[rows], places[positions])
+    with decider.stages.score:
+        units = decider.units(cut, own, probe)
+    return Scored(units, members[rows], places[positions])
 
 
 def part_of(cut: SiteCut, given: SiteInput, members: Tensor, with_arguments: bool = True) -> tuple[SiteInput, Tensor]:
