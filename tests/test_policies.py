@@ -70,6 +70,33 @@ def test_generation_equals_zeroing(dense, name, way):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", POLICIES)
+def test_padding_chooses_no_units(dense, name):
+    """A row of which four tokens are padding gets the tokens, and the units, of the row without them."""
+    model, ids, found = copy.deepcopy(dense), prompts(1), []
+    with prune(model, "pp", policy=POLICIES[name], **OPTIONS) as pruned:
+        for how in ({"inputs": ids, "attention_mask": MASK[:1]}, {"inputs": ids[:, 4:]}):
+            before = len(pruned.trace)
+            tokens, logits = generated(model, None, **how)
+            found.append((tokens[:, -10:], logits, [record["kept"] for record in pruned.trace[before:]]))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][2] == found[1][2]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_without_a_cache_every_step_chooses_anew(dense):
+    model, ids, kept = copy.deepcopy(dense), prompts(2), {}
+    with prune(model, "pp", **OPTIONS) as pruned:
+        tokens, logits = generated(model, ids, use_cache=False)
+    for record in pruned.trace:
+        kept.setdefault(record["batch"], {})[record["layer"], record["kind"]] = record["kept"]
+    assert len(kept) == 10 and any(a != b for a, b in pairwise(kept.values()))
+    expected, wanted = generated(ByCall(dense, pruned.sites, [*kept.values()]).model, ids, use_cache=False)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("way", ["quantized cache", "embeddings"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_ways_to_generate(dense, name, way):
