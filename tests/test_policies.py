@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from prunekit.compress import Pipeline, PipelineSpec, prune
+from prunekit.compress.models.small import small_model as built
 from prunekit.registry import Catalog, DataError, ModelError, PerPrompt, SpecError
 from prunekit.strategies.policies import DecodeOnly, Drift, EveryN, PrefillOnly
 from transformers import DynamicCache, StaticCache
@@ -511,6 +512,34 @@ def test_what_a_cache_cannot_honour_is_refused(policy, family, options, words):
     with pytest.raises(SpecError, match=f"policy {policy}: {words}.* policy: per_prompt$"):
         prune(model, "pp", policy=policy, calibration=unread(), **{"ratio": 0.5, **options})
     prune(model, "pp", policy=policy, ratio=0.5, applier="zero", merger="probe_only").remove()
+
+
+BUILT = {"gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4}}
+OF_POSITIONS = "layer 0 attention keeps .* adds terms of positions .*: allocator: mlp_only, policy: decode_"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "policy", "words", "nearest"),
+    [
+        (
+            "mixtral",
+            "decode_only",
+            "layer 0 expert 0 .* routed experts .*: experts: keep, or",
+            {"experts": "keep"},
+        ),
+        ("bloom", "every_n", OF_POSITIONS, {"policy": "decode_only"}),
+        ("gpt_neo", "drift", OF_POSITIONS, {"allocator": "mlp_only"}),
+    ],
+)
+def test_sites_that_a_policy_cannot_prune_are_refused_with_what_works(kind, policy, words, nearest):
+    options = dict(ratio=0.5, policy=policy, merger="probe_only", attention_unit="query_head")
+    options |= {} if kind == "mixtral" else {"applier": "zero"}
+    model = built(kind, **BUILT.get(kind, {}))
+    with pytest.raises(SpecError, match=f"policy {policy}: {words}.* policy: per_prompt$"):
+        prune(model, "pp", calibration=unread(), **options)
+    with prune(model, "pp", **options | nearest):
+        generated(model, prompts(2))
 
 
 @pytest.mark.parametrize(
