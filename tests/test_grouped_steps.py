@@ -100,19 +100,23 @@ def test_turns_of_rows_are_refused(dense, group_by, turns):
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", ["pruned", "dense"])
 def test_repeated_steps_of_a_cropped_cache_equal_steps_that_look_everything_up(dense, repeated, monkeypatch, prompt):  # noqa: F811
-    """Cropped after a step that repeats, after one that does not, and back to a decision."""
+    """Cropped after a step that repeats, after one that does not, and to a decision; as if it were never longer."""
     model, ids, more, found = copy.deepcopy(dense), prompts(2), prompts(2, 24, seed=8), []
     with prune(model, "pp", policy=EveryN(n=4, prompt=prompt), **OPTIONS) as pruned:
+        straight = start(model, ids)
+        steps(model, straight, more[:, [0, 1, 4, 5, 6, 8, 9, 10]])
+        wanted = torch.cat(steps(model, straight, more[:, 12:21]))
         for looks_up in (False, True):
             if looks_up:
                 assert len(repeated) - repeated.count(0) > 5
                 monkeypatch.setattr(Steady, "after", lambda *_: None)
+            repeated.clear()
             cache, logits, before = start(model, ids), [], len(pruned.trace)
             for at, count, gone in ((0, 3, 1), (3, 1, 1), (4, 4, 1), (8, 4, 1), (12, 9, 0)):
                 logits += steps(model, cache, more[:, at : at + count])
                 cache.crop(-gone) if gone else None
             found.append((torch.cat(logits), [record["positions"] for record in pruned.trace[before:]]))
-    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][0][-len(wanted) :], wanted)
     assert found[0][1] == found[1][1]
     assert found[0][1][::4] == [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23], [24, 25, 26, 27]]
 
@@ -121,11 +125,14 @@ def test_repeated_steps_of_a_cropped_cache_equal_steps_that_look_everything_up(d
 
 
 class Counts(Policy):
-    """Counts the steps in its memory, reads them, and never chooses again."""
+    """Chooses again after three steps, which it counts in its memory, from the last two tokens."""
 
     watches: ClassVar[bool] = True
     name: Literal["counts"] = "counts"
     reads: ClassVar[int] = 2
+
+    def again(self, since, memory):
+        return memory.get("steps", 0) >= 3
 
     def watch(self, memory, output, decided):
         return {"steps": 0 if decided else memory["steps"] + 1, "sum": memory.get("sum", 0) + float(output.sum())}
@@ -133,17 +140,16 @@ class Counts(Policy):
 
 @torch.no_grad()
 def test_a_policy_that_watches_sees_every_step(dense):
-    models, ids, more, sums = [copy.deepcopy(dense) for _ in range(2)], prompts(2), prompts(2, 9, seed=8), []
-    attention = models[0].model.layers[1].self_attn.o_proj
-    with prune(models[0], "pp", **OPTIONS | {"trace": False}):
-        cache = start(models[0], ids)
-        handle = attention.register_forward_hook(lambda _, args, output: sums.append(float(output.mean((0, 1)).sum())))
-        steps(models[0], cache, more)
-        handle.remove()
-    with prune(models[1], "pp", policy=Counts(), **OPTIONS | {"trace": False}):
-        cache = start(models[1], ids)
+    model, ids, more, sums = copy.deepcopy(dense), prompts(2), prompts(2, 9, seed=8), []
+    attention = model.model.layers[1].self_attn.o_proj
+    with prune(model, "pp", policy=Counts(), **OPTIONS) as pruned:
+        cache = start(model, ids)
         before = cache.prunekit["memory"]["sum"]
-        steps(models[1], cache, more)
-        memory = cache.prunekit["memory"]
-    assert (memory["steps"], memory["positions"], len(sums)) == (9, 21, 9)
-    assert memory["sum"] - before == pytest.approx(sum(sums), rel=1e-3)
+        handle = attention.register_forward_hook(lambda _, args, output: sums.append(output.mean(0).sum(1)))
+        steps(model, cache, more)
+        handle.remove()
+        memory, records = cache.prunekit["memory"], pruned.trace[4:]
+    assert [record["positions"] for record in records] == [[14, 15]] * 4 + [[18, 19]] * 4
+    own = [float(each) for each in sums if each.numel() == 1]  # without the probes
+    assert (memory["steps"], memory["positions"], len(own)) == (1, 21, 9)
+    assert memory["sum"] - before == pytest.approx(sum(own), rel=1e-3)
