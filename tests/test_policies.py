@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from prunekit.compress import Pipeline, PipelineSpec, prune
+from prunekit.compress.models.small import small_model as built
 from prunekit.registry import Catalog, DataError, ModelError, PerPrompt, SpecError
 from prunekit.strategies.policies import DecodeOnly, Drift, EveryN, PrefillOnly
 from transformers import DynamicCache, StaticCache
@@ -67,6 +68,33 @@ def test_generation_equals_zeroing(dense, name, way):
     assert len(set(tokens[0, 12:].tolist())) > 2
     kept[-1] = kept[-1] | {(1, "mlp"): [*range(48)]}
     assert (generated(ByCall(dense, pruned.sites, kept).model, ids, **WAYS[way])[1] - wanted).abs().max() > 5e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", POLICIES)
+def test_padding_chooses_no_units(dense, name):
+    """A row of which four tokens are padding gets the tokens, and the units, of the row without them."""
+    model, ids, found = copy.deepcopy(dense), prompts(1), []
+    with prune(model, "pp", policy=POLICIES[name], **OPTIONS) as pruned:
+        for how in ({"inputs": ids, "attention_mask": MASK[:1]}, {"inputs": ids[:, 4:]}):
+            before = len(pruned.trace)
+            tokens, logits = generated(model, None, **how)
+            found.append((tokens[:, -10:], logits, [record["kept"] for record in pruned.trace[before:]]))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][2] == found[1][2]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_without_a_cache_every_step_chooses_anew(dense):
+    model, ids, kept = copy.deepcopy(dense), prompts(2), {}
+    with prune(model, "pp", **OPTIONS) as pruned:
+        tokens, logits = generated(model, ids, use_cache=False)
+    for record in pruned.trace:
+        kept.setdefault(record["batch"], {})[record["layer"], record["kind"]] = record["kept"]
+    assert len(kept) == 10 and any(a != b for a, b in pairwise(kept.values()))
+    expected, wanted = generated(ByCall(dense, pruned.sites, [*kept.values()]).model, ids, use_cache=False)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -484,6 +512,34 @@ def test_what_a_cache_cannot_honour_is_refused(policy, family, options, words):
     with pytest.raises(SpecError, match=f"policy {policy}: {words}.* policy: per_prompt$"):
         prune(model, "pp", policy=policy, calibration=unread(), **{"ratio": 0.5, **options})
     prune(model, "pp", policy=policy, ratio=0.5, applier="zero", merger="probe_only").remove()
+
+
+BUILT = {"gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4}}
+OF_POSITIONS = "layer 0 attention keeps .* adds terms of positions .*: allocator: mlp_only, policy: decode_"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "policy", "words", "nearest"),
+    [
+        (
+            "mixtral",
+            "decode_only",
+            "layer 0 expert 0 .* routed experts .*: experts: keep, or",
+            {"experts": "keep"},
+        ),
+        ("bloom", "every_n", OF_POSITIONS, {"policy": "decode_only"}),
+        ("gpt_neo", "drift", OF_POSITIONS, {"allocator": "mlp_only"}),
+    ],
+)
+def test_sites_that_a_policy_cannot_prune_are_refused_with_what_works(kind, policy, words, nearest):
+    options = dict(ratio=0.5, policy=policy, merger="probe_only", attention_unit="query_head")
+    options |= {} if kind == "mixtral" else {"applier": "zero"}
+    model = built(kind, **BUILT.get(kind, {}))
+    with pytest.raises(SpecError, match=f"policy {policy}: {words}.* policy: per_prompt$"):
+        prune(model, "pp", calibration=unread(), **options)
+    with prune(model, "pp", **options | nearest):
+        generated(model, prompts(2))
 
 
 @pytest.mark.parametrize(

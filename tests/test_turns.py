@@ -97,6 +97,22 @@ def test_a_prompt_in_pieces_of_rows_that_are_padded(dense, name, turns):
     assert not torch.allclose(wanted, generated(dense, ids, **how)[1], atol=0.05)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("turns", ["keep", "decide"])
+@pytest.mark.parametrize("name", ["per_prompt", "decode_only"])
+def test_history_learns_from_first_turns_alone(dense, name, turns):
+    model, calibration = copy.deepcopy(dense), [{"input_ids": prompts(4, 24, seed=3)}]
+    options = OPTIONS | {"allocator": "mlp_only", "merger": "importance_scaled", "calibration": calibration}
+    with prune(model, "pp", policy=name, turns=turns, **options) as pruned:
+        tables = [[cut.history.table.clone() for cut in pruned.cuts]]
+        cache = DynamicCache(config=model.config)
+        for part in (prompts(2), prompts(2, 5, seed=8)):
+            model(part, past_key_values=cache, use_cache=True)
+            tables.append([cut.history.table.clone() for cut in pruned.cuts])
+    calibrated, first, second = tables
+    assert all(map(torch.equal, first, second)) and not any(map(torch.equal, calibrated[1::2], first[1::2]))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
