@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -108,8 +108,8 @@ class Perplexity(Texts):
         protocol = {
             **self.about_texts(),
             "convention": self.convention,
-            "revision": self.text.revision,
-            "documents": self.text.limit or "all",
+            "revision": self._of_each(lambda text: text.revision),
+            "documents": self._of_each(lambda text: text.limit or "all"),
             **how,
             "limit": self.limit,
             "windows": len(windows),
@@ -160,6 +160,10 @@ class Perplexity(Texts):
                 "shorten window, set tail: keep, or name a longer text"
             )
         return windows
+
+    def _of_each(self, fact: Callable[[TextSource], Any]) -> Any:
+        """A fact of the text, or a list with that of every text of a mixture."""
+        return fact(self.text) if self.mixture is None else [fact(text) for text in self.mixture]
 
     @property
     def _tail(self) -> Tail:

@@ -1,5 +1,6 @@
 """The benchmark scripts run, at toy size, through the very code that measures the real ones."""
 
+import csv
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prunekit.compress.bench.presets import PRESETS, Preset
 
 from tests.scripts import run_script
 
@@ -120,6 +122,36 @@ def test_calibration_overhead(tmp_path):
         ratio = row[4].split()[0]  # a machine with other work may leave nothing but noise
         assert float(row[2]) > 0 and (ratio == "noise" or 0.3 < float(ratio) < 10)
         assert row[5].endswith("MiB")
+
+
+@pytest.mark.filterwarnings("ignore::prunekit.registry.PruneWarning")
+def test_decode_steps(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", Preset("llama", hidden=64, intermediate=96, heads=4, kv_heads=2, layers=1))
+    out = tmp_path / "steps.csv"
+    small = ["--shape", "tiny", "--batch", "2", "--prompt", "8", "--rounds", "1", "--out", str(out)]
+    done = run_script(SCRIPT.parent / "decode_steps.py", *small)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["steps.csv"]
+    head, *found = list(csv.reader(out.open(encoding="utf-8")))
+    assert rows(done.stdout) == found and "Prompts of 8 random tokens" in done.stdout
+    measured = [dict(zip(head, row, strict=True)) for row in found]
+    arms = ["dense", "sliced", "per_prompt"]
+    assert [row["arm"] for row in measured] == [*arms, "every_n", "griffin (decode_only)", *arms]
+    assert {(row["layers"], row["batch"]) for row in measured} == {("1", "2")}
+    assert all(float(row[key]) > 0 for row in measured for key in head[5:])
+    whole = 2 * 2 * 41 * 2 * 16 * 4  # keys and values: 2 rows, 41 positions, 2 heads of 16 channels, float32
+    found = [int(row["cache bytes"]) for row in measured]
+    assert found == [whole] * 6 + [whole // 2] * 2
+    assert all(row["token / sliced"] == "1.000" for row in measured if row["arm"] == "sliced")
+
+
+def test_the_page_of_decode_steps_has_the_recorded_tables():
+    page = (SCRIPT.parents[1] / "results" / "generation" / "steps.md").read_text(encoding="utf-8")
+    written = re.findall(r"--out (\S+\.csv)$", page, flags=re.MULTILINE)
+    recorded = [list(csv.reader((SCRIPT.parents[2] / name).open(encoding="utf-8"))) for name in written]
+    assert len(recorded) == 2
+    tables = re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)
+    assert [rows(table) for table in tables[:2]] == [found[1:] for found in recorded]
 
 
 def test_the_kernels_script_says_what_it_lacks():

@@ -352,6 +352,7 @@ REFUSED = [
     ("bwap", {}, "excludes policy every_n, .*; use policy: decode_only"),
     ("griffin", {"policy": "drift"}, "excludes policy drift, .*; use policy: decode_only"),
     ("pp", {"compensate": "probe_mean"}, "excludes compensator probe_mean, .*; use compensate: mean"),
+    ("pp", {"turns": "keep", "allocator": "global_adaptive"}, "excludes turns: keep, .*; use turns: refuse"),
     ("pp", {"runtime": {"compile": "default"}}, "excludes runtime.compile: default; leave compile out"),
 ]
 

@@ -253,7 +253,7 @@ def test_a_trained_model_gets_the_loss_that_transformers_computes(shared):
 def test_windows_of_several_texts_share_batches_or_do_not(subject, mixed):
     """The same windows either way, and their losses; only the batches differ."""
     texts = {"a": "qwertyuiopasdfghjklzxcvbnm" * 4, "b": "mqnwbevrctxyzulikojphgafsd" * 3}
-    sources = tuple(TextSource(bundled="text", field=name) for name in texts)
+    sources = tuple(TextSource(bundled="text", field=name, limit=n) for n, name in enumerate(texts, 1))
     subject.read = lambda source: [texts[source.field]]
     options = dict(window=16, bos="none", batch_size=4)
     alone = [Perplexity(text=source, tail="drop", **options).evaluate(subject) for source in sources]
@@ -265,6 +265,7 @@ def test_windows_of_several_texts_share_batches_or_do_not(subject, mixed):
     order = [loss for pair in pairs for loss in pair] if mixed else [*first[:4], *second]
     assert found.details["window_losses"] == pytest.approx(order, rel=1e-4)
     assert [len(ids) for ids, _ in subject.batches] == [4, 4] and found.protocol["tail"] == "drop"
+    assert (found.protocol["documents"], found.protocol["revision"]) == ([1, 2], [None, None])
     assert not {"mixture", "mixed"} & {*Perplexity().model_dump()}
     with pytest.raises(ValidationError, match="reads the pages of one text"):
         Perplexity(mixture=sources, convention="wikitext_words")

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import tomllib
 from prunekit.compress.cli.scaffold import KINDS, write_package
-from prunekit.registry import Catalog, SpecError
+from prunekit.registry import ROLES, Catalog, SpecError
+from prunekit.registry.catalog import singular
 
 from tests.test_public_names import private_imports
 
@@ -65,10 +67,21 @@ def test_the_command_says_what_to_run_next(command, tmp_path, monkeypatch):
     assert code == 2 and "prunekit-some-scorer exists; choose another folder with --out" in output
     code, output = command("new", "scorer", "some_scorer", "--out", "a/b")
     assert code == 0 and "prunekit run a/b/pipeline.yaml" in output
+    code, output = command("new", "export_format", "some_format", "--out", "d")
+    assert code == 0 and output.endswith("prunekit export d/pipeline.yaml --profile some_format --out exported")
+    readme = (tmp_path / "d" / "README.md").read_text()
+    assert "prunekit export pipeline.yaml --profile some_format --out exported\n" in readme
     code, output = command("new", "architecture", "some_family", "--model-type", "xglm", "--out", "c")
     assert code == 0 and "The names in the layers of xglm are guessed; prunekit check says if they are right." in output
     source = (tmp_path / "c" / "prunekit_some_family.py").read_text()
     assert "sizes: SizeFields | None = None" in source and 'consumer="fc2"' in source
+
+
+def test_there_is_a_template_for_every_role():
+    assert sorted(map(singular, ROLES)) == KINDS
+    page = (ROOT / "docs" / "pipeline-files.md").read_text()
+    (section,) = re.findall(r"^## `prunekit new`\n(.*?)^## ", page, flags=re.MULTILINE | re.DOTALL)
+    assert set(KINDS) <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_every_package_is_listed(installed, command):
@@ -99,9 +112,15 @@ def test_a_package_passes_its_own_tests(installed, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_pipeline_file_of_a_package_runs(installed, command, tmp_path, name):
-    code, output = command("run", installed / name / "pipeline.yaml", "--out", tmp_path / "results")
+    file, out = installed / name / "pipeline.yaml", tmp_path / "results"
+    if name == "own_export_format":
+        code, output = command("export", file, "--profile", name, "--out", out)
+        assert code == 0, output
+        assert (out / name / "weights.safetensors").is_file()
+        return
+    code, output = command("run", file, "--out", out)
     assert code == 0, output
-    written = (tmp_path / "results" / "resolved.yaml").read_text()
+    written = (out / "resolved.yaml").read_text()
     assert name in written or name == "own_biogpt"  # which its model type names
     assert "warning" not in output or name == "own_policy"  # griffin cuts MLPs alone, and says how much that is
 

@@ -1,7 +1,9 @@
 """Steps that repeat the step before, hybrid caches, and compiled decoding: the same tokens, nothing looked up twice."""
 
 import copy
+import gc
 from itertools import product
+from weakref import ref
 
 import pytest
 import torch
@@ -110,6 +112,19 @@ def test_other_conversations_modes_and_crops_end_the_repetition(dense, repeated)
         repeated.clear()
         steps(model, cache, ids[:, :1])
         assert repeated == []
+
+
+@torch.no_grad()
+def test_a_new_prompt_does_not_keep_the_weights_of_the_last_one(dense):
+    """Copies of a site's weights are freed when the site is cut for the next batch, with a cache or without."""
+    model, ids = copy.deepcopy(dense), prompts(2)
+    with prune(model, "pp", **OPTIONS | {"trace": False}) as pruned:
+        for use_cache in (True, False):
+            steps(model, start(model, ids), ids[:, :2])
+            old = [ref(cut.open_cut) for cut in pruned._engine.cuts]
+            model(prompts(2, seed=8), use_cache=use_cache)
+            gc.collect()
+            assert [each() for each in old] == [None] * len(old)
 
 
 @torch.no_grad()

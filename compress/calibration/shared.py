@@ -31,11 +31,10 @@ class SharedStatistics:
     """What one loaded model has shown on the calibration texts used last, so that no text is read twice.
 
     What is shared is what does not depend on the strategy: the dense model's statistics of a site, by the text and the
-    statistic, what allocators have measured, what scorers have fitted, and reduced
-    gradients. At most ``texts`` are remembered, the oldest going
-    first; a 7B model's tables take about 1.8 GB for one text of 1,024 positions. Covariances are shared up to
-    ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB. Never shared: statistics of
-    a model that is partly cut (sequential calibration, choices in several steps).
+    statistic, what allocators have measured, what scorers have fitted, and reduced gradients. At most ``texts`` are
+    remembered, the oldest going first; a 7B model's tables take about 1.8 GB for one text of 1,024 positions.
+    Covariances are shared up to ``covariance_bytes`` for each text: those of a model of 135M parameters take 0.3 GB.
+    Never shared: statistics of a model that is partly cut (sequential calibration, choices in several steps).
 
     What allocators measure is written to the file ``journal``, where there is one, so that a run that was killed
     resumes to the same result.

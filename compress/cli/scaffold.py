@@ -76,7 +76,7 @@ def new(
     for command in (
         f"pip install -e {where if os.sep in where else f'./{where}'}",
         f"prunekit check {name}",
-        f"prunekit run {where}/pipeline.yaml",
+        first_use(kind, name, f"{where}/pipeline.yaml"),
     ):
         printing.say(f"  {command}", whole=True)
 
@@ -98,6 +98,7 @@ def write_package(kind: str, name: str, out: Path | None, model_type: str | None
     if os.path.lexists(target):
         raise SpecError(f"{target} exists; choose another folder with --out")
     values = {"kind": kind, "name": name, "cls": cls, "project": project, "module": f"prunekit_{name}"}
+    values |= {"first_use": first_use(kind, name, "pipeline.yaml")}
     values |= {"api": str(PLUGIN_API), "hook": next(role for role in ROLES if singular(role) == kind)}
     variant, model = kind, None
     if model_type is not None:
@@ -128,6 +129,13 @@ def write_package(kind: str, name: str, out: Path | None, model_type: str | None
             make_readable(folder / "model" / "model.safetensors")
             AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder / "model")
     return target
+
+
+def first_use(kind: str, name: str, file: str) -> str:
+    """The command that uses a component with the pipeline file of its package."""
+    if kind == "export_format":
+        return f"prunekit export {file} --profile {name} --out exported"
+    return f"prunekit run {file}"
 
 
 def check_name(catalog: Catalog, kind: str, name: str, cls: str) -> None:

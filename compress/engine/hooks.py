@@ -85,11 +85,12 @@ class Hooks:
         mode, observe = self.shared.running.mode if self.installed else "dense", None
         tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         rows, length = tokens.shape[:2]
-        steady = self._steady
-        if mode == "prune" and steady and (cached := steady.again(arguments, (rows, length), self.policy)):
-            batch = Batch(mode, (rows, length), None, len(self.cuts) if self.policy.reads else 0, steady=True)
-            batch.cached, batch.cache = cached, cache_among(arguments)
-            return batch
+        if mode == "prune" and self._steady is not None:
+            if cached := self._steady.again(arguments, (rows, length), self.policy):
+                batch = Batch(mode, (rows, length), None, len(self.cuts) if self.policy.reads else 0, steady=True)
+                batch.cached, batch.cache = cached, cache_among(arguments)
+                return batch
+            self._steady = None  # it holds the copies of weights that this batch may replace
         if mode == "calibrate":
             observe = self._calibration
         elif mode == "prune" and self.learner is not None:

@@ -39,11 +39,6 @@ def check_policy(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None
 
 def check_grouping(strategy: Strategy, counts: Sequence[tuple[Site, int]]) -> None:
     """Raise :class:`SpecError` where rows cannot have units of their own at sites that keep so many."""
-    if strategy.group_by.splits and strategy.turns != "refuse":
-        raise SpecError(
-            f"group_by: {strategy.group_by.name}: turns: {strategy.turns} serves batches with one decision; nearest: "
-            "group_by: batch, turns: refuse"
-        )
     for site, count in counts if strategy.group_by.splits else ():
         along = [each.name for each in site.unit_tensors] + [each.name for each in site.unit_arguments]
         along += [producer.path for producer in site.selected]

@@ -1,6 +1,6 @@
-"""Time of a decode step after a decision, compared with a model that was sliced beforehand: a page of markdown.
+"""Time of a decode step after a decision, compared with a model that was sliced beforehand: a table of markdown.
 
-python docs/benchmarks/decode_steps.py --out docs/results/generation/steps.md
+docs/results/generation/steps.md says what its columns are, and with which options its tables were made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from page_file import put
 from prunekit.compress import prune
 from prunekit.compress.bench.intervals import ratio_of
 from prunekit.compress.bench.presets import PRESETS
@@ -34,6 +33,7 @@ BOTH = {"per_prompt": ("pp", {"attention_unit": "kv_group"})}
 CUTS = {"MLP channels": MLPS, "MLP channels and key/value groups": BOTH}
 HEAD = (
     "model",
+    "layers",
     "cut",
     "batch",
     "arm",
@@ -58,7 +58,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time, which other processes do not change")
-    parser.add_argument("--out", type=Path, help="write the page here, and a .csv next to it, instead of to stdout")
+    parser.add_argument("--out", type=Path, help="write the table here, too, as csv")
     return parser.parse_args(arguments)
 
 
@@ -108,7 +108,7 @@ def blocks(seconds: list[float]) -> list[float]:
     return [sum(seconds[start : start + EVERY]) for start in range(0, len(seconds), EVERY)]
 
 
-def rows_of(model: str, cut: str, rows: int, found: dict[str, Any]) -> list[tuple]:
+def rows_of(model: str, layers: int, cut: str, rows: int, found: dict[str, Any]) -> list[tuple]:
     made = []
     for name, its in found.items():
         ratios = [a / b for a, b in zip(its["steps"], found["sliced"]["steps"], strict=True)]
@@ -117,6 +117,7 @@ def rows_of(model: str, cut: str, rows: int, found: dict[str, Any]) -> list[tupl
         made.append(
             (
                 model,
+                layers,
                 cut,
                 rows,
                 name,
@@ -132,27 +133,19 @@ def rows_of(model: str, cut: str, rows: int, found: dict[str, Any]) -> list[tupl
     return made
 
 
-def page(chosen: argparse.Namespace, made: list[tuple], model: Any) -> str:
+def table(made: list[tuple]) -> str:
+    rows = [HEAD, ("---", "---:", "---", "---:", "---", *("---:" for _ in HEAD[5:])), *made]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def protocol(chosen: argparse.Namespace, model: Any) -> str:
     about = machine(model)
     clock = "processor time of the process" if chosen.cpu_time else "wall clock"
-    lines = [
-        "# Time of a decode step",
-        "",
+    return (
         f"Prompts of {chosen.prompt} random tokens, {2 * EVERY} counted steps after each of {chosen.rounds} prompts, "
-        f"{chosen.ratio:.0%} cut, float32; all arms run the same step in turn, in changing order. *sliced* is a plain "
-        "model of the same widths. *token / sliced*: median of the paired ratios of single steps, with their 10% and "
-        f"90% quantiles. *{EVERY} tokens / per_prompt*: median of the paired ratios of {EVERY} steps together, in "
-        "which every_n chooses units once. The first step after a prompt, in which griffin copies weights, is not "
-        "counted.",
-        "",
-        f"Clock: {clock}. {about['processor']}, threads: {about['threads']}, torch {about['torch']}. Made by "
-        "`python docs/benchmarks/decode_steps.py`, with the options that these figures name.",
-        "",
-        "| " + " | ".join(HEAD) + " |",
-        "|---|---|---:|---|" + "---:|" * (len(HEAD) - 4),
-        *("| " + " | ".join(map(str, row)) + " |" for row in made),
-    ]
-    return "\n".join(lines) + "\n"
+        f"{chosen.ratio:.0%} of the units cut, float32. Clock: {clock}. {about['processor']}, threads: "
+        f"{about['threads']}, torch {about['torch']}."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -171,10 +164,11 @@ def main(arguments: list[str] | None = None) -> None:
         for cut, which in CUTS.items():
             arms = arms_of(model, which, chosen.ratio, chosen.prompt + 2 * EVERY + 1)
             for rows in chosen.batch:
-                made += rows_of(name, cut, rows, measure(arms, rows, chosen.prompt, chosen.rounds, clock))
-    put(page(chosen, made, model), chosen.out)
+                found = measure(arms, rows, chosen.prompt, chosen.rounds, clock)
+                made += rows_of(name, model.config.num_hidden_layers, cut, rows, found)
+    print(protocol(chosen, model), table(made), sep="\n\n")
     if chosen.out is not None:
-        with chosen.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        with chosen.out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([HEAD, *made])
 
 

@@ -194,6 +194,7 @@ class Strategy(Component):
             f"compensator {compensator}, which reads a probe of the whole batch; use compensate: mean": (
                 self.compensate.uses_probe
             ),
+            f"turns: {self.turns}, which is for caches with one decision; use turns: refuse": self.turns != "refuse",
         }
         for other, found in others.items():
             if found:
