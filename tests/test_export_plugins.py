@@ -55,8 +55,8 @@ from prunekit.registry import ExportFormat, ModelError, hookimpl
 class Shapes(ExportFormat):
     """A list of all tensors with their shapes."""
 
-    made_from: ClassVar[Literal["hf-hetero", "hf-uniform"]] = "hf-hetero"
-    multiple: ClassVar[int] = 8
+    made_from: ClassVar[str] = "gguf" if "HOW" == "no profile" else "hf-hetero"
+    multiple: ClassVar[int] = 0 if "HOW" == "no multiple" else 8
     name: Literal["NAME"] = "NAME"
     how: Literal["HOW"] = "HOW"
 
@@ -229,6 +229,10 @@ def test_a_format_refuses_before_loading(outside, tmp_path, monkeypatch):
         Exporter(spec, "shapes", tmp_path / "out").export()
     with pytest.raises(SpecError, match=r"no profile 'shape' \(did you mean 'shapes'\?\); there are hf-.*shapes"):
         Exporter(spec, "shape", tmp_path / "out").export()
+    wrong = with_format(outside("granite"), tmp_path, "no profile")
+    with pytest.raises(PluginError, match=r"'shapes' of plugin file shapes.py: made_from is 'gguf', not hf-uniform or"):
+        Exporter(wrong, "shapes", tmp_path / "out").export()
+    spec = with_format(outside("gemma2"), tmp_path)
     with pytest.raises(SpecError, match="takes multiples of 8, found 4"):
         Exporter(spec, "shapes", tmp_path / "out", multiple=4).export()
     spec = with_format(outside("granite"), tmp_path, name="padded")
@@ -240,6 +244,8 @@ def test_a_format_refuses_before_loading(outside, tmp_path, monkeypatch):
     ("how", "words"),
     [
         ("", None),
+        ("no profile", "Shapes made_from must be hf-uniform, hf-hetero or padded, found 'gguf'"),
+        ("no multiple", "Shapes multiple must be a whole number from 1, found 0"),
         ("nothing", "Shapes writes no file"),
         ("other place", "Shapes writes more.json outside of the folder"),
         ("change", "Shapes changes lm_head.weight; write must leave the model"),

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ...registry import Catalog, ExportFormat, SpecError, Strategy, near
+from ...registry import Catalog, ExportFormat, PluginError, SpecError, Strategy, near
+from ...registry.catalog import named
+from ...registry.roles.exporting import MADE_FROM
 from ..pruning.freezing import MEANINGS, check_freeze
 from .constraint import Constraint
 
@@ -103,7 +105,8 @@ def profile_named(name: str, formats: Sequence[str] = ()) -> Profile:
 def asked_for(name: str, catalog: Catalog) -> tuple[Profile, ExportFormat | None]:
     """The profile of that name; or the format of a plugin, and the profile that it is made from.
 
-    Raises :class:`SpecError` for none, and for a format that has the name of a profile.
+    Raises :class:`SpecError` for none, and for a format that has the name of a profile, :class:`PluginError` for one
+    that is made from no profile.
     """
     formats = catalog.names("export_formats")
     if name not in formats:
@@ -115,6 +118,10 @@ def asked_for(name: str, catalog: Catalog) -> tuple[Profile, ExportFormat | None
         )
     found = catalog.get("export_formats", name).model_validate({})
     assert isinstance(found, ExportFormat)
+    if found.made_from not in MADE_FROM:
+        raise PluginError(
+            f"{named(found)}: made_from is {found.made_from!r}, not {' or '.join(MADE_FROM)}; fix the plugin"
+        )
     return replace(profile_named(found.made_from), multiple=found.multiple), found
 
 

@@ -8,10 +8,18 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..roles.exporting import ExportFormat
+from ..roles.exporting import MADE_FROM, ExportFormat
 from ..tensors.model_state import ModelState
 from .parts import expect
 from .toy import toy_model, toy_tokenizer
+
+
+def check_source(written: ExportFormat) -> None:
+    """It is made from a profile whose model is loaded again, with widths that are multiples of a whole number."""
+    profiles = f"{', '.join(MADE_FROM[:-1])} or {MADE_FROM[-1]}"
+    expect(written.made_from in MADE_FROM, written, f"made_from must be {profiles}, found {written.made_from!r}")
+    whole = isinstance(written.multiple, int) and written.multiple >= 1
+    expect(whole, written, f"multiple must be a whole number from 1, found {written.multiple!r}")
 
 
 def check_export(written: ExportFormat) -> None:
@@ -40,4 +48,4 @@ def check_export(written: ExportFormat) -> None:
     expect(not left, written, f"{left and left[0]}; write must leave the model as it was")
 
 
-EXPORT_CHECKS: list[Callable] = [check_export]
+EXPORT_CHECKS: list[Callable] = [check_source, check_export]

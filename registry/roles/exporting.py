@@ -5,12 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ..component import Component
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+MadeFrom = Literal["hf-uniform", "hf-hetero", "padded"]
+MADE_FROM = get_args(MadeFrom)
+"""Profiles that a format may be made from."""
 
 
 class ExportFormat(Component):
@@ -20,7 +25,7 @@ class ExportFormat(Component):
     The format gets this smaller model. Its files are in a subfolder that has its name, and in the manifest.
     """
 
-    made_from: ClassVar[Literal["hf-uniform", "hf-hetero", "padded"]] = "hf-uniform"
+    made_from: ClassVar[MadeFrom] = "hf-uniform"
     """The profile that it is made from, whose requirements on the cut it has: equal layers of a stock class; every
     layer its own shape; the original shapes, with zeros."""
     multiple: ClassVar[int] = 1
