@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, distributions
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 import pluggy
+from pydantic.errors import PydanticUserError
 
 from .component import Component, wrong_signature
 from .errors import PluginError
@@ -124,7 +126,7 @@ class Catalog:
         except (pluggy.PluginValidationError, ValueError) as error:
             self.problems.append(f"{where} is not usable: {' '.join(str(error).split())}")
             return
-        found = False
+        found, named = False, {caller.name for caller in callers}
         for caller in callers:
             if caller.name not in ROLES:
                 self.problems.append(f"{where}: there is no hook {caller.name!r}{near(caller.name, ROLES)}")
@@ -135,6 +137,12 @@ class Catalog:
                     self._collect(caller.name, implementation.function, name, provider)
         if not found and not any(where in problem for problem in self.problems):
             self.problems.append(f"{where} implements no hook (decorate a function with prunekit.registry.hookimpl)")
+        for role in ROLES if found else ():
+            bare = getattr(plugin, role, None)
+            if role not in named and inspect.isfunction(bare) and bare.__module__ == getattr(plugin, "__name__", None):
+                self.problems.append(
+                    f"{where}: its function {role} is not a hook; write @hookimpl on the line above it"
+                )
 
     def _collect(self, role: str, hook: Any, plugin: str, provider: str) -> None:
         where = f"hook {role} of plugin {plugin} ({provider})"
@@ -199,7 +207,9 @@ def is_foreign(component: Component) -> bool:
 def load_plugin_file(path: Path) -> ModuleType:
     """Import a plain Python file as a plugin; raises :class:`PluginError` naming file and error."""
     if not path.is_file():
-        raise PluginError(f"plugin file {path} does not exist")
+        raise PluginError(
+            f"plugin file {path} does not exist; paths of --plugin start here, those of a YAML file at its folder"
+        )
     spec = importlib.util.spec_from_file_location(FILE_PREFIX + path.stem, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin file {path} is not a Python file")
@@ -209,8 +219,21 @@ def load_plugin_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
-        raise PluginError(f"plugin file {path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise PluginError(f"plugin file {path} cannot be imported: {_import_error(error, path)}") from error
     return module
+
+
+def _import_error(error: BaseException, path: Path) -> str:
+    """What an import raised, with the last line of the file that it came from, and a remedy for a bare ``name``."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()
+    ]
+    place = f"line {lines[-1]}: " if lines else ""
+    if isinstance(error, PydanticUserError):
+        bare = error.code == "model-field-overridden" and "'name'" in error.message
+        remedy = ' Write name: Literal["mine"] = "mine".' if bare else ""
+        return f"{place}{type(error).__name__}: {error.message}{remedy}"
+    return f"{place}{type(error).__name__}: {error}"
 
 
 def near(name: str, known: Iterable[str]) -> str:

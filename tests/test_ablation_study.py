@@ -183,6 +183,13 @@ published:
 """
 
 
+def test_keys_of_the_base_beside_it(message):
+    found = message("base: {prune: {use: pp}}\ncalibration: {sequences: 4}\nvary: {prune.ratio: [0.2]}\n")
+    assert "line 2: calibration: is a key of the base; write it under base: base: {calibration: ...}" in found
+    found = message("plugins: [mine.py]\nbase: {prune: {use: mine}}\nvary: {prune.ratio: [0.2]}\n")
+    assert "line 1: plugins: is a key of the base; write base: {plugins: [...]}" in found and "'mine'" not in found
+
+
 def test_all_mistakes_at_once_with_their_lines(message):
     found = message(MISTAKES)
     expected = [

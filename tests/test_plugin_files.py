@@ -46,6 +46,12 @@ def test_a_plugin_file(tmp_path):
         ("import a_module_that_is_not_there", ["cannot be imported", "ModuleNotFoundError"]),
         ("raise SystemExit(0)", ["cannot be imported", "SystemExit"]),
         ("x = 1", ["implements no hook"]),
+        ("\nx = 1 / 0", ["cannot be imported: line 2: ZeroDivisionError"]),
+        (
+            scorer("x").replace('name: Literal["x"]', "name"),
+            ["cannot be imported: line", 'Write name: Literal["mine"]'],
+        ),
+        (scorer("x") + "def strategies(): return []", ["its function strategies is not a hook", "@hookimpl"]),
         (scorer("x").replace("def scorers", "def scorer"), ["no hook 'scorer'", "did you mean 'scorers'?"]),
         (scorer("x").replace("[Mine]", "[Mine()]"), ["expected a class derived from Scorer"]),
         ("PLUGIN_API = 2" + scorer("x"), ["is written for plugin API 2, and this prunekit has 1"]),

@@ -60,6 +60,9 @@ class Source:
     @property
     def plugins(self) -> list[Path]:
         """The base's plugin files; raises :class:`SpecError` where they are not a list of files."""
+        if "plugins" in self.file.data:  # without them every name that they bring would count as a mistake
+            where = self.at(("plugins",))
+            raise SpecError(f"{self.file.path}: {where}plugins: is a key of the base; write base: {{plugins: [...]}}")
         files = self.base.get("plugins") or []
         if not (isinstance(files, list) and all(isinstance(item, str) for item in files)):
             where = self.at(("base", "plugins"))
@@ -211,6 +214,9 @@ class Study:
         if not isinstance(content.get("vary", {}), dict):
             found = content.pop("vary")
             reader.mistake(("vary",), f"write axes as a mapping: prune.use: [pp, flap] (found {found!r:.60})")
+        for key in [key for key in content if key in PipelineSpec.model_fields and key not in StudyFile.model_fields]:
+            del content[key]
+            reader.mistake((key,), f"is a key of the base; write it under base: base: {{{key}: ...}}")
         file = reader.model(StudyFile, content, ())
         known = field_names(catalog)
         axes = read_axes(source.axes, known, reader.mistake)

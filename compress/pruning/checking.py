@@ -163,7 +163,7 @@ def check_architecture(architecture: Architecture, model: nn.Module, cases: Sequ
         copied = randomise(copy.deepcopy(model))
         for unit in UNITS:
             check_sites(architecture, copied, unit)
-        cause = "with fewer units; a producer or a size (shape_attributes) may be missing, or a unit is not whole"
+        cause = "with fewer units; a producer or a size (head_count, width) may be missing, or a unit is not whole"
         check_family(copied, cases, catalog_of(architecture, kind))
     except (AssertionError, ModelError):
         raise

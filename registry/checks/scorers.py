@@ -58,7 +58,8 @@ def check_channel_order(scorer: Scorer) -> None:
     for site in both_kinds():
         units, channels = reordered(site)
         given, weight = _shown(scorer, site)[0], draw(20, site.channels)
-        scores = scorer.score(_prepared(scorer, weight, site), given).clone()
+        scores = scorer.score(_prepared(scorer, weight, site), given)
+        scores = expect_tensor(scores, scorer, "channel scores", (site.channels,)).clone()
         turned = scorer.score(_prepared(scorer, weight[:, channels], site, order=channels), _turned(given, site))
         expect(
             alike(turned, scores[channels]),

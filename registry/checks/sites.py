@@ -62,7 +62,12 @@ def check_sites(architecture: Architecture, model: nn.Module, attention_unit: At
         for attribute in site.shape_attributes:
             value = attrgetter(attribute.attribute)(model.get_submodule(attribute.path))
             stated = site.units * attribute.per_unit
-            expect(value == stated, architecture, f"{attribute.path}.{attribute.attribute} is {value}, not {stated}")
+            expect(
+                value == stated,
+                architecture,
+                f"{attribute.path}.{attribute.attribute} is {value}, not {stated} ({site.units} units, "
+                f"{attribute.per_unit} for each); name the attribute that has this number",
+            )
     owner: Any = model
     if architecture.sizes is not None and attention_unit == "kv_group" and not has_others:
         wrong = wrong_size(architecture.sizes, owner.config.get_text_config(), sites)
