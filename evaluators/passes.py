@@ -44,6 +44,8 @@ class Texts(Evaluator):
     def _several_texts(self) -> Texts:
         if self.mixture is not None and len(set(self.mixture)) < max(len(self.mixture), 2):
             raise ValueError("mixture is of two or more texts, each named once; of one text use text")
+        if self.mixture is not None and self.text != type(self).model_fields["text"].default:
+            raise ValueError("mixture takes the place of text; leave one of them out")
         if self.mixed and self.mixture is None:
             raise ValueError("mixed needs several texts; name them in mixture, or leave mixed out")
         return self

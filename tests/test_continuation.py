@@ -246,6 +246,7 @@ def test_prompts_of_several_texts_share_batches_or_do_not(model, tokenizer, mixe
         ({"mixture": TWO[:1]}, "mixture is of two or more texts"),
         ({"mixture": TWO[:1] * 2}, "each named once"),
         ({"mixed": True}, "mixed needs several texts"),
+        ({"mixture": TWO, "text": {"file": "some.txt"}}, "mixture takes the place of text"),
         ({"mixture": TWO, "answers": TWO[0]}, "answers belong to the prompts of one text"),
         ({"mixture": TWO, "prompts": 1}, "prompts: 1 cannot be shared by 2 texts"),
     ],
