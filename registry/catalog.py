@@ -180,6 +180,9 @@ class Catalog:
         if found:
             raise PluginError(_conflict(found))
         message = f"no {ROLES[role].__name__} is called {name!r}{near(name, self.names(role))}"
+        others = sorted({singular(entry.role).replace("_", " ") for entry in self.entries if entry.name == name})
+        if others:
+            message += f"; {name!r} is the name of another part: {', '.join(others)}"
         message += f"; there are {', '.join(self.names(role)) or 'none'}"
         for note in [*self.problems, *(f"{BLOCK_VARIABLE} switches off plugin {plugin}" for plugin in self.blocked)]:
             message += f"\nnote: {note}"

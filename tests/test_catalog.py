@@ -384,3 +384,8 @@ def test_the_examples_of_parts_can_be_imported():
 def test_a_component_is_named_by_its_role_and_plugin():
     assert named(registry.PerPrompt()) == "policy 'per_prompt' of plugin prunekit"
     assert list(map(singular, ("strategies", "probe_selectors", "scorers"))) == ["strategy", "probe_selector", "scorer"]
+
+
+def test_the_name_of_another_part_is_called_so():
+    with pytest.raises(PluginError, match="no Strategy is called 'residual_norm'.*another part: probe selector; there are"):
+        Catalog.discover().get("strategies", "residual_norm")

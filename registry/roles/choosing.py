@@ -30,7 +30,7 @@ class Order:
 
     @property
     def scores(self) -> Tensor:
-        """(U,) float32, by unit: its loss. Equal losses are raised by the smallest steps, so that all differ."""
+        """(U,) float32, by unit: its loss. Equal losses differ by the smallest steps of float32."""
         loss = self.loss.float().clamp(min=0).abs()  # abs: minus zero has other bits than zero
         steps = torch.arange(len(loss), device=loss.device)
         # The bits of positive floats, read as integers, are in the order of the floats.
