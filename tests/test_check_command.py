@@ -77,6 +77,7 @@ def test_a_plugin_file_is_checked_and_a_broken_rule_is_exit_code_1(command, plug
     assert "ignoring check_budget failed Ignoring is to cut 0.2 and cuts 0" in output
     assert "check_evaluation failed Training leaves the model in training mode" in output
     assert "2 failed, 0 left out" in output
+    assert " passed " not in output[output.index(" failed ") :]  # failures are next to the summary
 
 
 def test_a_component_is_checked_by_its_name_as_data(command, plugin):

@@ -53,9 +53,9 @@ def check(
         about = ({"component": entry.name, "role": entry.role, **finding._asdict()} for entry, finding in found)
         typer.echo(json.dumps(list(about), indent=2))
     else:
-        rows = [
-            (entry.name, finding.check, finding.result, finding.message or finding.rule) for entry, finding in found
-        ]
+        # What failed is next to the last line, where people look.
+        shown = sorted(found, key=lambda each: each[1].result == "failed")
+        rows = [(entry.name, each.check, each.result, each.message or each.rule) for entry, each in shown]
         printing.show_table(("component", "check", "", ""), rows, left=4)
         left_out = sum(finding.result == "left out" for _, finding in found)
         printing.say(f"{len(found)} checks: {len(failed)} failed, {left_out} left out")
