@@ -387,5 +387,5 @@ def test_a_component_is_named_by_its_role_and_plugin():
 
 
 def test_the_name_of_another_part_is_called_so():
-    with pytest.raises(PluginError, match="no Strategy is called 'residual_norm'.*another part: probe selector; there are"):
+    with pytest.raises(PluginError, match=r"no Strategy is called 'residual_norm'.*part: probe selector; there are"):
         Catalog.discover().get("strategies", "residual_norm")

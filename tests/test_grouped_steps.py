@@ -88,7 +88,7 @@ def test_weights_that_change_between_the_steps_of_rows(dense, name):
 @pytest.mark.parametrize("turns", ["keep", "decide"])
 @pytest.mark.parametrize("group_by", ["row", "cluster"])
 def test_turns_of_rows_are_refused(dense, group_by, turns):
-    words = f"group_by: {group_by} excludes turns: {turns}, .*; use turns: refuse"
+    words = rf"group_by: {group_by} excludes turns: {turns}, .*; use turns: refuse"
     options = dict(ratio=0.5, allocator="mlp_only", policy="per_prompt", calibration=iter([]))
     with pytest.raises(SpecError, match=words):
         prune(copy.deepcopy(dense), "pp", group_by=group_by, turns=turns, **options)
