@@ -14,6 +14,7 @@ from ..registry import DataError, Evaluator, SpecError, Subject, TextSource
 from ..registry.tensors import devices
 from ..registry.tensors.tokens import check_token_ids, context_length
 from ..registry.tensors.windows import token_stream, with_bos
+from ..registry.text import without_defaults
 
 OWN_ATTENTION = "prunekit_"
 """Prefix of an attention implementation that a pruned model runs and that computes the same as the one without it."""
@@ -52,7 +53,7 @@ class Texts(Evaluator):
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: Any) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key not in LATER or value != LATER[key]}
+        return without_defaults(handler(self), LATER)
 
     @property
     def texts(self) -> tuple[TextSource, ...]:

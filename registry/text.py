@@ -28,6 +28,11 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
+def without_defaults(data: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Written options without those of ``later`` that have its values: files and keys of before stay the same."""
+    return {key: value for key, value in data.items() if key not in later or value != later[key]}
+
+
 class TextSource(BaseModel):
     """Exactly one of ``bundled``, ``file`` and ``dataset``.
 
@@ -84,8 +89,7 @@ class TextSource(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: Any) -> dict[str, Any]:
-        data = handler(self)
-        return {key: value for key, value in data.items() if key not in LATER or value != LATER[key]}
+        return without_defaults(handler(self), LATER)
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -195,8 +195,7 @@ class Hooks:
             if not cut.settled:
                 if not hooks.is_plain and hooks.by_policy(cut, batch, residual, hidden, arguments, prober):
                     return
-                stored = batch.cache is not None and not batch.is_turn
-                known = None if not stored else hooks.cached.of(batch.cache, batch.layer, cut.binding.site)
+                known = None if batch.cache is None else hooks.cached.of(batch.cache, batch.layer, cut.binding.site)
                 if known is not None:
                     cut.open(*known, stays=True)
                     return

@@ -12,6 +12,7 @@ from ..component import Component, wrong_signature
 from ..sites import AttentionUnit, ExpertUnit, Site
 from ..tensors.history_storage import HistoryStorage
 from ..tensors.statistics import ExpertStatistic, Statistic
+from ..text import without_defaults
 from .choosing import Chooser
 from .compensation import Compensator, NoCompensation
 from .fitting import FittedScorer
@@ -231,7 +232,7 @@ class Strategy(Component):
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: Any) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key not in LATER or value != LATER[key]}
+        return without_defaults(handler(self), LATER)
 
     def _check_steps(self) -> None:
         """Raise :class:`ValueError` for what excludes choosing units in several steps."""
