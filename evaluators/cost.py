@@ -28,7 +28,8 @@ PART_OF_STAGE = {"probe": PROBE, "compensate": COMPENSATION}
 class Cost(OneBatch):
     """Operations per token of a prefill, part by part, and the parameters of the kept units, pruned and dense.
 
-    Both run on the same batch. Matrix products, linear systems and attention are counted, the strategy's own too, with
+    Both run on the same batch; where nothing is decided for the batch, its first row stands for all, because every row
+    takes the same operations. Matrix products, linear systems and attention are counted, the strategy's own too, with
     the whole square of the attention (not half of it for causality) and the output layer at every position.
     Element-wise work, scores, sorting and copies of weights are not counted. The parts add up to ``flops``: the
     attention's projections, its scores (all of the attention but its linear layers), the MLP, the output layer, the
@@ -52,9 +53,12 @@ class Cost(OneBatch):
         """Count; raises DataError if ``text`` is too short for the batch."""
         length = clamped(self.length, subject.model)
         ids = self.batch(subject, length)
-        pruned, kept, parameters = operations(subject, ids), subject.kept(), subject.parameters()
+        one = ids[:1]
+        pruned_ids = ids if subject.decides_per_batch else one
+        pruned, kept, parameters = operations(subject, pruned_ids), subject.kept(), subject.parameters()
         with subject.dense():
-            dense, dense_parameters = operations(subject, ids), subject.parameters()
+            dense, dense_parameters = operations(subject, one), subject.parameters()
+        pruned, dense = repeated(pruned, len(ids) // len(pruned_ids)), repeated(dense, len(ids))
         tokens, total, dense_total = ids.numel(), sum(pruned.values()), sum(dense.values())
         values: dict[str, float | int | None] = {
             "flops": total / tokens,
@@ -88,6 +92,7 @@ class Cost(OneBatch):
             "compensation",
             "parameters": "parameters of the units that stay; a dynamic strategy's probe and its memory still use all",
             **self.about_batch(length),
+            "rows": "the dense model's first row stands for all, and that of a cut made once",
             "order": "pruned, dense",
             "torch": torch.__version__,
             **setting(subject.model),
@@ -111,6 +116,11 @@ def operations(subject: Subject, ids: Tensor) -> dict[Key, int]:
     ):
         prefill(subject.model, ids)
     return dict(spent)
+
+
+def repeated(counted: Mapping[Key, int], rows: int) -> dict[Key, int]:
+    """Operations of ``rows`` rows by those of one."""
+    return {key: rows * amount for key, amount in counted.items()}
 
 
 def by_part(counted: Mapping[Key, int]) -> dict[str, int]:

@@ -7,6 +7,8 @@ import torch
 from prunekit.evaluators.cost import Cost, operations
 from prunekit.registry import Catalog, DataError, PlainSubject, TextSource
 
+from tests.test_families import tiny
+
 pytestmark = pytest.mark.smoke
 
 B, T = 2, 24
@@ -95,16 +97,27 @@ def test_pruned_and_dense_are_counted_on_the_same_batch(subject):
     assert found.values["dense_parameters"] - found.values["parameters"] == saved
     assert found.values["parameters_ratio"] == pytest.approx(1 - saved / found.values["dense_parameters"])
     settling, first, settling_dense, second = subject.shown
-    assert first.equal(second) and first.shape == (B, T)
-    assert settling.equal(settling_dense) and settling.equal(first[:1, :8])
+    assert first.equal(second) and first.shape == (1, T)
+    assert settling.equal(settling_dense) and settling.equal(first[:, :8])
     assert found.protocol["batch_size"] == B and found.protocol["length"] == T
     assert found.protocol["text"] == "random ids, seed 0"
     assert "probe and compensation included" in found.protocol["flops"]
 
 
-def test_flops_per_token_do_not_depend_on_the_number_of_sequences(subject):
-    one, three = (Cost(batch_size=rows, length=T).evaluate(subject).values for rows in (1, 3))
-    assert one == three
+def test_where_every_batch_is_decided_on_the_whole_batch_runs(subject):
+    once = Cost(batch_size=B, length=T).evaluate(subject).values
+    per_batch = type("PerBatch", (PlainSubject,), {"decides_per_batch": True})
+    subject.__class__ = per_batch
+    subject.shown.clear()
+    assert Cost(batch_size=B, length=T).evaluate(subject).values == once
+    assert [tuple(ids.shape) for ids in subject.shown] == [(1, 8), (B, T), (1, 8), (1, T)]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox", "gemma3_text", "mixtral", "qwen3_moe"])
+def test_every_row_takes_the_same_operations(model_type):
+    model = tiny(model_type)
+    ids = torch.randint(2, 30, (3, T))
+    assert counted_flops(model, ids) == 3 * counted_flops(model, ids[:1])
 
 
 def test_random_tokens_follow_the_seed(subject):
@@ -118,7 +131,7 @@ def test_random_tokens_follow_the_seed(subject):
 def test_real_tokens_can_be_asked_for(subject):
     text = TextSource(bundled="reference-evaluation")
     found = Cost(batch_size=2, length=20, text=text).evaluate(subject)
-    ids = [1] + [3 + ord(character) % 90 for character in ("some text " * 6)[:39]]
+    ids = [1] + [3 + ord(character) % 90 for character in ("some text " * 6)[:19]]
     assert subject.shown[1].reshape(-1).tolist() == ids
     assert found.protocol["text"] == "bundled reference-evaluation"
     with pytest.raises(DataError, match=r"has 61 tokens, and a batch of 4 x 20 takes 80"):

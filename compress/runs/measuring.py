@@ -122,6 +122,10 @@ class Measuring(Subject):
     def read(self, source: TextSource) -> list[str]:
         return read_documents(source, self.tokenizer)
 
+    @property
+    def decides_per_batch(self) -> bool:
+        return self._pruned.strategy.dynamic
+
     def dense(self) -> AbstractContextManager[Any]:
         return self._pruned.dense()
 

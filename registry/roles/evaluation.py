@@ -49,6 +49,11 @@ class Subject(ABC):
     def __init__(self, model: Any, tokenizer: Any = None):
         self.model, self.tokenizer = model, tokenizer
 
+    @property
+    def decides_per_batch(self) -> bool:
+        """Whether every batch is decided on anew, so that what a row takes depends on the other rows."""
+        return False
+
     @abstractmethod
     def read(self, source: TextSource) -> list[str]:
         """Documents of a text source."""
