@@ -28,8 +28,8 @@ PART_OF_STAGE = {"probe": PROBE, "compensate": COMPENSATION}
 class Cost(OneBatch):
     """Operations per token of a prefill, part by part, and the parameters of the kept units, pruned and dense.
 
-    Both run on the same batch; where nothing is decided for the batch, its first row stands for all, because every row
-    takes the same operations. Matrix products, linear systems and attention are counted, the strategy's own too, with
+    Both run on the same batch; where nothing is probed or decided for the batch, its first row stands for all, because
+    every row takes the same operations. Matrix products, linear systems and attention are counted, the strategy's own too, with
     the whole square of the attention (not half of it for causality) and the output layer at every position.
     Element-wise work, scores, sorting and copies of weights are not counted. The parts add up to ``flops``: the
     attention's projections, its scores (all of the attention but its linear layers), the MLP, the output layer, the
@@ -54,7 +54,7 @@ class Cost(OneBatch):
         length = clamped(self.length, subject.model)
         ids = self.batch(subject, length)
         one = ids[:1]
-        pruned_ids = ids if subject.decides_per_batch else one
+        pruned_ids = ids if subject.depends_on_batch else one
         pruned, kept, parameters = operations(subject, pruned_ids), subject.kept(), subject.parameters()
         with subject.dense():
             dense, dense_parameters = operations(subject, one), subject.parameters()

@@ -104,9 +104,9 @@ def test_pruned_and_dense_are_counted_on_the_same_batch(subject):
     assert "probe and compensation included" in found.protocol["flops"]
 
 
-def test_where_every_batch_is_decided_on_the_whole_batch_runs(subject):
+def test_a_batch_that_is_decided_on_runs_whole(subject):
     once = Cost(batch_size=B, length=T).evaluate(subject).values
-    per_batch = type("PerBatch", (PlainSubject,), {"decides_per_batch": True})
+    per_batch = type("PerBatch", (PlainSubject,), {"depends_on_batch": True})
     subject.__class__ = per_batch
     subject.shown.clear()
     assert Cost(batch_size=B, length=T).evaluate(subject).values == once

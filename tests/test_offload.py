@@ -13,6 +13,7 @@ from prunekit.compress.bundled import MODEL
 from prunekit.compress.calibration.passes import no_progress
 from prunekit.compress.models.loading import ModelSource, fingerprint, load
 from prunekit.compress.runs.measuring import Measuring
+from prunekit.evaluators.cost import Cost
 from prunekit.evaluators.passes import device_of
 from prunekit.registry import ModelError
 from prunekit.registry.tensors.devices import is_offloaded, places_of, stored_tensor
@@ -124,6 +125,14 @@ def test_pruning_decides_and_computes_the_same(inside, offloaded, batches, strat
     (expected, kept), (found, kept_offloaded) = run(inside.model), run(offloaded.model)
     assert kept == kept_offloaded
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_what_is_folded_in_every_pass_is_counted_once_for_a_batch(offloaded, batches):
+    options = dict(ratio=0.4, skip_layers=[0], calibration=batches[1:3], compensate="least_squares")
+    with prune(offloaded.model, "wanda_sp", **options) as pruned:
+        subject = Measuring(offloaded, pruned, no_progress, {})
+        one, four = (Cost(batch_size=rows, length=12).evaluate(subject).values["compensation"] for rows in (1, 4))
+    assert one == 4 * four > 0
 
 
 @torch.no_grad()

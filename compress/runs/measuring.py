@@ -24,6 +24,7 @@ from ...registry import (
 )
 from ...registry.catalog import is_foreign, named
 from ...registry.roles.evaluation import checked
+from ...registry.tensors.devices import is_offloaded
 from ..calibration.passes import Progress, no_progress
 from ..engine.rotary import rotary_kept
 from ..engine.weights import ModelWatch
@@ -123,8 +124,10 @@ class Measuring(Subject):
         return read_documents(source, self.tokenizer)
 
     @property
-    def decides_per_batch(self) -> bool:
-        return self._pruned.strategy.dynamic
+    def depends_on_batch(self) -> bool:
+        strategy = self._pruned.strategy
+        folds_anew = strategy.compensates and any(map(is_offloaded, self.model.modules()))
+        return strategy.dynamic or strategy.probes_with is not None or folds_anew
 
     def dense(self) -> AbstractContextManager[Any]:
         return self._pruned.dense()

@@ -50,8 +50,8 @@ class Subject(ABC):
         self.model, self.tokenizer = model, tokenizer
 
     @property
-    def decides_per_batch(self) -> bool:
-        """Whether every batch is decided on anew, so that what a row takes depends on the other rows."""
+    def depends_on_batch(self) -> bool:
+        """Whether every batch is probed or decided on, so that what a row takes depends on the other rows."""
         return False
 
     @abstractmethod
