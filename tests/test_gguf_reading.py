@@ -133,7 +133,7 @@ def test_a_run_states_the_source_and_is_exported(folder, pipeline, command, tmp_
     assert exported.identity["weights"] == STATEMENT  # also where the export itself is measured
     assert command("verify", "hf-hetero")[0] == 0
     code, output = command("evaluate", folder / "small.gguf", "--set", "evaluate=[cost]", "--set", "model.device=cpu")
-    assert code == 0 and "small.gguf, not pruned" in output
+    assert code == 0 and "small.gguf,notpruned" in "".join(output.split())  # a long path breaks anywhere
 
 
 def test_a_dynamic_export_finds_its_base_again(pipeline, tmp_path, monkeypatch):
