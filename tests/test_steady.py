@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from itertools import product
+from itertools import pairwise, product
 from weakref import ref
 
 import pytest
@@ -156,6 +156,7 @@ def test_hybrid_caches(name, implementation):
     with prune(model, "pp", policy=policy, **OPTIONS) as pruned:
         tokens, logits = generated(model, ids, **how)
     kept = kept_by_call(policy, pruned.trace, 12)
+    assert any(a != b for a, b in pairwise(kept[1:])) == bool(policy.reads), "units change where they are chosen again"
     expected, wanted = generated(ByCall(clean, pruned.sites, kept).model, ids, **how)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
@@ -186,10 +187,15 @@ def test_compiled_decoding_with_a_static_cache(dense, name):
             kept = (
                 kept_by_call(policy, records, 12) if policy else [{(r["layer"], r["kind"]): r["kept"] for r in records}]
             )
+            changes = any(a != b for a, b in pairwise(kept[1:]))
+            assert changes == (name == "every_n"), "units change where they are chosen again"
             oracle = ByCall(dense, pruned.sites, kept)
             expected, wanted = generated(oracle.model, ids, cache_implementation="static")
             assert torch.equal(tokens, expected)
             torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
             chosen.append(kept)
+    wrong = [*kept[:-1], kept[-1] | {(1, "mlp"): [*range(48)]}]
+    wrong = generated(ByCall(dense, pruned.sites, wrong).model, ids, cache_implementation="static")[1]
+    assert (wrong - wanted).abs().max() > 5e-3
     assert (chosen[0] != chosen[1]) == bool(policy)
     assert hasattr(model, "_compiled_call") and counter.frame_count < 4
