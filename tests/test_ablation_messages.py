@@ -62,6 +62,21 @@ def test_numbers_have_no_near_matches(study):
     assert "seed has no value 101; there are 10, 11" in str(caught.value)
 
 
+def test_a_missing_plugin_file_of_the_base_has_its_place(study, tmp_path):
+    said = (
+        r"study\.yaml: line 2: base\.plugins\.1: plugin file .*gone\.py does not exist; name a Python file, by a path"
+    )
+    (tmp_path / "mine.py").write_text("")
+    base = "base:\n  plugins: [mine.py, gone.py]\n  prune: {use: pp, ratio: 0.4}\n"
+    with pytest.raises(SpecError, match=said):
+        study(base + "vary: {seed: [0, 1]}")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "base.yaml").write_text("prune: {use: pp, ratio: 0.4}\nplugins: [gone.py]\n")
+    said = r"study\.yaml: .*base\.yaml line 2: base\.plugins\.0: plugin file .*/folder/gone\.py .* starts at .*/folder$"
+    with pytest.raises(SpecError, match=said):
+        study("base: folder/base.yaml\nvary: {seed: [0, 1]}")
+
+
 PUBLISHED = "published: [{{where: {{{}}}, metric: perplexity.loss, value: 1, source: a}}]\n"
 
 

@@ -113,7 +113,7 @@ def test_an_interruption_at_any_moment_leaves_nothing_behind(make_model, batches
         pruned.reset()
         logits(model, second)
         twice = logits(model, first)
-        before = signal.signal(signal.SIGALRM, interrupt)
+        before, gradients = signal.signal(signal.SIGALRM, interrupt), torch.is_grad_enabled()
         moments = [lasts * (number + 0.5) / 40 for number in range(40)]
         try:
             for moment in moments:
@@ -123,7 +123,8 @@ def test_an_interruption_at_any_moment_leaves_nothing_behind(make_model, batches
                     logits(model, second)
                     signal.setitimer(signal.ITIMER_REAL, 0)
                 except KeyboardInterrupt:
-                    pass
+                    # torch.no_grad(), interrupted between its own lines, leaves gradients off for all tests after it.
+                    torch.set_grad_enabled(gradients)
                 found = logits(model, first)  # the batch has been, or has not
                 assert torch.equal(found, once) or torch.equal(found, twice), moment
         finally:

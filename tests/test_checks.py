@@ -9,6 +9,8 @@ from prunekit.compress.models.architectures import Llama
 from prunekit.registry import (
     Component,
     Evaluator,
+    ExportFormat,
+    FittedScorer,
     HistoryMerger,
     Measurement,
     PlainSubject,
@@ -22,6 +24,8 @@ from prunekit.registry import (
     Statistic,
 )
 from prunekit.registry.checks import check_component, check_evaluation, check_sites
+from prunekit.registry.checks.exporting import check_export
+from prunekit.registry.checks.fitting import check_fit_returns_model
 from prunekit.strategies.application import Slice
 from prunekit.strategies.pp import PP
 from prunekit.strategies.pp.scorer import PPsp
@@ -236,6 +240,92 @@ def test_evaluations_that_break_a_rule_are_named(make_model, evaluate, words):
     with pytest.raises(AssertionError) as caught:
         check_evaluation(variant(Measure, evaluate=evaluate)(), subject)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (RuntimeError("no luck"), "raises RuntimeError: no luck"),
+        (SpecError("no luck"), "no luck"),
+        (3.0, "returned float, expected a Measurement"),
+        (Measurement({"one": 1}, {"a": 1}), "leaves a hook at model.norm"),
+    ],
+)
+def test_an_evaluation_leaves_the_model_as_it_was_however_it_ends(make_model, found, words):
+    def evaluate(self, subject):
+        subject.model.train().model.norm.register_forward_hook(lambda *call: None)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    subject, before = PlainSubject(make_model("llama-gqa")), (torch.get_default_dtype(), torch.is_grad_enabled())
+    try:
+        with pytest.raises((AssertionError, SpecError), match=words):
+            check_evaluation(variant(Measure, evaluate=evaluate)(), subject)
+        assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before
+        assert not any(each.training for each in subject.model.modules())
+        assert not subject.model.model.norm._forward_hooks
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_grad_enabled(before[1])
+
+
+class Unsettled(Good):
+    """Sets another default dtype, and raises."""
+
+    name: Literal["unsettled"] = "unsettled"
+
+    def prepare(self, weight, site):
+        raise unsettled()
+
+
+class UnsettledFormat(ExportFormat):
+    """Sets another default dtype, and raises."""
+
+    name: Literal["unsettled"] = "unsettled"
+
+    def write(self, model, tokenizer, folder):
+        raise unsettled()
+
+
+class UnsettledFit(FittedScorer):
+    """Sets another default dtype, and fits nothing."""
+
+    name: Literal["unsettled"] = "unsettled"
+
+    def fit(self, model, sites, batches):
+        unsettled()
+        return []
+
+    def score(self, weight, statistic, site, prepared):
+        return weight.sum(0)
+
+
+def unsettled():
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    return RuntimeError("no luck")
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        lambda: check_component(Unsettled),
+        lambda: check_export(UnsettledFormat()),
+        lambda: check_fit_returns_model(UnsettledFit()),
+    ],
+)
+def test_a_check_that_fails_puts_torchs_settings_back(fails):
+    before = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        with pytest.raises((AssertionError, RuntimeError), match=r"no luck|must return a list of 4 tensors from fit"):
+            fails()
+        assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_grad_enabled(before[1])
 
 
 def test_rows_that_are_longer_than_stated_are_named(make_model):

@@ -2,6 +2,8 @@
 
 import copy
 import io
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -190,6 +192,101 @@ def test_a_cache_has_one_mark_while_it_holds_what_was_pruned(make_model, batches
     with prune(model, "pp", calibration=batches, **OPTIONS) as pruned, pruned.dense():
         step(model, cache, ids[:, :8])
     assert not hasattr(cache, MARK)
+
+
+# A call that fails
+
+
+@contextmanager
+def raising(model, cache, place):
+    """Within it a module of the model raises when it is called, or the cache when it is to store anything."""
+
+    def fail(*_, **__):
+        raise RuntimeError(f"no {place} today")
+
+    if place == "cache":
+        with patch.object(cache, "update", fail):
+            yield
+        return
+    handle = model.get_submodule(place).register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+FAILED = "an earlier call with this key/value cache has failed on its way through the layers"
+CONVERSATIONS = {
+    "prompt": ({}, [12]),
+    "step": ({}, [12, 1]),
+    "steps that repeat": ({}, [12, 1, 1, 1]),
+    "turn": ({"policy": "decode_only", "turns": "decide"}, [12, 1, 5]),
+    "step that decides again": ({"policy": {"name": "every_n", "n": 2}}, [12, 1, 1]),
+    "rows apart": ({"group_by": "row"}, [12]),
+    "decided once": ({"use": "wanda_sp"}, [12, 4]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options, lengths", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_failed_call_leaves_its_cache_as_it_was_or_refused(make_model, batches, options, lengths, kind):
+    """In the first attention nothing is stored yet; later some layers hold the tokens, and others do not."""
+    model, use = make_model("llama-gqa"), {"use": "pp", "merger": "probe_only", **OPTIONS, **options}
+    if options.get("use"):
+        del use["merger"]
+    ids = batches[0]["input_ids"][:2]
+    *before, last = ids[:, : sum(lengths)].split(lengths, 1)
+    after = batches[1]["input_ids"][:2, :2].split(1, 1)
+    with prune(model, use.pop("use"), calibration=batches, **use) as pruned:
+        found = {}
+        for place in ("none", "model.layers.0.self_attn.q_proj", "cache", "model.layers.1.mlp", "model.norm"):
+            pruned._engine.restore(None)
+            cache = KINDS[kind](model.config)
+            for part in before:
+                step(model, cache, part)
+            if place != "none":
+                with raising(model, cache, place), pytest.raises(RuntimeError, match=f"no {place} today"):
+                    step(model, cache, last)
+            if place in ("model.layers.1.mlp", "model.norm"):
+                stored = saved(cache)
+                for again in (cache, copy.deepcopy(cache), stored):
+                    for part in (last, after[0]):
+                        with pytest.raises(DataError, match=FAILED):
+                            step(model, again, part)
+                with pruned.dense(), pytest.raises(DataError, match=FAILED):
+                    step(model, cache, after[0])
+                cache.reset()
+                for part in before:
+                    step(model, cache, part)
+            found[place] = [step(model, cache, part) for part in (last, *after)]
+            if "group_by" not in options:
+                cache.reorder_cache(torch.tensor([1, 0]))
+    for place, logits in found.items():
+        assert all(map(torch.equal, logits, found["none"])), place
+
+
+@torch.no_grad()
+def test_a_refused_call_leaves_its_cache_as_it_was(pp):
+    model, _, prompts = pp
+    cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for its in (cache, other):
+        step(model, its, prompts[0])
+    with pytest.raises(DataError, match="4 tokens in one call"):
+        step(model, cache, prompts[1][:, :4])
+    assert torch.equal(step(model, cache, prompts[1][:, :1]), step(model, other, prompts[1][:, :1]))
+
+
+@torch.no_grad()
+def test_a_prompt_of_rows_apart_that_fails_leaves_the_rows_free_to_move(make_model, batches):
+    model, ids = make_model("llama-gqa"), batches[0]["input_ids"][:2, :12]
+    with prune(model, "pp", calibration=batches, group_by="row", **OPTIONS):
+        cache = DynamicCache(config=model.config)
+        with raising(model, cache, "cache"), pytest.raises(RuntimeError):
+            step(model, cache, ids)
+    assert not hasattr(cache, MARK)
+    step(model, cache, ids)
+    cache.reorder_cache(torch.tensor([1, 0]))
 
 
 # A layer's index in the cache

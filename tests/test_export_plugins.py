@@ -240,6 +240,25 @@ def test_a_format_refuses_before_loading(outside, tmp_path, monkeypatch):
         Exporter(spec, "padded", tmp_path / "out").export()
 
 
+def test_a_format_with_an_option_that_has_no_default_is_refused(small_pipeline, tmp_path, command):
+    """The command and the class know a format by its name alone."""
+    shapes = SHAPES.replace("HOW", "").replace("NAME", "shapes")
+    field = "    size: int = Field(gt=0, description='bits of a weight')\n    other: str\n\n    def check"
+    shapes = "from pydantic import Field\n" + shapes.replace("    def check", field, 1)
+    (tmp_path / "shapes.py").write_text(shapes)
+    data = {**small_pipeline(use="wanda_sp"), "plugins": [str(tmp_path / "shapes.py")]}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(data))
+    said = (
+        f"export format 'shapes' of file {tmp_path / 'shapes.py'}: option size is required: bits of a weight; option "
+        "other is required; a format is named without options, so give it a default in the plugin"
+    )
+    code, output = command("export", tmp_path / "pipeline.yaml", "--profile", "shapes", "--out", tmp_path / "out")
+    assert code == 2 and said in output and not (tmp_path / "out").exists()
+    with pytest.raises(SpecError) as caught:
+        Exporter(PipelineSpec.of(data), "shapes", tmp_path / "out").export()
+    assert str(caught.value) == said
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [

@@ -137,6 +137,9 @@ class Careless(Gates):
             model.model.norm.forward = model.model.norm.forward
         elif self.breaks == "raises":
             raise RuntimeError("no luck")
+        elif self.breaks == "interrupted":
+            model.model.norm.register_forward_hook(lambda *call: None)
+            raise KeyboardInterrupt
         elif self.breaks == "few":
             return found[1:]
         elif self.breaks == "none":
@@ -162,13 +165,14 @@ def same(one, other):
     return tensors and one[0].keys() == other[0].keys() and one[1:] == other[1:]
 
 
-@pytest.mark.parametrize("breaks", ["", "raises", "few", "none", "nan"])
+@pytest.mark.parametrize("breaks", ["", "raises", "interrupted", "few", "none", "nan"])
 def test_the_model_is_as_before(breaks):
     MODEL.requires_grad_(False).model.layers[1].train()
     MODEL.lm_head.requires_grad_(True)
     before = state_of(MODEL)
     words = {
         "raises": (PluginError, r"scorer 'careless' of plugin tests raised RuntimeError: no luck"),
+        "interrupted": (KeyboardInterrupt, None),
         "few": (PluginError, r"careless.*fit returned 3 parts; it must return a list of 4 tensors"),
         "none": (PluginError, r"careless.*fit returned a NoneType; it must return"),
         "nan": (NonFiniteError, r"layer 0 attention: scorer careless has fitted NaN or infinity"),

@@ -97,7 +97,12 @@ def test_the_check_finds_a_cache_that_is_no_argument(make_model):
     ("change", "words"),
     [
         ({"entry": "model.layers.0"}, "a pass must call model.layers.0.input_layernorm, then model.layers.0, then"),
-        ({"norm": "model.layers.0.post_attention_layernorm"}, "it calls them in another order"),
+        (
+            {"norm": "model.layers.0.post_attention_layernorm"},
+            "it calls model.layers.0.self_attn before model.layers.0.post_attention_layernorm",
+        ),
+        ({"norm": "model.layers.1.input_layernorm"}, "it calls model.layers.0.self_attn before model.layers.1.input"),
+        ({"norm": "model.layers.0.self_attn"}, "it calls model.layers.0.self_attn once, for both"),
         ({"norm": "model.layers.0.mlp.spare"}, "a pass never calls model.layers.0.mlp.spare"),
     ],
 )

@@ -11,7 +11,8 @@ from prunekit.compress.files.spec import PipelineSpec
 from prunekit.compress.models.loading import Loaded
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.compress.runs.pipeline import Pipeline
-from prunekit.registry import Catalog, DataError, Evaluator, Measurement, PluginError
+from prunekit.registry import Catalog, DataError, Evaluator, Measurement, PluginError, SpecError
+from prunekit.registry.catalog import Entry
 
 CALLS = []
 
@@ -110,6 +111,22 @@ def test_what_two_evaluators_ask_for_is_measured_once(measuring, calls):
     running.measure(Counting(scale=7))
     running.measure(Asking(what=Counting(scale=7)))
     assert calls == [5, 5, 7, 7]
+
+
+def test_an_evaluator_by_its_name_alone_needs_defaults(measuring):
+    class Needy(Counting):
+        """Needs a size."""
+
+        name: Literal["needy"] = "needy"
+        size: int
+
+    catalog = Catalog.discover(block="")
+    catalog.entries.append(Entry("evaluators", "needy", Needy, "mine", "file mine.py"))
+    with pytest.raises(
+        SpecError, match=r"^evaluator 'needy' of file mine.py: option size is required; measure it by an"
+    ):
+        measuring(catalog=catalog).measure("needy")
+    assert measuring(listed=(Needy(size=3),), catalog=catalog).measure("needy").protocol == {"scale": 1}
 
 
 def test_dense_measurements_are_shared_by_runs_and_pruned_ones_are_not(measuring, make_model, calls):

@@ -152,7 +152,7 @@ def test_the_sites_of_variants_pass_their_check(name):
         (
             "olmo2",
             lambda s: dict(selected=(replace(s.selected[0], path="model.layers.0.mlp"), s.selected[1])),
-            "it calls them in another order",
+            "it calls model.layers.0.self_attn.o_proj before model.layers.0.mlp",
         ),
         ("phi3", lambda s: dict(shape_attributes=(replace(s.shape_attributes[0], per_unit=1),)), "is 8, not 4"),
     ],

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import tomllib
-from prunekit.compress.cli.scaffold import KINDS, write_package
+from prunekit.compress import check_architecture
+from prunekit.compress.cli.scaffold import KINDS, family_of, write_package
+from prunekit.compress.models.small import small_model
 from prunekit.registry import ROLES, Catalog, SpecError
 from prunekit.registry.catalog import singular
 
@@ -74,7 +76,21 @@ def test_the_command_says_what_to_run_next(command, tmp_path, monkeypatch):
     code, output = command("new", "architecture", "some_family", "--model-type", "xglm", "--out", "c")
     assert code == 0 and "The names in the layers of xglm are guessed; prunekit check says if they are right." in output
     source = (tmp_path / "c" / "prunekit_some_family.py").read_text()
-    assert "sizes: SizeFields | None = None" in source and 'consumer="fc2"' in source
+    assert 'sizes: SizeFields | None = SizeFields(width="ffn_dim")' in source and 'consumer="fc2"' in source
+    assert 'width="embed_dim",\n    )' in source  # what the attention's forward reshapes to
+
+
+def test_a_width_is_a_field_that_another_small_model_follows():
+    """4,096 channels, as many as the small models have tokens: ffn_dim of XGLM, and no field of GPTBigCode."""
+    catalog = Catalog.discover(block="")
+    assert family_of(catalog, "xglm")[0]["sizes"] == 'SizeFields(width="ffn_dim")'
+    assert family_of(catalog, "gpt_bigcode")[0]["sizes"] == "None"
+
+
+def test_a_guessed_package_of_another_width_passes_its_check(tmp_path):
+    write_package("architecture", "own_xglm", tmp_path / "own_xglm", "xglm")
+    made = runpy.run_path(str(tmp_path / "own_xglm" / "prunekit_own_xglm.py"))
+    check_architecture(made["OwnXglm"](), small_model("xglm"))
 
 
 def test_there_is_a_template_for_every_role():
@@ -182,7 +198,22 @@ def test_the_code_is_plain_and_imports_public_names(made):
         ("scorer", "../outside", None, "'../outside' is not made of words"),
         ("scorer", "trailing_", None, "'trailing_' is not made of words"),
         ("scorer", "null", None, "YAML reads the name 'null' as None"),
-        ("scorer", "tensor", None, "would be called Tensor, as another name in its module"),
+        (
+            "scorer",
+            "tensor",
+            None,
+            "would be called Tensor, as another name in its module or its tests; choose another",
+        ),
+        (
+            "scorer",
+            "llama_config",
+            None,
+            "'llama_config' would be called LlamaConfig, as another name in its module or",
+        ),
+        ("evaluator", "MODEL", None, "would be called MODEL, as another name"),
+        ("scorer", "runtime_error", None, "would be called RuntimeError, as another name"),
+        ("export_format", "temporary_directory", None, "such as my_temporary_directory"),
+        ("architecture", "llama_config", "no_known_type", "would be called LlamaConfig"),
         ("architecture", "own", "llama", "models of type 'llama' are served by prunekit"),
         ("architecture", "own", "gemma3", "models of type 'gemma3' also read images"),
         ("architecture", "own", 'a"b', "is not a model type"),

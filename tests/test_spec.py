@@ -1,12 +1,15 @@
 """Pipeline files: defaults, overrides, and every mistake reported with its place, the value and the remedy."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 from prunekit.compress.cli.schema import pipeline_schema
+from prunekit.compress.files.reader import build_strategy
 from prunekit.compress.files.spec import PipelineSpec
-from prunekit.registry import Catalog, PluginError, SpecError
+from prunekit.registry import Catalog, PluginError, SpecError, Strategy
+from pydantic import Field
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "docs" / "examples").glob("*.yaml"))
 
@@ -277,8 +280,39 @@ def test_a_plugin_of_the_command_line_and_a_missing_one(write, tmp_path):
     path = write("prune: {use: pp, ratio: 0.4, scorer: max_weight}")
     assert PipelineSpec.load(path, plugins=[file]).prune.scorer.name == "max_weight"
     assert "no Scorer is called 'max_weight'" in message(PipelineSpec.load, path)
-    with pytest.raises(PluginError, match=r"gone\.py does not exist"):
-        PipelineSpec.load(write("plugins: [gone.py]\nprune: {use: pp, ratio: 0.4}"))
+    with pytest.raises(PluginError, match=r"gone\.py does not exist; paths of --plugin start here"):
+        PipelineSpec.load(path, plugins=["gone.py"])
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("[mine.py,\n  gone.py]", ["line 3: plugins.1: plugin file", "gone.py does not exist; name a Python file"]),
+        ("[a_folder]", ["line 2: plugins.0: plugin file", "a_folder is a folder; name a Python file"]),
+        ('["gone\\0.py"]', ["line 2: plugins: a path has no NUL byte"]),
+    ],
+)
+def test_a_plugin_file_that_is_missing_is_a_mistake_with_its_line(write, tmp_path, listed, words):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "a_folder").mkdir()
+    path = write(f"prune: {{use: pp, ratio: 0.4}}\nplugins: {listed}")
+    said = message(PipelineSpec.load, path)
+    assert said.startswith(f"{path}: ") and all(word in said for word in words), said
+    if "gone.py" in listed:
+        assert said.endswith(f"by a path that starts at {tmp_path}")
+        said = message(PipelineSpec.of, {"prune": {"use": "pp", "ratio": 0.4}, "plugins": ["gone.py"]}, tmp_path)
+        assert said.startswith(f"pipeline: plugins.0: plugin file {tmp_path}")
+
+
+def test_a_strategy_class_with_an_option_that_has_no_default():
+    class Needy(Strategy):
+        """One."""
+
+        name: Literal["needy"] = "needy"
+        shape: int = Field(description="a shape")
+
+    with pytest.raises(SpecError, match=r"^strategy Needy: .*; option shape is required: a shape; pass an object"):
+        build_strategy(Catalog(), Needy, {})
 
 
 def test_the_schema_knows_what_the_reader_knows(tmp_path):

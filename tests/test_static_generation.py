@@ -40,6 +40,7 @@ def models():
         "kv_group": pruned_and_zeroed(small_model(), "kv_group"),
         "query_head": pruned_and_zeroed(small_model(), "query_head"),
         "hybrid": pruned_and_zeroed(small_model("qwen2", **HYBRID), "kv_group"),
+        "hybrid, query_head": pruned_and_zeroed(small_model("qwen2", **HYBRID), "query_head"),
     }
 
 
@@ -52,7 +53,11 @@ def models():
         ("query_head", "beams"),
         ("hybrid", "greedy"),
         ("hybrid", "static cache"),
+        ("hybrid", "left padding"),
         ("hybrid", "a prompt in pieces"),
+        ("hybrid, query_head", "greedy"),
+        ("hybrid, query_head", "static cache"),
+        ("hybrid, query_head", "a prompt in pieces"),
     ],
 )
 def test_ways_to_generate(models, which, way):
@@ -68,7 +73,7 @@ def test_ways_to_generate(models, which, way):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
-@pytest.mark.parametrize("which", ["kv_group", "query_head", "hybrid"])
+@pytest.mark.parametrize("which", ["kv_group", "query_head", "hybrid", "hybrid, query_head"])
 def test_a_second_turn(models, which, kind):
     found, wanted, wrong = (conversation(model, prompts(2), prompts(2, seed=8), kind) for model in models[which])
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from itertools import product
+from itertools import pairwise, product
 from weakref import ref
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from prunekit.compress import prune
 from prunekit.compress.engine.steady import Steady
 from prunekit.registry import DataError
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from tests.policy_models import ByCall, kept_by_call, prompts, small_model
@@ -156,6 +156,7 @@ def test_hybrid_caches(name, implementation):
     with prune(model, "pp", policy=policy, **OPTIONS) as pruned:
         tokens, logits = generated(model, ids, **how)
     kept = kept_by_call(policy, pruned.trace, 12)
+    assert any(a != b for a, b in pairwise(kept[1:])) == bool(policy.reads), "units change where they are chosen again"
     expected, wanted = generated(ByCall(clean, pruned.sites, kept).model, ids, **how)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
@@ -171,8 +172,8 @@ def test_hybrid_caches(name, implementation):
 def test_compiled_decoding_with_a_static_cache(dense, name):
     """Two prompts that decide differently; the decoder runs as it is."""
     torch._dynamo.reset()
-    model, counter = copy.deepcopy(dense), CompileCounterWithBackend("eager")
-    config = CompileConfig(backend=counter, mode=None)
+    counters.clear()
+    model, config = copy.deepcopy(dense), CompileConfig(backend="eager", mode=None)
     config._compile_all_devices = True
     policy = POLICIES.get(name)
     use, options = ("pp", {"policy": policy}) if policy else ("wanda_sp", {"calibration": CALIBRATION})
@@ -186,10 +187,17 @@ def test_compiled_decoding_with_a_static_cache(dense, name):
             kept = (
                 kept_by_call(policy, records, 12) if policy else [{(r["layer"], r["kind"]): r["kept"] for r in records}]
             )
+            changes = any(a != b for a, b in pairwise(kept[1:]))
+            assert changes == (name == "every_n"), "units change where they are chosen again"
             oracle = ByCall(dense, pruned.sites, kept)
             expected, wanted = generated(oracle.model, ids, cache_implementation="static")
             assert torch.equal(tokens, expected)
             torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
             chosen.append(kept)
+    wrong = [*kept[:-1], kept[-1] | {(1, "mlp"): [*range(48)]}]
+    wrong = generated(ByCall(dense, pruned.sites, wrong).model, ids, cache_implementation="static")[1]
+    assert (wrong - wanted).abs().max() > 5e-3
     assert (chosen[0] != chosen[1]) == bool(policy)
-    assert hasattr(model, "_compiled_call") and counter.frame_count < 4
+    assert hasattr(model, "_compiled_call")
+    # What is around the decoder is compiled, and no operation of a layer; a counter as backend would be copied.
+    assert 0 < counters["stats"]["calls_captured"] < 10

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...registry import Catalog, SpecError, near
 from ..files.reader import Mistake, Mistakes, Place
-from ..files.spec import DEFAULT_EVALUATORS, PipelineSpec, SpecReader, absolute, folder_of
+from ..files.spec import DEFAULT_EVALUATORS, PipelineSpec, SpecReader, absolute, folder_of, no_plugin_file
 from ..files.yaml_file import YamlFile, apply_settings, parse_place, read_yaml, set_at, yaml_value
 from ..output.records import What
 from ..runs.provenance import versions
@@ -67,6 +67,10 @@ class Source:
         if not (isinstance(files, list) and all(isinstance(item, str) for item in files)):
             where = self.at(("base", "plugins"))
             raise SpecError(f"{self.file.path}: {where}base.plugins: expected a list of Python files (found {files!r})")
+        for number, item in enumerate(files):
+            if problem := no_plugin_file(item, (self.base_file or self.file).folder):
+                where = self.at(("base", "plugins", number))
+                raise SpecError(f"{self.file.path}: {where}base.plugins.{number}: {problem}")
         return [absolute(item, self.file.folder) for item in files]
 
     @property

@@ -80,13 +80,13 @@ def lent(model: nn.Module, scorer: FittedScorer) -> Iterator[None]:
         torch.manual_seed(0)
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             failure = error
     left = [f"has written to {name}" for name in before.weights()] + before.left()
     replaced = sorted({name for name, *_ in _forwards(model) ^ forwards})
     left += [f"leaves another forward at {name or 'the model'}" for name in replaced]
     before.restore()
-    if left:
+    if left and (failure is None or isinstance(failure, Exception)):
         raise PluginError(
             f"{named(scorer)}: its fit {'; '.join(left[:3])}; the model must be left as it was: load it again, and fix "
             "the plugin"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,7 +95,7 @@ def write_package(kind: str, name: str, out: Path | None, model_type: str | None
     from ..output.folders import RunFolder, make_readable
 
     catalog, cls = Catalog.discover(block=""), "".join(part[:1].upper() + part[1:] for part in name.split("_"))
-    check_name(catalog, kind, name, cls)
+    check_name(catalog, kind, name)
     project = f"prunekit-{name.replace('_', '-')}"
     target = Path(out or project).expanduser()
     if os.path.lexists(target):
@@ -119,9 +122,11 @@ def write_package(kind: str, name: str, out: Path | None, model_type: str | None
         f"prunekit_{name}.py": f"plugin/{kind}.py",
         f"test_prunekit_{name}.py": f"test/{variant}.py",
     }
+    content = {file: Template(_template(place)).substitute(values) for file, place in places.items()}
+    check_class(name, cls, values["module"], [text for file, text in content.items() if file.endswith(".py")])
     with RunFolder(target, what="package").open() as folder:
-        for file, place in places.items():
-            (folder / file).write_text(Template(_template(place)).substitute(values), encoding="utf-8")
+        for file, text in content.items():
+            (folder / file).write_text(text, encoding="utf-8")
         if model is not None:
             from transformers import AutoTokenizer
 
@@ -138,7 +143,7 @@ def first_use(kind: str, name: str, file: str) -> str:
     return f"prunekit run {file}"
 
 
-def check_name(catalog: Catalog, kind: str, name: str, cls: str) -> None:
+def check_name(catalog: Catalog, kind: str, name: str) -> None:
     """Raise :class:`SpecError` for a name that a component or a plugin has, or that Python or YAML read otherwise."""
     import yaml
 
@@ -151,8 +156,26 @@ def check_name(catalog: Catalog, kind: str, name: str, cls: str) -> None:
         raise SpecError(f"{taken[0].provider} has a component or a plugin called {name!r}; choose another name")
     if yaml.safe_load(name) != name:
         raise SpecError(f"YAML reads the name {name!r} as {yaml.safe_load(name)!r}; choose another")
-    if re.search(rf"\b{cls}\b", _template(f"plugin/{kind}.py")):
-        raise SpecError(f"the class of {name!r} would be called {cls}, as another name in its module; choose another")
+
+
+def check_class(name: str, cls: str, module: str, sources: Iterable[str]) -> None:
+    """Raise :class:`SpecError` for a class that has a name of Python's own, or one that its module or its tests have.
+
+    ``sources`` are these two, which define the class in ``module`` and import it from there.
+    """
+    from ...registry import SpecError
+
+    words = set(dir(builtins))
+    for node in (node for source in sources if cls not in words for node in ast.walk(ast.parse(source))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", None) != module:
+            words |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            words.add(node.id)
+    if cls in words:
+        raise SpecError(
+            f"the class of {name!r} would be called {cls}, as another name in its module or its tests; choose another, "
+            f"such as my_{name}"
+        )
 
 
 def family_of(catalog: Catalog, model_type: str) -> tuple[dict[str, str], Any]:
@@ -186,18 +209,40 @@ def family_of(catalog: Catalog, model_type: str) -> tuple[dict[str, str], Any]:
         guess = guessed_family(model)
         if guess is None:
             raise SpecError(f"the layers of type {model_type!r} have not one attention and one MLP each; {remedy}")
-        layers, layer, names = guess
-        width: Any = layer.get_submodule(names["mlp"]["consumer"])
-        known = getattr(model.config, SizeFields().width, None) == width.in_features
+        layers, _, names = guess
+        width = _width_field(model, model_type, f"{layers}.0.{names['mlp']['consumer']}")
     else:
-        model, layers, known = None, Llama().layers, True
+        model, layers, width = None, Llama().layers, SizeFields().width
         names = {"attention": {key: getattr(Llama().attention, key) for key in WRITTEN}}
         names["mlp"] = Llama().mlp.model_dump(exclude_defaults=True)
     lines = {
         block: "".join(f"\n        {key}={written(value)}," for key, value in found.items()) + "\n    "
         for block, found in names.items()
     }
-    return {"layers": layers, "sizes": "SizeFields()" if known else "None", **lines}, model
+    other = "" if width == SizeFields().width else f'width="{width}"'
+    return {"layers": layers, "sizes": "None" if width is None else f"SizeFields({other})", **lines}, model
+
+
+def _width_field(model: Any, model_type: str, consumer: str) -> str | None:
+    """The field of the configuration that holds the number of MLP channels, which ``consumer`` reads.
+
+    None where there is none: a field that holds this number by chance changes nothing in another small model.
+    """
+    from ...registry import SizeFields
+    from ..models.small import small_model
+
+    channels, usual = model.get_submodule(consumer).in_features, SizeFields().width
+    if getattr(model.config, usual, None) == channels:
+        return usual
+    for field, value in model.config.to_dict().items():
+        if type(value) is int and value == channels:
+            try:
+                other = small_model(model_type, **{field: 2 * channels})
+            except Exception:  # a size on which others depend
+                continue
+            if other.get_submodule(consumer).in_features == 2 * channels:
+                return field
+    return None
 
 
 def _template(place: str) -> str:

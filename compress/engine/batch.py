@@ -147,6 +147,8 @@ class Batch:
         """By the sites' numbers."""
         self.cache: Any = None
         """The key/value cache of the layer that runs; None without one."""
+        self.before: Any = None
+        """The cache as it was before the call (:class:`~.decode_cache.Before`); None without one."""
         self.layer = 0
         """The index of that layer in the cache."""
         self.cached = 0
@@ -171,7 +173,7 @@ class Batch:
         """The call has ended: only the decisions stay."""
         self.passed = True
         self.observe = self.probe = None
-        self.attention_arguments, self.checks = {}, FiniteChecks()
+        self.before, self.attention_arguments, self.checks = None, {}, FiniteChecks()
 
     def seen(self, number: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What enters a site's consumer, and its real tokens: (B, T, c) and (B, T) bool, or None where all are real.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 
 from ...registry import DataError, ModelError, Site, Strategy
-from ...registry.tensors.caches import held
+from ...registry.tensors.caches import counts_positions, held, is_empty
 from .site_cut import SiteCut
 
 Kept = tuple[Tensor, "Tensor | None", "Tensor | None"]
@@ -25,7 +25,7 @@ Seen = tuple[int, Tensor, dict[str, Any]]
 
 MARK = "prunekit"
 """Attribute of a cache: the pruning that filled it, and by layer the prompt's length and the decisions; with policies
-that decide again, the tokens since the last decision and the policy's memory."""
+that decide again, the tokens since the last decision and the policy's memory. Also whether a call of it has failed."""
 
 REMEDY = (
     "pass the whole prompt in one call with an empty cache (in generate(), without prefill_chunk_size and "
@@ -46,12 +46,60 @@ def rows_stay(*_: Any, **__: Any) -> NoReturn:
     )
 
 
+class Before(NamedTuple):
+    """A cache before a call, to be put back if the call fails."""
+
+    cache: Any
+    mark: dict[str, Any] | None
+    """A copy of what was stored with it."""
+    length: int
+    """Positions that it held of the layer that runs first; -1: it does not count them."""
+
+
 class CacheDecisions:
     """Stores the decisions of one pruning on the cache object, so that generations may be interleaved."""
 
-    def __init__(self, strategy: Strategy, cuts: Sequence[SiteCut]):
-        self.strategy, self.cuts = strategy, cuts
+    def __init__(self, strategy: Strategy, cuts: Sequence[SiteCut], first: int):
+        """``first`` is the index in a cache of the layer that runs first."""
+        self.strategy, self.cuts, self.first = strategy, cuts, first
         self._pruning: str | None = None
+
+    def before(self, cache: Any) -> Before:
+        """A call begins with this cache: what :meth:`failed` needs.
+
+        Raises :class:`DataError` for a cache that an earlier call has left half filled.
+        """
+        cache = own_cache(cache)
+        mark = vars(cache).get(MARK)
+        if mark is not None and "failed" in mark:
+            if not is_empty(cache):
+                raise DataError(
+                    "an earlier call with this key/value cache has failed on its way through the layers, so some of "
+                    "them hold its tokens and others do not; start the prompt with an empty cache, and to be able to "
+                    "go on after a failure, call the model with a copy (copy.deepcopy) of the cache"
+                )
+            del vars(cache)[MARK]
+            mark = None
+        return Before(cache, None if mark is None else _copied(mark), self._length(cache))
+
+    def failed(self, before: Before) -> None:
+        """A call has failed: its cache has the decisions that it had, or is refused if it holds any of the tokens."""
+        cache = before.cache
+        if not is_empty(cache) and not 0 <= before.length == self._length(cache):
+            vars(cache)[MARK] = {"pruning": self.pruning, "layers": {}, "failed": True}
+        elif before.mark is not None:
+            vars(cache)[MARK] = before.mark
+        else:
+            vars(cache).pop(MARK, None)
+            _let_rows_move(cache)
+
+    def before_step(self, cache: Any, cached: int) -> Before:
+        """Like :meth:`before`, for a step like the one before in a cache of so many positions: it decides nothing."""
+        cache = own_cache(cache)
+        return Before(cache, vars(cache)[MARK], cached)
+
+    def _length(self, cache: Any) -> int:
+        return int(cache.get_seq_length(self.first)) if counts_positions(cache, self.first) else -1
 
     def enter(self, cache: Any, layer: int, tokens: int, pruning: bool, decides: bool) -> int:
         """A layer begins with so many tokens; returns the positions that the cache already holds of it.
@@ -123,9 +171,7 @@ class CacheDecisions:
     def _begin(self, cache: Any, layer: int, tokens: int, pruning: bool) -> None:
         """A prompt begins in an empty cache: what was decided for an earlier one is gone."""
         mark = vars(cache).get(MARK)
-        for name in MOVES:
-            if vars(cache).get(name) is rows_stay:
-                del vars(cache)[name]
+        _let_rows_move(cache)
         if pruning:
             if mark is None or mark["pruning"] != self.pruning:
                 mark = vars(cache)[MARK] = {"pruning": self.pruning, "layers": {}}
@@ -152,6 +198,21 @@ class CacheDecisions:
                 parts.append("" if mean is None else mean.cpu().numpy().tobytes().hex())
             self._pruning = sha256("\n".join(parts).encode()).hexdigest()
         return self._pruning
+
+
+def _copied(mark: dict[str, Any]) -> dict[str, Any]:
+    """What is stored with a cache, as it is now."""
+    layers = {
+        layer: {name: (of[0], list(of[1])) if name.startswith("since ") else of for name, of in known.items()}
+        for layer, known in mark["layers"].items()
+    }
+    return mark | {"layers": layers}
+
+
+def _let_rows_move(cache: Any) -> None:
+    for name in MOVES:
+        if vars(cache).get(name) is rows_stay:
+            del vars(cache)[name]
 
 
 def own_cache(cache: Any) -> Any:

@@ -96,7 +96,7 @@ class Engine:
         prober = None if selector is None else Prober(strategy, selector, stages)
         decider, learner = Decider(strategy, stages), Learner.of(strategy, stages)
         kind = Hooks if strategy.policy.is_plain else PolicyHooks
-        self.hooks = kind(self.cuts, self.shared, decider, prober, learner, trace)
+        self.hooks = kind(self.cuts, self.shared, decider, prober, learner, trace, self._cache_indices[0])
 
     # Installing and removing.
 

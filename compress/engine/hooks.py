@@ -48,7 +48,9 @@ class Hooks:
         prober: Prober | None,
         learner: Learner | None,
         trace: list[dict[str, Any]] | None,
+        first: int,
     ):
+        """``first`` is the index in a key/value cache of the layer that runs first."""
         self.cuts, self.shared, self.trace = cuts, shared, trace
         self.decider, self.prober, self.learner = decider, prober, learner
         self.policy, self.groups = decider.strategy.policy, decider.strategy.group_by.splits
@@ -62,7 +64,7 @@ class Hooks:
         self._batches = 0
         self._calibration: Observe | None = None
         self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
-        self.cached = CacheDecisions(decider.strategy, cuts)
+        self.cached = CacheDecisions(decider.strategy, cuts, first)
         self._side = SideStreams(shared.runtime.overlap)
         self.weights = WeightsWatch(cuts)
 
@@ -89,6 +91,7 @@ class Hooks:
             if cached := self._steady.again(arguments, (rows, length), self.policy):
                 batch = Batch(mode, (rows, length), None, len(self.cuts) if self.policy.reads else 0, steady=True)
                 batch.cached, batch.cache = cached, cache_among(arguments)
+                batch.before = self.cached.before_step(batch.cache, cached)
                 return batch
             self._steady = None  # it holds the copies of weights that this batch may replace
         if mode == "calibrate":
@@ -102,6 +105,8 @@ class Hooks:
         batch = Batch(mode, (rows, length), valid, len(self.cuts), observe)
         if self.prober is not None and not torch.compiler.is_compiling():
             batch.generator = self.prober.generator.clone_state()
+        if (cache := cache_among(arguments)) is not None:
+            batch.before = self.cached.before(cache)
         return batch
 
     def succeed(self, batch: Batch) -> None:
@@ -117,6 +122,12 @@ class Hooks:
             self._batches += 1
         if self.repeats_steps and batch.mode == "prune" and batch.cached and batch.shape[1] == 1:
             self._steady = Steady.after(self.cuts, batch)
+
+    def fail(self, batch: Batch) -> None:
+        """The batch has failed: its cache is as before, or refused from now on."""
+        self._steady = None
+        if batch.before is not None:
+            self.cached.failed(batch.before)
 
     def end(self, batch: Batch) -> None:
         """The batch has ended, with or without an error."""
@@ -479,6 +490,9 @@ class DecoderForward(Unpickled):
                 output = self.forward(*args, **kwargs)
                 hooks.succeed(batch)
                 return output
+            except BaseException:
+                hooks.fail(batch)
+                raise
             finally:
                 running.enter(outer)
                 hooks.end(batch)

@@ -9,6 +9,7 @@ from typing import Literal
 from ...registry import Catalog, ExportFormat, PluginError, SpecError, Strategy, near
 from ...registry.catalog import named
 from ...registry.roles.exporting import MADE_FROM
+from ..files.reader import by_name
 from ..pruning.freezing import MEANINGS, check_freeze
 from .constraint import Constraint
 
@@ -105,8 +106,8 @@ def profile_named(name: str, formats: Sequence[str] = ()) -> Profile:
 def asked_for(name: str, catalog: Catalog) -> tuple[Profile, ExportFormat | None]:
     """The profile of that name; or the format of a plugin, and the profile that it is made from.
 
-    Raises :class:`SpecError` for none, and for a format that has the name of a profile, :class:`PluginError` for one
-    that is made from no profile.
+    Raises :class:`SpecError` for none, and for a format that has the name of a profile or an option without a default,
+    :class:`PluginError` for one that is made from no profile.
     """
     formats = catalog.names("export_formats")
     if name not in formats:
@@ -116,7 +117,8 @@ def asked_for(name: str, catalog: Catalog) -> tuple[Profile, ExportFormat | None
             f"--profile: {name} is a profile of prunekit, and a plugin has an export format of that name; rename that "
             "format, or switch the plugin off with PRUNEKIT_BLOCK"
         )
-    found = catalog.get("export_formats", name).model_validate({})
+    remedy = "a format is named without options, so give it a default in the plugin"
+    found = by_name(catalog, "export_formats", name, remedy)
     assert isinstance(found, ExportFormat)
     if found.made_from not in MADE_FROM:
         raise PluginError(

@@ -24,6 +24,7 @@ from ...registry import (
     Strategy,
     near,
 )
+from ...registry.catalog import singular
 from ...registry.component import wrong_kind
 from ..engine.runtime import Runtime
 from ..models.likeness import Like
@@ -83,7 +84,7 @@ def build_strategy(catalog: Catalog, strategy: str | Strategy | type[Strategy], 
         built = reader.component("strategies", {"use": strategy, **options}, ())
     else:
         if isinstance(strategy, type) and issubclass(strategy, Strategy):
-            strategy = strategy.model_validate({})
+            strategy = of_defaults(strategy, f"strategy {strategy.__name__}", "pass an object with its options")
         if not isinstance(strategy, Strategy):
             raise SpecError(f"expected the name of a strategy or a Strategy object, found {shown(strategy)}")
         label = f"strategy {strategy.name}"
@@ -351,6 +352,27 @@ def kind_of(annotation: Any) -> tuple[type[BaseModel] | None, bool, bool]:
         return kind_of(arguments[0])[0], False, True
     is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return (annotation if is_model else None), False, False
+
+
+def by_name(catalog: Catalog, role: str, name: str, remedy: str) -> Component:
+    """A role's component with its default options.
+
+    Raises :class:`SpecError`, which ends with the remedy, for one that has options without a default.
+    """
+    component = catalog.get(role, name)
+    provider = next(entry.provider for entry in catalog.of_role(role) if entry.name == name)
+    return of_defaults(component, f"{singular(role).replace('_', ' ')} {name!r} of {provider}", remedy)
+
+
+def of_defaults(component: type[Model], who: str, remedy: str) -> Model:
+    """An object of a class with default options; raises :class:`SpecError` where they are refused."""
+    try:
+        return component.model_validate({})
+    except ValidationError as error:
+        found = [(".".join(map(str, problem["loc"])), problem) for problem in error.errors()]
+        abouts = {name: info.description for name, info in component.model_fields.items()}
+        said = "; ".join(f"{f'option {key} ' if key else ''}{describe(each, abouts.get(key))}" for key, each in found)
+        raise SpecError(f"{who}: {said}; {remedy}") from None
 
 
 def describe(problem: Mapping[str, Any], about: str | None = None) -> str:

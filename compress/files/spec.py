@@ -240,6 +240,9 @@ class PipelineSpec(BaseModel):
         for item in listed:
             if problem := path_problem(item):
                 raise SpecError(f"{label}: {at(('plugins',))}plugins: {problem} (found {shown(item)})")
+        for number, item in enumerate(listed if catalog is None else ()):
+            if problem := no_plugin_file(item, folder):
+                raise SpecError(f"{label}: {at(('plugins', number))}plugins.{number}: {problem}")
         files = list(dict.fromkeys([*(Path(p).resolve() for p in plugins), *(absolute(p, folder) for p in listed)]))
         reader = SpecReader(catalog or Catalog.discover(files), folder)
         data = dict(data, plugins=files)
@@ -368,3 +371,14 @@ def _holds(annotation: Any, wanted: type) -> bool:
 def absolute(path: str | Path, folder: Path) -> Path:
     """``path`` from ``folder``, ``~`` expanded."""
     return (folder / Path(path).expanduser()).resolve()
+
+
+def no_plugin_file(path: str | Path, folder: Path) -> str | None:
+    """Why there is no plugin file at a path that starts at ``folder``; None where there is one."""
+    if problem := path_problem(path):
+        return f"{problem} (found {shown(path)})"
+    found = absolute(path, folder)
+    if found.is_file():
+        return None
+    what = "is a folder" if found.is_dir() else "does not exist"
+    return f"plugin file {found} {what}; name a Python file, by a path that starts at {folder}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -150,6 +152,8 @@ def guessed_names(layer: nn.Module, width: int) -> dict[str, dict[str, Any]] | N
         names |= {"query": made[0], "key": None, "value": None, "query_parts": 3}
     counts = {"head_count": "num_heads", "kv_head_count": "num_key_value_heads"}
     names |= {field: name for field, name in counts.items() if hasattr(children[attention], name)}
+    if "query_parts" not in names and (stored := _stored_width(children[attention], names["query"])):
+        names["width"] = stored
     before = f"{mlp}." if mlp else ""
     block: dict[str, Any] = {"norm": norms[min(1, len(norms) - 1)], "entry": mlp or first[0]}
     block |= {"producers": tuple(f"{before}{name}" for name in first), "consumer": f"{before}{last}"}
@@ -158,6 +162,17 @@ def guessed_names(layer: nn.Module, width: int) -> dict[str, dict[str, Any]] | N
     if len(first) == 1 and inside[first[0]].out_features == 2 * inside[last].in_features:
         block["fused"] = True
     return {"attention": names, "mlp": block}
+
+
+def _stored_width(attention: nn.Module, query: str) -> str | None:
+    """The attribute by which the forward gives the queries' rows back their shape; None where it reads none."""
+    try:
+        forward = inspect.getsource(type(attention).forward)
+    except (OSError, TypeError):  # made while the program ran
+        return None
+    rows: Any = attention.get_submodule(query)
+    read = re.findall(r"\.(?:view|reshape)\([^()]*\bself\.(\w+)\)", forward)
+    return next((name for name in read if getattr(attention, name, None) == rows.out_features), None)
 
 
 def _width(model: Any) -> int:

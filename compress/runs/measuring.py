@@ -28,7 +28,7 @@ from ...registry.tensors.devices import is_offloaded
 from ..calibration.passes import Progress, no_progress
 from ..engine.rotary import rotary_kept
 from ..engine.weights import ModelWatch
-from ..files.reader import with_rows
+from ..files.reader import by_name, with_rows
 from ..models.loading import Loaded
 from ..pruning.prune import prune
 from ..pruning.pruned import Pruned
@@ -116,7 +116,8 @@ class Measuring(Subject):
         named = [evaluator for evaluator in self._evaluators if evaluator.name == name]
         if named:
             return named[0]
-        found = self._pruned.catalog.get("evaluators", name).model_validate({})
+        remedy = "measure it by an object, or list it with its options under evaluate"
+        found = by_name(self._pruned.catalog, "evaluators", name, remedy)
         assert isinstance(found, Evaluator)
         return found if self._positions is None else with_rows(found, self._positions)
 

@@ -102,13 +102,20 @@ def found(check: Check, component: Component, exempt: str = "") -> Finding:
 
 
 def run_check(check: Check, component: Component) -> None:
-    """Run one check; raises :class:`AssertionError`, also for an error that the component raises."""
+    """Run one check; raises :class:`AssertionError`, also for an error that the component raises.
+
+    Torch's default dtype and gradient mode are put back.
+    """
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         check(component)
     except AssertionError:
         raise
     except Exception as error:
         raise raised(component, error) from error
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
 
 
 def raised(component: Component, error: Exception, where: str = "") -> AssertionError:
@@ -250,7 +257,7 @@ def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
     """On ``subject`` it returns finite numbers with their protocol, and leaves everything as it was.
 
     That is weights, buffers, hooks and modes of the model, and torch's default dtype, gradient mode and random state.
-    No row is longer than ``longest_row`` says.
+    No row is longer than ``longest_row`` says. Hooks, modes and torch's settings are put back in any case.
     """
     values = {name: parameter.detach().clone() for name, parameter in subject.model.named_parameters()}
     before, drawn = ModelState(subject.model), torch.get_rng_state()
@@ -263,12 +270,17 @@ def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
     watch = subject.model.register_forward_pre_hook(look, with_kwargs=True)
     try:
         found = evaluator.evaluate(subject)
+        watch.remove()
+        left = before.left()
     except PrunekitError:
         raise
     except Exception as error:
         raise raised(evaluator, error) from error
     finally:
         watch.remove()
+        before.restore()
+    if not torch.equal(drawn, torch.get_rng_state()):
+        left.append("changes torch's random state; draw from a torch.Generator of its own")
     stated = evaluator.longest_row(context_length(subject.model))
     longest = max(rows, default=0)
     fits = stated is None or longest <= stated
@@ -287,10 +299,7 @@ def check_evaluation(evaluator: Evaluator, subject: Subject) -> None:
         expect(False, evaluator, f"has a protocol, notes or details that JSON cannot hold ({error})")
     after = dict(subject.model.named_parameters())
     changed = [name for name, value in values.items() if name in after and not torch.equal(value, after[name])]
-    left = [f"changes {name}" for name in [*changed, *before.weights()]] + before.left()
-    before.restore()
-    if not torch.equal(drawn, torch.get_rng_state()):
-        left.append("changes torch's random state; draw from a torch.Generator of its own")
+    left = [f"changes {name}" for name in [*changed, *before.weights()]] + left
     expect(not left, evaluator, f"{left and left[0]}; a measurement must leave all as it was")
 
 

@@ -28,23 +28,26 @@ def check_export(written: ExportFormat) -> None:
     written.check(model.config)
     values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     before, files = ModelState(model), []
-    for _ in range(2):
-        with TemporaryDirectory() as place:
-            folder = Path(place) / "out" / written.name
-            folder.mkdir(parents=True)
-            notes = written.write(model, tokenizer, folder)
-            listed = isinstance(notes, (list, tuple)) and all(isinstance(note, str) for note in notes)
-            expect(listed, written, f"must return a list of notes from write, found {notes!r}")
-            found = {path: path.read_bytes() for path in sorted(Path(place).rglob("*")) if path.is_file()}
-            outside = [path.name for path in found if folder not in path.parents]
-            expect(not outside, written, f"writes {', '.join(outside[:1])} outside of the folder that it is given")
-            files.append({path.relative_to(folder): content for path, content in found.items()})
+    try:
+        for _ in range(2):
+            with TemporaryDirectory() as place:
+                folder = Path(place) / "out" / written.name
+                folder.mkdir(parents=True)
+                notes = written.write(model, tokenizer, folder)
+                listed = isinstance(notes, (list, tuple)) and all(isinstance(note, str) for note in notes)
+                expect(listed, written, f"must return a list of notes from write, found {notes!r}")
+                found = {path: path.read_bytes() for path in sorted(Path(place).rglob("*")) if path.is_file()}
+                outside = [path.name for path in found if folder not in path.parents]
+                expect(not outside, written, f"writes {', '.join(outside[:1])} outside of the folder that it is given")
+                files.append({path.relative_to(folder): content for path, content in found.items()})
+        left = before.left()
+    finally:
+        before.restore()
     expect(bool(files[0]), written, "writes no file")
     expect(files[0] == files[1], written, "writes other files the second time; leave times and random names out")
     now = dict(model.named_parameters())
-    left = [f"changes {name}" for name, old in values.items() if name not in now or not torch.equal(old, now[name])]
-    left += [f"changes {name}" for name in before.weights()] + before.left()
-    before.restore()
+    changed = [name for name, old in values.items() if name not in now or not torch.equal(old, now[name])]
+    left = [f"changes {name}" for name in [*changed, *before.weights()]] + left
     expect(not left, written, f"{left and left[0]}; write must leave the model as it was")
 
 

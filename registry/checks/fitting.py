@@ -30,14 +30,17 @@ def check_fit_returns_model(scorer: FittedScorer) -> None:
     model, given = toy_model(), toy_batches()
     values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     before, classes = ModelState(model), {name: type(each) for name, each in model.named_modules()}
-    fit_on(scorer, model, given)
+    try:
+        fit_on(scorer, model, given)
+        model.eval()  # modes and flags are put back, and so is the random state
+        left = before.left()
+    finally:
+        before.restore()
     after = dict(model.named_parameters())
-    model.eval()  # modes and flags are put back, and so is the random state
-    left = [f"changes {name}" for name, value in values.items() if not _equal(value, after.get(name))]
-    left += [f"changes {name}" for name in before.weights()] + before.left()
+    changed = [name for name, value in values.items() if not _equal(value, after.get(name))]
+    left = [f"changes {name}" for name in [*changed, *before.weights()]] + left
     left += [f"replaces {name}" for name, each in model.named_modules() if classes.get(name) is not type(each)]
     left += [f"leaves a forward at {name}" for name, each in model.named_modules() if "forward" in vars(each)]
-    before.restore()
     expect(not left, scorer, f"{left and left[0]} in fit; the model must be left as it was")
     for batch, old in zip(given, toy_batches(), strict=True):
         same = batch.keys() == old.keys() and all(torch.equal(batch[key], old[key]) for key in old)

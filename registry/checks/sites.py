@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -130,6 +130,18 @@ Call = tuple[nn.Module, tuple, dict[str, Any]]
 """A module that was called, and its arguments."""
 
 
+def _out_of_order(site: Site, producers: Sequence[str], calls_of: Mapping[str, int]) -> str:
+    """Which two of a site's modules a pass calls in the wrong order; empty where it calls none."""
+    apart = [(site.norm, site.entry)] if site.norm else []
+    apart += [(path, site.consumer) for path in producers]
+    for first, then in [*apart, *((site.entry, path) for path in producers)]:
+        if calls_of[first] > calls_of[then]:
+            return f"{then} before {first}"
+        if first == then and (first, then) in apart:
+            return f"{first} once, for both"
+    return ""
+
+
 @torch.no_grad()
 def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) -> None:
     """A pass calls each site's norm, entry, producers and consumer in this order, and its block can run again alone.
@@ -143,13 +155,13 @@ def check_pass(architecture: Architecture, model: Any, sites: Sequence[Site]) ->
             producers = [producer.path for producer in (*site.producers, *site.selected)]
             calls_of = {path: _call(architecture, site, path, model, first) for path in _paths(site)}
             norm, entry, consumer = (calls_of.get(path or "", -1) for path in (site.norm, site.entry, site.consumer))
-            fits = norm < entry and all(entry <= calls_of[path] < consumer for path in producers)
+            wrong_order = _out_of_order(site, producers, calls_of)
             before_it = f"{site.norm}, then " if site.norm else ""
             expect(
-                fits,
+                not wrong_order,
                 architecture,
                 f"{site.label}: a pass must call {before_it}{site.entry}, then {', '.join(producers)}, then "
-                f"{site.consumer}; it calls them in another order",
+                f"{site.consumer}; it calls {wrong_order}",
             )
             if site.norm is not None:
                 normed, read = first[norm][0].forward(*first[norm][1]), _read(*first[entry])

@@ -52,6 +52,17 @@ def counts_positions(cache: Any, layer: int) -> bool:
     return layer >= len(layers) or hasattr(layers[layer], "get_seq_length")
 
 
+def is_empty(cache: Any) -> bool:
+    """Whether a cache holds nothing of any layer."""
+    for place, layer in enumerate(getattr(cache, "layers", ())):
+        states = getattr(layer, "has_previous_state", None)
+        if any(states.values()) if isinstance(states, dict) else states:
+            return False
+        if counts_positions(cache, place) and int(cache.get_seq_length(place)):
+            return False
+    return hasattr(cache, "layers") or not int(cache.get_seq_length())
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of the tensors that a cache holds of its layers: keys, values and other states; 0 for None."""
     tensors = [tensor for layer in getattr(cache, "layers", ()) for tensor in _tensors(vars(layer))]
