@@ -29,8 +29,8 @@ class Cost(OneBatch):
     """Operations per token of a prefill, part by part, and the parameters of the kept units, pruned and dense.
 
     Both run on the same batch; where nothing is probed or decided for the batch, its first row stands for all, because
-    every row takes the same operations. Matrix products, linear systems and attention are counted, the strategy's own too, with
-    the whole square of the attention (not half of it for causality) and the output layer at every position.
+    every row takes the same operations. Matrix products, linear systems and attention are counted, the strategy's own
+    too, with the whole square of the attention (not half of it for causality) and the output layer at every position.
     Element-wise work, scores, sorting and copies of weights are not counted. The parts add up to ``flops``: the
     attention's projections, its scores (all of the attention but its linear layers), the MLP, the output layer, the
     probe, the compensation, and the rest. A short pass comes first and is not counted: it contains what a static cut
