@@ -58,7 +58,7 @@ def compared(
 ) -> LogitCheck:
     """The largest difference between two models' logits (b, t, V); raises :class:`ModelError` if it is too large.
 
-    ``alike``: all tensors have the same shapes, so that rounding is almost the same. ``what`` names the model in errors.
+    ``alike``: all tensors have the same shapes, so that rounding is almost the same. ``what`` names the second model.
     """
     largest, scale = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
     # In half precision every layer rounds its sums, and sums of other shapes round differently.

@@ -48,8 +48,8 @@ class Recover(TextSource):
         """
         if strategy.dynamic:
             raise ValueError(
-                f"strategy {strategy.name} decides per batch, and what is trained has one cut; leave recover out, use a "
-                "strategy that decides once, or freeze the decisions (prunekit export --freeze mean-score --profile "
+                f"strategy {strategy.name} decides per batch, and what is trained has one cut; leave recover out, use "
+                "a strategy that decides once, or freeze the decisions (prunekit export --freeze mean-score --profile "
                 "hf-hetero) and train the folder (prunekit recover)"
             )
         if not strategy.applier.resizes:

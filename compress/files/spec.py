@@ -36,7 +36,7 @@ from .yaml_plain import Dumper
 DEFAULT_EVALUATORS = ("perplexity", "cost")
 
 LATER = {"recover": None}
-"""Sections that are newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
+"""Sections newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
 
 
 class CalibrationText(TextSource):

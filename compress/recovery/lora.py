@@ -35,8 +35,8 @@ def train(model: Any, sequences: Sequence[Tensor], lora: Recover, progress: Prog
     """Train the linear weights in the decoder layers of ``model``; returns the model and a description of the training.
 
     Shapes, names, dtype and biases stay. ``sequences`` are token ids (t,). ``lora.seed`` sets the random state of
-    Python, numpy and torch, which is afterwards what it was. Raises :class:`NonFiniteError` for a loss or a weight that is NaN or infinite,
-    :class:`ModelError` for a model that is partly on disk or out of memory.
+    Python, numpy and torch, which is afterwards what it was. Raises :class:`NonFiniteError` for a loss or a weight that
+    is NaN or infinite, :class:`ModelError` for a model that is partly on disk, out of memory, or without an nn.Linear.
     """
     import peft
     import transformers
@@ -149,8 +149,8 @@ def _run(model: Any, sequences: Sequence[Tensor], lora: Recover, progress: Progr
             trainer.train()
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"recover: training does not fit in the memory of {model.device} with a batch_size of {lora.batch_size}; lower "
-                "it and raise accumulate by as much, or shorten length"
+                f"recover: training does not fit in the memory of {model.device} with batch_size: {lora.batch_size}; "
+                "lower it and raise accumulate by as much, or shorten length"
             ) from error
         finally:
             watch.close()
