@@ -110,8 +110,8 @@ def run(
 ) -> Results:
     """Measure the model of ``source`` and write a results folder.
 
-    ``source`` is a hub id, a model's folder, an exported folder, or a pipeline file, whose ``prune`` and ``recover`` are
-    not used; None is the bundled model. Raises :class:`SpecError` for mistakes, the errors of loading, and the
+    ``source`` is a hub id, a model's folder, an exported folder, or a pipeline file, whose ``prune`` and ``recover``
+    are not used; None is the bundled model. Raises :class:`SpecError` for mistakes, the errors of loading, and the
     evaluators' own.
     """
     began, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
