@@ -49,12 +49,12 @@ def content(small_pipeline):
     [
         ("llama-gqa", {"use": "flap", "skip_layers": [0]}),
         ("opt", {"use": "wanda_sp", "compensate": "least_squares"}),
-        ("llama-mha", {"use": "shortgpt", "ratio": 0.34}),
+        ("llama-mha", {"use": "shortgpt", "ratio": 0.34, "skip_layers": [2]}),
     ],
     ids=lambda value: value if isinstance(value, str) else value["use"],
 )
 def test_a_row_is_what_exporting_and_recovering_gives(family, strategy, content, tmp_path):
-    """Means in biases, a layer that is whole, one that is gone, and OPT's blocks."""
+    """Means in biases, a layer that is whole, one in the middle that is gone, and OPT's blocks."""
     made = content(family=family, **strategy)
     spec = PipelineSpec.of(made)
     record = Pipeline(spec).measure().record
@@ -129,6 +129,7 @@ def test_weights_from_elsewhere_are_of_the_pruned_model_alone(make_model, batche
         changed = run()
         assert not torch.allclose(changed, cut, atol=1e-2)
         assert torch.allclose(run(length=20), changed, atol=1e-4)  # steps repeat what the step before has found
+        assert all(site.open_cut.ready for site in pruned.cuts if not site.whole)
         assert pruned.held_bytes() == held
         with pruned.dense():
             assert torch.equal(run(), dense)
