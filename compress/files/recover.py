@@ -42,7 +42,7 @@ class Recover(TextSource):
             raise ValueError(f"{given[0]} is of a text, and none is named; name one, or leave {given[0]} out")
 
     def check(self, strategy: Strategy, generated: bool) -> None:
-        """Raise :class:`ValueError` for a strategy whose cut is no model of its own, or where there is no text.
+        """Raise :class:`ValueError` for a strategy whose cut is not a model of its own, or where there is no text.
 
         ``generated``: whether the model generates calibration text itself.
         """
@@ -84,7 +84,8 @@ class Recover(TextSource):
     @property
     def plan(self) -> str:
         """What is to be done, for people."""
-        return f"training: {self.steps} steps of {self.batch_size * self.accumulate} sequences"
+        count = self.batch_size * self.accumulate
+        return f"training: {self.steps} step{'s' * (self.steps != 1)} of {count} sequence{'s' * (count != 1)}"
 
 
 def check_installed() -> None:
