@@ -1,7 +1,7 @@
 """A pipeline that can recover: the smaller model is written, trained, and its weights take part in the pruned one.
 
-The pruned model computes with them at its own sites, so that all evaluators measure it as any other static cut: with
-next to the dense model, by its kept units, in the same loaded model, which is as before afterwards.
+The pruned model computes with them at its own sites, so that all evaluators measure it as any other static cut: next
+to the dense model, by its kept units, in the same loaded model, which is as before afterwards.
 """
 
 from __future__ import annotations
