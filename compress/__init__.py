@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .pruning.checking import check_architecture
     from .pruning.prune import prune
     from .pruning.pruned import Pruned
-    from .runs.pipeline import Pipeline
+    from .recovery.in_pipeline import Pipeline
     from .runs.records import read_results
     from .runs.text import calibration_batches
 
@@ -45,7 +45,7 @@ _HOMES = {
     "Pruned": "pruning.pruned",
     "check_architecture": "pruning.checking",
     "calibration_batches": "runs.text",
-    "Pipeline": "runs.pipeline",
+    "Pipeline": "recovery.in_pipeline",
     "PipelineSpec": "files.spec",
     "Exporter": "export.exporting",
     "load": "export.reload",

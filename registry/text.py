@@ -72,13 +72,17 @@ class TextSource(BaseModel):
 
     @model_validator(mode="after")
     def _one_place(self) -> TextSource:
+        self.check_place()
+        return self
+
+    def check_place(self) -> None:
+        """Raise :class:`ValueError` unless exactly one place is named."""
         given = [key for key in self.places if getattr(self, key) is not None]
         if len(given) != 1:
             known = f"{', '.join(self.places[:-1])} or {self.places[-1]}"
             raise ValueError(f"name one of {known} (found {' and '.join(given) if given else 'none'})")
         if self.data_files is not None and self.dataset is None:
             raise ValueError("data_files are files of a hub dataset; name one with dataset, or leave data_files out")
-        return self
 
     @field_validator("field", "data_files", "mixture", check_fields=False)
     @classmethod

@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 pytest.importorskip("peft", reason="recovery needs peft: pip install peft")
 
 from prunekit.compress import Exporter, PipelineSpec, load
-from prunekit.compress.recovery import lora as training
-from prunekit.compress.recovery.lora import Lora
+from prunekit.compress.files import recover as options
+from prunekit.compress.files.recover import Recover
 from prunekit.compress.recovery.recovering import Recovery
-from prunekit.registry import DataError, NonFiniteError, SpecError, TextSource
+from prunekit.registry import DataError, NonFiniteError, SpecError
 
 # peft asks transformers something by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-QUICK = Lora(steps=4, batch_size=2, learning_rate=1e-3)
+QUICK = dict(steps=4, batch_size=2, learning_rate=1e-3, length=32)
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def exported(small_pipeline, tmp_path):
 def recover(tmp_path, save_model):
     """Recovers a folder in a few steps, on the small model's own text."""
 
-    def start(folder, lora=QUICK, **options):
-        text = TextSource(file=next(tmp_path.glob("base-*")) / "text.txt")
-        return Recovery(folder, tmp_path / "recovered", text, lora, length=32, **options).recover()
+    def start(folder, overwrite=False, **changes):
+        how = Recover(file=next(tmp_path.glob("base-*")) / "text.txt", **{**QUICK, **changes})
+        return Recovery(folder, tmp_path / "recovered", how, overwrite=overwrite).recover()
 
     return start
 
@@ -88,7 +88,7 @@ def test_the_same_seed_trains_the_same_weights(exported, recover, tmp_path):
     folder = exported()
     weights = []
     for seed in (0, 0, 1):
-        weights.append(recover(folder, Lora(steps=3, batch_size=2, learning_rate=1e-3, seed=seed), overwrite=True))
+        weights.append(recover(folder, steps=3, seed=seed, overwrite=True))
     assert weights[0].weights == weights[1].weights != weights[2].weights
 
 
@@ -109,21 +109,21 @@ def test_profiles_that_cannot_be_trained_are_refused(profile, why, exported, rec
 
 def test_mistakes_leave_nothing(exported, recover, tmp_path, monkeypatch, command):
     folder = exported()
-    with pytest.raises(DataError, match=r"--sequences asks for 900"):
+    with pytest.raises(DataError, match=r"recover.sequences: .* 900 are asked for"):
         recover(folder, sequences=900)
-    with pytest.raises(NonFiniteError, match=r"NaN or infinite at step .*lower --learning-rate"):
-        recover(folder, Lora(steps=6, batch_size=2, learning_rate=1e30))
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite at step .*lower learning_rate"):
+        recover(folder, steps=6, learning_rate=1e30)
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match="pip install peft"):
         recover(folder)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir() if "recovered" in path.name) == []
     recover(folder)
     with pytest.raises(SpecError, match="has been recovered already"):
-        Recovery(tmp_path / "recovered", tmp_path / "twice", TextSource(bundled="reference-calibration")).recover()
+        Recovery(tmp_path / "recovered", tmp_path / "twice").recover()
     with pytest.raises(SpecError, match="exists"):
         recover(folder)
     code, output = command("recover", folder, "--out", tmp_path / "x", "--text", "a.txt", "--dataset", "b")
-    assert code == 2 and "name one of them" in output
+    assert code == 2 and "name one of bundled, file or dataset" in output
     code, output = command("recover", folder)
     assert code == 2 and "--out DIR is missing" in output

@@ -19,8 +19,8 @@ from ..files.spec import PipelineSpec
 from ..files.yaml_plain import plain_data
 from ..models.loading import Loaded, ModelSource, load
 from ..output.failures import blamed, described, explained
+from ..recovery.in_pipeline import Pipeline
 from ..runs.measuring import Known
-from ..runs.pipeline import Pipeline
 from ..runs.records import RunResult
 from .trials import Planned
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -169,11 +169,13 @@ def recover(
     from ..recovery import command
 
     printing.quiet()
-    source = dict(text=text, dataset=dataset, subset=subset, split=split, field=field, limit=limit)
-    lora = dict(rank=rank, alpha=alpha, dropout=dropout, steps=steps, learning_rate=learning_rate)
-    lora |= dict(batch_size=batch_size, accumulate=accumulate, seed=seed)
-    options = dict(length=length, sequences=sequences, device=device, overwrite=overwrite, plugins=plugin or ())
-    command.recover(folder, out, source, lora, **options)
+    how: dict[str, Any] = dict(
+        dataset=dataset, subset=subset, split=split, field=field, limit=limit, steps=steps, rank=rank
+    )
+    how |= dict(alpha=alpha, dropout=dropout, learning_rate=learning_rate, batch_size=batch_size)
+    how |= dict(accumulate=accumulate, length=length, sequences=sequences, seed=seed)
+    given = {key: value for key, value in how.items() if value is not None}
+    command.recover(folder, out, text, given, device=device, overwrite=overwrite, plugins=plugin or ())
 
 
 COMMANDS: Commands = {"export": export, "evaluate": evaluate, "verify": verify, "diff": diff, "recover": recover}

@@ -72,9 +72,9 @@ def run(
     from ...registry import SpecError
     from ..files.yaml_file import read_yaml
     from ..output import printing
+    from ..recovery.in_pipeline import Pipeline
     from ..runs import report as tables
     from ..runs.checking import announce
-    from ..runs.pipeline import Pipeline
 
     content = read_yaml(file)
     if content.is_study:

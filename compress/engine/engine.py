@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from .generation import refuse
 from .hooks import DecoderForward, Hooks, save_dense
 from .kv_index import disable_kv_index, enable_kv_index
 from .learning import Learner
-from .open_cut import Shared
+from .open_cut import Shared, Weights
 from .per_unit import cut_along
 from .policies import PolicyHooks, watch_attention
 from .probing import Prober
@@ -37,7 +37,7 @@ from .rotary import restore_rotary, rotary_state
 from .runtime import Runtime
 from .site_cut import SiteCut
 from .site_state import SiteBinding, SiteState
-from .weights import ModelWatch
+from .weights import ModelWatch, ReplacedWeights
 
 Learn = Callable[[SiteCut, Tensor, "Tensor | None"], None]
 """Takes a site, what enters its consumer (B, T, C), and the batch's real tokens (B, T) or None."""
@@ -77,6 +77,7 @@ class Engine:
         """The module that owns the layers: one call of it is one batch."""
         self.searched: list[dict[str, Any]] = []
         """What the allocator has recorded of its search, step by step."""
+        self._replaced = ReplacedWeights()
         self.is_suspended = self.is_removed = False
         self._foreign = [
             part for part in (strategy, *dict(strategy).values()) if isinstance(part, Component) and is_foreign(part)
@@ -104,6 +105,7 @@ class Engine:
         hooks, before = self.hooks, dict(with_kwargs=True)
         self._undo.append(partial(restore_rotary, rotary_state(self.model)))
         hooks.installed = True
+        self._undo.append(self._replaced.put_back)
         for cut in self.cuts:
             self._undo.append(cut.close)
             for module, view in cut.binding.views:
@@ -233,6 +235,23 @@ class Engine:
             self._install()
             self._switch(previous)
 
+    def compute_with(self, weights: Mapping[nn.Module, Weights]) -> None:
+        """Prune with these weights of linear layers instead of the model's own, whose dense passes stay what they are.
+
+        Of a layer that is cut: weight and bias in the shape of its fixed units. Of any other: in the layer's shape, on
+        its device.
+        """
+        with self._lock:
+            previous = self.shared.running.usual
+            self._switch("dense")
+            for cut in self.cuts:
+                linears = [cut.binding.consumer, *(linear for linear, _ in cut.binding.producers)]
+                cut.state.given = {} if cut.whole else {each: weights[each] for each in linears if each in weights}
+            cut_already = {linear for cut in self.cuts for linear in cut.state.given}
+            self._replaced.use({each: weight for each, (weight, _) in weights.items() if each not in cut_already})
+            self.hooks.forget_weights()
+            self._switch(previous)
+
     # Modes.
 
     @property
@@ -307,6 +326,10 @@ class Engine:
 
     def _enter(self, mode: Mode) -> None:
         self.shared.running.applied = mode
+        if mode == "prune":
+            self._replaced.put()
+        else:
+            self._replaced.put_back()
         for cut in self.cuts:
             if mode == "prune" and cut.fixed is not None:
                 cut.open(cut.fixed, stays=True)

@@ -99,6 +99,7 @@ class OpenCut:
         weight = self._recall(consumer, "weight")
         self.ready = {linear: self._recall(linear, "producer") for linear, _ in self.state.binding.producers}
         self.ready[consumer] = None if weight is None else (weight, self._bias(consumer, weight))
+        self.ready |= self.state.given
         return all(made is not None for made in self.ready.values())
 
     def use_probe(self, mean: Tensor | None, shares: Tensor | None) -> None:
@@ -132,6 +133,8 @@ class OpenCut:
 
     def producer(self, linear: nn.Linear, producer: Producer) -> Weights:
         """Weight (r, D) and bias (r,) of a producer."""
+        if linear in self.state.given:
+            return self.state.given[linear]
         shared = self.shared
         if self.keeps and (known := self._recall(linear, "producer")) is not None:
             return known
@@ -160,6 +163,8 @@ class OpenCut:
     def consumer(self) -> Weights:
         """Weight (O, c) and bias (O,) of the consumer, compensation included."""
         linear = self.state.binding.consumer
+        if linear in self.state.given:
+            return self.state.given[linear]
         weight = self._recall(linear, "weight") if self.keeps else None
         if weight is None:
             weight = self._consumer_weight(linear)
@@ -198,6 +203,7 @@ class OpenCut:
 
     def copies(self) -> Iterator[Tensor]:
         """What is kept, without the model's own weights."""
+        yield from (tensor for pair in self.state.given.values() for tensor in pair if tensor is not None)
         for (linear, _), (_, made) in self._copies.items():
             for tensor in made if isinstance(made, tuple) else (made,):
                 if tensor is not None and tensor is not linear.weight and tensor is not linear.bias:

@@ -134,6 +134,9 @@ class SiteState:
         """Whether it keeps everything, so that there is nothing to decide."""
         self.fixed: Tensor | None = None
         """(k,) int64 ascending: the kept units where they are decided once."""
+        self.given: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        """By layer, weight and bias that take the place of what the fixed units have of the model's own, compensation
+        included."""
         self.unscored = SiteScores(site)
         """What an allocator gets of the site where it has no scores."""
         self._prepared: tuple[tuple, Any] | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,32 @@ class WeightsWatch:
             for linear in [] if cut.whole else [*producers, cut.binding.consumer]:
                 if not is_offloaded(linear) and not differentiates(linear):
                     yield from linear.parameters(recurse=False)
+
+
+class ReplacedWeights:
+    """Values that layers compute with instead of their own, which stay where they are in the meantime."""
+
+    def __init__(self) -> None:
+        self._given: Mapping[nn.Module, Tensor] = {}
+        self._own: dict[nn.Module, Tensor] = {}
+
+    def use(self, given: Mapping[nn.Module, Tensor]) -> None:
+        """Put these weights, in the shapes of the layers' own, in their place from the next :meth:`put` on."""
+        self.put_back()
+        self._given = given
+
+    def put(self) -> None:
+        """Have the layers compute with the given values."""
+        for linear, given in () if self._own else self._given.items():
+            weight: Any = linear.weight
+            self._own[linear], weight.data = weight.data, given
+
+    def put_back(self) -> None:
+        """Have them compute with their own."""
+        while self._own:
+            linear, own = self._own.popitem()
+            weight: Any = linear.weight
+            weight.data = own
 
 
 class ModelWatch(ModelState):

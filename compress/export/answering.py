@@ -23,6 +23,7 @@ from ..runs.matching import prune_as_asked
 from ..runs.pipeline import calibration_of
 from . import reload
 from .command import source_of
+from .exporting import check_cut_alone
 from .generating import Generated, by_kind
 
 
@@ -73,6 +74,7 @@ def opened(
 def _pipeline(path: Path, settings: Sequence[str], plugins: Sequence[Path], progress: Progress) -> Iterator[Opened]:
     spec, _ = source_of(path, settings, plugins)
     printing.catalog_problems(spec.catalog)
+    check_cut_alone(spec)
     torch.manual_seed(spec.seed)
     loaded = load(spec.model)
     calibrates, file = spec.prune.needs_calibration, spec.calibration.statistics

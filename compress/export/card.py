@@ -136,7 +136,8 @@ def metric_rows(manifest: Manifest) -> list[list[str]]:
 
 def damages(manifest: Manifest) -> list[str]:
     """A sentence for every perplexity that rose far."""
-    return [line for found in manifest.metrics for line in damage(found.label, found.dense, found.exported)]
+    recovered = manifest.recovery is not None
+    return [line for found in manifest.metrics for line in damage(found.label, found.dense, found.exported, recovered)]
 
 
 def lacks_block(layer: LayerCut) -> bool:

@@ -49,10 +49,16 @@ def logits_of(model: Any, ids: Tensor, pruned: Pruned | None) -> Tensor:
     return found
 
 
-def compared(expected: Tensor, found: Tensor, dtype: torch.dtype, alike: bool) -> LogitCheck:
+def compared(
+    expected: Tensor,
+    found: Tensor,
+    dtype: torch.dtype,
+    alike: bool,
+    what: str = "the exported model, loaded again,",
+) -> LogitCheck:
     """The largest difference between two models' logits (b, t, V); raises :class:`ModelError` if it is too large.
 
-    ``alike``: all tensors have the same shapes, so that rounding is almost the same.
+    ``alike``: all tensors have the same shapes, so that rounding is almost the same. ``what`` names the second model.
     """
     largest, scale = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
     # In half precision every layer rounds its sums, and sums of other shapes round differently.
@@ -60,7 +66,7 @@ def compared(expected: Tensor, found: Tensor, dtype: torch.dtype, alike: bool) -
     limit = max(TOLERANCE, units * torch.finfo(dtype).eps) * scale
     if not largest <= limit:
         raise ModelError(
-            f"the exported model, loaded again, gives other logits than the pruned one (by up to {largest:.3g}, "
+            f"{what} gives other logits than the pruned one (by up to {largest:.3g}, "
             f"allowed are {limit:.3g}), so nothing was written; try --set model.dtype=float32, and if that differs "
             "too, report it with the pipeline file"
         )

@@ -110,8 +110,9 @@ def run(
 ) -> Results:
     """Measure the model of ``source`` and write a results folder.
 
-    ``source`` is a hub id, a model's folder, an exported folder, or a pipeline file, whose ``prune`` is not used; None
-    is the bundled model. Raises :class:`SpecError` for mistakes, the errors of loading, and the evaluators' own.
+    ``source`` is a hub id, a model's folder, an exported folder, or a pipeline file, whose ``prune`` and ``recover``
+    are not used; None is the bundled model. Raises :class:`SpecError` for mistakes, the errors of loading, and the
+    evaluators' own.
     """
     began, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     manifest = _manifest(source)
@@ -195,6 +196,7 @@ def _read(
         if file.is_study:
             raise SpecError(f"{path} is an ablation file; use prunekit ablate {path}")
         file.data["prune"] = dict(UNPRUNED)
+        file.data.pop("recover", None)
     elif manifest is not None and manifest.profile == "dynamic":
         recipe = reload.recipe_of(path, plugins)
         kept = ("model", "architecture", "runtime", "seed")

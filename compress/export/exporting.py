@@ -60,6 +60,15 @@ def repeated(evaluators: tuple[Evaluator, ...]) -> list[tuple[str, Evaluator]]:
     return [(label, each) for label, each in labelled(evaluators) if each in repeatable(evaluators)]
 
 
+def check_cut_alone(spec: PipelineSpec) -> None:
+    """Raise :class:`SpecError` for a pipeline that trains after the cut, which a command would leave out."""
+    if spec.recover is not None:
+        raise SpecError(
+            "recover: prunekit run and ablate train a model after the cut, and this takes the cut alone; add --set "
+            "recover=null, and train the exported folder (prunekit recover DIR --out DIR2)"
+        )
+
+
 MeasuredBefore = tuple[str, Evaluator, Measurement, Measurement | None]
 """Label, evaluator, the dense model's values and, before freezing, those of the decisions per batch."""
 
@@ -194,6 +203,7 @@ class Exporter:
     def _check_options(self, folder: RunFolder) -> None:
         """Raise for a wrong option before anything is loaded."""
         folder.check()
+        check_cut_alone(self.spec)
         name = self.spec.model.name
         if name is not None and Path(name).expanduser().resolve() == folder.target:
             raise SpecError(f"--out names the model that is to be pruned ({folder.target}); choose another folder")

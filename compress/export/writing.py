@@ -84,6 +84,12 @@ def write_model(
     return () if without is None else (f"{without}, and vLLM's layers have both: run this folder with transformers",)
 
 
+def layers_left(pruned: Pruned, family: Family) -> list[int]:
+    """The numbers of the layers that the smaller model has, in its order: something is left of each of them."""
+    shapes = layer_shapes(pruned, {}, family.sizes)
+    return [number for number, layer in enumerate(shapes) if not layer.gone]
+
+
 def _fitted(config: Any, model: Any, tensors: Tensors, nearest: str) -> Tensors:
     # A file may say that the output layer is the embedding while the checkpoint has one of its own.
     config.tie_word_embeddings &= _output_name(model) not in tensors

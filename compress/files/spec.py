@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ...registry import Catalog, Evaluator, SpecError, Strategy, TextSource, near
-from ...registry.text import is_saved_dataset
+from ...registry.text import is_saved_dataset, without_defaults
 from ..bundled import TEXTS
 from ..calibration.generated import Generated
 from ..engine.runtime import Runtime
@@ -20,10 +29,14 @@ from ..models.named import BUNDLED, MODELS
 from ..output.reading import path_problem, shown
 from ..output.records import Of, What
 from .reader import Mistake, Model, Place, Reader, seed_parts, with_rows, with_seed
+from .recover import Recover
 from .yaml_file import YamlFile, apply_settings, read_yaml
 from .yaml_plain import Dumper
 
 DEFAULT_EVALUATORS = ("perplexity", "cost")
+
+LATER = {"recover": None}
+"""Sections newer than stored results, with their defaults, which are not written: keys of trials stay equal."""
 
 
 class CalibrationText(TextSource):
@@ -141,6 +154,11 @@ class PipelineSpec(BaseModel):
     )
     calibration: Calibration = Field(default_factory=Calibration, description="the text to calibrate on")
     prune: Strategy = Field(description="the strategy and the ratio, such as {use: pp, ratio: 0.4}")
+    recover: Recover | None = Field(
+        default=None,
+        description="train the pruned model with LoRA, and measure the result; for a cut that is made once. null: no "
+        "training; {} with all defaults",
+    )
     evaluate: tuple[Evaluator, ...] = Field(
         description=f"measurements, dense and pruned; {' and '.join(DEFAULT_EVALUATORS)} by default",
         json_schema_extra={"minItems": 1},
@@ -161,6 +179,18 @@ class PipelineSpec(BaseModel):
     )
 
     _catalog: Catalog | None = PrivateAttr(None)
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: Any) -> dict[str, Any]:
+        return without_defaults(handler(self), LATER)
+
+    @field_validator("recover")
+    @classmethod
+    def _can_be_recovered(cls, recover: Recover | None, info: ValidationInfo) -> Recover | None:
+        strategy, calibration = info.data.get("prune"), info.data.get("calibration")
+        if recover is not None and isinstance(strategy, Strategy) and isinstance(calibration, Calibration):
+            recover.check(strategy, generated=any(source.generated is not None for source in calibration.sources))
+        return recover
 
     @field_validator("evaluate")
     @classmethod
@@ -255,6 +285,7 @@ class PipelineSpec(BaseModel):
             "calibration": with_seed(spec.calibration, spec.seed),
             "prune": seed_parts(with_seed(spec.prune, spec.seed)),
             "evaluate": tuple(with_seed(evaluator, spec.seed) for evaluator in spec.evaluate),
+            "recover": None if spec.recover is None else with_seed(spec.recover, spec.seed),
         }
         spec = spec.model_copy(update=seeded)
         spec = spec.with_rows(spec.positions)
@@ -266,6 +297,13 @@ class PipelineSpec(BaseModel):
     def positions(self) -> int | None:
         """Positions of the histories, which no row may exceed: the calibration's length; None without histories."""
         return self.calibration.length if self.prune.refuses_long_batches else None
+
+    @property
+    def training_texts(self) -> tuple[TextSource, ...]:
+        """The texts that are trained on after the cut: those of the calibration, where no other one is named."""
+        if self.recover is None:
+            return ()
+        return self.calibration.sources if self.recover.text is None else (self.recover.text,)
 
     def with_rows(self, longest: int | None) -> PipelineSpec:
         """The spec with rows of at most ``longest`` tokens in the evaluators whose row option is left out."""

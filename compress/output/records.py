@@ -75,6 +75,56 @@ class CalibrationFacts(Record):
     """``read`` or ``written``, where a statistics file is named."""
 
 
+class Losses(Record):
+    """Mean training loss of the first and of the last steps."""
+
+    first: float
+    last: float
+    averaged_over_steps: int
+
+
+class Training(Record):
+    """The LoRA training of a recovered model, and the text it was trained on."""
+
+    method: str
+    peft: str
+    rank: int
+    alpha: float
+    dropout: float
+    steps: int
+    learning_rate: float
+    batch_size: int
+    accumulate: int
+    seed: int
+    layers: list[str]
+    schedule: str
+    warmup_steps: int
+    trainable_parameters: int
+    epochs: float
+    loss: Losses
+    seconds: float
+    text: str
+    sequences: int
+    length: int
+    fingerprint: str
+    """sha256 of the token ids."""
+    weights_before: str | None = None
+    """Fingerprint of the weights before the training, where they were written."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the steps took, repeated ones counted each time."""
+        return self.steps * self.batch_size * self.accumulate * self.length
+
+    @property
+    def label(self) -> str:
+        """The training in a few words: ``LoRA, 200 steps of 2,048 tokens of a.txt at learning rate 0.0001``."""
+        return (
+            f"LoRA of rank {self.rank}, {self.steps} steps of {self.tokens // self.steps:,} tokens of {self.text}, "
+            f"learning rate {self.learning_rate:g}"
+        )
+
+
 What = Literal["parameters", "flops"]
 """What a decoder's cost is counted in."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...registry import Catalog, PruneWarning, Site, SiteKind, SiteScores, SpecError, Stage, Strategy
 from ..calibration.passes import Progress, no_progress
@@ -199,6 +199,16 @@ class Pruned:
             self._engine.freeze([units.clone() for units in kept])
         self._calibrated = None
         return self.kept()
+
+    def compute_with(self, weights: Mapping[nn.Module, tuple[Tensor, Tensor | None]]) -> None:
+        """Compute with these weights and biases of linear layers from now on, in the shapes of the cut's fixed units.
+
+        Within :meth:`dense`, and after :meth:`remove`, the model has its own. Raises :class:`SpecError` for a cut that
+        is made per batch.
+        """
+        if self.strategy.dynamic:
+            raise SpecError(f"strategy {self.strategy.name} decides per batch; freeze it first")
+        self._engine.compute_with(weights)
 
     def save(self, folder: str | os.PathLike[str], *, profile: str = "hf-hetero", tokenizer: Any = None) -> Path:
         """Write the smaller model to a new folder, which transformers loads, and return the folder's path.

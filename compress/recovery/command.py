@@ -5,51 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...registry import SpecError, TextSource
+from ...registry import Catalog, SpecError
 from ..bundled import TEXTS
 from ..export.card import metric_heads, metric_rows
 from ..export.command import show_end, size
+from ..files.recover import Recover
+from ..files.spec import SpecReader
 from ..models.exported.manifest import Manifest
 from ..output import printing
-from .lora import Lora
 from .recovering import Recovery
 
-DEFAULT_TEXT = "reference-calibration"
 
-
-def recover(folder: Path, out: Path | None, text: dict[str, Any], lora: dict[str, Any], **options: Any) -> None:
-    """Recover, and print the result."""
+def recover(folder: Path, out: Path | None, text: str | None, how: dict[str, Any], **options: Any) -> None:
+    """Recover, and print the result; ``how`` has the options of :class:`Recover` that were given."""
     if out is None:
         raise SpecError("--out DIR is missing: prunekit recover DIR --out DIR2 writes the recovered model to DIR2")
+    reader = SpecReader(Catalog(), Path.cwd())
+    asked = reader.result(reader.model(Recover, {**how, **named_text(text)}, ()), "recover")
     with printing.Bars() as bars:
-        recovery = Recovery(
-            folder, out, text_source(**text), Lora(**lora), progress=bars.track, say=bars.say, **options
-        )
+        recovery = Recovery(folder, out, asked, progress=bars.track, say=bars.say, **options)
         manifest = recovery.recover()
     show(manifest)
     printing.say(f"written: {Path(out).expanduser()} ({size(manifest)})", whole=True)
 
 
-def text_source(
-    text: str | None = None,
-    dataset: str | None = None,
-    subset: str | None = None,
-    split: str | None = None,
-    field: str | None = None,
-    limit: int | None = None,
-) -> TextSource:
-    """The file, bundled text or hub dataset that the options name; raises :class:`SpecError` for a contradiction."""
-    if text is not None and dataset is not None:
-        raise SpecError(f"--text {text} and --dataset {dataset}: name one of them")
-    for option, value in (("--subset", subset), ("--split", split)):
-        if value is not None and dataset is None:
-            raise SpecError(f"{option} {value} needs a hub dataset, and none is named; add --dataset, or leave it out")
-    more: dict[str, Any] = {key: value for key, value in (("field", field), ("limit", limit)) if value is not None}
-    if dataset is not None:
-        return TextSource(dataset=dataset, subset=subset, split=split or "train", **more)
-    if text is None or (text in TEXTS and not Path(text).is_file()):
-        return TextSource(bundled=text or DEFAULT_TEXT, **more)
-    return TextSource(file=Path(text), **more)
+def named_text(text: str | None) -> dict[str, Any]:
+    """What ``--text`` names, a bundled text or a file, as an option of :class:`Recover`."""
+    if text is None:
+        return {}
+    return {"bundled" if text in TEXTS and not Path(text).is_file() else "file": text}
 
 
 def show(manifest: Manifest) -> None:

@@ -2,66 +2,41 @@
 
 Low-rank updates are from Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022, arXiv 2106.09685);
 recovering a pruned model with them is from Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models"
-(NeurIPS 2023, arXiv 2305.11627), whose options are the defaults here.
+(NeurIPS 2023, arXiv 2305.11627).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import math
+import random
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from ...registry import ModelError, NonFiniteError, SpecError
 from ..calibration.passes import Progress
+from ..files.recover import Recover
+
+OPTIONS = ("rank", "alpha", "dropout", "steps", "learning_rate", "batch_size", "accumulate", "seed")
+"""Those of the options that a description of the training repeats."""
 
 AVERAGED = 10
 """Largest number of steps over which the first and the last recorded loss are averaged."""
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Options of the low-rank updates and their training; a step takes ``batch_size`` x ``accumulate`` sequences."""
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-    steps: int = 200
-    learning_rate: float = 1e-4
-    batch_size: int = 8
-    accumulate: int = 1
-    seed: int = 0
-
-    @property
-    def taken(self) -> int:
-        """Number of sequences that all steps take together."""
-        return self.steps * self.batch_size * self.accumulate
-
-    @property
-    def warmup(self) -> int:
-        """Steps in which the learning rate rises: 100 as in LLM-Pruner, fewer in a short run."""
-        return min(100, self.steps // 10)
-
-
-def check_installed() -> None:
-    """Raise :class:`SpecError` if peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise SpecError("recovery trains with peft, which is not installed: pip install peft")
-
-
-def train(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress) -> tuple[Any, dict[str, Any]]:
+def train(model: Any, sequences: Sequence[Tensor], lora: Recover, progress: Progress) -> tuple[Any, dict[str, Any]]:
     """Train the linear weights in the decoder layers of ``model``; returns the model and a description of the training.
 
     Shapes, names, dtype and biases stay. ``sequences`` are token ids (t,). ``lora.seed`` sets the random state of
-    Python, numpy and torch. Raises :class:`NonFiniteError` for a loss or a weight that is NaN or infinite,
-    :class:`ModelError` for a model that is partly on disk or out of memory.
+    Python, numpy and torch, which is afterwards what it was. Raises :class:`NonFiniteError` for a loss or a weight that
+    is NaN or infinite, :class:`ModelError` for a model that is partly on disk, out of memory, or without an nn.Linear.
     """
     import peft
     import transformers
@@ -70,8 +45,12 @@ def train(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progres
         raise ModelError(
             "the model does not fit on the devices here, and offloaded weights cannot be trained; free some memory"
         )
-    transformers.set_seed(lora.seed)  # the updates start with random values
     targets = linear_layers(model)
+    if not targets:
+        raise ModelError(
+            f"recover: no decoder layer of this {type(model).__name__} has an nn.Linear, and updates are trained for "
+            "those alone; leave recovery out"
+        )
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -80,19 +59,21 @@ def train(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progres
         target_modules=targets,
     )
     began = time.perf_counter()
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)  # float32 updates for half precision
-    trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    losses = _run(adapted, sequences, lora, progress)
-    try:
-        merged = adapted.merge_and_unload(safe_merge=True).eval().requires_grad_(False)
-    except ValueError as error:  # peft raises it for weights that are not finite
-        raise _not_finite("a weight", lora.steps, lora) from error
+    with _random_state_kept(), torch.inference_mode(False), torch.enable_grad():
+        transformers.set_seed(_seed(lora))  # the updates start with random values
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)  # float32 updates for half precision
+        trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        losses = _run(adapted, sequences, lora, progress)
+        try:
+            merged = adapted.merge_and_unload(safe_merge=True).eval().requires_grad_(False)
+        except ValueError as error:  # peft raises it for weights that are not finite
+            raise _not_finite("a weight", lora.steps, lora) from error
     several = max(1, min(AVERAGED, len(losses) // 2))
     first, last = (sum(some) / several for some in (losses[:several], losses[-several:]))
     return merged, {
         "method": "lora",
         "peft": importlib.metadata.version("peft"),
-        **asdict(lora),
+        **{key: getattr(lora, key) for key in OPTIONS},
         "layers": sorted({name.rpartition(".")[2] for name in targets}),
         "schedule": "linear",
         "warmup_steps": lora.warmup,
@@ -103,6 +84,23 @@ def train(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progres
     }
 
 
+def _seed(lora: Recover) -> int:
+    """The seed as numpy takes it."""
+    return lora.seed % 2**32
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """A context after which Python, numpy and torch draw what they would have drawn without it."""
+    python, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numbers)
+
+
 def linear_layers(model: Any) -> list[str]:
     """Full names of all linear layers in the decoder layers, without embeddings and output layer."""
     layers = model.get_decoder().layers
@@ -110,7 +108,7 @@ def linear_layers(model: Any) -> list[str]:
     return [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _run(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress) -> list[float]:
+def _run(model: Any, sequences: Sequence[Tensor], lora: Recover, progress: Progress) -> list[float]:
     """Train in place, and return the loss of every step."""
     import transformers
 
@@ -124,8 +122,8 @@ def _run(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress
             learning_rate=lora.learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=lora.warmup,
-            seed=lora.seed,
-            data_seed=lora.seed,
+            seed=_seed(lora),
+            data_seed=_seed(lora),
             use_cpu=kind == "cpu",
             # float16 gradients vanish unless the loss is scaled, and only CUDA has the scaler.
             fp16=model.dtype == torch.float16 and kind == "cuda",
@@ -151,8 +149,8 @@ def _run(model: Any, sequences: Sequence[Tensor], lora: Lora, progress: Progress
             trainer.train()
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"training does not fit in the memory of {model.device} with --batch-size {lora.batch_size}; lower it "
-                "and raise --accumulate by as much, or shorten --length"
+                f"recover: training does not fit in the memory of {model.device} with batch_size: {lora.batch_size}; "
+                "lower it and raise accumulate by as much, or shorten length"
             ) from error
         finally:
             watch.close()
@@ -164,12 +162,12 @@ def _check_device(arguments: Any, model: Any) -> None:
     wanted, taken = model.device, arguments.device
     if (wanted.type, wanted.index or 0) != (taken.type, taken.index or 0):
         raise SpecError(
-            f"--device {wanted}: transformers' Trainer uses {taken} here; set CUDA_VISIBLE_DEVICES={wanted.index or 0} "
-            "and --device cuda, or use --device cpu"
+            f"device {wanted}: transformers' Trainer uses {taken} here; set CUDA_VISIBLE_DEVICES={wanted.index or 0} "
+            "and the device cuda, or use the device cpu"
         )
 
 
-def _watching(lora: Lora, progress: Progress) -> Any:
+def _watching(lora: Recover, progress: Progress) -> Any:
     """A callback that moves the bar, keeps the losses, and raises at one that is not finite."""
     from transformers import TrainerCallback
 
@@ -198,8 +196,8 @@ def _watching(lora: Lora, progress: Progress) -> Any:
     return Watch()
 
 
-def _not_finite(what: str, step: int, lora: Lora) -> NonFiniteError:
+def _not_finite(what: str, step: int, lora: Recover) -> NonFiniteError:
     return NonFiniteError(
-        f"recovery: {what} is NaN or infinite at step {step} of {lora.steps}, so nothing was written; lower "
-        f"--learning-rate (found {lora.learning_rate:g}), or export the model in float32 or bfloat16 if it is float16"
+        f"recover: {what} is NaN or infinite at step {step} of {lora.steps}, so nothing was written; lower "
+        f"learning_rate (found {lora.learning_rate:g}), or take the model in float32 or bfloat16 if it is float16"
     )

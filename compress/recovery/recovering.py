@@ -9,12 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...registry import DataError, Evaluator, SpecError, TextSource
-from ...registry.tensors.tokens import context_length
-from ...registry.tensors.windows import cut_windows, digest, token_stream, with_bos
+from ...registry import Evaluator, SpecError, TextSource
 from ..calibration.passes import Progress, no_progress
 from ..export import reload
 from ..export.card import card
@@ -22,17 +17,22 @@ from ..export.comparing import compared, logits_of
 from ..export.measures import measure, record, recorded
 from ..export.profiles import profile_named
 from ..export.weights import INDEX, dense_tensors, published, write_weights
-from ..models.exported.manifest import CARD, MANIFEST, ExportMetric, Manifest, Training, read_manifest, write_manifest
+from ..files.recover import Recover, check_installed
+from ..models.exported.manifest import CARD, MANIFEST, ExportMetric, Manifest, read_manifest, write_manifest
 from ..models.loading import Loaded, ModelSource, fingerprint
 from ..models.loading import load as load_model
 from ..output.folders import RunFolder, plain
-from ..runs.documents import read_documents
+from ..output.records import Training
 from ..runs.measuring import Unpruned
 from ..runs.plan import Say, planned, silent
 from ..runs.provenance import versions
-from .lora import Lora, check_installed, train
+from .lora import train
+from .text import text_of
 
 WEIGHTS = ".safetensors"
+
+DEFAULT_TEXT = TextSource(bundled="reference-calibration")
+"""What a folder is trained on where no text is named."""
 
 REASONS = {
     "padded": "its dropped units are zeros that training would fill in",
@@ -44,18 +44,14 @@ REASONS = {
 
 @dataclass
 class Recovery:
-    """One recovery: the export in ``folder`` is trained on ``text`` and written to the folder ``out``.
+    """One recovery: the export in ``folder`` is trained as ``how`` says and written to the folder ``out``.
 
-    ``sequences`` of ``length`` tokens are drawn from the text; None takes as many as the steps can use.
     ``plugins``: files with the evaluators that measured the export.
     """
 
     folder: Path
     out: Path
-    text: TextSource
-    lora: Lora = field(default_factory=Lora)
-    length: int = 256
-    sequences: int | None = None
+    how: Recover = field(default_factory=Recover)
     device: str = "auto"
     overwrite: bool = False
     plugins: Sequence[Path] = ()
@@ -79,14 +75,13 @@ class Recovery:
         found = reload.load(self.folder, device=self.device)
         for evaluator in evaluators:
             evaluator.check(found.model)
-        sequences, facts = self._read_text(found)
+        sequences, facts = text_of(self.how, [self.how.text or DEFAULT_TEXT], found.loaded)
         if self.say is not silent:
-            lora, named = self.lora, zip((metric.label for metric in before.metrics), evaluators, strict=True)
-            self.say(f"to do: training: {lora.steps} steps of {lora.batch_size * lora.accumulate} sequences")
-            for line in planned(None, named, Unpruned(found.loaded), "the recovered model"):
+            named = zip((metric.label for metric in before.metrics), evaluators, strict=True)
+            for line in planned(None, named, Unpruned(found.loaded), "the recovered model", self.how):
                 self.say(line)
         with target.open() as partial:
-            model, done = train(found.model, sequences, self.lora, self.progress)
+            model, done = train(found.model, sequences, self.how, self.progress)
             found.model = None
             ids = sequences[0][None, :64]
             expected, dtype = logits_of(model, ids, None), model.dtype
@@ -124,20 +119,6 @@ class Recovery:
             raise SpecError(f"--out names the export itself ({self.folder}), which is kept; choose another folder")
         check_installed()
 
-    def _read_text(self, found: reload.Export) -> tuple[list[Tensor], dict[str, Any]]:
-        """The sequences (t,) int64 to train on, and their description."""
-        context = context_length(found.model)
-        if context is not None and self.length > context:
-            raise DataError(
-                f"--length: the model's context is {context} tokens, found {self.length}; take {context} or less"
-            )
-        documents, label = read_documents(self.text, found.tokenizer), self.text.label
-        sequences = training_sequences(
-            documents, found.tokenizer, self.length, self.sequences, self.lora.taken, self.lora.seed, label
-        )
-        facts = {"text": label, "sequences": len(sequences), "length": self.length, "fingerprint": digest(sequences)}
-        return sequences, facts
-
     def _write(self, model: Any, manifest: Manifest, partial: Path) -> None:
         """Write the new weights under the names of the old ones, and copy every other file."""
         for name in manifest.files:
@@ -157,27 +138,3 @@ class Recovery:
             metrics.append(metric.model_copy(update={**changes, "before_recovery": metric.exported}))
             notes += [f"{metric.label}: {note}" for note in found.notes]
         return metrics, list(dict.fromkeys(notes))
-
-
-def training_sequences(
-    documents: Sequence[str], tokenizer: Any, length: int, wanted: int | None, most: int, seed: int, label: str
-) -> list[Tensor]:
-    """Token ids (length,) int64: ``wanted`` sequences, or all up to ``most``.
-
-    They are drawn without replacement and start in the same way as calibration's. Raises :class:`DataError` for a text
-    with too few tokens.
-    """
-    stream = with_bos(token_stream(documents, tokenizer), tokenizer)
-    pieces = [window.ids for window in cut_windows(stream, length, tail="drop")]
-    if not pieces:
-        raise DataError(
-            f"{label} has {len(stream)} tokens, less than one sequence of {length}; shorten --length, or name a longer "
-            "text"
-        )
-    if wanted is not None and len(pieces) < wanted:
-        raise DataError(
-            f"{label} gives {len(pieces)} sequences of {length} tokens ({len(stream)} tokens in all), --sequences asks "
-            f"for {wanted}; lower it to {len(pieces)} or less, shorten --length, or name a longer text"
-        )
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
-    return [pieces[index] for index in order[: most if wanted is None else wanted].tolist()]

@@ -67,7 +67,7 @@ def compare(a: Path, b: Path, samples: int = 10_000, seed: int = 0) -> None:
     for sentence in [*differences(first, second), *intervals(first, second, samples, seed)]:
         printing.say(sentence)
     for name, result in zip("AB", (first, second), strict=True):
-        for sentence in damages(result.metrics):
+        for sentence in damages(result.metrics, result.recovery is not None):
             printing.warning(f"{name}: {sentence}")
 
 

@@ -128,6 +128,7 @@ def summary_facts(study: Study) -> list[tuple[str, str]]:
             f"{c.text}, {c.sequences} sequence{'s' * (c.sequences != 1)} of {c.length} tokens" for c in calibrations
         )
         or "nothing",
+        "Recovered": _recovered(results),
         "Not pruned": _distinct(_layers(skipped) for skipped in layers if isinstance(skipped, list)),
         "Machine": _distinct(map(_machine, results)),
         "Trials": study.progress + (f", {duration(seconds)}" if seconds else ""),
@@ -135,6 +136,16 @@ def summary_facts(study: Study) -> list[tuple[str, str]]:
         "Software": ", ".join(f"{n} {used[n]}" for n in ("prunekit", "torch", "transformers") if n in used),
     }
     return [(name, text) for name, text in facts.items() if text]
+
+
+def _recovered(results: Sequence[RunResult]) -> str:
+    """How trials were trained after the cut, with seconds of a training, and how many of them were."""
+    done = [result.recovery for result in results if result.recovery is not None]
+    if not done:
+        return ""
+    seconds = sorted(each.seconds for each in done)
+    took = f"{seconds[0]:.0f} s" if len(done) == 1 else f"{seconds[0]:.0f} to {seconds[-1]:.0f} s"
+    return f"{len(done)} of {len(results)} trials: {_distinct(each.label for each in done)}; {took} of training each"
 
 
 def _layers(listed: list[Any]) -> str:

@@ -20,7 +20,7 @@ from .trials import Study, Trial
 ABOVE_DENSE = ("full_batch_probing",)
 """Strategies that compute more than the dense model at any ratio."""
 
-PRUNING = ("prune.", "calibration.")
+PRUNING = ("prune.", "calibration.", "recover")
 """Prefixes of settings that a dense model does not have."""
 
 NOT_CHOSEN = re.compile(r"(processor|threads|torch|accelerator|sites)$|.*seed$|(dense|pruned)_")

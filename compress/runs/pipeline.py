@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from ...registry import Evaluator, Measurement, PluginError
+from ...registry import Evaluator, Measurement, PluginError, SpecError
 from ...registry.tensors.tokens import context_length
 from ..calibration.passes import Progress, no_progress
 from ..calibration.shared import SharedStatistics
@@ -20,13 +20,14 @@ from ..files.spec import Calibration, PipelineSpec
 from ..models.loading import Loaded, load
 from ..output.failures import blamed
 from ..output.folders import RunFolder
-from ..output.records import CalibrationFacts, Value
+from ..output.records import CalibrationFacts, Training, Value
+from ..pruning.pruned import Pruned
 from .checking import flaws_of
 from .documents import read_documents
 from .matching import prune_as_asked
 from .measuring import Known, Measuring, Unpruned
 from .plan import Say, planned, silent
-from .preflight import check_calibration, check_rows
+from .preflight import check_context, check_rows
 from .provenance import about_cut, about_model, plugins_used, versions
 from .records import FORMAT, EvaluatorResult, RunResult, Seconds, damages
 from .results import Results
@@ -34,8 +35,22 @@ from .text import fingerprint as text_fingerprint
 from .text import in_batches, sequences_of
 
 
+class Recoverer(Protocol):
+    """Trains one run's pruned model."""
+
+    def __init__(self, spec: PipelineSpec, loaded: Loaded, /): ...
+
+    def recover(self, pruned: Pruned, progress: Progress, /) -> Training:
+        """Have ``pruned`` compute with trained weights, and describe the training."""
+        ...
+
+
 class Pipeline:
     """Runs a :class:`PipelineSpec`, or the mapping that a pipeline file would hold."""
+
+    _recoverer: ClassVar[type[Recoverer] | None] = None
+    """What trains pruned models. It raises, before hours of calibration, for a text that is too short and a model that
+    cannot be trained. Recovery stands above this room, and sets it."""
 
     def __init__(self, spec: PipelineSpec | Mapping[str, Any]):
         self.spec = spec if isinstance(spec, PipelineSpec) else PipelineSpec.of(spec)
@@ -95,11 +110,13 @@ class Pipeline:
             check_place(file)
         loaded = loaded or load(spec.model)
         check_lengths(spec, loaded)
+        recoverer = self._recovering(loaded)
         batches, calibration = None, None
         if spec.prune.needs_calibration:
             batches, calibration = calibration_of(spec.calibration, loaded, progress, statistics)
         if say is not silent:
-            for line in planned(calibration, labelled(spec.evaluate), Unpruned(loaded), "dense and pruned"):
+            models = "dense and pruned" if spec.recover is None else "dense and recovered"
+            for line in planned(calibration, labelled(spec.evaluate), Unpruned(loaded), models, spec.recover):
                 say(line)
         stored = StatisticsFile(file) if file is not None and batches is not None else None
         prepared = time.perf_counter()
@@ -123,6 +140,7 @@ class Pipeline:
                 trace.extend({"evaluator": label, **record} for record in (pruned.trace or [])[len(trace) :])
 
             take_trace(None)
+            recovery = None if recoverer is None else recoverer.recover(pruned, progress)
             known = {} if dense is None else dense
             measuring = Measuring(loaded, pruned, progress, known, spec.evaluate, spec.seed, spec.positions)
             for label, evaluator in labelled(spec.evaluate):
@@ -145,6 +163,8 @@ class Pipeline:
         ended = time.perf_counter()
         if calibration is not None and stored is not None:
             calibration = calibration.model_copy(update={"statistics": stored.used})
+        # Absent where there is nothing, as in older files.
+        more: dict[str, Any] = ({"search": search} if search else {}) | ({"recovery": recovery} if recovery else {})
         record = RunResult(
             format=FORMAT,
             started=started,
@@ -160,8 +180,12 @@ class Pipeline:
             seeds={"pipeline": spec.seed, "calibration": spec.calibration.seed, "strategy": spec.prune.seed},
             versions=versions(),
             plugins=plugins_used(spec),
-            **({"search": search} if search else {}),
-            notes=[*notes, *damages(metrics), *(note for metric in metrics for note in metric.notes)],
+            **more,
+            notes=[
+                *notes,
+                *damages(metrics, recovery is not None),
+                *(note for metric in metrics for note in metric.notes),
+            ],
             seconds=Seconds(
                 load=round(prepared - began, 2),
                 prune=round(calibrated - prepared, 2),
@@ -169,6 +193,14 @@ class Pipeline:
             ),
         )
         return Results(record, pinned(spec, loaded).to_yaml(), trace if spec.output.trace else None, failed=failed)
+
+    def _recovering(self, loaded: Loaded) -> Recoverer | None:
+        """What trains the pruned model; None where it is measured as it was cut."""
+        if self.spec.recover is None:
+            return None
+        if self._recoverer is None:
+            raise SpecError("recover: import Pipeline from prunekit.compress, which training belongs to")
+        return self._recoverer(self.spec, loaded)
 
 
 def _evaluate(label: str, evaluator: Evaluator, measuring: Measuring) -> EvaluatorResult:
@@ -211,7 +243,7 @@ def calibration_of(
 
     ``statistics`` remembers generated text. Raises :class:`DataError` where sequences exceed the model's context.
     """
-    check_calibration(calibration.length, context_length(loaded.model))
+    check_context("calibration.length", calibration.length, context_length(loaded.model))
     tokenizer, sources = loaded.tokenizer, calibration.sources
     shares = [len(range(first, calibration.sequences, len(sources))) for first in range(len(sources))]
     length, seed, parts = calibration.length, calibration.seed, []

@@ -12,6 +12,7 @@ from ...registry import DataError, ExpertUnit, ModelError, PrunekitError, TextSo
 from ...registry.tensors.tokens import context_length
 from ..calibration.statistics_file import check_place
 from ..files.reader import Mistake, Place
+from ..files.recover import check_installed
 from ..files.spec import PipelineSpec
 from ..files.yaml_file import parse_place
 from ..models import gguf_file
@@ -40,18 +41,22 @@ def checks(spec: PipelineSpec, here: bool = True) -> Iterator[Check]:
         family, named = (source, spec.architecture, spec.plugins), spec.architecture is not None
         yield ("architecture",) if named else ("model", "name"), ("family", family), lambda: _check_family(spec)
         yield ("prune",), ("experts", family, strategy.experts), lambda: _check_experts(spec)
+        if spec.recover is not None:
+            yield ("recover",), ("installed", "peft"), check_installed
         if calibration.statistics is not None and not calibration.statistics.exists():
             yield ("calibration", "statistics"), calibration.statistics, partial(check_place, calibration.statistics)
     context = None if outline is None else context_length(outline)
-    if strategy.needs_calibration:
-        length = calibration.length
-        yield ("calibration", "length"), ("context", context, length), partial(check_calibration, length, context)
+    lengths = {"calibration": calibration.length} if strategy.needs_calibration else {}
+    lengths |= {} if spec.recover is None else {"recover": spec.recover.length}
+    for section, length in lengths.items():
+        key = f"{section}.length"
+        yield (section, "length"), ("context", key, context, length), partial(check_context, key, length, context)
     for index, evaluator in enumerate(spec.evaluate):
-        place, key = ("evaluate", index), evaluator.identity
-        yield place, ("options", key), evaluator.check_options
-        yield place, ("rows", key, spec.positions, context), partial(check_rows, spec, index, context)
+        place, which = ("evaluate", index), evaluator.identity
+        yield place, ("options", which), evaluator.check_options
+        yield place, ("rows", which, spec.positions, context), partial(check_rows, spec, index, context)
         if outline is not None:
-            yield place, ("model", key, source), partial(evaluator.check, outline)
+            yield place, ("model", which, source), partial(evaluator.check, outline)
 
 
 def check_rows(spec: PipelineSpec, index: int, context: int | None) -> None:
@@ -70,12 +75,11 @@ def check_rows(spec: PipelineSpec, index: int, context: int | None) -> None:
     )
 
 
-def check_calibration(length: int, context: int | None) -> None:
-    """Raise :class:`DataError` for sequences that are longer than the model's context."""
+def check_context(key: str, length: int, context: int | None) -> None:
+    """Raise :class:`DataError` for sequences that are longer than the model's context; ``key`` has their length."""
     if context is not None and length > context:
         raise DataError(
-            f"calibration.length: the model's context is {context} tokens, found {length}; "
-            f"set calibration.length to {context} or less"
+            f"{key}: the model's context is {context} tokens, found {length}; set {key} to {context} or less"
         )
 
 
@@ -89,6 +93,7 @@ def unseen(specs: Iterable[PipelineSpec]) -> str:
         found = [text for each in spec.evaluate for _, text in each]
         found += [text for texts in found if isinstance(texts, tuple) for text in texts]
         texts += [text for text in found if isinstance(text, TextSource)]
+        texts += spec.training_texts
         hub |= dict.fromkeys(f"dataset {text.dataset}" for text in texts if text.dataset)
     there = f", and on the hub: {', '.join(hub)}" if hub else ""
     return f"not looked at: the weights, whether texts are long enough, the data of tasks{there}"

@@ -21,6 +21,7 @@ from ..output.records import (
     Plain,
     Ratio,
     Record,
+    Training,
     Value,
     Values,
     as_number,
@@ -56,13 +57,16 @@ DAMAGED = 3
 """Times the dense model's perplexity from which a model is called damaged."""
 
 
-def damage(label: str, dense: Mapping[str, Value] | None, pruned: Mapping[str, Value]) -> list[str]:
+def damage(
+    label: str, dense: Mapping[str, Value] | None, pruned: Mapping[str, Value], recovered: bool = False
+) -> list[str]:
     """A sentence where the perplexity rose more than :data:`DAMAGED` times; else nothing."""
     before, after = (as_number((values or {}).get("perplexity")) for values in (dense, pruned))
     if not isinstance(before, (int, float)) or not isinstance(after, (int, float)) or not after > DAMAGED * before:
         return []
     rise = f"{label} rose {after / before:.3g}x, from {number(before)} to {number(after)}"
-    return [f"{rise}: the model is damaged; cut less, or recover it (prunekit recover)"]
+    remedy = "train it longer" if recovered else "recover it (prunekit recover)"
+    return [f"{rise}: the model is damaged; cut less, or {remedy}"]
 
 
 class Seconds(Record):
@@ -85,6 +89,8 @@ class RunResult(Record):
     model: ModelFacts
     calibration: CalibrationFacts | None = None
     compensation: CompensationFacts | None = None
+    recovery: Training | None = None
+    """The training after the cut, if there was any."""
     attention_unit: str
     layers: list[LayerCut] = Field(max_length=MOST_LAYERS)
     runtime: Plain = Field(default_factory=dict)
@@ -102,9 +108,9 @@ class RunResult(Record):
         return next((found for found in self.metrics if found.label == label), None)
 
 
-def damages(metrics: Iterable[EvaluatorResult]) -> list[str]:
-    """A sentence for every perplexity that rose far."""
-    return [line for found in metrics for line in damage(found.label, found.dense, found.pruned)]
+def damages(metrics: Iterable[EvaluatorResult], recovered: bool = False) -> list[str]:
+    """A sentence for every perplexity that rose far; ``recovered``: whether the model was trained after the cut."""
+    return [line for found in metrics for line in damage(found.label, found.dense, found.pruned, recovered)]
 
 
 class ComparedRun(RunResult):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..output.formatting import accuracy_of, achieved, extent, fact, kept_units, names_of, sentence, table, value_text
-from ..output.records import CompensationFacts, Value
+from ..output.records import CompensationFacts, Training, Value
 from .records import NOT_PRUNED, RunResult
 
 HEAD = ("measurement", "dense", "pruned", "change")
@@ -43,7 +43,8 @@ def headline(result: RunResult) -> str:
     """One line: what was pruned by which strategy, and how much."""
     if result.strategy == NOT_PRUNED:
         return f"{result.model.name}, not pruned"
-    return f"{result.strategy} on {result.model.name}: {achieved(result.ratio)}"
+    recovered = "" if result.recovery is None else f", recovered by {result.recovery.label}"
+    return f"{result.strategy} on {result.model.name}: {achieved(result.ratio)}{recovered}"
 
 
 def markdown(result: RunResult) -> str:
@@ -63,6 +64,7 @@ def markdown(result: RunResult) -> str:
         f"{model.attention} attention, fingerprint {fact(model.fingerprint)}",
         f"- **calibration**: {sentence(calibration.as_json()) if calibration else 'none needed'}",
         *_compensation(result.compensation),
+        *_recovery(result.recovery),
         *_search(result.search),
         *([f"- **runtime**: {sentence(result.runtime)}"] if result.runtime else []),
         f"- **versions**: {sentence(result.versions)}; run {result.started}, {result.seconds.total:.0f} s",
@@ -88,6 +90,15 @@ def _compensation(about: CompensationFacts | None) -> list[str]:
     fell_back = f"; the mean alone at {', '.join(about.fell_back)}" if about.fell_back else ""
     gathered = "" if about.tokens is None else f"; covariance of {about.tokens:,} tokens"
     return [f"- **compensation**: {options.pop('name')} ({sentence(options) or 'no options'}){gathered}{fell_back}"]
+
+
+def _recovery(done: Training | None) -> list[str]:
+    """The line on the training after the cut, if there was any."""
+    if done is None:
+        return []
+    facts = {key: value for key, value in done.as_json().items() if key not in ("method", "loss")}
+    loss = f"training loss {done.loss.first:.4g} in the first steps, {done.loss.last:.4g} in the last"
+    return [f"- **recovery**: {done.label}, {done.tokens:,} tokens in {done.seconds:.0f} s; {loss}; {sentence(facts)}"]
 
 
 def _search(steps: Sequence[Mapping[str, Any]]) -> list[str]:

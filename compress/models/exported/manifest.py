@@ -21,6 +21,7 @@ from ...output.records import (
     Plain,
     Ratio,
     Record,
+    Training,
     Values,
 )
 from ..origin import READ, is_own
@@ -56,43 +57,6 @@ class Frozen(Record):
 
     how: str
     meaning: str
-
-
-class Losses(Record):
-    """Mean training loss of the first and of the last steps."""
-
-    first: float
-    last: float
-    averaged_over_steps: int
-
-
-class Training(Record):
-    """The LoRA training of a recovered model, and the text it was trained on."""
-
-    method: str
-    peft: str
-    rank: int
-    alpha: float
-    dropout: float
-    steps: int
-    learning_rate: float
-    batch_size: int
-    accumulate: int
-    seed: int
-    layers: list[str]
-    schedule: str
-    warmup_steps: int
-    trainable_parameters: int
-    epochs: float
-    loss: Losses
-    seconds: float
-    text: str
-    sequences: int
-    length: int
-    fingerprint: str
-    """sha256 of the token ids."""
-    weights_before: str | None
-    """Fingerprint of the weights before the training."""
 
 
 class ExportMetric(Record):
