@@ -2,6 +2,7 @@
 
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -114,6 +115,10 @@ def test_weights_from_elsewhere_are_of_the_pruned_model_alone(make_model, batche
                 steps.append(model(input_ids=token, past_key_values=first.past_key_values, use_cache=True).logits)
             return torch.cat(steps, 1)
 
+    def densely():
+        with pruned.dense():
+            return run()
+
     dense = run()
     with prune(model, "flap", ratio=0.4, skip_layers=(1,), calibration=batches) as pruned:
         cut, held = run(), pruned.held_bytes()
@@ -131,6 +136,12 @@ def test_weights_from_elsewhere_are_of_the_pruned_model_alone(make_model, batche
         assert torch.allclose(run(length=20), changed, atol=1e-4)  # steps repeat what the step before has found
         assert all(site.open_cut.ready for site in pruned.cuts if not site.whole)
         assert pruned.held_bytes() == held
+        with ThreadPoolExecutor(1) as other:
+            with pruned.dense():
+                assert torch.equal(other.submit(run).result(), changed)  # of a thread that has not asked for it
+            assert torch.equal(other.submit(densely).result(), dense) and torch.equal(run(), changed)
+        with pytest.raises(SpecError, match=r"layers\.1\.mlp\.up_proj.*192 x 128"):
+            pruned.compute_with({model.model.layers[1].mlp.up_proj: (torch.ones(3, 3), None)})
         with pruned.dense():
             assert torch.equal(run(), dense)
         with pruned.suspended():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...registry import ChannelHistory, Component, OneForAll, PerPrompt, Site, Strategy
+from ...registry import ChannelHistory, Component, OneForAll, PerPrompt, Site, SpecError, Strategy
 from ...registry.catalog import is_foreign, named
 from ...registry.sites import owned_norms
 from . import linears
@@ -37,7 +37,7 @@ from .rotary import restore_rotary, rotary_state
 from .runtime import Runtime
 from .site_cut import SiteCut
 from .site_state import SiteBinding, SiteState
-from .weights import ModelWatch, ReplacedWeights
+from .weights import ModelWatch
 
 Learn = Callable[[SiteCut, Tensor, "Tensor | None"], None]
 """Takes a site, what enters its consumer (B, T, C), and the batch's real tokens (B, T) or None."""
@@ -77,7 +77,6 @@ class Engine:
         """The module that owns the layers: one call of it is one batch."""
         self.searched: list[dict[str, Any]] = []
         """What the allocator has recorded of its search, step by step."""
-        self._replaced = ReplacedWeights()
         self.is_suspended = self.is_removed = False
         self._foreign = [
             part for part in (strategy, *dict(strategy).values()) if isinstance(part, Component) and is_foreign(part)
@@ -105,7 +104,7 @@ class Engine:
         hooks, before = self.hooks, dict(with_kwargs=True)
         self._undo.append(partial(restore_rotary, rotary_state(self.model)))
         hooks.installed = True
-        self._undo.append(self._replaced.put_back)
+        self._undo.append(self.hooks.replaced.put_back)
         for cut in self.cuts:
             self._undo.append(cut.close)
             for module, view in cut.binding.views:
@@ -238,17 +237,30 @@ class Engine:
     def compute_with(self, weights: Mapping[nn.Module, Weights]) -> None:
         """Prune with these weights of linear layers instead of the model's own, whose dense passes stay what they are.
 
-        Of a layer that is cut: weight and bias in the shape of its fixed units. Of any other: in the layer's shape, on
-        its device.
+        Of a layer that is cut: weight and bias in the shape of its fixed units. Of any other: the weight alone, in the
+        layer's shape, on its device; raises :class:`SpecError` for another shape.
         """
+        cut_layers = {
+            linear
+            for cut in self.cuts
+            if not cut.whole
+            for linear in (cut.binding.consumer, *(linear for linear, _ in cut.binding.producers))
+        }
+        whole = {linear: weight for linear, (weight, _) in weights.items() if linear not in cut_layers}
+        names = {module: name for name, module in self.model.named_modules()}
+        for linear, weight in whole.items():
+            if (own := linear.get_parameter("weight").shape) != weight.shape:
+                rows = " x ".join(map(str, own))
+                raise SpecError(
+                    f"{names.get(linear, 'a layer')} is whole, and has a weight of {rows}; give one of this shape"
+                )
         with self._lock:
             previous = self.shared.running.usual
             self._switch("dense")
             for cut in self.cuts:
                 linears = [cut.binding.consumer, *(linear for linear, _ in cut.binding.producers)]
                 cut.state.given = {} if cut.whole else {each: weights[each] for each in linears if each in weights}
-            cut_already = {linear for cut in self.cuts for linear in cut.state.given}
-            self._replaced.use({each: weight for each, (weight, _) in weights.items() if each not in cut_already})
+            self.hooks.replaced.use(whole)
             self.hooks.forget_weights()
             self._switch(previous)
 
@@ -326,10 +338,7 @@ class Engine:
 
     def _enter(self, mode: Mode) -> None:
         self.shared.running.applied = mode
-        if mode == "prune":
-            self._replaced.put()
-        else:
-            self._replaced.put_back()
+        self.hooks.replaced.turn(mode == "prune")
         for cut in self.cuts:
             if mode == "prune" and cut.fixed is not None:
                 cut.open(cut.fixed, stays=True)

@@ -31,7 +31,7 @@ from .open_cut import Shared
 from .probing import Probe, Prober, SiteInput
 from .site_cut import SiteCut
 from .steady import Steady
-from .weights import WeightsWatch
+from .weights import ReplacedWeights, WeightsWatch
 
 
 class Hooks:
@@ -66,7 +66,7 @@ class Hooks:
         self._following = following_sites(cuts) if decider.strategy.decides_ahead else [None] * len(cuts)
         self.cached = CacheDecisions(decider.strategy, cuts, first)
         self._side = SideStreams(shared.runtime.overlap)
-        self.weights = WeightsWatch(cuts)
+        self.weights, self.replaced = WeightsWatch(cuts), ReplacedWeights()
 
     def calibrate_with(self, observe: Observe | None) -> Observe | None:
         """Set the function that gets every consumer's input in calibration; returns the previous one."""
@@ -351,8 +351,9 @@ class Hooks:
 
     @contextmanager
     def _turned(self, mode: Mode) -> Iterator[None]:
-        before = [cut.open_cut for cut in self.cuts]
+        before, replaced = [cut.open_cut for cut in self.cuts], self.replaced.are_put
         try:
+            self.replaced.turn(mode == "prune")
             for cut in self.cuts:
                 if cut.fixed is not None and mode == "prune":
                     cut.open(cut.fixed, stays=True)
@@ -360,6 +361,7 @@ class Hooks:
                     cut.suspend()
             yield
         finally:
+            self.replaced.turn(replaced)
             for cut, open_cut in zip(self.cuts, before, strict=True):
                 cut.reopen(open_cut)
 

@@ -79,15 +79,23 @@ class ReplacedWeights:
         self._own: dict[nn.Module, Tensor] = {}
 
     def use(self, given: Mapping[nn.Module, Tensor]) -> None:
-        """Put these weights, in the shapes of the layers' own, in their place from the next :meth:`put` on."""
+        """Put these weights, in the shapes of the layers' own, in their place from the next :meth:`turn` on."""
         self.put_back()
         self._given = given
 
-    def put(self) -> None:
-        """Have the layers compute with the given values."""
-        for linear, given in () if self._own else self._given.items():
-            weight: Any = linear.weight
-            self._own[linear], weight.data = weight.data, given
+    @property
+    def are_put(self) -> bool:
+        """Whether the layers compute with the given values now."""
+        return bool(self._own)
+
+    def turn(self, on: bool) -> None:
+        """Have the layers compute with the given values, or with their own."""
+        if not on:
+            self.put_back()
+        elif not self._own:
+            for linear, given in self._given.items():
+                weight: Any = linear.weight
+                self._own[linear], weight.data = weight.data, given
 
     def put_back(self) -> None:
         """Have them compute with their own."""
