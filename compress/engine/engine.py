@@ -240,13 +240,13 @@ class Engine:
         Of a layer that is cut: weight and bias in the shape of its fixed units. Of any other: the weight alone, in the
         layer's shape, on its device; raises :class:`SpecError` for another shape.
         """
-        cut_layers = {
-            linear
+        layers = {
+            cut: (cut.binding.consumer, *(linear for linear, _ in cut.binding.producers))
             for cut in self.cuts
             if not cut.whole
-            for linear in (cut.binding.consumer, *(linear for linear, _ in cut.binding.producers))
         }
-        whole = {linear: weight for linear, (weight, _) in weights.items() if linear not in cut_layers}
+        of_cuts = {linear for linears in layers.values() for linear in linears}
+        whole = {linear: weight for linear, (weight, _) in weights.items() if linear not in of_cuts}
         names = {module: name for name, module in self.model.named_modules()}
         for linear, weight in whole.items():
             if (own := linear.get_parameter("weight").shape) != weight.shape:
@@ -257,9 +257,8 @@ class Engine:
         with self._lock:
             previous = self.shared.running.usual
             self._switch("dense")
-            for cut in self.cuts:
-                linears = [cut.binding.consumer, *(linear for linear, _ in cut.binding.producers)]
-                cut.state.given = {} if cut.whole else {each: weights[each] for each in linears if each in weights}
+            for cut, linears in layers.items():
+                cut.state.given = {each: weights[each] for each in linears if each in weights}
             self.hooks.replaced.use(whole)
             self.hooks.forget_weights()
             self._switch(previous)
