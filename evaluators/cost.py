@@ -92,7 +92,7 @@ class Cost(OneBatch):
             "compensation",
             "parameters": "parameters of the units that stay; a dynamic strategy's probe and its memory still use all",
             **self.about_batch(length),
-            "rows": "the dense model's first row stands for all, and that of a cut made once",
+            "rows": "dense: the first stands for all; pruned: " + ("all" if len(pruned_ids) > 1 else "the first, too"),
             "order": "pruned, dense",
             "torch": torch.__version__,
             **setting(subject.model),

@@ -5,6 +5,10 @@ import copy
 import pytest
 import torch
 from prunekit.compress import prune
+from prunekit.compress.calibration.passes import no_progress
+from prunekit.compress.models.loading import Loaded
+from prunekit.compress.runs.measuring import Measuring
+from prunekit.evaluators.cost import Cost, operations
 from prunekit.registry import DataError, ModelError, SpecError
 
 from tests.moe_models import FAMILIES, batches, built, catalog, columns, experts_of, is_supported, logits, zeroed
@@ -269,3 +273,15 @@ def test_copies_and_statistics_files(tmp_path):
     assert not torch.equal(got, logits(model, batch))
     with cut(model, statistics=file, calibration=text) as again:
         assert again.kept() == kept
+
+
+def test_rows_that_reach_narrower_experts_are_all_counted():
+    """Channels that are ranked over all experts leave these with different widths."""
+    model = built("mixtral")
+    with cut(model, skip_layers=[], allocator="global_ranking") as pruned:
+        subject = Measuring(Loaded(model, None, {}), pruned, no_progress, {})
+        assert len(set(pruned.counts.values())) > 1
+        ids = Cost(batch_size=6, length=10).batch(subject, 10)
+        counted, tokens = sum(operations(subject, ids).values()), ids.numel()
+        assert counted != 6 * sum(operations(subject, ids[:1]).values())
+        assert Cost(batch_size=6, length=10).evaluate(subject).values["flops"] == counted / tokens

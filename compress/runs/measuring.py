@@ -128,7 +128,8 @@ class Measuring(Subject):
     def depends_on_batch(self) -> bool:
         strategy = self._pruned.strategy
         folds_anew = strategy.compensates and any(map(is_offloaded, self.model.modules()))
-        return strategy.dynamic or strategy.probes_with is not None or folds_anew
+        experts_differ = any(cut.site.expert is not None for cut in self._pruned.cuts)  # rows go to different ones
+        return strategy.dynamic or strategy.probes_with is not None or folds_anew or experts_differ
 
     def dense(self) -> AbstractContextManager[Any]:
         return self._pruned.dense()

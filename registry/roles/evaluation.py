@@ -51,7 +51,7 @@ class Subject(ABC):
 
     @property
     def depends_on_batch(self) -> bool:
-        """Whether every batch is probed or decided on, so that what a row takes depends on the other rows."""
+        """Whether rows take different operations: a batch is probed or decided on, or experts have other widths."""
         return False
 
     @abstractmethod
