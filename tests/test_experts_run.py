@@ -64,6 +64,17 @@ def test_run(content, tmp_path, use):
     assert again.metrics["perplexity.perplexity"] == results.metrics["perplexity.perplexity"]
 
 
+def test_recovery_after_whole_experts_have_gone(content, tmp_path):
+    """Attention is trained, and the experts that stay keep their weights, which are one tensor."""
+    made = {**content(use="reap", ratio=1 / 3), "recover": {"steps": 2, "batch_size": 2, "length": 32}}
+    pytest.importorskip("peft", reason="recovery needs peft: pip install peft")
+    results = Pipeline(made).run(tmp_path / "run")
+    assert set(results.record.recovery.layers) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    uneven = {**made, "prune": {"use": "reap", "ratio": 1 / 3, "skip_layers": [0]}}
+    with pytest.raises(SpecError, match=r"recover: .* layer 1 keeps 2 experts, layer 0 6 .*nearest: prune all layers"):
+        Pipeline(uneven).run(tmp_path / "uneven")
+
+
 def test_flops_of_a_cut_are_those_of_the_tokens_that_reach_it(content, tmp_path):
     """A token reaches 2 of 6 experts: what is counted agrees with what a smaller model would take."""
     results = Pipeline(content(use="magnitude", ratio=0.5, attention_unit="kv_group")).run(tmp_path / "run")

@@ -119,7 +119,7 @@ def test_weights_from_elsewhere_are_of_the_pruned_model_alone(make_model, batche
         with pruned.dense():
             return run()
 
-    dense = run()
+    dense, own = run(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with prune(model, "flap", ratio=0.4, skip_layers=(1,), calibration=batches) as pruned:
         cut, held = run(), pruned.held_bytes()
         weights = {linear: linear.weight for linear in (model.model.layers[1].mlp.up_proj,)}
@@ -135,7 +135,10 @@ def test_weights_from_elsewhere_are_of_the_pruned_model_alone(make_model, batche
         assert not torch.allclose(changed, cut, atol=1e-2)
         assert torch.allclose(run(length=20), changed, atol=1e-4)  # steps repeat what the step before has found
         assert all(site.open_cut.ready for site in pruned.cuts if not site.whole)
-        assert pruned.held_bytes() == held
+        whole = sum(weight.nbytes for weight in weights.values())
+        assert pruned.held_bytes() == {**held, "gathered": held["gathered"] + whole}
+        for keep in (False, True):  # what is saved of the model is the dense one
+            assert all(torch.equal(each, own[name]) for name, each in model.state_dict(keep_vars=keep).items())
         with ThreadPoolExecutor(1) as other:
             with pruned.dense():
                 assert torch.equal(other.submit(run).result(), changed)  # of a thread that has not asked for it
@@ -198,6 +201,15 @@ def test_mistakes_come_before_calibration_and_leave_nothing(content, tmp_path, m
         Pipeline(spec).run(tmp_path / "out", loaded=loaded)
     monkeypatch.undo()
     assert not calibrated
+    with monkeypatch.context() as patched:
+        patched.setattr("prunekit.compress.recovery.in_pipeline.logits_of", lambda *_: torch.randn(1, 4, 8))
+        patched.setattr("prunekit.compress.recovery.in_pipeline.train", lambda *_: calibrated.append(1))
+        with pytest.raises(ModelError, match=r"recover: the smaller model and .* other logits .*so it was not trained"):
+            Pipeline(spec).run(tmp_path / "out", loaded=loaded)
+    assert not calibrated
+    uneven = {**made, "prune": {"use": "flap", "ratio": 0.4, "attention_unit": "query_head"}}
+    with pytest.raises(SpecError, match=r"recover: .* none holds .*nearest: .*kv_group cuts .*, or leave recover out$"):
+        Pipeline(uneven).run(tmp_path / "out", loaded=loaded)
     with monkeypatch.context() as patched:
         patched.setattr(options.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(SpecError, match=r"recover: it trains with peft.*pip install peft"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...registry.tensors.devices import is_offloaded
 from ...registry.tensors.experts import ExpertNorms
@@ -72,16 +74,22 @@ class WeightsWatch:
 
 
 class ReplacedWeights:
-    """Values that layers compute with instead of their own, which stay where they are in the meantime."""
+    """Values that layers compute with instead of their own, which a state dict of the model still has."""
 
     def __init__(self) -> None:
         self._given: Mapping[nn.Module, Tensor] = {}
         self._own: dict[nn.Module, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
 
     def use(self, given: Mapping[nn.Module, Tensor]) -> None:
         """Put these weights, in the shapes of the layers' own, in their place from the next :meth:`turn` on."""
         self.put_back()
         self._given = given
+
+    @property
+    def given(self) -> Collection[Tensor]:
+        """The values, which are held besides the model."""
+        return self._given.values()
 
     @property
     def are_put(self) -> bool:
@@ -95,7 +103,9 @@ class ReplacedWeights:
         elif not self._own:
             for linear, given in self._given.items():
                 weight: Any = linear.weight
-                self._own[linear], weight.data = weight.data, given
+                self._own[linear] = weight.data
+                self._hooks.append(linear.register_state_dict_post_hook(partial(_save, own=weight.data)))
+                weight.data = given
 
     def put_back(self) -> None:
         """Have them compute with their own."""
@@ -103,6 +113,14 @@ class ReplacedWeights:
             linear, own = self._own.popitem()
             weight: Any = linear.weight
             weight.data = own
+        while self._hooks:
+            self._hooks.pop().remove()
+
+
+def _save(linear: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, *, own: Tensor) -> None:
+    """Keep given values out of a state dict: what it has of a pruned model is the dense one."""
+    weight = state[f"{prefix}weight"]
+    state[f"{prefix}weight"] = nn.Parameter(own, weight.requires_grad) if isinstance(weight, nn.Parameter) else own
 
 
 class ModelWatch(ModelState):

@@ -54,11 +54,13 @@ def compared(
     found: Tensor,
     dtype: torch.dtype,
     alike: bool,
-    what: str = "the exported model, loaded again,",
+    what: str = "the exported model, loaded again, gives other logits than the pruned one",
+    then: str = "so nothing was written",
 ) -> LogitCheck:
     """The largest difference between two models' logits (b, t, V); raises :class:`ModelError` if it is too large.
 
-    ``alike``: all tensors have the same shapes, so that rounding is almost the same. ``what`` names the second model.
+    ``alike``: all tensors have the same shapes, so that rounding is almost the same. ``what`` and ``then`` are parts of
+    the error.
     """
     largest, scale = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
     # In half precision every layer rounds its sums, and sums of other shapes round differently.
@@ -66,9 +68,8 @@ def compared(
     limit = max(TOLERANCE, units * torch.finfo(dtype).eps) * scale
     if not largest <= limit:
         raise ModelError(
-            f"{what} gives other logits than the pruned one (by up to {largest:.3g}, "
-            f"allowed are {limit:.3g}), so nothing was written; try --set model.dtype=float32, and if that differs "
-            "too, report it with the pipeline file"
+            f"{what} (by up to {largest:.3g}, allowed are {limit:.3g}), {then}; try --set model.dtype=float32, and if "
+            "that differs too, report it with the pipeline file"
         )
     tokens = expected[..., 0].numel()
     return LogitCheck(logits="equal" if largest == 0 else "close", largest_difference=largest, tokens=tokens)

@@ -132,7 +132,9 @@ class Reader:
         if isinstance(raw, cls):
             return raw
         if not isinstance(raw, Mapping):
-            self.mistake(place, f"expected a mapping of {', '.join(visible(cls))} (found {shown(raw)})")
+            required = any(field.is_required() for field in cls.model_fields.values())
+            defaults = "" if required else "; {} takes all defaults"
+            self.mistake(place, f"expected a mapping of {', '.join(visible(cls))} (found {shown(raw)}){defaults}")
             return None
         start = len(self.mistakes)
         values = {} if base is None else {key: getattr(base, key) for key in base.model_fields_set}

@@ -252,10 +252,12 @@ class Pruned:
         return found
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes held besides the model now: ``statistics`` of all sites, and ``gathered`` copies of kept weights."""
+        """Bytes held besides the model now: ``statistics`` of all sites, and ``gathered`` weights that it runs with."""
         statistics = sum(cut.state.bytes for cut in self._engine.cuts)
         statistics += sum(history.bytes for history in self._calibrated or ())
-        copies = [*self._engine.shared.gatherer.buffers, *(t for cut in self._engine.cuts for t in cut.copies())]
+        engine = self._engine
+        copies = [*engine.shared.gatherer.buffers, *(t for cut in engine.cuts for t in cut.copies())]
+        copies += engine.hooks.replaced.given
         pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in copies}
         return {"statistics": statistics, "gathered": sum(pieces.values())}
 

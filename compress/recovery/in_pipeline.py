@@ -6,12 +6,14 @@ to the dense model, by its kept units, in the same loaded model, which is as bef
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...registry import ModelError, SpecError
@@ -28,13 +30,16 @@ from ..models.loading import load as load_model
 from ..output.records import Training
 from ..pruning.pruned import Pruned
 from ..runs.pipeline import Pipeline
-from .lora import train
+from .lora import check_in_memory, train
 from .text import text_of
 
 __all__ = ["Pipeline"]
 
 PROFILES = ("hf-hetero", "hf-uniform")
 """The formats of smaller models that can be trained, in order."""
+
+PROFILE, NEAREST = re.compile(r"^profile \S+: "), re.compile(r"[;.] [Nn]earest: ")
+"""Parts of an export's error: the format that it speaks of, and what is before its remedies."""
 
 
 class InPlace:
@@ -45,11 +50,7 @@ class InPlace:
         text that is too short."""
         assert spec.recover is not None
         check_installed()
-        if any(parameter.device.type == "meta" for parameter in loaded.model.parameters()):
-            raise ModelError(
-                "recover: the model does not fit on the devices here, and offloaded weights cannot be trained; free "
-                "some memory, or leave recover out"
-            )
+        check_in_memory(loaded.model)
         self._spec, self._loaded, self._how = spec, loaded, spec.recover
         self._family = Family.of(loaded.model.config, spec.catalog, spec.prune.experts)
         self._profile = self._format()
@@ -66,16 +67,23 @@ class InPlace:
                 check_counts(self._profile, model, strategy, pruned.all_sites, pruned.counts, self._family)
                 write_model(self._profile, pruned, self._loaded.tokenizer, Path(place))
                 left = layers_left(pruned, self._family)
+            cut = logits_of(model, ids, None)
             with pruned.suspended():  # its copies of weights leave the memory
                 small = load_model(source_of(Path(place), self._spec.model), check=False)
+                self._compare(cut, logits_of(small.model, ids, None), small.model.dtype, "so it was not trained")
                 trained, about = train(small.model, self._sequences, self._how, progress)
                 small.model = None
                 expected, dtype = logits_of(trained, ids, None), trained.dtype
                 weights = _of_layers(model, trained, left)
                 del trained
         pruned.compute_with(weights)
-        compared(expected, logits_of(model, ids, None), dtype, alike=False, what="recover: the trained model")
+        self._compare(expected, logits_of(model, ids, None), dtype, "so the row has no result")
         return Training(**about, **self._about)
+
+    @staticmethod
+    def _compare(expected: Tensor, found: Tensor, dtype: torch.dtype, then: str) -> None:
+        what = "recover: the smaller model and the pruned one give other logits"
+        compared(expected, found, dtype, alike=False, what=what, then=then)
 
     def _format(self) -> Profile:
         for name in PROFILES:
@@ -93,7 +101,12 @@ def _as_recovery() -> Iterator[None]:
     try:
         yield
     except (SpecError, ModelError) as error:
-        raise type(error)(f"recover: a smaller model is trained, as an export writes it. {error}") from error
+        reason, *remedies = NEAREST.split(str(error), maxsplit=1)
+        nearest = [each for each in re.split(r"[;,] or |; ", "".join(remedies)) if each and "--profile" not in each]
+        raise type(error)(
+            f"recover: it trains a smaller model, and none holds this cut: {PROFILE.sub('', reason)}; nearest: "
+            f"{', or '.join([*nearest, 'leave recover out'])}"
+        ) from error
 
 
 def _of_layers(model: Any, trained: Any, left: Sequence[int]) -> dict[nn.Module, tuple[Tensor, Tensor | None]]:

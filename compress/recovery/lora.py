@@ -41,10 +41,7 @@ def train(model: Any, sequences: Sequence[Tensor], lora: Recover, progress: Prog
     import peft
     import transformers
 
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise ModelError(
-            "the model does not fit on the devices here, and offloaded weights cannot be trained; free some memory"
-        )
+    check_in_memory(model)
     targets = linear_layers(model)
     if not targets:
         raise ModelError(
@@ -82,6 +79,15 @@ def train(model: Any, sequences: Sequence[Tensor], lora: Recover, progress: Prog
         "loss": {"first": first, "last": last, "averaged_over_steps": several},
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise :class:`ModelError` for a model with weights that lie elsewhere until they are computed with."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ModelError(
+            "recover: the model does not fit on the devices here, and offloaded weights cannot be trained; free some "
+            "memory, or take a smaller model"
+        )
 
 
 def _seed(lora: Recover) -> int:

@@ -34,6 +34,8 @@ WEIGHTS = ".safetensors"
 DEFAULT_TEXT = TextSource(bundled="reference-calibration")
 """What a folder is trained on where no text is named."""
 
+RELOADED = "the recovered model, loaded again, gives other logits than the trained one"
+
 REASONS = {
     "padded": "its dropped units are zeros that training would fill in",
     "dynamic": "it has no weights of its own, and decides per batch what it cuts",
@@ -88,7 +90,7 @@ class Recovery:
             self._write(model, before, partial)
             del model  # one model is in memory at a time
             again = load_model(reload.source_of(partial, ModelSource(device=self.device)), check=False)
-            check = compared(expected, logits_of(again.model, ids, None), dtype, alike=True)
+            check = compared(expected, logits_of(again.model, ids, None), dtype, alike=True, what=RELOADED)
             metrics, notes = self._measure(evaluators, again, before)
             changes = {
                 "recovery": Training(**done, **facts, weights_before=before.weights),
