@@ -322,6 +322,33 @@ def test_a_hybrid_cache_that_was_filled_without_the_pruning_is_refused(texts):
                 model(texts[0][:, :1], past_key_values=cache)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+@torch.no_grad()
+def test_a_refused_call_leaves_a_hybrid_cache_as_it_was_and_a_failed_one_is_refused(kind, texts):
+    """Its first layer does not count its positions, so that the cache does not show which layers have begun."""
+    model = made(kind)
+    ids = texts[0]
+    with prune(model, "pp", ratio=0.4, calibration=texts, catalog=CATALOG) as pruned:
+        found = []
+        for mistaken in (False, True):
+            pruned.reset()
+            cache = DynamicCache(config=model.config)
+            model(ids, past_key_values=cache)
+            if mistaken:
+                with pytest.raises(DataError, match="layer 0: 4 tokens in one call continue"):
+                    model(ids[:, :4], past_key_values=cache)
+                with pruned.dense(), pytest.raises(DataError, match="layer 0: the key/value cache already holds 10"):
+                    model(ids[:, :1], past_key_values=cache)
+            found += [model(ids[:, :1], past_key_values=cache).logits]
+        assert torch.equal(*found)
+        handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, 1:2], past_key_values=cache)
+        handle.remove()
+        with pytest.raises(DataError, match="an earlier call with this key/value cache has failed"):
+            model(ids[:, 1:2], past_key_values=cache)
+
+
 # Configurations, tensors of heads, Conv1D.
 
 

@@ -82,10 +82,13 @@ class CacheDecisions:
             mark = None
         return Before(cache, None if mark is None else _copied(mark), self._length(cache))
 
-    def failed(self, before: Before) -> None:
-        """A call has failed: its cache has the decisions that it had, or is refused if it holds any of the tokens."""
+    def failed(self, before: Before, refused: bool) -> None:
+        """A call has failed: its cache has the decisions that it had, or is refused if it holds any of the tokens.
+
+        ``refused``: no layer had begun.
+        """
         cache = before.cache
-        if not is_empty(cache) and not 0 <= before.length == self._length(cache):
+        if not (refused or is_empty(cache) or 0 <= before.length == self._length(cache)):
             vars(cache)[MARK] = {"pruning": self.pruning, "layers": {}, "failed": True}
         elif before.mark is not None:
             vars(cache)[MARK] = before.mark

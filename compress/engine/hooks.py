@@ -127,7 +127,9 @@ class Hooks:
         """The batch has failed: its cache is as before, or refused from now on."""
         self._steady = None
         if batch.before is not None:
-            self.cached.failed(batch.before)
+            # Layers without sites have no hooks: whether one of them has begun is known of the first layer alone.
+            knows = not batch.steady and any(cut.site.layer == 0 for cut in self.cuts[:1])
+            self.cached.failed(batch.before, refused=knows and not any(each.entered for each in batch.sites))
 
     def end(self, batch: Batch) -> None:
         """The batch has ended, with or without an error."""
@@ -161,10 +163,10 @@ class Hooks:
                         count_tokens(own_cache(batch.cache), index, split(layer, args, kwargs)[0])
                 is_step = batch.cached and batch.shape[1] == 1
                 batch.is_turn = bool(batch.cached) and not is_step and hooks.decider.strategy.turns == "decide"
+                if mine and mine[0].number == 0 and pruning and not is_step:
+                    hooks.check_weights()
                 for cut in mine:
                     batch.sites[cut.number].entered = True
-                    if cut.number == 0 and pruning and not is_step:
-                        hooks.check_weights()
                 if layer.training and torch.is_grad_enabled():
                     use_checkpoint(layer, hooks.shared.running, hooks.again)
 
