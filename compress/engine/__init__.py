@@ -9,7 +9,7 @@ model have batches of their own.
 
 One batch of a strategy that decides per batch:
 
-1.  The decoder is called. ``DecoderForward`` makes the ``Batch``: its shape, its real tokens (:mod:`.hooks`).
+1.  The decoder is called. ``DecoderForward`` makes the ``Batch``: its shape, its real tokens (:mod:`.calls`).
 2.  A layer begins. The batch notes the layer's key/value cache; decode steps reuse the decisions stored with the
     cache, and leave out steps 4 to 6 and 10 (:mod:`.decode_cache`). A step like the one before leaves out all of them
     (:mod:`.steady`).

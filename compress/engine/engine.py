@@ -16,6 +16,7 @@ from ...registry.catalog import is_foreign, named
 from ...registry.sites import owned_norms
 from . import linears
 from .batch import Mode, learn_parameters
+from .calls import DecoderForward, save_dense
 from .checkpointing import restore_checkpoint
 from .compensation import without_probe
 from .compiling import CompiledForward
@@ -26,7 +27,7 @@ from .decode_cache import cache_indices
 from .experts import route_through
 from .gathering import store_column_major, store_row_major
 from .generation import refuse
-from .hooks import DecoderForward, Hooks, save_dense
+from .hooks import Hooks
 from .kv_index import disable_kv_index, enable_kv_index
 from .learning import Learner
 from .open_cut import Shared, Weights

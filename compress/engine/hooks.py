@@ -6,10 +6,8 @@ through a closure: a copy of the model then gets hooks, state and batches of its
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import update_wrapper
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +19,7 @@ from .absent import count_tokens
 from .ahead import SideStreams, following_sites
 from .batch import Batch, Decision, Mode, Observe, Running, named, split, valid_tokens, worth_reusing
 from .checkpointing import check_not_again, use_checkpoint
-from .copying import Hook, Unpickled
+from .copying import Hook
 from .decider import Decider
 from .decode_cache import CacheDecisions, Seen, own_cache
 from .grouping import decide_in_groups
@@ -456,53 +454,3 @@ class Hooks:
         probe = batch.probe
         valid = probe.valid if probe is not None and probe.is_running else batch.valid_on(states.device)
         return None if valid is None else ~valid
-
-
-def save_dense(hooks: Hooks, model: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
-    """``model.save_pretrained`` of a pruned model: a warning, and the dense model. ``own`` is what it replaces, None:
-    the class's."""
-    warnings.warn(
-        "save_pretrained writes the dense model: in place, pruning keeps all weights; pruned.save(DIR) or prunekit "
-        "export writes the smaller model",
-        stacklevel=2,
-    )
-    with hooks.shared.running.one_at_a_time.lock, hooks.turned("dense"):
-        return (own or type(model).save_pretrained.__get__(model))(*args, **kwargs)
-
-
-class DecoderForward(Unpickled):
-    """Replaces the decoder's forward: one call is one batch. Calls from several threads run one after the other."""
-
-    def __init__(self, decoder: nn.Module, hooks: Hooks, forward: Callable):
-        update_wrapper(self, forward)  # inspect.signature then shows the decoder's own
-        self.decoder, self.hooks, self.forward = decoder, hooks, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            if cache_among(named(self.decoder, args, kwargs)) is not None:
-                return _uncompiled(self, args, kwargs)
-            return self._run(args, kwargs)
-        with self.hooks.shared.running.one_at_a_time.lock:
-            return self._run(args, kwargs)
-
-    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        hooks, running = self.hooks, self.hooks.shared.running
-        batch = hooks.begin(named(self.decoder, args, kwargs))
-        with hooks.turned(batch.mode):
-            outer = running.enter(batch)
-            try:
-                output = self.forward(*args, **kwargs)
-                hooks.succeed(batch)
-                return output
-            except BaseException:
-                hooks.fail(batch)
-                raise
-            finally:
-                running.enter(outer)
-                hooks.end(batch)
-
-
-@torch.compiler.disable
-def _uncompiled(decoder: DecoderForward, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The decoder runs as it is, within code that a user or ``generate`` compiles: the decisions lie with the cache."""
-    return decoder(*args, **kwargs)
