@@ -3,7 +3,8 @@
 import pytest
 import torch
 from prunekit.compress.calibration.passes import no_progress
-from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.models.loading import load
+from prunekit.compress.models.source import ModelSource
 from prunekit.compress.pruning.prune import prune
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.registry import ROLES, Architecture, Catalog, Evaluator, SiteScores, SpecError

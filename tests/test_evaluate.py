@@ -6,8 +6,8 @@ import pytest
 import yaml
 from prunekit.compress import Exporter, Pipeline, PipelineSpec, evaluate, load, prune
 from prunekit.compress.cli import main
-from prunekit.compress.models.loading import ModelSource
 from prunekit.compress.models.loading import load as load_model
+from prunekit.compress.models.source import ModelSource
 from prunekit.compress.runs.pipeline import calibration_of
 from prunekit.evaluators.cost import Cost
 from prunekit.registry import DataError, SpecError

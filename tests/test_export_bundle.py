@@ -11,7 +11,7 @@ from prunekit.compress.export import weights
 from prunekit.compress.export.card import card, hub_id
 from prunekit.compress.export.licence import licence_of
 from prunekit.compress.models.exported.manifest import read_manifest
-from prunekit.compress.models.loading import ModelSource
+from prunekit.compress.models.source import ModelSource
 from prunekit.registry import DataError, ModelError, SpecError
 
 

@@ -11,8 +11,8 @@ import torch
 import yaml
 from prunekit.compress import Exporter, PipelineSpec, load
 from prunekit.compress.models.exported import modeling_prunekit
-from prunekit.compress.models.loading import ModelSource
 from prunekit.compress.models.loading import load as load_model
+from prunekit.compress.models.source import ModelSource
 from prunekit.registry import ModelError
 
 from tests.test_generation import greedy

@@ -166,7 +166,7 @@ def test_query_heads_cut_evenly_have_a_place(make_model, make_tokenizer, batches
                 cut.open(cut.fixed, stays=True)
         expected = model(batches[0]["input_ids"]).logits
         write_model(profile_named("hf-hetero"), pruned, make_tokenizer(), tmp_path)
-    from prunekit.compress.models.loading import ModelSource
+    from prunekit.compress.models.source import ModelSource
 
     again = load(ModelSource(name=str(tmp_path), device="cpu")).model
     assert again.config.per_layer_config[1].num_attention_heads == 4

@@ -8,8 +8,8 @@ import sys
 import pytest
 from prunekit.compress import Exporter, PipelineSpec, load
 from prunekit.compress.models.exported.manifest import Manifest
-from prunekit.compress.models.loading import ModelSource
 from prunekit.compress.models.loading import load as load_model
+from prunekit.compress.models.source import ModelSource
 from prunekit.registry import DataError, ModelError
 
 pytestmark = pytest.mark.smoke

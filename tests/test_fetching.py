@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 from prunekit.compress.models import fetching, named
-from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.models.loading import load
+from prunekit.compress.models.source import ModelSource
 from prunekit.registry import ModelError
 
 from tests.gguf_models import write_gguf

@@ -11,7 +11,8 @@ from prunekit.compress import Exporter, PipelineSpec
 from prunekit.compress import load as load_export
 from prunekit.compress.ablation.study import Study
 from prunekit.compress.models import gguf_file
-from prunekit.compress.models.loading import ModelSource, fingerprint, load
+from prunekit.compress.models.loading import fingerprint, load
+from prunekit.compress.models.source import ModelSource
 from prunekit.registry import ModelError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -5,7 +5,8 @@ import torch
 import transformers
 from prunekit.compress import prune
 from prunekit.compress.models.given import model_in
-from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.models.loading import load
+from prunekit.compress.models.source import ModelSource
 from prunekit.registry import ModelError
 from torch import nn
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 from prunekit.compress import PipelineSpec
-from prunekit.compress.models import device_map, loading
-from prunekit.compress.models.loading import ModelSource, fingerprint, load
+from prunekit.compress.models import device_map, loading, source
+from prunekit.compress.models.loading import fingerprint, load
+from prunekit.compress.models.source import ModelSource
 from prunekit.registry import ModelError
 from pydantic import ValidationError
 
@@ -55,14 +56,14 @@ def test_dtype_and_attention_are_the_ones_asked_for(folder, dtype):
 
 
 def test_the_bundled_model_runs_in_float32_on_a_cpu(folder, monkeypatch):
-    monkeypatch.setattr(loading, "MODEL", folder)
+    monkeypatch.setattr(source, "MODEL", folder)
     loaded = load(ModelSource(device="cpu"))
     assert loaded.model.dtype == torch.float32 and loaded.identity["name"] == "bundled"
     assert load(ModelSource(device="cpu", dtype="bfloat16")).model.dtype == torch.bfloat16
 
 
 def test_the_bundled_model_can_be_loaded_where_it_is():
-    if not (loading.MODEL / "model.safetensors").is_file():
+    if not (source.MODEL / "model.safetensors").is_file():
         pytest.skip("the bundled model is not there")
     loaded = load(ModelSource())
     ids = loaded.tokenizer("The import statement", return_tensors="pt")["input_ids"]
@@ -70,7 +71,7 @@ def test_the_bundled_model_can_be_loaded_where_it_is():
 
 
 def test_a_missing_bundled_model_is_said_to_be_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "MODEL", tmp_path / "nothing")
+    monkeypatch.setattr(source, "MODEL", tmp_path / "nothing")
     with pytest.raises(ModelError, match="bundled model is missing from"):
         load(ModelSource(device="cpu"))
 

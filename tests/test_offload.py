@@ -11,7 +11,8 @@ from accelerate.hooks import AlignDevicesHook
 from prunekit.compress import Exporter, Pipeline, PipelineSpec, prune
 from prunekit.compress.bundled import MODEL
 from prunekit.compress.calibration.passes import no_progress
-from prunekit.compress.models.loading import ModelSource, fingerprint, load
+from prunekit.compress.models.loading import fingerprint, load
+from prunekit.compress.models.source import ModelSource
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators.cost import Cost
 from prunekit.evaluators.passes import device_of

@@ -233,7 +233,8 @@ def test_a_trained_model_gets_the_loss_that_transformers_computes(shared):
     text = shared / "corpus" / "tinystories-valid-excerpt.txt"
     if not folder.is_dir() or not text.is_file():
         pytest.skip("needs the shared model and text")
-    from prunekit.compress.models.loading import ModelSource, load
+    from prunekit.compress.models.loading import load
+    from prunekit.compress.models.source import ModelSource
     from prunekit.compress.runs.documents import read_documents
 
     loaded = load(ModelSource(name=str(folder), device="cpu"))

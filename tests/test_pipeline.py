@@ -7,7 +7,8 @@ import torch
 import transformers
 from prunekit.compress import Pipeline, PipelineSpec
 from prunekit.compress.bundled import MODEL
-from prunekit.compress.models.loading import ModelSource, fingerprint, load
+from prunekit.compress.models.loading import fingerprint, load
+from prunekit.compress.models.source import ModelSource
 from prunekit.compress.runs import pipeline
 from prunekit.registry import DataError, Measurement, PlainSubject, SpecError
 

@@ -1,7 +1,8 @@
 """What commands say of the time: the plan before they begin, then rate and time left."""
 
 import pytest
-from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.models.loading import load
+from prunekit.compress.models.source import ModelSource
 from prunekit.compress.output import printing
 from prunekit.compress.output.pace import pace
 from prunekit.compress.runs.measuring import Unpruned

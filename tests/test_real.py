@@ -10,7 +10,8 @@ import torch
 from prunekit.compress import evaluate, prune
 from prunekit.compress.bundled import TEXTS
 from prunekit.compress.export.gguf.file import interleaved
-from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.models.loading import load
+from prunekit.compress.models.source import ModelSource
 from prunekit.compress.runs.text import calibration_batches
 from safetensors.torch import load_file
 

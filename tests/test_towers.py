@@ -10,7 +10,8 @@ from prunekit.compress import Pipeline, prune
 from prunekit.compress.cli.families import INSIDE, served
 from prunekit.compress.models.language import READ_IMAGES, auto_class
 from prunekit.compress.models.likeness import Like
-from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.models.loading import load
+from prunekit.compress.models.source import ModelSource
 from prunekit.compress.pruning.sites import find_sites
 from prunekit.registry import Catalog, ModelError, SpecError
 

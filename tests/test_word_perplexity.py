@@ -8,7 +8,8 @@ import torch
 import yaml
 from prunekit.compress import Pipeline, PipelineSpec, prune
 from prunekit.compress.bundled import MODEL
-from prunekit.compress.models.loading import ModelSource, load
+from prunekit.compress.models.loading import load
+from prunekit.compress.models.source import ModelSource
 from prunekit.compress.runs.documents import read_documents
 from prunekit.evaluators.perplexity import Perplexity
 from prunekit.evaluators.published_perplexities import check_published

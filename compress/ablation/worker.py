@@ -17,7 +17,8 @@ from ..calibration.passes import Progress, no_progress
 from ..calibration.shared import SharedStatistics
 from ..files.spec import PipelineSpec
 from ..files.yaml_plain import plain_data
-from ..models.loading import Loaded, ModelSource, load
+from ..models.loading import Loaded, load
+from ..models.source import ModelSource
 from ..output.failures import blamed, described, explained
 from ..recovery.in_pipeline import Pipeline
 from ..runs.measuring import Known

@@ -39,7 +39,8 @@ def check(
     import json
 
     from ...registry import Catalog
-    from ..models.loading import ModelSource, load
+    from ..models.loading import load
+    from ..models.source import ModelSource
     from ..output import printing
 
     printing.quiet()
@@ -126,7 +127,8 @@ def _on_models(architecture: Architecture, loaded: Loaded | None) -> Iterator[Fi
 def _measured(evaluator: Evaluator, loaded: Loaded | None) -> Finding:
     """``check_evaluation`` on the model, or on the bundled one."""
     from ...registry.checks import check_evaluation
-    from ..models.loading import ModelSource, load
+    from ..models.loading import load
+    from ..models.source import ModelSource
     from ..runs.measuring import Unpruned
 
     subject, rule = Unpruned(loaded or load(ModelSource())), "It measures numbers, and leaves everything as it was"

@@ -10,7 +10,8 @@ from ..export.support import profiles_for
 from ..models.experts import EXPERTS
 from ..models.language import READ_IMAGES
 from ..models.likeness import types_of
-from ..models.loading import ModelSource, outline_of
+from ..models.loading import outline_of
+from ..models.source import ModelSource
 from ..output import printing
 from ..pruning.sites import architecture_of, find_sites
 

@@ -9,8 +9,8 @@ from ..ablation.mistakes import preflight
 from ..ablation.study import Study
 from ..files.yaml_file import YamlFile
 from ..models import fetching
-from ..models.loading import source_data
 from ..models.named import MODELS
+from ..models.source import source_data
 from ..output import printing
 from ..output.formatting import named_layers, number, share
 from ..runs.results import Results

@@ -15,7 +15,8 @@ from ...registry import SpecError
 from ..calibration.passes import Progress
 from ..calibration.statistics_file import StatisticsFile
 from ..models.exported.manifest import MANIFEST
-from ..models.loading import Loaded, ModelSource, load, source_data
+from ..models.loading import Loaded, load
+from ..models.source import ModelSource, source_data
 from ..output import printing
 from ..output.folders import plain
 from ..pruning.pruned import Pruned

@@ -16,7 +16,8 @@ from ..files.reader import with_rows
 from ..files.spec import PipelineSpec, SpecReader
 from ..files.yaml_file import YamlFile, read_yaml
 from ..models.exported.manifest import MANIFEST, Manifest, read_manifest
-from ..models.loading import Loaded, load, source_data
+from ..models.loading import Loaded, load
+from ..models.source import source_data
 from ..output.folders import RunFolder
 from ..output.records import Ratio
 from ..pruning.pruned import Pruned

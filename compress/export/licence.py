@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from ..bundled import MODEL
-from ..models.loading import ModelSource
 from ..models.named import MODELS
 from ..models.origin import is_own
+from ..models.source import ModelSource
 
 UNKNOWN = "unknown"
 FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")

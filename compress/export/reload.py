@@ -11,8 +11,9 @@ from ...registry import DataError, ModelError, PluginError, SpecError
 from ..files.spec import PipelineSpec
 from ..files.yaml_plain import plain_data
 from ..models.exported.manifest import GGUF, RECIPE, Manifest, check_files, read_manifest
-from ..models.loading import Loaded, ModelSource, fingerprint
+from ..models.loading import Loaded, fingerprint
 from ..models.loading import load as load_model
+from ..models.source import ModelSource
 from ..output.reading import read_text
 from ..pruning.pruned import Pruned
 from . import dynamic_state

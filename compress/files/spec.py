@@ -24,8 +24,8 @@ from ..bundled import TEXTS
 from ..calibration.generated import Generated
 from ..engine.runtime import Runtime
 from ..models.likeness import Like
-from ..models.loading import ModelSource
 from ..models.named import BUNDLED, MODELS
+from ..models.source import ModelSource
 from ..output.reading import path_problem, shown
 from ..output.records import Of, What
 from .reader import Mistake, Model, Place, Reader, seed_parts, with_rows, with_seed

@@ -19,8 +19,9 @@ from ..export.profiles import profile_named
 from ..export.weights import INDEX, dense_tensors, published, write_weights
 from ..files.recover import Recover, check_installed
 from ..models.exported.manifest import CARD, MANIFEST, ExportMetric, Manifest, read_manifest, write_manifest
-from ..models.loading import Loaded, ModelSource, fingerprint
+from ..models.loading import Loaded, fingerprint
 from ..models.loading import load as load_model
+from ..models.source import ModelSource
 from ..output.folders import RunFolder, plain
 from ..output.records import Training
 from ..runs.measuring import Unpruned

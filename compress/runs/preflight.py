@@ -17,7 +17,8 @@ from ..files.spec import PipelineSpec
 from ..files.yaml_file import parse_place
 from ..models import gguf_file
 from ..models.given import check_predicts
-from ..models.loading import ModelSource, outline_of, place_of, usable_device
+from ..models.loading import outline_of, usable_device
+from ..models.source import ModelSource, place_of
 from ..pruning.sites import find_sites, serving, sites_within
 
 Check = tuple[Place, Hashable, Callable[[], object]]

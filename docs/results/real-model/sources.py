@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import yaml
 from prunekit.compress import prune
-from prunekit.compress.models.loading import ModelSource, load, source_data
+from prunekit.compress.models.loading import load
+from prunekit.compress.models.source import ModelSource, source_data
 from prunekit.compress.pruning.matching import Match
 from prunekit.compress.runs.text import in_batches, sequences_of
 from prunekit.registry import PrunekitError, SpecError
