@@ -1,9 +1,8 @@
 """The loss of the dense model with units cut at some sites, or its divergence, for allocators that measure.
 
 A unit is cut by zeroes in the input of its consumer, a whole block by zeroes in the output of its consumer, so that no
-weight changes and every architecture works. The layers
-before the first change of a count are not computed again: a pass resumes with what they returned for an earlier
-candidate.
+weight changes and every architecture works. The layers before the first change of a count are not computed again: a
+pass resumes with what they returned for an earlier candidate.
 """
 
 from __future__ import annotations
