@@ -30,7 +30,7 @@ from .budget import not_finite
 from .magnitude import MagnitudeScorer
 
 Block = tuple[int, ...]
-"""Places of the sites that go together, in the allocator's order."""
+"""Places of the sites that are removed together, in the allocator's order: one site, or all sites of a layer."""
 
 
 class DepthAllocator(SparsityAllocator):
@@ -79,7 +79,7 @@ class LowestInfluence(DepthAllocator):
         return BlockInfluence()
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
-        """Kept units of every site; raises :class:`SpecError` for a ratio that too few layers may go for."""
+        """Kept units of every site; raises :class:`SpecError` if the removable layers are too few for it."""
         blocks = self._removable(sites, by_site=False)
         return self._without(sites, ratio, iter(sorted(blocks, key=lambda block: sites[block[0]].layer_statistic)))
 
@@ -102,8 +102,8 @@ class BlockByBlock(DepthAllocator):
     def allocate(self, sites: Sequence[SiteScores], ratio: float, evaluate: Evaluate | None = None) -> list[int]:
         """Kept units of every site.
 
-        Raises :class:`SpecError` for a ratio that too few blocks may go for, and :class:`NonFiniteError` if no further
-        block can go with a finite loss.
+        Raises :class:`SpecError` if the removable blocks are too few for the ratio, and :class:`NonFiniteError` if no
+        further block can go with a finite loss.
         """
         if evaluate is None:
             raise SpecError(f"allocator {self.name} measures the model, and is called without a way to; fix the caller")

@@ -49,11 +49,11 @@ class GispScorer(GradientScorer):
 
 
 class Gisp(Strategy):
-    """GISP: all heads and channels in one ranking by |weight times gradient|, cut in steps, each by the cut model.
+    """GISP: all heads and channels in one ranking by |weight times gradient|, cut in steps.
 
-    Every step takes a backward pass of the whole text through the model as cut so far. The paper takes 112 steps for 7B
-    models and 280 for 13B; attention_unit: query_head cuts what its code cuts. With another scorer, its score is used
-    in steps.
+    Every step computes new scores by a backward pass of the whole text through the model as cut so far. The paper takes
+    112 steps for 7B models and 280 for 13B; attention_unit: query_head cuts what its code cuts. With another scorer,
+    its score is used in steps.
     """
 
     paper: ClassVar[str] = PAPER

@@ -75,14 +75,14 @@ def normalised(x: Tensor) -> Tensor:
 
 
 class ShareNorm(Scorer):
-    """L2 norm over tokens of the token-normalised activation; no weights."""
+    """L2 norm over tokens of the token-normalised activation; it does not read the layer's weights."""
 
     def score(self, prepared: None, statistic: Tensor) -> Tensor:
         return statistic.sqrt()
 
 
 class GriffinScorer(ShareNorm):
-    """L2 norm over tokens of the token-normalised activation; no weights."""
+    """L2 norm over tokens of the token-normalised activation; it does not read the layer's weights."""
 
     paper: ClassVar[str] = GRIFFIN
     statistic: ClassVar[Statistic | None] = MeanShare()

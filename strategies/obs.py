@@ -31,9 +31,9 @@ BLOCK = 256
 
 
 class ObsChooser(RidgedChooser):
-    """Drops first what least squares on all remaining channels replaces best; rounds see what has gone before.
+    """Drops first the units that least squares on the remaining channels predict best; rounds see what has gone before.
 
-    The loss of a unit is the share of the output's variance that cannot be predicted once it and all before it are
+    The loss of a unit is the share of the output's variance that is lost once this unit and all earlier ones are
     gone. It is exact for every count, whatever the number of rounds.
     """
 

@@ -17,8 +17,10 @@ from .hooks import Hooks
 
 
 def save_dense(hooks: Hooks, model: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
-    """``model.save_pretrained`` of a pruned model: a warning, and the dense model. ``own`` is what it replaces, None:
-    the class's."""
+    """``model.save_pretrained`` of a pruned model: a warning, and the dense model.
+
+    ``own`` is the method of the instance that it replaces; None: that of the class.
+    """
     warnings.warn(
         "save_pretrained writes the dense model: in place, pruning keeps all weights; pruned.save(DIR) or prunekit "
         "export writes the smaller model",

@@ -83,9 +83,9 @@ class CacheDecisions:
         return Before(cache, None if mark is None else _copied(mark), self._length(cache))
 
     def failed(self, before: Before, refused: bool) -> None:
-        """A call has failed: its cache has the decisions that it had, or is refused if it holds any of the tokens.
+        """A call has failed. If no layer has stored its tokens, the earlier decisions come back.
 
-        ``refused``: no layer had begun.
+        Otherwise the cache is refused until it is emptied. ``refused``: the call ended before any layer began.
         """
         cache = before.cache
         if not (refused or is_empty(cache) or 0 <= before.length == self._length(cache)):

@@ -74,7 +74,10 @@ class WeightsWatch:
 
 
 class ReplacedWeights:
-    """Values that layers compute with instead of their own, which a state dict of the model still has."""
+    """Other weights for layers, which compute with them after ``turn(True)``.
+
+    A state dict of the model has the layers' own weights all the time.
+    """
 
     def __init__(self) -> None:
         self._given: Mapping[nn.Module, Tensor] = {}

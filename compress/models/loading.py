@@ -27,8 +27,8 @@ from .source import ModelSource, place_of
 class Loaded:
     """A model in evaluation mode without gradients, its tokenizer and their origin.
 
-    ``identity``: name, requested revision, commit found on the hub, whether the model's own code was run; ``weights``
-    and ``tokenizer`` where these are not the checkpoint's own.
+    ``identity``: name, requested revision, commit found on the hub, whether the model's own code was run; ``weights``:
+    how a GGUF stores them; ``tokenizer``: its name, where another one was asked for.
     """
 
     model: Any
@@ -37,7 +37,7 @@ class Loaded:
 
 
 def load(source: ModelSource, check: bool = True) -> Loaded:
-    """Load model and tokenizer of ``source``; raises :class:`ModelError` with place, value and remedy.
+    """Load model and tokenizer of ``source``; raises :class:`ModelError`, which names key, value and remedy.
 
     Every weight of the checkpoint must have its place in the model, and the other way round. Files outside of the
     model's folder are not read, and its configuration cannot ask for other code than transformers' own. With ``check``,

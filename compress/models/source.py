@@ -37,8 +37,8 @@ class ModelSource(BaseModel):
     )
     device: str = Field(
         default="auto",
-        description="auto (one CUDA device, else all of them, else the CPU; what does not fit is offloaded to memory "
-        "and disk), cpu, cuda, cuda:1, ...",
+        description="auto (one CUDA device if the model fits on it, else all of them, else the CPU; what does not fit "
+        "is offloaded to memory and disk), cpu, cuda, cuda:1, ...",
     )
     max_memory: MaxMemory = Field(
         default=None,

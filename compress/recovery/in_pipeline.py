@@ -1,7 +1,6 @@
-"""A pipeline that can recover: the smaller model is written, trained, and its weights take part in the pruned one.
+"""Trains the smaller model of a pipeline, and lets the pruned model compute with the trained weights.
 
-The pruned model computes with them at its own sites, so that all evaluators measure it as any other static cut: next
-to the dense model, by its kept units, in the same loaded model, which is as before afterwards.
+Evaluators then measure it as any static cut, next to the dense model. Afterwards the loaded model is as before.
 """
 
 from __future__ import annotations
