@@ -1,5 +1,7 @@
 """Every error a user can cause: one message that names the place, the value and the remedy."""
 
+import errno
+
 import torch
 
 
@@ -44,3 +46,13 @@ LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined] # torch's a
 
 FINITE_REMEDY = "Run the model unpruned on this text, and try bfloat16 or float32 if it is float16"
 """What to do where activations are not finite."""
+
+MEMORY = ("DefaultCPUAllocator", "allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
+"""Parts of what torch and the system say where memory runs out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch raises a RuntimeError for that on a processor, the system an OSError."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, (RuntimeError, ImportError)) and any(part in str(error) for part in MEMORY)

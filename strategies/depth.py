@@ -44,7 +44,7 @@ class DepthAllocator(SparsityAllocator):
     def _removable(self, sites: Sequence[SiteScores], by_site: bool) -> list[Block]:
         """The blocks that may go: sites, or the sites of a layer together."""
         layers = sorted({scores.site.layer for scores in sites})
-        inside = layers[self.keep_first : len(layers) - self.keep_last]
+        inside = layers[self.keep_first : max(0, len(layers) - self.keep_last)]
         places = [[place for place, each in enumerate(sites) if each.site.layer == layer] for layer in inside]
         return [(place,) for layer in places for place in layer] if by_site else [tuple(layer) for layer in places]
 
@@ -79,9 +79,14 @@ class LowestInfluence(DepthAllocator):
         return BlockInfluence()
 
     def allocate(self, sites: Sequence[SiteScores], ratio: float) -> list[int]:
-        """Kept units of every site; raises :class:`SpecError` if the removable layers are too few for it."""
-        blocks = self._removable(sites, by_site=False)
-        return self._without(sites, ratio, iter(sorted(blocks, key=lambda block: sites[block[0]].layer_statistic)))
+        """Kept units of every site; raises :class:`SpecError` if the removable layers are too few for the ratio."""
+
+        def influence(block: Block) -> float:
+            first = sites[block[0]]
+            # A layer with one site may have another mixer, which stays: the site's own influence is what goes.
+            return first.block_statistic if len(block) == 1 else first.layer_statistic
+
+        return self._without(sites, ratio, iter(sorted(self._removable(sites, by_site=False), key=influence)))
 
 
 class BlockByBlock(DepthAllocator):

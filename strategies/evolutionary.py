@@ -72,7 +72,7 @@ class Evolutionary(MeasuringAllocator):
         """Kept units of every site.
 
         Raises :class:`SpecError` if ``minimum_units`` makes the ratio impossible, and :class:`NonFiniteError` if no cut
-        that was measured has a finite objective.
+        of a generation has a finite objective.
         """
         evaluate = self._measuring(evaluate)
         space = Space.of([scores.site for scores in sites], self)
@@ -99,8 +99,8 @@ class Evolutionary(MeasuringAllocator):
                 round=round_ + 1, generation=generation + 1, step=step, measured=measured, objective=self.objective,
                 tokens=self.tokens, best=best,
             )  # fmt: skip
-        if not math.isfinite(best):
-            raise not_finite(self.name, self.objective)
+            if not math.isfinite(best):
+                raise not_finite(self.name, self.objective)
         return parent
 
     def _offspring(

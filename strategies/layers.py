@@ -60,10 +60,11 @@ class LayerShares(SparsityAllocator):
             units = np.array([scores.site.units for scores in here], dtype=float)
             most = np.minimum(self.maximum, np.maximum(0, 1 - multiple / np.maximum(units, 1)))
             if ratio * units.sum() > most @ units * (1 + TINY):
+                helps = ", or raise maximum" if np.any(most >= self.maximum) else ""
                 raise SpecError(
                     f"allocator {self.name}: a ratio of {ratio:.4g} is out of reach: with maximum: {self.maximum:g} "
                     f"and a unit kept at every site, {math.floor(most @ units / units.sum() * 1e4) / 1e4:.4g} of the "
-                    f"{kind} units can be cut; lower the ratio, or raise maximum"
+                    f"{kind} units can be cut; lower the ratio{helps}"
                 )
             shares = within(np.array([of_layer[scores.site.layer] for scores in here]), units, ratio, most)
             for place, count in zip(places, apportioned(here, list(shares), multiple), strict=True):

@@ -100,6 +100,9 @@ def test_a_match_says_how_near_it_came(model, batches):
 def test_a_ratio_out_of_reach_is_refused(model, batches):
     with pytest.raises(SpecError, match="out of reach with keep_first: 1 and keep_last: 1"):
         prune(model, "sleb", ratio=0.9, calibration=batches)
+    for keep in ({"keep_first": LAYERS + 2}, {"keep_last": LAYERS + 2}):
+        with pytest.raises(SpecError, match="out of reach"):
+            prune(model, "shortgpt", ratio=0.3, calibration=batches, allocator={"name": "lowest_influence", **keep})
 
 
 def test_an_infinite_loss_is_the_last_choice_and_alone_refused():

@@ -135,7 +135,8 @@ def test_an_objective_that_is_not_finite_is_the_last_choice_and_alone_refused():
     losses = Losses(sites, lambda shares: math.nan if shares[0] > 0.4 else 3 - shares[0])
     assert Evolutionary(generations=10).allocate(sites, 0.4, losses)[0] >= 6 * 0.6
     with pytest.raises(NonFiniteError, match=r"evolutionary: no cut that it measured .* has a finite objective"):
-        Evolutionary(generations=2).allocate(sites, 0.4, Losses(sites, lambda shares: math.nan))
+        Evolutionary(generations=20).allocate(sites, 0.4, losses := Losses(sites, lambda shares: math.nan))
+    assert len(losses.asked) <= 1 + 2 * Evolutionary().offspring  # of the first generation alone
 
 
 def test_what_cannot_be_is_refused():

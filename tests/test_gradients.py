@@ -446,6 +446,19 @@ def test_weights_without_gradients_are_refused_by_name(make_model, batches, chan
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), torch.OutOfMemoryError("CUDA out of memory")],
+)
+def test_a_backward_pass_that_does_not_fit_is_said_to_be_too_large(make_model, batches, error, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    with pytest.raises(ModelError, match=r"does not fit in memory; lower calibration.batch_size, .* memory_gib"):
+        prune(make_model("llama-gqa"), "llm_pruner", ratio=0.3, calibration=batches[:1])
+
+
 def test_other_models_and_texts_are_refused(make_model, batches):
     with torch.inference_mode():
         model = make_model("llama-gqa")

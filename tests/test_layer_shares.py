@@ -115,7 +115,9 @@ def test_shares_within_limits():
 def test_what_the_limit_does_not_allow_is_refused():
     with pytest.raises(SpecError, match=r"owl: a ratio of 0\.5 is out of reach: with maximum: 0\.4 .* 0\.4 of the att"):
         Owl(maximum=0.4).allocate(places([0.1, 0.2]), 0.5)
-    with pytest.raises(SpecError, match=r"0\.6666 of the attention units can be cut"):
+    with pytest.raises(SpecError, match=r"can be cut; lower the ratio, or raise maximum$"):
+        Owl(maximum=0.4).allocate(places([0.1, 0.2]), 0.5)
+    with pytest.raises(SpecError, match=r"0\.6666 of the attention units can be cut; lower the ratio$"):
         Owl().allocate(places([0.1, 0.2], heads=3), 0.7)
 
 

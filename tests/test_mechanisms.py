@@ -22,9 +22,11 @@ from prunekit.compress.pruning.matching import DecoderCost, Match
 from prunekit.compress.pruning.sites import find_sites
 from prunekit.compress.runs.measuring import Measuring
 from prunekit.evaluators.cost import operations, sliced_operations
-from prunekit.registry import DataError, ModelError, ProbeSelector, Rows, UnitArgument
+from prunekit.registry import DataError, ModelError, ProbeSelector, Rows, SiteScores, UnitArgument
 from prunekit.registry.checks import check_sites
+from prunekit.registry.checks.parts import some_site
 from prunekit.registry.tensors.caches import held, without_caches
+from prunekit.strategies.depth import LowestInfluence
 from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -289,6 +291,24 @@ def test_blocks_that_keep_nothing(name, texts):
 
 
 KINDS = ("attention", "mlp")
+
+
+@pytest.mark.parametrize("use", ["shortgpt", "sleb"])
+def test_a_layer_whose_mixer_stays_is_not_said_to_be_gone(use, texts):
+    model = made("lfm2")  # a convolution, and an attention
+    allocator, last = {"keep_first": 0, "keep_last": 1}, {"keep_first": 1, "keep_last": 0}
+    with prune(model, use, ratio=0.2, calibration=texts, catalog=CATALOG, allocator=allocator) as pruned:
+        assert pruned.counts[0, "mlp"] == 0 and "gone: 1 of 2 MLPs (layer 0)" in pruned.notes
+    with prune(model, use, ratio=0.5, calibration=texts, catalog=CATALOG, allocator=last) as pruned:
+        assert "gone: 1 of 2 layers (layer 1)" in pruned.notes
+
+
+def test_a_mixer_that_stays_does_not_protect_its_mlp():
+    def scores(layer, kind, block, layers):
+        return SiteScores(some_site(kind, layer), block_statistic=block, layer_statistic=layers)
+
+    sites = [scores(0, "mlp", 0.1, 0.9), scores(1, "attention", 0.5, 0.3), scores(1, "mlp", 0.4, 0.3)]
+    assert LowestInfluence().allocate(sites, 0.2)[0] == 0
 
 
 # Caches.

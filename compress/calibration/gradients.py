@@ -27,7 +27,7 @@ from ...registry import (
     PluginError,
     Producer,
 )
-from ...registry.errors import FINITE_REMEDY
+from ...registry.errors import FINITE_REMEDY, is_out_of_memory
 from ...registry.tensors.devices import device_of
 from ...registry.tensors.linears import is_transposed
 from ..engine.engine import Engine
@@ -289,12 +289,13 @@ def _pass(
                 )
             if loss.requires_grad:
                 (loss * scale).backward()
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"the backward pass of {part.place} {tuple(part.targets.shape)} does not fit in memory; lower "
-                f"calibration.batch_size, or set scorer: {{name: {scorer.name}, gradient_checkpointing: true}}"
-            ) from error
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise ModelError(
+                    f"the backward pass of {part.place} {tuple(part.targets.shape)} does not fit in memory; lower "
+                    f"calibration.batch_size, or set scorer: {{name: {scorer.name}, gradient_checkpointing: true}}, or "
+                    "its memory_gib, the most that sums of gradients may take"
+                ) from error
             raise ModelError(
                 f"this {type(engine.model).__name__} cannot be differentiated (a fused kernel without gradients, say): "
                 f"{str(error).splitlines()[0]:.200}; load it with another attention implementation "

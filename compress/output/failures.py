@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 from pathlib import Path
 
 from ...registry import Component
 from ...registry.catalog import is_foreign, named
-
-MEMORY = ("DefaultCPUAllocator", "allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
-"""Parts of what torch and the system say where memory runs out."""
+from ...registry.errors import is_out_of_memory
 
 
 def explained(failure: BaseException) -> str | None:
     """A sentence with the remedy for memory that ran out, and for files and links; ``None`` for other errors."""
     message = str(failure).strip()
-    is_memory = isinstance(failure, MemoryError) or getattr(failure, "errno", None) == errno.ENOMEM
-    if is_memory or (isinstance(failure, (RuntimeError, ImportError)) and any(part in message for part in MEMORY)):
+    if is_out_of_memory(failure):
         first = message.splitlines()[0] if message else type(failure).__name__
         return (
             f"memory ran out ({first}); lower the batch sizes of calibration and evaluators, close other programs, or "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -90,12 +90,15 @@ def notes_on_policy(policy: Policy) -> list[str]:
     ]
 
 
-def notes_on_blocks(sites: Sequence[Site], counts: Counts) -> list[str]:
-    """One note on the whole layers, attentions and MLPs of which nothing is left."""
+def notes_on_blocks(sites: Sequence[Site], counts: Counts, partly: Collection[int] = ()) -> list[str]:
+    """One note on the whole layers, attentions and MLPs of which nothing is left.
+
+    Of the layers ``partly`` something is left in any case.
+    """
     gone = {site for site in sites if counts.get((site.layer, site.kind)) == 0}
     routed = {site.layer for site in sites if site.routed}
     left = {s.layer for s in sites if s not in gone or (s.norm_serves_others and s.layer not in routed)}
-    whole = {site.layer for site in gone} - left
+    whole = {site.layer for site in gone} - left - set(partly)
     found = []
     for what, kind in (("layers", None), ("attentions", "attention"), ("MLPs", "mlp")):
         where = whole if kind is None else {site.layer for site in gone if site.kind == kind} - whole

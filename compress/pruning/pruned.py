@@ -30,7 +30,7 @@ from .notes import (
     notes_on_what_is_left,
     ratio_of,
 )
-from .sites import left_whole
+from .sites import left_whole, partly_covered
 
 
 class Pruned:
@@ -143,7 +143,8 @@ class Pruned:
         What no site cuts; whole layers, attentions and MLPs that are gone; a cut that is far from what was requested,
         or that rounds to nothing at some sites; a covariance of too few tokens, and sites that fell back to the mean.
         """
-        gone = notes_on_blocks(self.all_sites, self.counts)
+        partly = partly_covered(self.model, self._engine.layers, self.all_sites)
+        gone = notes_on_blocks(self.all_sites, self.counts, partly)
         on_cut = notes_on_cut(self.strategy, self.all_sites, self.counts, self.ratio)
         choices = [cut.state.choice for cut in self._engine.cuts if cut.state.choice is not None]
         unreached = notes_on_experts(self._engine.cuts) if self.strategy.needs_calibration else []

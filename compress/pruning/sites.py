@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -102,6 +103,25 @@ def left_whole(model: nn.Module, catalog: Catalog, experts: ExpertUnit) -> str:
     left = architecture_of(model.config, catalog).leaves
     kept = experts == "keep" and ROUTED not in left and experts_in(model)
     return ", ".join(filter(None, (left, ROUTED if kept else "")))
+
+
+def partly_covered(model: nn.Module, layers: Sequence[nn.Module], sites: Sequence[Site]) -> frozenset[int]:
+    """Numbers of the decoder layers that have a matrix outside of all sites: another mixer, or experts that stay.
+
+    They are left where all of a layer's sites keep nothing.
+    """
+    covered: dict[int, set[nn.Module]] = {number: set() for number in range(len(layers))}
+    for site in sites:
+        paths = [site.entry, site.consumer, *(producer.path for producer in site.producers)]
+        # Experts of a layer may be one tensor, "module:name:number"; their router lies next to that module.
+        within = {path.partition(":")[0].rpartition(".")[0] if ":" in path else path for path in paths}
+        covered[site.layer].update(module for path in within for module in model.get_submodule(path).modules())
+    return frozenset(
+        number
+        for number, layer in enumerate(layers)
+        for module in layer.modules()
+        if module not in covered[number] and any(each.dim() > 1 for each in module.parameters(recurse=False))
+    )
 
 
 def unserved(config: Any, catalog: Catalog, model: nn.Module | None = None) -> ModelError:
