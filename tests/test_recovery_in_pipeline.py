@@ -208,7 +208,7 @@ def test_mistakes_come_before_calibration_and_leave_nothing(content, tmp_path, m
             Pipeline(spec).run(tmp_path / "out", loaded=loaded)
     assert not calibrated
     uneven = {**made, "prune": {"use": "flap", "ratio": 0.4, "attention_unit": "query_head"}}
-    with pytest.raises(SpecError, match=r"recover: .* none holds .*nearest: .*kv_group cuts .*, or leave recover out$"):
+    with pytest.raises(SpecError, match=r"recover: .* cannot be written: .*nearest: .*kv_group .*leave recover out$"):
         Pipeline(uneven).run(tmp_path / "out", loaded=loaded)
     with monkeypatch.context() as patched:
         patched.setattr(options.importlib.util, "find_spec", lambda name: None)

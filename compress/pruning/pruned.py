@@ -204,8 +204,8 @@ class Pruned:
     def compute_with(self, weights: Mapping[nn.Module, tuple[Tensor, Tensor | None]]) -> None:
         """Compute with these weights and biases of linear layers from now on, in the shapes of the cut's fixed units.
 
-        Of layers that are not cut the weight alone is taken; while the model is pruned, ``state_dict()`` holds it.
-        Within :meth:`dense`, and after :meth:`remove`, the model has its own. Raises :class:`SpecError` for a cut that
+        Of layers that are not cut the weight alone is taken. Within :meth:`dense`, after :meth:`remove`, and in a
+        ``state_dict()``, the model has its own. Raises :class:`SpecError` for a cut that
         is made per batch, and for a weight of another shape.
         """
         if self.strategy.dynamic:

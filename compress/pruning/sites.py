@@ -110,17 +110,17 @@ def partly_covered(model: nn.Module, layers: Sequence[nn.Module], sites: Sequenc
 
     They are left where all of a layer's sites keep nothing.
     """
-    covered: dict[int, set[nn.Module]] = {number: set() for number in range(len(layers))}
+    paths: set[str] = set()
     for site in sites:
-        paths = [site.entry, site.consumer, *(producer.path for producer in site.producers)]
-        # Experts of a layer may be one tensor, "module:name:number"; their router lies next to that module.
-        within = {path.partition(":")[0].rpartition(".")[0] if ":" in path else path for path in paths}
-        covered[site.layer].update(module for path in within for module in model.get_submodule(path).modules())
+        for path in (site.entry, site.consumer, *(producer.path for producer in site.producers)):
+            # Experts of a layer may be one tensor, "module:name:number"; their router lies next to that module.
+            paths.add(path.partition(":")[0].rpartition(".")[0] if ":" in path else path)
+    covered = {module for path in paths for module in model.get_submodule(path).modules()}
     return frozenset(
         number
         for number, layer in enumerate(layers)
         for module in layer.modules()
-        if module not in covered[number] and any(each.dim() > 1 for each in module.parameters(recurse=False))
+        if module not in covered and any(each.dim() > 1 for each in module.parameters(recurse=False))
     )
 
 

@@ -103,7 +103,7 @@ def _as_recovery() -> Iterator[None]:
         reason, *remedies = NEAREST.split(str(error), maxsplit=1)
         nearest = [each for each in re.split(r"[;,] or |; ", "".join(remedies)) if each and "--profile" not in each]
         raise type(error)(
-            f"recover: it trains a smaller model, and none holds this cut: {PROFILE.sub('', reason)}; nearest: "
+            f"recover: it trains a smaller model, which cannot be written: {PROFILE.sub('', reason)}; nearest: "
             f"{', or '.join([*nearest, 'leave recover out'])}"
         ) from error
 
